@@ -1,0 +1,113 @@
+# Needs python3, make and git. The first target that needs them creates .venv and installs into it; after that the stamps in
+# .venv make set-up free until a requirements file changes.
+
+VENV := .venv
+BIN := $(VENV)/bin
+HOST := 127.0.0.1
+PORT := 5000
+UV := uv==0.13.8
+.DEFAULT_GOAL := help
+
+# A prompt is data. $(value) keeps make from expanding its $, the environment keeps the shell from reading its quotes.
+export CLIPGEN_PROMPT := $(value PROMPT)
+unexport PROMPT
+MAKEOVERRIDES =
+
+help: ## this list
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-12s %s\n", $$1, $$2 }' Makefile
+
+# --- environment -----------------------------------------------------------------------------------------------------------
+
+# uv is quick, pip is everywhere: whatever keeps uv from working here, pip still has its turn.
+define install
+	@$(BIN)/python -m uv pip install --quiet --python $(BIN)/python $(1) \
+		|| $(BIN)/python -m pip install --quiet --disable-pip-version-check $(1)
+endef
+
+$(BIN)/python:
+	@python=; for candidate in $(or $(PYTHON),python3 python3.13 python3.12 python3.11); do \
+		if "$$candidate" -c 'import sys; sys.exit(not (3, 11) <= sys.version_info < (3, 15))' 2>/dev/null; \
+		then python=$$candidate; break; fi; \
+	done; \
+	if [ -z "$$python" ]; then \
+		echo "clipgen needs Python 3.11 to 3.14; $(or $(PYTHON),python3) is $$($(or $(PYTHON),python3) --version 2>&1)." >&2; \
+		echo "Install one, or name it: make PYTHON=/path/to/python3.12 ..." >&2; exit 1; \
+	fi; \
+	if ! "$$python" -c 'import venv, ensurepip' 2>/dev/null; then \
+		echo "$$python cannot create virtual environments: its 'venv' or 'ensurepip' module is missing." >&2; \
+		echo "On Debian and Ubuntu: sudo apt install python3-venv. Then run make again." >&2; exit 1; \
+	fi; \
+	echo "Creating $(VENV) with $$("$$python" --version) ..."; \
+	"$$python" -m venv $(VENV) || { rm -rf $(VENV); exit 1; }
+
+# The project itself is installed editable, so that `python train/stage1.py` finds clipgen and train from anywhere.
+$(VENV)/.run: requirements.txt pyproject.toml | $(BIN)/python
+	@echo "Installing requirements.txt into $(VENV) (PyTorch is large: minutes on a slow line) ..."
+	@$(BIN)/python -m pip --version >/dev/null 2>&1 || $(BIN)/python -m ensurepip
+	@$(BIN)/python -m pip install --quiet --disable-pip-version-check $(UV) || echo "No uv here: pip, then."
+	$(call install,-r requirements.txt)
+	$(call install,--no-build-isolation --no-deps -e .)
+	@touch $@
+
+$(VENV)/.dev: requirements-dev.txt requirements-train.txt $(VENV)/.run
+	@echo "Installing requirements-dev.txt into $(VENV) ..."
+	$(call install,-r requirements-dev.txt)
+	@touch $@
+
+setup: $(VENV)/.dev ## create .venv with everything: run, train, test
+
+# --- use -------------------------------------------------------------------------------------------------------------------
+
+predict: .prompt $(VENV)/.run ## PROMPT="a lemon" [ARGS="--num-outputs 4 --seed 7"]: generate images
+	@$(BIN)/python -m clipgen generate $(ARGS) -- "$$CLIPGEN_PROMPT"
+
+.prompt:
+	@[ -n "$$CLIPGEN_PROMPT" ] || { echo 'PROMPT is empty. Try: make predict PROMPT="a lemon"' >&2; exit 2; }
+
+serve: $(VENV)/.run ## Cog's HTTP server with predict.py [HOST=127.0.0.1 PORT=5000]
+	@echo "http://$(HOST):$(PORT)/predictions; Ctrl-C stops it"
+	@PATH="$(abspath $(BIN)):$$PATH" COG_PREDICT_TYPE_STUB=predict.py:Predictor PORT=$(PORT) \
+		python -m cog.server.http --host $(HOST)
+
+# --- check -----------------------------------------------------------------------------------------------------------------
+
+test: $(VENV)/.dev ## the fast suite: offline, CPU [ARGS="-k gpt"]
+	@$(BIN)/python -m pytest $(ARGS)
+
+test-slow: $(VENV)/.dev ## the slow suite
+	@$(BIN)/python -m pytest -m slow $(ARGS)
+
+lint: $(VENV)/.dev ## ruff and mypy, as pre-commit runs them
+	@$(BIN)/ruff check .
+	@$(BIN)/ruff format --check .
+	@$(BIN)/mypy
+
+format: $(VENV)/.dev ## apply ruff's fixes and formatting
+	@$(BIN)/ruff check --fix .
+	@$(BIN)/ruff format .
+
+# --- measure and train -----------------------------------------------------------------------------------------------------
+
+bench: $(VENV)/.dev ## latency, then the mini model's quality (minutes)
+	@$(BIN)/python benchmarks/latency.py
+	@$(BIN)/python benchmarks/mini_quality.py
+
+EMOJI := @iconify-json/fluent-emoji@1.2.7 @iconify-json/fluent-emoji-flat@1.2.6 \
+	@iconify-json/fluent-emoji-high-contrast@1.2.6 @iconify-json/noto@1.2.9 @iconify-json/twemoji@1.2.5 \
+	@lobehub/fluent-emoji-3d@1.1.0 emojibase-data@17.0.0
+
+emoji: $(VENV)/.dev ## the mini model's images: emoji art from npm, rendered to data/emoji; needs npm
+	npm install --no-fund --no-audit --prefix data/npm $(EMOJI)
+	$(BIN)/python -m train.emoji --npm data/npm/node_modules --out data/emoji
+
+mini: emoji ## rebuild the mini model (hours)
+	$(BIN)/python train/mini_clip.py
+	$(BIN)/python train/stage1.py --config mini
+	$(BIN)/python train/stage2.py --config mini
+	$(BIN)/python -m train.export
+
+clean: ## remove caches and build products; keeps .venv, data, runs and outputs
+	@rm -rf .pytest_cache .mypy_cache .ruff_cache .hypothesis .cog *.egg-info
+	@find . -name __pycache__ -not -path './$(VENV)/*' -prune -exec rm -rf {} +
+
+.PHONY: help setup predict .prompt serve test test-slow lint format bench emoji mini clean

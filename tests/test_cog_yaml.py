@@ -1,0 +1,48 @@
+"""cog.yaml: what it points at exists, its pins are exact, and Cog's own schema (named by COG_SCHEMA) accepts it."""
+
+from __future__ import annotations
+
+import ast
+import json
+import os
+import re
+from pathlib import Path
+
+import jsonschema
+import pytest
+import yaml
+
+
+@pytest.fixture(scope="module")
+def config(root: Path) -> dict:
+    return yaml.safe_load((root / "cog.yaml").read_text())
+
+
+def test_predictor_exists(root: Path, config: dict) -> None:
+    file, name = config["predict"].split(":")
+    classes = {node.name: node for node in ast.parse((root / file).read_text()).body if isinstance(node, ast.ClassDef)}
+    assert name in classes
+    methods = {node.name for node in classes[name].body if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef)}
+    assert {"setup", "predict"} <= methods
+
+
+def test_requirements_are_exact(root: Path, config: dict) -> None:
+    lines = (root / config["build"]["python_requirements"]).read_text().splitlines()
+    pins = [line for line in lines if line and not line.startswith("#")]
+    assert pins
+    assert [pin for pin in pins if not re.match(r"[A-Za-z0-9._-]+==[0-9][\w.]*(\s+#.*)?$", pin)] == []
+
+
+def test_container_and_local_server_are_the_same_cog(root: Path, config: dict) -> None:
+    requirements = (root / config["build"]["python_requirements"]).read_text()
+    assert f"\ncog=={config['build']['sdk_version']}\n" in requirements
+
+
+def test_schema_accepts_it(config: dict) -> None:
+    path = os.environ.get("COG_SCHEMA")
+    if not path:
+        pytest.skip("COG_SCHEMA does not name Cog's config_schema_v1.0.json")
+    schema = json.loads(Path(path).read_text())
+    jsonschema.validate(config, schema)
+    with pytest.raises(jsonschema.ValidationError):  # the schema does judge
+        jsonschema.validate(config | {"concurrency": {"max": "eight"}}, schema)
