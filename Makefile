@@ -20,7 +20,7 @@ help: ## this list
 
 # uv is quick, pip is everywhere: whatever keeps uv from working here, pip still has its turn.
 define install
-	@$(BIN)/python -m uv pip install --quiet --python $(BIN)/python $(1) \
+	@[ -x $(BIN)/uv ] && $(BIN)/uv pip install --quiet --python $(BIN)/python $(1) \
 		|| $(BIN)/python -m pip install --quiet --disable-pip-version-check $(1)
 endef
 
@@ -64,10 +64,13 @@ predict: .prompt $(VENV)/.run ## PROMPT="a lemon" [ARGS="--num-outputs 4 --seed 
 .prompt:
 	@[ -n "$$CLIPGEN_PROMPT" ] || { echo 'PROMPT is empty. Try: make predict PROMPT="a lemon"' >&2; exit 2; }
 
+# `cog build` bakes the number of slots that @cog.concurrent(max=N) declares into the image; here it is read from the same line.
+SLOTS = $(shell sed -n 's/^ *@.*concurrent(max=\([0-9]*\)).*/\1/p' predict.py)
+
 serve: $(VENV)/.run ## Cog's HTTP server with predict.py [HOST=127.0.0.1 PORT=5000]
 	@echo "http://$(HOST):$(PORT)/predictions; Ctrl-C stops it"
-	@PATH="$(abspath $(BIN)):$$PATH" COG_PREDICT_TYPE_STUB=predict.py:Predictor PORT=$(PORT) \
-		python -m cog.server.http --host $(HOST)
+	@exec env PATH="$(abspath $(BIN)):$$PATH" COG_PREDICT_TYPE_STUB=predict.py:Predictor PORT=$(PORT) \
+		COG_MAX_CONCURRENCY="$${COG_MAX_CONCURRENCY:-$(or $(SLOTS),1)}" python -m cog.server.http --host $(HOST)
 
 # --- check -----------------------------------------------------------------------------------------------------------------
 
