@@ -114,7 +114,7 @@ def to_rgb(image: Image.Image) -> Image.Image:
         return image
     if image.mode in ("I", "F"):
         raise ImageError(
-            f"the image has 32 bits per channel (mode {image.mode}), whose range is not defined; convert it to 8 or 16 bits"
+            f"the image has 32 bits per channel (mode {image.mode}), whose range is unknown; convert it to 8 or 16"
         )
     if image.mode.startswith("I;16"):  # PIL's own conversion clips: everything above 255 would become white
         return Image.fromarray((np.asarray(image) / 257).round().astype(np.uint8)).convert("RGB")
