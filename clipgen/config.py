@@ -1,0 +1,260 @@
+"""Typed configurations: what a model is, how it samples, how it trains.
+
+Every section is a dataclass that OmegaConf checks for names and types and that checks its own values when it is
+built, so a bad configuration never gets as far as a tensor.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from omegaconf import OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+from yaml import YAMLError
+
+CONFIGS = Path(__file__).parent / "configs"
+
+
+class ConfigError(ValueError):
+    """A configuration that cannot work; the message names the field, its value and what is allowed."""
+
+
+def _require(condition: bool, message: str) -> None:
+    if not condition:
+        raise ConfigError(message)
+
+
+@dataclass
+class VQGANConfig:
+    """Encoder, quantizer and decoder (Esser et al., arXiv 2012.09841)."""
+
+    image_size: int = 256
+    patch: int = 1
+    """Pixels folded into channels at the image end (pixel unshuffle); 1 is the original architecture."""
+    ch: int = 128
+    ch_mult: list[int] = field(default_factory=lambda: [1, 1, 2, 2, 4])
+    num_res_blocks: int = 2
+    attn_resolutions: list[int] = field(default_factory=lambda: [16])
+    z_channels: int = 256
+    embed_dim: int = 256
+    codebook_size: int = 16384
+    l2_codes: bool = False
+    """Compare unit-norm latents with unit-norm codes (Yu et al., arXiv 2110.04627): no code is left unused."""
+    beta: float = 0.25
+    """Weight of the term that moves the codes; 1 is the weight of the term that moves the encoder."""
+    norm_eps: float = 1e-6
+
+    def __post_init__(self) -> None:
+        for name in ("image_size", "patch", "ch", "num_res_blocks", "z_channels", "embed_dim"):
+            _require(getattr(self, name) >= 1, f"vqgan.{name} is {getattr(self, name)}; it must be at least 1")
+        _require(self.codebook_size >= 2, f"vqgan.codebook_size is {self.codebook_size}; it must be at least 2")
+        _require(len(self.ch_mult) >= 1, "vqgan.ch_mult is empty; give one multiplier per resolution")
+        _require(self.ch % 32 == 0, f"vqgan.ch is {self.ch}; GroupNorm needs a multiple of 32")
+        _require(
+            self.image_size % self.downsampling == 0,
+            f"vqgan.image_size {self.image_size} is no multiple of patch x 2^(levels - 1) = {self.downsampling}",
+        )
+
+    @property
+    def downsampling(self) -> int:
+        """Pixels per token along one side."""
+        return self.patch * 2 ** (len(self.ch_mult) - 1)
+
+    @property
+    def grid(self) -> int:
+        """Tokens along one side of the image."""
+        return self.image_size // self.downsampling
+
+    @property
+    def num_tokens(self) -> int:
+        """Tokens of one image, T."""
+        return self.grid**2
+
+
+@dataclass
+class GPTConfig:
+    """The pre-norm transformer that writes the tokens (Wang et al., arXiv 2203.00386)."""
+
+    n_layer: int = 24
+    n_head: int = 16
+    n_embd: int = 1024
+    vocab_size: int = 16384
+    block_size: int = 256
+    """Positions: the condition, then all tokens but the last one."""
+    n_cond: int = 512
+    """Size of the CLIP embedding, D."""
+    dropout: float = 0.0
+
+    def __post_init__(self) -> None:
+        for name in ("n_layer", "n_head", "n_embd", "vocab_size", "block_size", "n_cond"):
+            _require(getattr(self, name) >= 1, f"gpt.{name} is {getattr(self, name)}; it must be at least 1")
+        _require(
+            self.n_embd % self.n_head == 0, f"gpt.n_embd {self.n_embd} is not divisible by n_head {self.n_head}"
+        )
+        _require(0 <= self.dropout < 1, f"gpt.dropout is {self.dropout}; it must be in [0, 1)")
+
+
+@dataclass
+class SamplingConfig:
+    """How tokens are drawn when the user does not say."""
+
+    temperature: float = 1.0
+    top_k: int = 500
+    top_p: float = 0.95
+    guidance: float = 1.0
+    """Classifier-free guidance scale (Ho & Salimans, arXiv 2207.12598); 1 is off."""
+
+    def __post_init__(self) -> None:
+        for name, low, high in (("temperature", 0.0, 10.0), ("guidance", 0.0, 30.0)):
+            value = getattr(self, name)
+            _require(
+                math.isfinite(value) and low <= value <= high,
+                f"{name} is {value}; it must be a number from {low:g} to {high:g}",
+            )
+        _require(self.top_k >= 0, f"top_k is {self.top_k}; it must be 0 (off) or a positive whole number")
+        _require(0 < self.top_p <= 1, f"top_p is {self.top_p}; it must be above 0 and at most 1")
+
+
+@dataclass
+class ModelConfig:
+    """Everything that `clipgen` needs to know about a folder of weights."""
+
+    name: str = "coco"
+    vqgan: VQGANConfig = field(default_factory=VQGANConfig)
+    gpt: GPTConfig = field(default_factory=GPTConfig)
+    sampling: SamplingConfig = field(default_factory=SamplingConfig)
+
+    def __post_init__(self) -> None:
+        _require(
+            self.gpt.vocab_size == self.vqgan.codebook_size,
+            f"gpt.vocab_size {self.gpt.vocab_size} differs from vqgan.codebook_size {self.vqgan.codebook_size}",
+        )
+        _require(
+            self.gpt.block_size == self.vqgan.num_tokens,
+            f"gpt.block_size {self.gpt.block_size} differs from the image's {self.vqgan.num_tokens} tokens",
+        )
+
+
+@dataclass
+class TrainConfig:
+    """What both stages share."""
+
+    steps: int = 100_000
+    batch_size: int = 64
+    """Images per step over all processes."""
+    lr: float = 1e-4
+    warmup: int = 500
+    seed: int = 0
+    ema: float = 0.999
+    grad_clip: float = 1.0
+    precision: str = "bf16"
+    workers: int = 2
+    log_every: int = 50
+    sample_every: int = 1000
+    save_every: int = 1000
+
+    def __post_init__(self) -> None:
+        for name in ("steps", "batch_size", "log_every", "sample_every", "save_every"):
+            _require(getattr(self, name) >= 1, f"{name} is {getattr(self, name)}; it must be at least 1")
+        _require(self.lr > 0, f"lr is {self.lr}; it must be positive")
+        _require(self.precision in ("no", "bf16", "fp16"), f"precision is {self.precision!r}; use no, bf16 or fp16")
+
+
+@dataclass
+class Stage1Config(TrainConfig):
+    """Losses of the VQGAN: L1 + perceptual + codebook, then a hinge GAN with an adaptive weight."""
+
+    betas: list[float] = field(default_factory=lambda: [0.5, 0.9])
+    """Adam's, of the generator; the discriminator keeps the paper's (0.5, 0.9)."""
+    min_scale: float = 0.8
+    """Smallest part of the picture that a random crop keeps, along its side."""
+    l2_weight: float = 0.0
+    perceptual: str = "efficientnet"
+    perceptual_weight: float = 1.0
+    perceptual_crop: int = 0
+    """Side of the random crop whose features are compared, px; 0 compares whole pictures."""
+    disc_start: int = 50_000
+    disc_weight: float = 0.8
+    disc_ch: int = 64
+    revive_every: int = 200
+    """Codes that no latent chose in so many steps move to where latents are; 0 never."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        allowed = ("efficientnet", "lpips", "none")
+        _require(self.perceptual in allowed, f"perceptual is {self.perceptual!r}; use one of {', '.join(allowed)}")
+
+
+@dataclass
+class Stage2Config(TrainConfig):
+    """Loss of the GPT: cross-entropy of the tokens given a perturbed image embedding."""
+
+    weight_decay: float = 0.05
+    condition_dropout: float = 0.1
+    """Share of the pictures whose condition is left out, so that guidance works."""
+    noise_angle: float = 0.0
+    """Largest angle, degrees, by which the embedding is turned in a random direction (arXiv 2111.13792)."""
+    views: int = 1
+    """Crops per image that are turned into tokens before training."""
+    min_scale: float = 1.0
+    compile: bool = False
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        _require(0 <= self.condition_dropout < 1, f"condition_dropout is {self.condition_dropout}; use [0, 1)")
+        _require(0 <= self.noise_angle < 90, f"noise_angle is {self.noise_angle} degrees; use [0, 90)")
+
+
+@dataclass
+class Config:
+    """A configuration file: the model, and how its two stages are trained."""
+
+    model: ModelConfig = field(default_factory=ModelConfig)
+    stage1: Stage1Config = field(default_factory=Stage1Config)
+    stage2: Stage2Config = field(default_factory=Stage2Config)
+
+
+def build(kind: type, values: Any, origin: str) -> Any:
+    """Merge `values` (a dict or an OmegaConf node) into the dataclass `kind` and validate it.
+
+    Raises:
+        ConfigError: an unknown name, a wrong type or a value that cannot work; the message starts with `origin`.
+    """
+    try:
+        return OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(kind), values))
+    except (OmegaConfBaseException, ConfigError, TypeError) as error:
+        raise ConfigError(f"{origin}: {str(error).splitlines()[0]}") from error
+
+
+def load_config(name: str | Path, overrides: list[str] | None = None) -> Config:
+    """Read `configs/NAME.yaml` or a file, then apply overrides such as `stage1.lr=1e-4`.
+
+    Raises:
+        ConfigError: no such configuration, or a value in it is wrong.
+    """
+    path = Path(name) if Path(name).suffix in (".yaml", ".yml") else CONFIGS / f"{name}.yaml"
+    if not path.is_file():
+        known = ", ".join(sorted(p.stem for p in CONFIGS.glob("*.yaml")))
+        raise ConfigError(f"no configuration {str(name)!r}; use one of {known}, or the path of a .yaml file")
+    return build(Config, _read(path, overrides), str(path))
+
+
+def load_model_config(path: Path) -> ModelConfig:
+    """Read the model section that lies beside weights.
+
+    Raises:
+        ConfigError: the file is missing or a value in it is wrong.
+    """
+    if not path.is_file():
+        raise ConfigError(f"{path} is missing; a folder of weights holds a config.yaml")
+    return build(ModelConfig, _read(path), str(path))
+
+
+def _read(path: Path, overrides: list[str] | None = None) -> Any:
+    try:
+        return OmegaConf.merge(OmegaConf.load(path), OmegaConf.from_dotlist(overrides or []))
+    except (OmegaConfBaseException, YAMLError, UnicodeDecodeError, ValueError) as error:
+        raise ConfigError(f"{path}: {str(error).splitlines()[0]}") from error

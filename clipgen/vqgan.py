@@ -1,0 +1,210 @@
+"""VQGAN: images to tokens and back (Esser et al., "Taming Transformers", arXiv 2012.09841).
+
+Shapes: B batch, T tokens, V codebook size, C H W as usual. Pixels are in [-1, 1].
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.nn as nn
+import torch.nn.functional as F
+from torch import Tensor
+
+from clipgen.config import VQGANConfig
+
+
+class Upsample(nn.Module):
+    def __init__(self, channels: int) -> None:
+        super().__init__()
+        self.conv = nn.Conv2d(channels, channels, 3, padding=1)
+
+    def forward(self, x: Tensor) -> Tensor:  # (B, C, H, W) -> (B, C, 2H, 2W)
+        return self.conv(F.interpolate(x, scale_factor=2.0, mode="nearest"))
+
+
+class Downsample(nn.Module):
+    def __init__(self, channels: int) -> None:
+        super().__init__()
+        self.conv = nn.Conv2d(channels, channels, 3, stride=2)
+
+    def forward(self, x: Tensor) -> Tensor:  # (B, C, H, W) -> (B, C, H/2, W/2)
+        # One-sided padding, as every published checkpoint was trained.
+        return self.conv(F.pad(x, (0, 1, 0, 1)))
+
+
+class ResBlock(nn.Module):
+    def __init__(self, in_channels: int, out_channels: int, eps: float) -> None:
+        super().__init__()
+        self.norm1 = nn.GroupNorm(32, in_channels, eps)
+        self.conv1 = nn.Conv2d(in_channels, out_channels, 3, padding=1)
+        self.norm2 = nn.GroupNorm(32, out_channels, eps)
+        self.conv2 = nn.Conv2d(out_channels, out_channels, 3, padding=1)
+        same = in_channels == out_channels
+        self.shortcut = nn.Identity() if same else nn.Conv2d(in_channels, out_channels, 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        h = self.conv1(F.silu(self.norm1(x)))
+        h = self.conv2(F.silu(self.norm2(h)))
+        return self.shortcut(x) + h
+
+
+class AttnBlock(nn.Module):
+    """Self-attention over all positions, one head."""
+
+    def __init__(self, channels: int, eps: float) -> None:
+        super().__init__()
+        self.norm = nn.GroupNorm(32, channels, eps)
+        self.qkv = nn.Linear(channels, 3 * channels)
+        self.proj = nn.Linear(channels, channels)
+
+    def forward(self, x: Tensor) -> Tensor:
+        b, c, h, w = x.shape
+        y = self.norm(x).flatten(2).transpose(1, 2)  # (B, HW, C)
+        q, k, v = self.qkv(y).chunk(3, dim=-1)
+        y = self.proj(F.scaled_dot_product_attention(q, k, v))
+        return x + y.transpose(1, 2).reshape(b, c, h, w)
+
+
+def _middle(channels: int, eps: float) -> nn.Sequential:
+    return nn.Sequential(
+        ResBlock(channels, channels, eps), AttnBlock(channels, eps), ResBlock(channels, channels, eps)
+    )
+
+
+class Encoder(nn.Module):
+    """Images (B, 3, H, W) -> features (B, z_channels, grid, grid)."""
+
+    def __init__(self, config: VQGANConfig) -> None:
+        super().__init__()
+        c, eps = config, config.norm_eps
+        self.unshuffle = nn.PixelUnshuffle(c.patch)
+        self.conv_in = nn.Conv2d(3 * c.patch**2, c.ch, 3, padding=1)
+        resolution, channels = c.image_size // c.patch, c.ch
+        down: list[nn.Module] = []
+        for level, mult in enumerate(c.ch_mult):
+            for _ in range(c.num_res_blocks):
+                down.append(ResBlock(channels, c.ch * mult, eps))
+                channels = c.ch * mult
+                if resolution in c.attn_resolutions:
+                    down.append(AttnBlock(channels, eps))
+            if level < len(c.ch_mult) - 1:
+                down.append(Downsample(channels))
+                resolution //= 2
+        self.down = nn.Sequential(*down)
+        self.mid = _middle(channels, eps)
+        self.norm_out = nn.GroupNorm(32, channels, eps)
+        self.conv_out = nn.Conv2d(channels, c.z_channels, 3, padding=1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        h = self.mid(self.down(self.conv_in(self.unshuffle(x))))
+        return self.conv_out(F.silu(self.norm_out(h)))
+
+
+class Decoder(nn.Module):
+    """Features (B, z_channels, grid, grid) -> images (B, 3, H, W)."""
+
+    def __init__(self, config: VQGANConfig) -> None:
+        super().__init__()
+        c, eps = config, config.norm_eps
+        resolution, channels = c.grid, c.ch * c.ch_mult[-1]
+        self.conv_in = nn.Conv2d(c.z_channels, channels, 3, padding=1)
+        self.mid = _middle(channels, eps)
+        up: list[nn.Module] = []
+        for level, mult in reversed(list(enumerate(c.ch_mult))):
+            for _ in range(c.num_res_blocks + 1):
+                up.append(ResBlock(channels, c.ch * mult, eps))
+                channels = c.ch * mult
+                if resolution in c.attn_resolutions:
+                    up.append(AttnBlock(channels, eps))
+            if level > 0:
+                up.append(Upsample(channels))
+                resolution *= 2
+        self.up = nn.Sequential(*up)
+        self.norm_out = nn.GroupNorm(32, channels, eps)
+        self.conv_out = nn.Conv2d(channels, 3 * c.patch**2, 3, padding=1)
+        self.shuffle = nn.PixelShuffle(c.patch)
+
+    def forward(self, z: Tensor) -> Tensor:
+        h = self.up(self.mid(self.conv_in(z)))
+        return self.shuffle(self.conv_out(F.silu(self.norm_out(h))))
+
+
+class Quantizer(nn.Module):
+    """Nearest-code lookup, optionally on the unit sphere (arXiv 2110.04627)."""
+
+    def __init__(self, config: VQGANConfig) -> None:
+        super().__init__()
+        self.beta = config.beta
+        self.l2_codes = config.l2_codes
+        self.embedding = nn.Embedding(config.codebook_size, config.embed_dim)
+        if self.l2_codes:
+            nn.init.normal_(self.embedding.weight)
+        else:
+            nn.init.uniform_(self.embedding.weight, -1 / config.codebook_size, 1 / config.codebook_size)
+
+    def codes(self) -> Tensor:
+        """The codebook as it is compared and decoded, (V, embed_dim)."""
+        weight = self.embedding.weight
+        return F.normalize(weight, dim=-1) if self.l2_codes else weight
+
+    def nearest(self, z: Tensor) -> Tensor:
+        """Index of the code nearest to each vector: (N, embed_dim) -> (N,)."""
+        codes = self.codes().float()
+        # argmin |z - e|^2 without the |z|^2 that changes nothing.
+        return torch.addmm(codes.pow(2).sum(1), z.float(), codes.t(), beta=1, alpha=-2).argmin(1)
+
+    def forward(self, z: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Quantize latents (B, C, h, w), normalised first when `l2_codes`.
+
+        Returns:
+            The codes with the gradient passed straight to `z` (B, C, h, w), the loss (scalar: the codes' term has
+            weight beta, the encoder's 1, as in both reference implementations), the indices (B, h*w).
+        """
+        z = z.float()
+        if self.l2_codes:
+            z = F.normalize(z, dim=1)
+        b, c, h, w = z.shape
+        indices = self.nearest(z.permute(0, 2, 3, 1).reshape(-1, c)).view(b, h * w)
+        z_q = self.lookup(indices, h, w)
+        loss = F.mse_loss(z, z_q.detach()) + self.beta * F.mse_loss(z_q, z.detach())
+        return z + (z_q - z).detach(), loss, indices
+
+    def lookup(self, indices: Tensor, h: int, w: int) -> Tensor:
+        """Codes of the indices: (B, h*w) -> (B, C, h, w)."""
+        z_q = F.embedding(indices, self.codes())  # (B, h*w, C)
+        return z_q.transpose(1, 2).unflatten(2, (h, w)).contiguous()
+
+
+class VQGAN(nn.Module):
+    """The tokenizer of images. Its discriminator belongs to training and lives there."""
+
+    def __init__(self, config: VQGANConfig) -> None:
+        super().__init__()
+        self.config = config
+        self.encoder = Encoder(config)
+        self.quant_conv = nn.Conv2d(config.z_channels, config.embed_dim, 1)
+        self.quantizer = Quantizer(config)
+        self.post_quant_conv = nn.Conv2d(config.embed_dim, config.z_channels, 1)
+        self.decoder = Decoder(config)
+
+    def encode(self, x: Tensor) -> Tensor:
+        """Images (B, 3, H, W) in [-1, 1] -> latents (B, embed_dim, grid, grid)."""
+        return self.quant_conv(self.encoder(x))
+
+    def decode(self, z_q: Tensor) -> Tensor:
+        """Codes (B, embed_dim, grid, grid) -> images (B, 3, H, W), about in [-1, 1]."""
+        return self.decoder(self.post_quant_conv(z_q))
+
+    def tokens(self, x: Tensor) -> Tensor:
+        """Images (B, 3, H, W) in [-1, 1] -> indices (B, T), row by row."""
+        return self.quantizer(self.encode(x))[2]
+
+    def decode_tokens(self, tokens: Tensor) -> Tensor:
+        """Indices (B, T) -> images (B, 3, H, W), about in [-1, 1]."""
+        grid = self.config.grid
+        return self.decode(self.quantizer.lookup(tokens, grid, grid).to(self.post_quant_conv.weight.dtype))
+
+    def forward(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Images -> (reconstruction (B, 3, H, W), codebook loss, indices (B, T))."""
+        z_q, loss, indices = self.quantizer(self.encode(x))
+        return self.decode(z_q), loss, indices

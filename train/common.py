@@ -1,0 +1,138 @@
+"""What both stages share: the accelerator, the schedule, logs, checkpoints."""
+
+from __future__ import annotations
+
+import argparse
+import csv
+import json
+import math
+import os
+import shutil
+import time
+from collections.abc import Callable
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+
+import torch
+import torch.nn as nn
+from accelerate import Accelerator
+from PIL import Image
+from torch import Tensor
+from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
+from torch.utils.tensorboard import SummaryWriter
+
+from clipgen.config import Config, TrainConfig, load_config
+
+
+def parse_args(doc: str, **extra: str) -> tuple[argparse.Namespace, Config]:
+    """The flags of a training script: --config, --data, --out, then overrides such as stage1.lr=1e-4.
+
+    `extra` adds required paths: name -> help.
+    """
+    parser = argparse.ArgumentParser(description=doc, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--config", default="mini", help="mini, coco, imagenet, or the path of a .yaml file")
+    parser.add_argument("--data", type=Path, required=True, help="folder of images, searched to any depth")
+    parser.add_argument("--out", type=Path, required=True, help="folder for checkpoints, curves and pictures")
+    for name, text in extra.items():
+        parser.add_argument(f"--{name}", type=Path, required=True, help=text)
+    parser.add_argument("overrides", nargs="*", help="changes to the configuration, such as stage1.batch_size=16")
+    args = parser.parse_args()
+    try:
+        return args, load_config(args.config, args.overrides)
+    except ValueError as error:
+        parser.error(str(error))
+
+
+def build_accelerator(config: TrainConfig) -> Accelerator:
+    """Accelerate with the asked precision; bf16 also on CPUs. Seeds torch."""
+    torch.manual_seed(config.seed)
+    return Accelerator(mixed_precision=config.precision)
+
+
+def cosine(config: TrainConfig) -> Callable[[int], float]:
+    """Learning-rate factor by step: linear warm-up, then a cosine down to 2 %."""
+
+    def factor(step: int) -> float:
+        if step < config.warmup:
+            return (step + 1) / config.warmup
+        progress = (step - config.warmup) / max(1, config.steps - config.warmup)
+        return 0.02 + 0.98 * 0.5 * (1 + math.cos(math.pi * min(1.0, progress)))
+
+    return factor
+
+
+def build_ema(model: nn.Module, decay: float) -> AveragedModel:
+    """Exponential moving average of a model's weights."""
+    return AveragedModel(model, multi_avg_fn=get_ema_multi_avg_fn(decay)).eval().requires_grad_(False)
+
+
+@dataclass
+class Logger:
+    """Scalars as CSV, TensorBoard and a line on the terminal; pictures as PNG and TensorBoard.
+
+    Scalars may be tensors: they are read only when a line is due, so that logging never stalls the device.
+    """
+
+    out: Path
+    steps: int
+    batch_size: int
+    _board: SummaryWriter = field(init=False, repr=False)
+    _start: tuple[float, int] | None = field(default=None, init=False, repr=False)
+
+    def __post_init__(self) -> None:
+        self.out.mkdir(parents=True, exist_ok=True)
+        self._board = SummaryWriter(str(self.out / "tensorboard"))
+
+    def scalars(self, step: int, values: dict[str, float | Tensor]) -> None:
+        """Write one row; columns are fixed by the first row of a run."""
+        now = time.time()
+        if self._start is None:
+            self._start = (now, step)
+        seconds, done = now - self._start[0], step - self._start[1]
+        row = {"step": step, **{k: float(v) for k, v in values.items()}}
+        if done:
+            row["images_per_second"] = done * self.batch_size / seconds
+        for name, value in row.items():
+            self._board.add_scalar(name, value, step)
+        self._append(row)
+        left = f", {(self.steps - step) * seconds / done / 60:.0f} min left" if done else ""
+        text = " ".join(f"{k} {v:.4g}" for k, v in row.items() if k != "step")
+        print(f"step {step}/{self.steps} {text}{left}", flush=True)
+
+    def _append(self, row: dict[str, float]) -> None:
+        path = self.out / "scalars.csv"
+        new = not path.exists()
+        with path.open("a", newline="") as file:
+            writer = csv.writer(file)
+            if new:
+                writer.writerow(["step", "name", "value"])
+            writer.writerows((row["step"], name, value) for name, value in row.items() if name != "step")
+
+    def picture(self, step: int, name: str, image: Image.Image) -> None:
+        """Keep a picture as out/NAME_STEP.png and in TensorBoard."""
+        image.save(self.out / f"{name}_{step:06d}.png")
+        pixels = torch.frombuffer(bytearray(image.tobytes()), dtype=torch.uint8)
+        self._board.add_image(name, pixels.view(image.height, image.width, 3), step, dataformats="HWC")
+
+
+def save_checkpoint(accelerator: Accelerator, out: Path, step: int, config: Config) -> None:
+    """Write everything that resuming needs to out/checkpoint; the previous one stays until the new one is whole."""
+    temporary, final, old = out / "checkpoint.tmp", out / "checkpoint", out / "checkpoint.old"
+    accelerator.save_state(str(temporary))
+    if accelerator.is_main_process:
+        (temporary / "state.json").write_text(json.dumps({"step": step, "config": asdict(config)}, indent=1))
+        shutil.rmtree(old, ignore_errors=True)
+        if final.exists():
+            os.replace(final, old)
+        os.replace(temporary, final)
+        shutil.rmtree(old, ignore_errors=True)
+    accelerator.wait_for_everyone()
+
+
+def load_checkpoint(accelerator: Accelerator, out: Path) -> int:
+    """Restore out/checkpoint into what the accelerator prepared; returns the step to go on from, 0 without one."""
+    for name in ("checkpoint", "checkpoint.old"):  # a crash between two renames leaves only the old one
+        if (out / name / "state.json").is_file():
+            accelerator.load_state(str(out / name))
+            return int(json.loads((out / name / "state.json").read_text())["step"])
+    return 0

