@@ -1,0 +1,107 @@
+"""The GPT: agreement with HFAiLab's, and a cached decode that gives what the full pass gives."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from safetensors.torch import load_file
+from torch import Tensor
+
+from clipgen.config import GPTConfig
+from clipgen.convert import map_hfailab_gpt
+from clipgen.gpt import GPT, KVCache
+from clipgen.weights import build
+
+HFAILAB = GPTConfig(n_layer=3, n_head=4, n_embd=48, vocab_size=96, block_size=16, n_cond=24)
+SMALL = GPTConfig(n_layer=2, n_head=2, n_embd=16, vocab_size=20, block_size=9, n_cond=6)
+CLOSE = {"rtol": 0.0, "atol": 1e-4}
+
+
+def decode(gpt: GPT, tokens: Tensor, embedding: Tensor, cache: KVCache | None = None) -> Tensor:
+    """Logits (B, L + 1, V) by prefill and one step per token."""
+    cache = cache or KVCache.allocate(gpt.config, len(embedding))
+    steps = [gpt.prefill(embedding, cache)]
+    steps += [gpt.step(tokens[:, position - 1], position, cache) for position in range(1, tokens.shape[1] + 1)]
+    return torch.stack(steps, dim=1)
+
+
+@pytest.fixture(scope="module")
+def gpt() -> GPT:
+    """Random weights, large enough for logits that differ."""
+    torch.manual_seed(0)
+    gpt = GPT(SMALL)
+    for parameter in gpt.parameters():
+        torch.nn.init.normal_(parameter, std=0.3)
+    return gpt.eval().requires_grad_(False)
+
+
+def inputs(batch: int, length: int, seed: int = 0) -> tuple[Tensor, Tensor]:
+    generator = torch.Generator().manual_seed(seed)
+    tokens = torch.randint(0, SMALL.vocab_size, (batch, length), generator=generator)
+    embedding = torch.randn(batch, SMALL.n_cond, generator=generator)
+    return tokens, torch.nn.functional.normalize(embedding, dim=-1)
+
+
+def test_agrees_with_the_original(golden: Path) -> None:
+    tensors = load_file(golden / "hfailab_gpt_tiny.safetensors")
+    theirs = {key.removeprefix("model."): tensor for key, tensor in tensors.items() if key.startswith("model.")}
+    gpt = build(GPT, HFAILAB, map_hfailab_gpt(theirs, HFAILAB))
+    tokens, embedding, logits = (tensors[f"io.{name}"] for name in ("tokens", "embedding", "logits"))
+    torch.testing.assert_close(gpt(tokens, embedding), logits, **CLOSE)
+    torch.testing.assert_close(decode(gpt, tokens, embedding), logits, **CLOSE)
+
+
+@settings(max_examples=25, deadline=None)
+@given(batch=st.integers(1, 5), length=st.integers(0, 8), seed=st.integers(0, 2**31))
+def test_the_cached_decode_equals_the_full_pass(gpt: GPT, batch: int, length: int, seed: int) -> None:
+    tokens, embedding = inputs(batch, length, seed)
+    full = gpt(tokens, embedding)
+    assert full.shape == (batch, length + 1, SMALL.vocab_size)
+    torch.testing.assert_close(decode(gpt, tokens, embedding), full, **CLOSE)
+
+
+def test_a_used_cache_is_as_good_as_a_new_one(gpt: GPT) -> None:
+    cache = KVCache.allocate(SMALL, 2)
+    decode(gpt, *inputs(2, 8, seed=1), cache)
+    tokens, embedding = inputs(2, 8, seed=2)
+    assert torch.equal(decode(gpt, tokens, embedding, cache), decode(gpt, tokens, embedding))
+
+
+def test_a_picture_does_not_depend_on_its_neighbours(gpt: GPT) -> None:
+    tokens, embedding = inputs(5, 8)
+    alone = torch.cat([decode(gpt, tokens[i : i + 1], embedding[i : i + 1]) for i in range(5)])
+    torch.testing.assert_close(decode(gpt, tokens, embedding), alone, **CLOSE)
+
+
+@pytest.mark.parametrize("position", range(8))
+def test_a_token_is_seen_only_by_those_after_it(gpt: GPT, position: int) -> None:
+    tokens, embedding = inputs(1, 8)
+    changed = tokens.clone()
+    changed[0, position] = (changed[0, position] + 1) % SMALL.vocab_size
+    differs = (gpt(tokens, embedding) - gpt(changed, embedding)).abs().amax(-1)[0] > 1e-6
+    assert differs.tolist() == [False] * (position + 1) + [True] * (8 - position)
+
+
+def test_the_condition_is_seen_everywhere(gpt: GPT) -> None:
+    tokens, embedding = inputs(1, 8)
+    differs = (gpt(tokens, embedding) - gpt(tokens, torch.zeros_like(embedding))).abs().amax(-1)[0] > 1e-6
+    assert differs.all()
+
+
+def test_a_new_model_starts_undecided() -> None:
+    torch.manual_seed(0)
+    loss = torch.nn.functional.cross_entropy(GPT(SMALL)(*inputs(4, 8)).flatten(0, 1), torch.arange(36) % 20)
+    assert abs(loss.item() - torch.tensor(20.0).log().item()) < 0.1
+
+
+def test_dropout_only_while_training() -> None:
+    torch.manual_seed(0)
+    gpt = GPT(GPTConfig(n_layer=1, n_head=1, n_embd=8, vocab_size=20, block_size=9, n_cond=6, dropout=0.5))
+    tokens, embedding = inputs(1, 8)
+    assert not torch.equal(gpt(tokens, embedding), gpt(tokens, embedding))
+    gpt.eval()
+    assert torch.equal(gpt(tokens, embedding), gpt(tokens, embedding))
