@@ -27,6 +27,18 @@ def _require(condition: bool, message: str) -> None:
         raise ConfigError(message)
 
 
+def _require_sizes(config: object, *names: str, at_least: int = 1, section: str = "") -> None:
+    for name in names:
+        value = getattr(config, name)
+        _require(value >= at_least, f"{section}{name} is {value}; it must be at least {at_least}")
+
+
+def _require_weights(config: object, *names: str, section: str = "") -> None:
+    for name in names:
+        value = getattr(config, name)
+        _require(math.isfinite(value) and value >= 0, f"{section}{name} is {value}; it must be 0 or a positive number")
+
+
 @dataclass
 class VQGANConfig:
     """Encoder, quantizer and decoder (Esser et al., arXiv 2012.09841)."""
@@ -48,10 +60,13 @@ class VQGANConfig:
     norm_eps: float = 1e-6
 
     def __post_init__(self) -> None:
-        for name in ("image_size", "patch", "ch", "num_res_blocks", "z_channels", "embed_dim"):
-            _require(getattr(self, name) >= 1, f"vqgan.{name} is {getattr(self, name)}; it must be at least 1")
-        _require(self.codebook_size >= 2, f"vqgan.codebook_size is {self.codebook_size}; it must be at least 2")
+        sizes = ("image_size", "patch", "ch", "num_res_blocks", "z_channels", "embed_dim")
+        _require_sizes(self, *sizes, section="vqgan.")
+        _require_sizes(self, "codebook_size", at_least=2, section="vqgan.")
+        _require_weights(self, "beta", section="vqgan.")
+        _require(0 < self.norm_eps < 1, f"vqgan.norm_eps is {self.norm_eps}; it must be between 0 and 1")
         _require(len(self.ch_mult) >= 1, "vqgan.ch_mult is empty; give one multiplier per resolution")
+        _require(min(self.ch_mult) >= 1, f"vqgan.ch_mult is {self.ch_mult}; every multiplier must be at least 1")
         _require(self.ch % 32 == 0, f"vqgan.ch is {self.ch}; GroupNorm needs a multiple of 32")
         _require(
             self.image_size % self.downsampling == 0,
@@ -89,11 +104,8 @@ class GPTConfig:
     dropout: float = 0.0
 
     def __post_init__(self) -> None:
-        for name in ("n_layer", "n_head", "n_embd", "vocab_size", "block_size", "n_cond"):
-            _require(getattr(self, name) >= 1, f"gpt.{name} is {getattr(self, name)}; it must be at least 1")
-        _require(
-            self.n_embd % self.n_head == 0, f"gpt.n_embd {self.n_embd} is not divisible by n_head {self.n_head}"
-        )
+        _require_sizes(self, "n_layer", "n_head", "n_embd", "vocab_size", "block_size", "n_cond", section="gpt.")
+        _require(self.n_embd % self.n_head == 0, f"gpt.n_embd {self.n_embd} is not divisible by n_head {self.n_head}")
         _require(0 <= self.dropout < 1, f"gpt.dropout is {self.dropout}; it must be in [0, 1)")
 
 
@@ -157,9 +169,12 @@ class TrainConfig:
     save_every: int = 1000
 
     def __post_init__(self) -> None:
-        for name in ("steps", "batch_size", "log_every", "sample_every", "save_every"):
-            _require(getattr(self, name) >= 1, f"{name} is {getattr(self, name)}; it must be at least 1")
-        _require(self.lr > 0, f"lr is {self.lr}; it must be positive")
+        _require_sizes(self, "steps", "batch_size", "log_every", "sample_every", "save_every")
+        _require_sizes(self, "warmup", "seed", "workers", at_least=0)
+        for name in ("lr", "grad_clip"):
+            value = getattr(self, name)
+            _require(math.isfinite(value) and value > 0, f"{name} is {value}; it must be positive")
+        _require(0 <= self.ema < 1, f"ema is {self.ema}; use [0, 1)")
         _require(self.precision in ("no", "bf16", "fp16"), f"precision is {self.precision!r}; use no, bf16 or fp16")
 
 
@@ -184,6 +199,14 @@ class Stage1Config(TrainConfig):
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        _require_sizes(self, "disc_ch")
+        _require_sizes(self, "perceptual_crop", "disc_start", "revive_every", at_least=0)
+        _require_weights(self, "l2_weight", "perceptual_weight", "disc_weight")
+        _require(0 < self.min_scale <= 1, f"min_scale is {self.min_scale}; use (0, 1]")
+        _require(
+            len(self.betas) == 2 and all(0 <= beta < 1 for beta in self.betas),
+            f"betas is {self.betas}; use two numbers in [0, 1)",
+        )
         allowed = ("efficientnet", "lpips", "none")
         _require(self.perceptual in allowed, f"perceptual is {self.perceptual!r}; use one of {', '.join(allowed)}")
 
@@ -200,10 +223,13 @@ class Stage2Config(TrainConfig):
     views: int = 1
     """Crops per image that are turned into tokens before training."""
     min_scale: float = 1.0
-    compile: bool = False
+    """Smallest part of the picture that a crop keeps, along its side."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        _require_sizes(self, "views")
+        _require_weights(self, "weight_decay")
+        _require(0 < self.min_scale <= 1, f"min_scale is {self.min_scale}; use (0, 1]")
         _require(0 <= self.condition_dropout < 1, f"condition_dropout is {self.condition_dropout}; use [0, 1)")
         _require(0 <= self.noise_angle < 90, f"noise_angle is {self.noise_angle} degrees; use [0, 90)")
 
@@ -226,7 +252,9 @@ def build(kind: type, values: Any, origin: str) -> Any:
     try:
         return OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(kind), values))
     except (OmegaConfBaseException, ConfigError, TypeError) as error:
-        raise ConfigError(f"{origin}: {str(error).splitlines()[0]}") from error
+        field = getattr(error, "full_key", None)  # OmegaConf's errors know which value they are about
+        where = f"{origin}: {field}" if field else origin
+        raise ConfigError(f"{where}: {str(error).splitlines()[0]}") from error
 
 
 def load_config(name: str | Path, overrides: list[str] | None = None) -> Config:
@@ -256,5 +284,5 @@ def load_model_config(path: Path) -> ModelConfig:
 def _read(path: Path, overrides: list[str] | None = None) -> Any:
     try:
         return OmegaConf.merge(OmegaConf.load(path), OmegaConf.from_dotlist(overrides or []))
-    except (OmegaConfBaseException, YAMLError, UnicodeDecodeError, ValueError) as error:
+    except (OmegaConfBaseException, YAMLError, ValueError, TypeError) as error:
         raise ConfigError(f"{path}: {str(error).splitlines()[0]}") from error
