@@ -43,13 +43,14 @@ CAPTIONS = 3
 class TowerConfig(TrainConfig):
     """One tower's training."""
 
-    batch_size: int = 256
+    batch_size: int = 128
     lr: float = 1e-3
-    warmup: int = 200
+    warmup: int = 100
+    ema: float = 0.997
     weight_decay: float = 0.05
     precision: str = "bf16"
     log_every: int = 50
-    save_every: int = 500
+    save_every: int = 100
 
 
 def build_mini_clip() -> CLIP:
@@ -129,7 +130,7 @@ def train_image(args: argparse.Namespace, config: TowerConfig, accelerator: Acce
 
 def train_text(args: argparse.Namespace, config: TowerConfig, accelerator: Accelerator) -> None:
     emoji = read_emoji(args.data)
-    words = read_wordnet(args.wordnet)
+    words = read_wordnet(args.wordnet, 55_000, config.seed)
     captions = emoji_texts(list(emoji.values()), per_emoji=16, pairs=12_000, seed=config.seed)
     texts = sorted({*words, *captions})
     vectors = teacher_embeddings(texts, args.out / "teacher_text.safetensors").to(accelerator.device)
@@ -137,7 +138,8 @@ def train_text(args: argparse.Namespace, config: TowerConfig, accelerator: Accel
     lengths = tokens.argmax(1) + 1  # the end token has the highest id
     held = torch.zeros(len(texts), dtype=torch.bool)
     held[torch.randperm(len(texts), generator=torch.Generator().manual_seed(1))[:1000]] = True
-    is_caption = torch.tensor([t in place for place in [set(captions)] for t in texts])
+    known = set(captions)
+    is_caption = torch.tensor([text in known for text in texts])
 
     model = build_mini_clip()
     model.visual = torch.nn.Identity()

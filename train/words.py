@@ -14,9 +14,8 @@ from torch import Tensor
 from train.captions import COLOURS, STYLES, Emoji, article, caption
 from train.data import DataError
 
-# WordNet's lexicographer files of things one can draw: animal, artifact, body, food, object, person, phenomenon,
-# plant, shape, substance.
-_CONCRETE = {"05", "06", "08", "13", "17", "18", "19", "20", "25", "27"}
+# WordNet's lexicographer files of things one can draw: animal, artifact, body, food, object, phenomenon, plant, shape.
+_CONCRETE = {"05", "06", "08", "13", "17", "19", "20", "25"}
 
 
 def read_emoji(folder: Path) -> dict[str, Emoji]:
@@ -25,8 +24,8 @@ def read_emoji(folder: Path) -> dict[str, Emoji]:
     return {row["code"]: Emoji(row["code"], row["name"], tuple(row["keywords"]), row["group"]) for row in rows}
 
 
-def read_wordnet(folder: Path) -> list[str]:
-    """Lemmas of WordNet's concrete nouns, its adjectives and verbs, and the first clause of the nouns' glosses.
+def read_wordnet(folder: Path, count: int, seed: int) -> list[str]:
+    """`count` texts drawn from the lemmas of WordNet's concrete nouns, adjectives and verbs, and the nouns' short glosses.
 
     Raises:
         DataError: the folder holds no WordNet database (Debian's package is wordnet-base).
@@ -41,14 +40,12 @@ def read_wordnet(folder: Path) -> list[str]:
                 continue
             head, gloss = line.split(" | ", 1)
             fields = head.split()
-            if part == "noun" and fields[1] not in _CONCRETE:
+            if part == "noun" and (fields[1] not in _CONCRETE or fields[4][0].isupper()):  # capitals: names, genera
                 continue
-            lemmas = [fields[4 + 2 * i].replace("_", " ").split("(")[0].lower() for i in range(int(fields[3], 16))]
-            texts.update(lemmas[:2])
-            if part == "noun":
-                texts.add(gloss.split(";")[0].strip()[:90])
-                texts.add(article(lemmas[0]))
-    return sorted(texts)
+            texts.update(fields[4 + 2 * i].replace("_", " ").split("(")[0] for i in range(min(2, int(fields[3], 16))))
+            if part == "noun" and len(gloss.split(";")[0]) <= 60:
+                texts.add(gloss.split(";")[0].strip())
+    return sorted(random.Random(seed).sample(sorted(texts), min(count, len(texts))))
 
 
 def emoji_texts(emoji: list[Emoji], per_emoji: int, pairs: int, seed: int) -> list[str]:

@@ -1,0 +1,155 @@
+"""Stage 2: images -> GPT, which learns an image's tokens given its CLIP embedding. No captions.
+
+    python train/stage2.py --config mini --data data/emoji/train --vqgan runs/vqgan --clip runs/clip/clip.safetensors \\
+        --out runs/gpt
+
+Run it again to resume. The weights are in OUT/gpt.safetensors (the moving average), the curves in OUT/scalars.csv and
+OUT/tensorboard, samples (above: the pictures whose embeddings they were drawn from) in OUT/samples_*.png. Tokens and
+embeddings are computed once and kept in OUT/encoded.safetensors.
+"""
+
+from __future__ import annotations
+
+import os
+from dataclasses import replace
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from PIL import Image
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from clipgen.clip import Clip
+from clipgen.config import SamplingConfig
+from clipgen.gpt import GPT
+from clipgen.images import from_pixels, grid
+from clipgen.sampling import generate_tokens
+from clipgen.vqgan import VQGAN
+from train.common import Logger, build_accelerator, build_ema, cosine, load_checkpoint, parse_args, save_checkpoint
+from train.data import Images, Shuffle
+from train.encode import load_or_encode
+
+
+def main() -> None:
+    args, config = parse_args(
+        __doc__ or "", vqgan="folder of stage 1, with vqgan.safetensors", clip="CLIP weights, .safetensors"
+    )
+    c = config.stage2
+    accelerator = build_accelerator(c)
+    device = accelerator.device
+
+    vqgan = VQGAN(config.model.vqgan).requires_grad_(False).eval()
+    vqgan.load_state_dict(load_file(args.vqgan / "vqgan.safetensors"))
+    clip = Clip.from_state_dict(load_file(args.clip))
+    data = Images(args.data, config.model.vqgan.image_size, c.min_scale, flip=c.views > 1)
+    with accelerator.main_process_first():
+        tokens, embeddings = load_or_encode(
+            args.out / "encoded.safetensors", data, vqgan, clip, c.views, c.seed, device
+        )
+    held = torch.arange(0, len(tokens), max(1, len(tokens) // 512))  # spread over the set; never trained on
+    kept = torch.ones(len(tokens), dtype=torch.bool)
+    kept[held] = False
+    train_tokens, train_embeddings = tokens[kept], embeddings[kept]
+
+    model = GPT(config.model.gpt)
+    optimizer = torch.optim.AdamW(decayed(model, c.weight_decay), c.lr, betas=(0.9, 0.95), fused=True)
+    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, cosine(c))
+    model, optimizer, schedule = accelerator.prepare(model, optimizer, schedule)
+    gpt: GPT = accelerator.unwrap_model(model)
+    ema = build_ema(gpt, c.ema)
+    accelerator.register_for_checkpointing(ema)
+    start = load_checkpoint(accelerator, args.out)
+    order = iter(Shuffle(len(train_tokens), c.seed, start * c.batch_size))
+    log = Logger(args.out, c.steps, c.batch_size)
+
+    for step in range(start, c.steps):
+        rows = torch.tensor([next(order)[0] for _ in range(c.batch_size)])
+        target = train_tokens[rows].to(device)
+        generator = torch.Generator().manual_seed(c.seed * 1_000_003 + step)
+        condition = perturb(train_embeddings[rows], c.noise_angle, c.condition_dropout, generator).to(device)
+        with accelerator.autocast():
+            logits = model(target[:, :-1], condition)
+        loss = F.cross_entropy(logits.float().flatten(0, 1), target.flatten())
+        optimizer.zero_grad()
+        accelerator.backward(loss)
+        accelerator.clip_grad_norm_(model.parameters(), c.grad_clip)
+        optimizer.step()
+        schedule.step()
+        ema.update_parameters(gpt)
+
+        done = step + 1
+        if accelerator.is_main_process and done % c.log_every == 0:
+            scalars = {"loss": loss.detach(), "lr": schedule.get_last_lr()[0]}
+            if done % c.sample_every == 0:
+                scalars["held_loss"] = evaluate(ema.module, tokens[held].to(device), embeddings[held].to(device))
+            log.scalars(done, scalars)
+        if accelerator.is_main_process and (done % c.sample_every == 0 or done == c.steps):
+            rows = held[:: max(1, len(held) // 16)][:16]
+            picture = sample_grid(
+                ema.module, vqgan, tokens[rows].to(device), embeddings[rows].to(device), config.model.sampling
+            )
+            log.picture(done, "samples", picture)
+        if done % c.save_every == 0 or done == c.steps:
+            save_checkpoint(accelerator, args.out, done, config)
+            if accelerator.is_main_process:
+                export(ema.module, args.out)
+
+
+def decayed(model: GPT, weight_decay: float) -> list[dict]:
+    """Matrices decay; embeddings, positions, gains and biases do not."""
+    matrices, others = [], []
+    for name, parameter in model.named_parameters():
+        (others if parameter.ndim < 2 or "emb" in name else matrices).append(parameter)
+    return [{"params": matrices, "weight_decay": weight_decay}, {"params": others, "weight_decay": 0.0}]
+
+
+def perturb(embeddings: Tensor, angle: float, dropout: float, generator: torch.Generator) -> Tensor:
+    """What makes image embeddings stand in for those of sentences.
+
+    Each is turned by a random angle of at most `angle` degrees in a random direction (LAFITE, arXiv 2111.13792), and
+    with probability `dropout` replaced by zeros, "no condition", so that guidance works.
+
+    Args:
+        embeddings: (B, D) unit norm.
+    """
+    shape = (len(embeddings), 1)
+    noise = torch.randn(embeddings.shape, generator=generator)
+    noise = noise - (noise * embeddings).sum(1, keepdim=True) * embeddings  # at right angles
+    theta = torch.rand(shape, generator=generator) * angle * torch.pi / 180
+    turned = theta.cos() * embeddings + theta.sin() * F.normalize(noise, dim=1)
+    return torch.where(torch.rand(shape, generator=generator) < dropout, 0.0, turned)
+
+
+@torch.no_grad()
+def evaluate(gpt: GPT, tokens: Tensor, embeddings: Tensor, batch_size: int = 64) -> float:
+    """Mean cross-entropy, nats per token, of (N, T) tokens given their unperturbed embeddings (N, D)."""
+    total = 0.0
+    for t, e in zip(tokens.split(batch_size), embeddings.split(batch_size), strict=True):
+        with torch.autocast(t.device.type, torch.bfloat16):
+            logits = gpt(t[:, :-1], e)
+        total += F.cross_entropy(logits.float().flatten(0, 1), t.flatten()).item() * len(t)
+    return total / len(tokens)
+
+
+@torch.no_grad()
+def sample_grid(
+    gpt: GPT, vqgan: VQGAN, tokens: Tensor, embeddings: Tensor, sampling: SamplingConfig
+) -> Image.Image:
+    """Reconstructions of held-out pictures (upper rows) and samples given their embeddings (lower rows)."""
+    with torch.autocast(tokens.device.type, torch.bfloat16):
+        drawn = generate_tokens(gpt, embeddings, list(range(len(tokens))), replace(sampling, guidance=1.0))
+    vqgan = vqgan.to(tokens.device)
+    pixels = torch.cat([vqgan.decode_tokens(tokens), vqgan.decode_tokens(drawn.clone())])
+    return grid(from_pixels(pixels.float().clamp(-1, 1)), columns=8)
+
+
+def export(gpt: GPT, out: Path) -> None:
+    """Write gpt.safetensors."""
+    temporary = out / "gpt.safetensors.tmp"
+    save_file({k: v.contiguous() for k, v in gpt.state_dict().items()}, temporary)
+    os.replace(temporary, out / "gpt.safetensors")
+
+
+if __name__ == "__main__":
+    main()
