@@ -27,7 +27,7 @@ from clipgen.gpt import GPT
 from clipgen.images import clip_from_pixels, from_pixels, to_clip, to_rgb
 from clipgen.sampling import generate_tokens
 from clipgen.vqgan import VQGAN
-from clipgen.weights import build_gpt, build_vqgan, load_weights
+from clipgen.weights import build, load_weights
 
 Part = str | Image.Image
 Prompt = Part | Sequence[Part] | Sequence[tuple[Part, float]]
@@ -205,9 +205,9 @@ class ClipGen:
         precision = pick_dtype(dtype, place)
         config, parts = load_weights(folder)
         clip = Clip.from_state_dict(parts["clip"], place, precision)
-        gpt = build_gpt(config.gpt, parts["gpt"]).to(place, precision).eval()
-        vqgan = build_vqgan(config.vqgan, parts["vqgan"]).to(place, precision).eval()
-        return cls(config, clip, gpt.requires_grad_(False), vqgan.requires_grad_(False))
+        gpt = build(GPT, config.gpt, parts["gpt"], place, precision)
+        vqgan = build(VQGAN, config.vqgan, parts["vqgan"], place, precision)
+        return cls(config, clip, gpt, vqgan)
 
     @property
     def device(self) -> torch.device:

@@ -31,6 +31,7 @@ LAYERS = {
     "train.losses": 2,
     "train.common": 2,
     "train.words": 3,
+    "train.encode": 3,
     "train.emoji": 4,
     "train.mini_clip": 4,
     "train.stage1": 4,
