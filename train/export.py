@@ -1,0 +1,41 @@
+"""What the training scripts wrote -> a folder of weights that `clipgen` and `predict.py` serve.
+
+    python -m train.export --config mini --clip runs/clip/clip.safetensors --vqgan runs/vqgan --gpt runs/gpt \\
+        --out weights/mini
+"""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+
+import torch
+from safetensors.torch import load_file
+
+from clipgen.config import load_config
+from clipgen.weights import save_weights
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--config", default="mini", help="mini, coco, imagenet, or the path of a .yaml file")
+    parser.add_argument("--clip", type=Path, required=True, help="CLIP weights, .safetensors")
+    parser.add_argument("--vqgan", type=Path, required=True, help="folder that stage 1 wrote")
+    parser.add_argument("--gpt", type=Path, required=True, help="folder that stage 2 wrote")
+    parser.add_argument("--out", type=Path, required=True, help="folder of weights to write")
+    args = parser.parse_args()
+    files = {"clip": args.clip, "vqgan": args.vqgan / "vqgan.safetensors", "gpt": args.gpt / "gpt.safetensors"}
+    for part, file in files.items():
+        if not file.is_file():
+            parser.error(f"{file} is missing; train the {part} first")
+    try:
+        config = load_config(args.config).model
+        save_weights(args.out, config, {part: load_file(file) for part, file in files.items()}, torch.float16)
+    except ValueError as error:
+        parser.error(str(error))
+    size = sum(file.stat().st_size for file in args.out.glob("*.safetensors"))
+    print(f"{args.out}: {size / 1e6:.1f} MB")
+
+
+if __name__ == "__main__":
+    main()
