@@ -103,11 +103,15 @@ emoji: $(VENV)/.dev ## the mini model's images: emoji art from npm, rendered to 
 	npm install --no-fund --no-audit --prefix data/npm $(EMOJI)
 	$(BIN)/python -m train.emoji --npm data/npm/node_modules --out data/emoji
 
-mini: emoji ## rebuild the mini model (hours)
-	$(BIN)/python train/mini_clip.py
-	$(BIN)/python train/stage1.py --config mini
-	$(BIN)/python train/stage2.py --config mini
-	$(BIN)/python -m train.export
+mini: emoji ## rebuild the mini model from its data (hours); run it again to resume; needs WordNet (wordnet-base)
+	$(BIN)/python train/mini_clip.py image --data data/emoji --out runs/clip
+	$(BIN)/python train/mini_clip.py text --data data/emoji --out runs/clip
+	$(BIN)/python train/mini_clip.py join --data data/emoji --out runs/clip
+	$(BIN)/python train/stage1.py --config mini --data data/emoji/train --out runs/vqgan
+	$(BIN)/python train/stage2.py --config mini --data data/emoji/train --vqgan runs/vqgan \
+		--clip runs/clip/clip.safetensors --out runs/gpt
+	$(BIN)/python -m train.export --config mini --clip runs/clip/clip.safetensors --vqgan runs/vqgan --gpt runs/gpt \
+		--out weights/mini
 
 clean: ## remove caches and build products; keeps .venv, data, runs and outputs
 	@rm -rf .pytest_cache .mypy_cache .ruff_cache .hypothesis .cog *.egg-info

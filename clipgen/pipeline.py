@@ -1,8 +1,8 @@
 """ClipGen: a prompt or an image, or a mix of them, becomes pictures, best first.
 
-    pipe = ClipGen.from_pretrained("weights/mini")
-    result = pipe("a lemon", num_outputs=4, candidates=16, guidance=3.0, seed=7)
-    result.images[0].save("lemon.png")
+pipe = ClipGen.from_pretrained("weights/mini")
+result = pipe("a lemon", num_outputs=4, candidates=16, guidance=3.0, seed=7)
+result.images[0].save("lemon.png")
 """
 
 from __future__ import annotations

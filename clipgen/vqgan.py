@@ -66,9 +66,7 @@ class AttnBlock(nn.Module):
 
 
 def _middle(channels: int, eps: float) -> nn.Sequential:
-    return nn.Sequential(
-        ResBlock(channels, channels, eps), AttnBlock(channels, eps), ResBlock(channels, channels, eps)
-    )
+    return nn.Sequential(ResBlock(channels, channels, eps), AttnBlock(channels, eps), ResBlock(channels, channels, eps))
 
 
 class Encoder(nn.Module):

@@ -8,9 +8,11 @@ import json
 import math
 import os
 import shutil
+import sys
 import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
+from functools import wraps
 from pathlib import Path
 
 import torch
@@ -21,7 +23,9 @@ from torch import Tensor
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 from torch.utils.tensorboard import SummaryWriter
 
-from clipgen.config import Config, TrainConfig, load_config
+from clipgen.clip import ClipError
+from clipgen.config import Config, ConfigError, TrainConfig, load_config
+from train.data import DataError
 
 
 def parse_args(doc: str, **extra: str) -> tuple[argparse.Namespace, Config]:
@@ -41,6 +45,20 @@ def parse_args(doc: str, **extra: str) -> tuple[argparse.Namespace, Config]:
         return args, load_config(args.config, args.overrides)
     except ValueError as error:
         parser.error(str(error))
+
+
+def command(main: Callable[[], None]) -> Callable[[], None]:
+    """Make a user's mistake one clear line and exit code 2, not a traceback."""
+
+    @wraps(main)
+    def run() -> None:
+        try:
+            main()
+        except (ConfigError, DataError, ClipError, FileNotFoundError) as error:
+            print(f"error: {error}", file=sys.stderr)
+            raise SystemExit(2) from error
+
+    return run
 
 
 def build_accelerator(config: TrainConfig) -> Accelerator:

@@ -215,7 +215,9 @@ def main() -> None:
     parser.add_argument("--seed", type=int, default=0)
     args = parser.parse_args()
     if not (args.npm / "emojibase-data").is_dir():
-        parser.error(f"{args.npm} holds no emojibase-data; `make emoji` installs the packages, or name their node_modules")
+        parser.error(
+            f"{args.npm} holds no emojibase-data; `make emoji` installs the packages, or name their node_modules"
+        )
 
     console = Console()
     for package, licence in LICENCES.items():

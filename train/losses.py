@@ -28,9 +28,7 @@ class EfficientNetPerceptual(nn.Module):
         self.stem = nn.Sequential(net._conv_stem, net._bn0, nn.ReLU6())
         # Blocks that end at strides 2, 4 and 8: textures and edges, which is what L1 misses.
         ends = [1, 3, 5][:stages]
-        self.stages = nn.ModuleList(
-            nn.Sequential(*net._blocks[a:b]) for a, b in zip([0, *ends], ends, strict=False)
-        )
+        self.stages = nn.ModuleList(nn.Sequential(*net._blocks[a:b]) for a, b in zip([0, *ends], ends, strict=False))
         self.register_buffer("mean", torch.tensor(_IMAGENET_MEAN).view(1, 3, 1, 1))
         self.register_buffer("std", torch.tensor(_IMAGENET_STD).view(1, 3, 1, 1))
         self.eval().requires_grad_(False)

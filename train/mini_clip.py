@@ -15,7 +15,6 @@ from __future__ import annotations
 import argparse
 import json
 import os
-import random
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -31,7 +30,7 @@ from clipgen.clip import Clip, tokenize
 from clipgen.config import TrainConfig
 from clipgen.images import load_image, to_clip
 from train.captions import article
-from train.common import Logger, build_accelerator, build_ema, cosine, load_checkpoint, save_checkpoint
+from train.common import Logger, build_accelerator, build_ema, command, cosine, load_checkpoint, save_checkpoint
 from train.words import emoji_texts, picture_captions, read_emoji, read_wordnet, teacher_embeddings
 
 EMBED_DIM = 384  # of all-MiniLM-L6-v2
@@ -283,6 +282,7 @@ def save(weights: dict[str, Tensor], path: Path) -> None:
     os.replace(temporary, path)
 
 
+@command
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("tower", choices=("image", "text", "join"))
@@ -291,13 +291,12 @@ def main() -> None:
     parser.add_argument("--wordnet", type=Path, default=Path("/usr/share/wordnet"), help="WordNet's database")
     parser.add_argument("--steps", type=int, default=2000)
     args = parser.parse_args()
-    random.seed(0)
-    if args.tower == "join":
-        return join(args)
     config = TowerConfig(steps=args.steps, sample_every=200)
-    accelerator = build_accelerator(config)
-    {"image": train_image, "text": train_text}[args.tower](args, config, accelerator)
-    return None
+    if args.tower == "join":
+        join(args)
+    else:
+        train = train_image if args.tower == "image" else train_text
+        train(args, config, build_accelerator(config))
 
 
 if __name__ == "__main__":

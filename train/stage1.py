@@ -21,11 +21,21 @@ from torch import Tensor
 
 from clipgen.images import from_pixels, grid
 from clipgen.vqgan import VQGAN
-from train.common import Logger, build_accelerator, build_ema, cosine, load_checkpoint, parse_args, save_checkpoint
+from train.common import (
+    Logger,
+    build_accelerator,
+    build_ema,
+    command,
+    cosine,
+    load_checkpoint,
+    parse_args,
+    save_checkpoint,
+)
 from train.data import Images, image_batches
 from train.losses import PatchDiscriminator, adaptive_weight, build_perceptual, discriminator_loss, generator_loss
 
 
+@command
 def main() -> None:
     args, config = parse_args(__doc__ or "")
     c = config.stage1
@@ -38,9 +48,7 @@ def main() -> None:
     opt_g = torch.optim.Adam(model.parameters(), c.lr, betas=(c.betas[0], c.betas[1]))
     opt_d = torch.optim.Adam(discriminator.parameters(), c.lr * 0.5, betas=(0.5, 0.9))
     schedule = torch.optim.lr_scheduler.LambdaLR(opt_g, cosine(c))
-    model, discriminator, opt_g, opt_d, schedule = accelerator.prepare(
-        model, discriminator, opt_g, opt_d, schedule
-    )
+    model, discriminator, opt_g, opt_d, schedule = accelerator.prepare(model, discriminator, opt_g, opt_d, schedule)
     vqgan: VQGAN = accelerator.unwrap_model(model)
     ema = build_ema(vqgan, c.ema)
     usage = torch.zeros(config.model.vqgan.codebook_size, device=accelerator.device)

@@ -26,11 +26,21 @@ from clipgen.gpt import GPT
 from clipgen.images import from_pixels, grid
 from clipgen.sampling import generate_tokens
 from clipgen.vqgan import VQGAN
-from train.common import Logger, build_accelerator, build_ema, cosine, load_checkpoint, parse_args, save_checkpoint
+from train.common import (
+    Logger,
+    build_accelerator,
+    build_ema,
+    command,
+    cosine,
+    load_checkpoint,
+    parse_args,
+    save_checkpoint,
+)
 from train.data import Images, Shuffle
 from train.encode import load_or_encode
 
 
+@command
 def main() -> None:
     args, config = parse_args(
         __doc__ or "", vqgan="folder of stage 1, with vqgan.safetensors", clip="CLIP weights, .safetensors"
@@ -47,7 +57,8 @@ def main() -> None:
         tokens, embeddings = load_or_encode(
             args.out / "encoded.safetensors", data, vqgan, clip, c.views, c.seed, device
         )
-    held = torch.arange(0, len(tokens), max(1, len(tokens) // 512))  # spread over the set; never trained on
+    # A twentieth, spread over the set, is never trained on.
+    held = torch.linspace(0, len(tokens) - 1, max(1, min(512, len(tokens) // 20))).long()
     kept = torch.ones(len(tokens), dtype=torch.bool)
     kept[held] = False
     train_tokens, train_embeddings = tokens[kept], embeddings[kept]
@@ -133,9 +144,7 @@ def evaluate(gpt: GPT, tokens: Tensor, embeddings: Tensor, batch_size: int = 64)
 
 
 @torch.no_grad()
-def sample_grid(
-    gpt: GPT, vqgan: VQGAN, tokens: Tensor, embeddings: Tensor, sampling: SamplingConfig
-) -> Image.Image:
+def sample_grid(gpt: GPT, vqgan: VQGAN, tokens: Tensor, embeddings: Tensor, sampling: SamplingConfig) -> Image.Image:
     """Reconstructions of held-out pictures (upper rows) and samples given their embeddings (lower rows)."""
     with torch.autocast(tokens.device.type, torch.bfloat16):
         drawn = generate_tokens(gpt, embeddings, list(range(len(tokens))), replace(sampling, guidance=1.0))

@@ -25,7 +25,7 @@ def read_emoji(folder: Path) -> dict[str, Emoji]:
 
 
 def read_wordnet(folder: Path, count: int, seed: int) -> list[str]:
-    """`count` texts drawn from the lemmas of WordNet's concrete nouns, adjectives and verbs, and the nouns' short glosses.
+    """`count` texts of WordNet: lemmas of concrete nouns, adjectives and verbs, and short glosses of the nouns.
 
     Raises:
         DataError: the folder holds no WordNet database (Debian's package is wordnet-base).
