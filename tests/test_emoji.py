@@ -1,0 +1,156 @@
+"""The mini model's data and words: from packages of SVG to pictures with captions."""
+
+from __future__ import annotations
+
+import json
+import random
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+from PIL import Image
+
+from train import emoji as emoji_script
+from train.captions import COLOURS, STYLES, article, caption
+from train.emoji import SETS, WEBP_SET, normalise, read_emoji
+from train.mini_clip import augment, build_mini_clip, encode_tokens, recall
+from train.words import emoji_texts, picture_captions
+from train.words import read_emoji as read_written_emoji
+
+LEMON, HEART, DOG, STAR = "1f34b", "2764", "1f436", "2b50"
+NAMES = {LEMON: "lemon", HEART: "red-heart", DOG: "dog-face", STAR: "star"}
+
+
+@pytest.fixture(scope="module")
+def npm(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A node_modules folder with four emoji in every set, and things that must be left out."""
+    root = tmp_path_factory.mktemp("npm")
+    colours = {"lemon": "gold", "red-heart": "red", "dog-face": "brown", "star": "orange"}
+    icons = {name: {"body": f'<circle cx="16" cy="16" r="12" fill="{c}"/>'} for name, c in colours.items()}
+    for package in SETS.values():
+        folder = root / package
+        folder.mkdir(parents=True)
+        (folder / "icons.json").write_text(json.dumps({"icons": icons, "width": 32, "height": 32}))
+        (folder / "chars.json").write_text(json.dumps({f"{code}-fe0f": name for code, name in NAMES.items()}))
+    assets = root / WEBP_SET / "assets"
+    assets.mkdir(parents=True)
+    for code in (*NAMES, "1f1e9-1f1ea"):  # a flag too
+        Image.new("RGBA", (64, 64), (9, 99, 199, 255)).save(assets / f"{code}.webp")
+    data = [
+        {"hexcode": "1F34B", "label": "lemon", "tags": ["citrus", "fruit"], "group": 4},
+        {"hexcode": "2764-FE0F", "label": "red heart", "tags": ["love"], "group": 0},
+        {"hexcode": "1F436", "label": "dog face", "tags": ["pet"], "group": 3},
+        {"hexcode": "2B50", "label": "star", "tags": [], "group": 3},
+        {"hexcode": "1F468-200D-2695-FE0F", "label": "man health worker", "tags": [], "group": 1, "gender": 1},
+        {"hexcode": "1F1E9-1F1EA", "label": "flag: Germany", "tags": [], "group": 9},
+        {"hexcode": "1F3FB", "label": "light skin tone", "tags": [], "group": 2},
+    ]
+    (root / "emojibase-data/en").mkdir(parents=True)
+    (root / "emojibase-data/en/data.json").write_text(json.dumps(data))
+    return root
+
+
+@pytest.fixture(scope="module")
+def data(npm: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """What the script makes of that: one emoji unseen, one held out in Noto's drawing."""
+    out = tmp_path_factory.mktemp("emoji")
+    arguments = "--size 48 --views 3 --pairs 4 --heldout 1 --unseen 1 --workers 1".split()
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(sys, "argv", ["emoji", "--npm", str(npm), "--out", str(out), *arguments])
+        emoji_script.main()
+    return out
+
+
+def records(folder: Path) -> list[dict]:
+    return [json.loads(line) for line in (folder / "metadata.jsonl").read_text().splitlines()]
+
+
+def test_only_base_emoji_are_taken(npm: Path) -> None:
+    assert [e.code for e in read_emoji(npm)] == [LEMON, HEART, DOG, STAR]
+    assert normalise("2764-FE0F") == HEART
+
+
+def test_splits_do_not_leak(data: Path) -> None:
+    train, heldout, unseen = (records(data / name) for name in ("train", "heldout", "unseen"))
+    assert len(train) == 3 * (3 * 6 - 1) + 4
+    drawn = {(r["style"], code) for r in train for code in r["objects"]}
+    assert not drawn & {(r["style"], code) for r in heldout for code in r["objects"]}
+    assert not {code for _, code in drawn} & {code for r in unseen for code in r["objects"]}
+    assert {r["style"] for r in heldout} == {"noto"} and {r["style"] for r in unseen} == set(STYLES)
+
+
+def test_pictures_are_what_their_metadata_says(data: Path) -> None:
+    for record in records(data / "train"):
+        image = Image.open(data / "train" / record["file_name"])
+        assert image.size == (48, 48) and image.mode == "RGB"
+        if len(record["objects"]) == 1:
+            corner = np.median(np.asarray(image)[[0, 0, -1, -1], [0, -1, 0, -1]], axis=0)
+            assert np.abs(corner - COLOURS[record["background"]]).max() <= 12 or record["style"] == "3d"
+
+
+def test_renders_keep_the_artists_colours(data: Path) -> None:
+    centre = Image.open(data / "renders" / "noto" / f"{LEMON}.png").getpixel((80, 80))
+    assert centre == (255, 215, 0, 255)
+
+
+def test_missing_packages_are_named(tmp_path: Path, monkeypatch, capsys: pytest.CaptureFixture[str]) -> None:
+    monkeypatch.setattr(sys, "argv", ["emoji", "--npm", str(tmp_path), "--out", str(tmp_path / "out")])
+    with pytest.raises(SystemExit) as stop:
+        emoji_script.main()
+    assert stop.value.code == 2 and "emojibase-data" in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()
+
+
+def test_captions_name_what_is_there(data: Path) -> None:
+    emoji = read_written_emoji(data)
+    rng = random.Random(0)
+    lemon, dog = emoji[LEMON], emoji[DOG]
+    texts = [caption([lemon, dog], "line", "blue", rng) for _ in range(200)]
+    words = {"lemon", "citrus", "fruit"}
+    assert all(any(w in t for w in words) and any(w in t for w in ("dog", "pet")) for t in texts)
+    assert sum("blue" in t for t in texts) > 100
+    assert sum("sketch" in t or "drawing" in t or "line art" in t for t in texts) > 100
+    assert [article(noun) for noun in ("lemon", "apple", "glass", "scissors")] == [
+        "a lemon",
+        "an apple",
+        "a glass",
+        "scissors",
+    ]
+
+
+def test_texts_and_captions_repeat_exactly(data: Path) -> None:
+    emoji = read_written_emoji(data)
+    assert picture_captions(data, "train", emoji, 3, seed=1) == picture_captions(data, "train", emoji, 3, seed=1)
+    texts = emoji_texts(list(emoji.values()), per_emoji=4, pairs=5, seed=0)
+    assert "lemon" in texts and "a red heart" in texts and texts == sorted(set(texts))
+
+
+def test_mini_clip_has_openais_shape_and_the_training_pass_is_its_text_tower() -> None:
+    torch.manual_seed(0)
+    model = build_mini_clip().eval()
+    tokens = torch.zeros(2, 32, dtype=torch.long)
+    tokens[0, :4] = torch.tensor([49406, 320, 7184, 49407])
+    tokens[1, :6] = torch.tensor([49406, 320, 1929, 593, 320, 49407])
+    with torch.no_grad():
+        assert torch.allclose(encode_tokens(model, tokens[:, :6]), model.encode_text(tokens), atol=1e-5)
+
+
+def test_recall_counts_ranks() -> None:
+    images = F.normalize(torch.eye(12) + 0.01, dim=1)
+    codes = [str(i) for i in range(12)]
+    assert recall(images, images, codes, codes) == {"recall_1": 1.0, "recall_5": 1.0, "recall_10": 1.0}
+    shifted = recall(images.roll(1, 0), images, codes, codes)
+    assert shifted["recall_1"] == 0.0
+
+
+def test_augment_moves_pixels_and_keeps_colours() -> None:
+    pixels = torch.randint(0, 256, (6, 3, 16, 16), dtype=torch.uint8)
+    moved = augment(pixels, torch.Generator().manual_seed(0))
+    assert moved.shape == pixels.shape and moved.dtype == torch.uint8
+    assert set(moved.unique().tolist()) <= set(pixels.unique().tolist())
+    assert not torch.equal(moved, pixels)
+
+
