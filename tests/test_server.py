@@ -1,0 +1,231 @@
+"""Cog's real server over HTTP: success, bad input, cancel, several requests at once."""
+
+from __future__ import annotations
+
+import base64
+import dataclasses
+import io
+import os
+import socket
+import struct
+import subprocess
+import sys
+import time
+import zlib
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import httpx
+import pytest
+import torch
+from PIL import Image
+
+from clipgen.config import ModelConfig
+from clipgen.gpt import GPT
+from clipgen.vqgan import VQGAN
+from clipgen.weights import load_weights, save_weights
+
+Answer = dict[str, Any]
+
+
+@pytest.fixture(scope="module")
+def slow_weights(tiny_config: ModelConfig, tiny_weights: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The tiny model with 256 tokens and a wider GPT: one image is quick, 64 take long enough to be cancelled."""
+    vqgan = dataclasses.replace(tiny_config.vqgan, image_size=16 * tiny_config.vqgan.downsampling)
+    gpt = dataclasses.replace(tiny_config.gpt, n_layer=4, n_embd=128, block_size=vqgan.num_tokens)
+    config = dataclasses.replace(tiny_config, vqgan=vqgan, gpt=gpt)
+    torch.manual_seed(0)
+    networks = {"vqgan": VQGAN(config.vqgan).state_dict(), "gpt": GPT(config.gpt).state_dict()}
+    clip = {name: tensor.clone() for name, tensor in load_weights(tiny_weights)[1]["clip"].items()}
+    return save_weights(tmp_path_factory.mktemp("slow") / "slow", config, {"clip": clip, **networks})
+
+
+class Server:
+    """A running server and the process behind it."""
+
+    def __init__(self, root: Path, log: Path, **environment: str) -> None:
+        with socket.socket() as free:
+            free.bind(("127.0.0.1", 0))
+            self.port = free.getsockname()[1]
+        self.http = httpx.Client(base_url=f"http://127.0.0.1:{self.port}", timeout=120)
+        variables = {
+            "PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}",  # its worker starts `python`
+            "PORT": str(self.port),
+            "COG_PREDICT_TYPE_STUB": "predict.py:Predictor",
+            "COG_MAX_CONCURRENCY": "8",
+            "CLIPGEN_DEVICE": "cpu",
+            "CLIPGEN_DTYPE": "float32",
+            "OMP_NUM_THREADS": "1",
+        }
+        self.log = log
+        with log.open("w") as output:
+            self.process = subprocess.Popen(
+                [sys.executable, "-m", "cog.server.http", "--host", "127.0.0.1"],
+                cwd=root,
+                env={**os.environ, **variables, **environment},
+                stdout=output,
+                stderr=subprocess.STDOUT,
+            )
+
+    def wait(self, seconds: float = 120) -> Answer:
+        """The health check's body once set-up has ended, well or not."""
+        deadline = time.monotonic() + seconds
+        while time.monotonic() < deadline and self.process.poll() is None:
+            try:
+                health = self.http.get("/health-check").json()
+            except httpx.TransportError:
+                health = {"status": "UNKNOWN"}
+            if health["status"] not in ("UNKNOWN", "STARTING"):
+                return health
+            time.sleep(0.1)
+        raise AssertionError(f"no answer from the server:\n{self.log.read_text()[-3000:]}")
+
+    def predict(self, **inputs: Any) -> Answer:
+        """Ask for a prediction and wait for its end."""
+        return self.http.post("/predictions", json={"input": inputs}).json()
+
+    def stop(self) -> None:
+        self.http.close()
+        self.process.terminate()
+        try:
+            self.process.wait(10)
+        except subprocess.TimeoutExpired:
+            self.process.kill()
+            self.process.wait()
+
+
+@pytest.fixture(scope="module")
+def server(root: Path, slow_weights: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
+    folder = tmp_path_factory.mktemp("server")
+    server = Server(root, folder / "log", CLIPGEN_WEIGHTS=str(slow_weights), TMPDIR=str(folder))
+    try:
+        assert server.wait()["status"] == "READY", server.log.read_text()
+        yield server
+    finally:
+        server.stop()
+
+
+def pictures(answer: Answer) -> list[Image.Image]:
+    assert answer["status"] == "succeeded", answer
+    return [Image.open(io.BytesIO(base64.b64decode(url.partition(",")[2]))) for url in answer["output"]]
+
+
+def url(data: bytes, kind: str = "image/png") -> str:
+    return f"data:{kind};base64,{base64.b64encode(data).decode()}"
+
+
+def png(image: Image.Image) -> bytes:
+    buffer = io.BytesIO()
+    image.save(buffer, "PNG")
+    return buffer.getvalue()
+
+
+def huge_png() -> bytes:
+    """A header that promises 30,000 x 30,000 pixels."""
+    header = b"IHDR" + struct.pack(">IIBBBBB", 30_000, 30_000, 8, 2, 0, 0, 0)
+    data = b"IDAT" + zlib.compress(bytes(100))
+    chunks = [struct.pack(">I", len(body) - 4) + body + struct.pack(">I", zlib.crc32(body)) for body in (header, data)]
+    return b"\x89PNG\r\n\x1a\n" + b"".join(chunks)
+
+
+GRADIENT = png(Image.linear_gradient("L"))
+
+
+def test_success(server: Server) -> None:
+    answer = server.predict(prompt="a lemon", num_outputs=2, candidates=3, seed=0)
+    assert len({image.tobytes() for image in pictures(answer)}) == 2
+    assert [url.partition(",")[0] for url in answer["output"]] == ["data:image/png;base64"] * 2
+    metrics = answer["metrics"]
+    assert metrics["seed"] == 0 and metrics["seconds"]["total"] > 0
+    assert len(metrics["scores"]) == 2 and metrics["scores"] == sorted(metrics["scores"], reverse=True)
+
+
+def test_an_image_and_another_format(server: Server) -> None:
+    answer = server.predict(image=url(GRADIENT), candidates=1, output_format="webp", output_quality=50)
+    assert pictures(answer)[0].format == "WEBP"
+
+
+def test_a_long_prompt_works_and_the_log_tells_what_was_dropped(server: Server) -> None:
+    answer = server.predict(prompt=" ".join(f"word{i}" for i in range(500)), candidates=1)
+    assert pictures(answer) and "word499" in answer["logs"]
+
+
+@pytest.mark.parametrize(
+    ("inputs", "words"),
+    [
+        ({}, ["prompt"]),
+        ({"prompt": " "}, ["prompt"]),
+        ({"prompt": "a", "num_outputs": 30}, ["num_outputs", "30", "8"]),
+        ({"prompt": "a", "candidates": 65}, ["candidates", "65", "64"]),
+        ({"prompt": "a", "num_outputs": 4, "candidates": 2}, ["candidates", "2", "4"]),
+        ({"prompt": "a", "guidance": "strong"}, ["guidance", "strong"]),
+        ({"prompt": "a", "temperature": "NaN"}, ["temperature", "NaN"]),
+        ({"prompt": "a", "top_k": -1}, ["top_k", "-1"]),
+        ({"prompt": "a", "top_p": 0}, ["top_p", "0"]),
+        ({"prompt": "a", "top_p": 1.5}, ["top_p", "1.5"]),
+        ({"prompt": "a", "seed": -1}, ["seed", "-1"]),
+        ({"prompt": "a", "output_format": "bmp"}, ["output_format", "bmp", "webp"]),
+        ({"prompt": "a", "output_quality": 0}, ["output_quality", "0", "100"]),
+        ({"image": "/etc/hostname"}, ["image", "/etc/hostname", "data:"]),
+        ({"image": url(b"")}, ["0 bytes"]),
+        ({"image": url(GRADIENT[:200])}, ["truncated"]),
+        ({"image": url(huge_png())}, ["megapixels"]),
+        ({"image": url(b"not an image", "text/plain")}, ["not an image"]),
+    ],
+)
+def test_bad_input_fails_with_a_message(server: Server, inputs: Answer, words: list[str]) -> None:
+    answer = server.predict(**inputs)
+    assert answer["status"] == "failed" and not answer.get("output")
+    for word in words:
+        assert word in answer["error"]
+    assert "Traceback" not in answer["error"]
+
+
+def test_nan_which_is_no_json_is_refused(server: Server) -> None:
+    body = '{"input": {"prompt": "a", "temperature": NaN}}'
+    answer = server.http.post("/predictions", content=body, headers={"Content-Type": "application/json"})
+    assert answer.status_code == 400 and "temperature" in answer.text
+
+
+def test_two_at_once_both_succeed(server: Server) -> None:
+    with ThreadPoolExecutor() as pool:
+        futures = [pool.submit(server.predict, prompt=prompt, candidates=2, seed=5) for prompt in ("a", "b")]
+        a, b = (pictures(future.result()) for future in futures)
+    assert a[0].tobytes() == pictures(server.predict(prompt="a", candidates=2, seed=5))[0].tobytes()
+    assert a[0].tobytes() != b[0].tobytes()
+
+
+def test_cancel_frees_the_model_at_once(server: Server) -> None:
+    slow = {"prompt": "a", "candidates": 64, "num_outputs": 1}
+    started = time.monotonic()
+    assert server.predict(**slow)["status"] == "succeeded"
+    whole = time.monotonic() - started
+    with ThreadPoolExecutor() as pool:
+        running = pool.submit(server.http.put, "/predictions/running", json={"input": slow})
+        time.sleep(whole / 10)
+        waiting = pool.submit(server.http.put, "/predictions/waiting", json={"input": slow})
+        time.sleep(whole / 10)
+        started = time.monotonic()
+        for name in ("waiting", "running"):
+            assert server.http.post(f"/predictions/{name}/cancel").status_code == 200
+        assert running.result().json()["status"] == waiting.result().json()["status"] == "canceled"
+    assert server.predict(prompt="b", candidates=1)["status"] == "succeeded"
+    assert time.monotonic() - started < whole / 2
+    assert "Traceback" not in server.log.read_text()
+
+
+def test_cancel_of_the_unknown(server: Server) -> None:
+    assert server.http.post("/predictions/nobody/cancel").status_code == 404
+
+
+@pytest.mark.slow
+def test_broken_weights_fail_the_set_up(root: Path, tmp_path: Path) -> None:
+    server = Server(root, tmp_path / "log", CLIPGEN_WEIGHTS=str(tmp_path / "nowhere"))
+    try:
+        health = server.wait()
+        assert health["status"] == "SETUP_FAILED"
+        assert "no such folder" in server.log.read_text()
+    finally:
+        server.stop()
