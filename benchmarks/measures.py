@@ -1,0 +1,187 @@
+"""What mini_quality.py measures besides the prompts: the judge itself, CLIP's retrieval, the VQGAN's reconstruction."""
+
+from __future__ import annotations
+
+import json
+import random
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+from judge import Gallery, Judge, halves
+from PIL import Image
+from prompts import Prompt
+from torch import Tensor
+
+from clipgen.clip import Clip
+from clipgen.images import clip_from_pixels, from_pixels, load_image, to_pixels
+from clipgen.vqgan import VQGAN
+from train.captions import COLOURS, article
+from train.emoji import compose
+from train.mini_clip import read_records, recall
+from train.words import read_emoji
+
+NEAREST = 5
+"""A picture is recognised when its class is among so many nearest ones."""
+_LPIPS_BACKBONE = "vgg16-397923af.pth"
+
+
+def read_split(data: Path, split: str) -> tuple[list[Image.Image], list[str]]:
+    """The pictures of heldout or unseen and the emoji of each."""
+    records = read_records(data / split)
+    return [load_image(data / split / r["file_name"]) for r in records], [r["objects"][0] for r in records]
+
+
+def rate(ranks: Sequence[int], nearest: int = NEAREST) -> float:
+    """Share of ranks below `nearest`."""
+    return sum(rank < nearest for rank in ranks) / max(1, len(ranks))
+
+
+def pair_ranks(judge: Judge, gallery: Gallery, images: Sequence[Image.Image], groups: Sequence[Sequence]) -> list[int]:
+    """Rank of a picture of two things: the worse of its halves' ranks, in the better of both orders.
+
+    Args:
+        groups: the right codes of each of the two objects; one such pair of groups for all images.
+    """
+    sides = [judge.features(part) for part in zip(*map(halves, images), strict=True)]  # left, right: (B, D)
+    rank = [[gallery.ranks(side, [group] * len(images)) for group in groups] for side in sides]
+    straight = map(max, rank[0][0], rank[1][1])
+    crossed = map(max, rank[0][1], rank[1][0])
+    return list(map(min, straight, crossed))
+
+
+def measure_judge(
+    judge: Judge, gallery: Gallery, data: Path, prompts: Sequence[Prompt], vqgan: VQGAN | None
+) -> dict[str, float]:
+    """How often the judge recognises real pictures: what a perfect generator could reach.
+
+    Held-out pictures are Noto renders, whose own render must not count, so they are recognised by the other artists'
+    drawings only: `new_style`, and the same through the VQGAN. A generator that draws in the styles that it was
+    trained on is closer to `known_style`: a render of the gallery at another place, size and background colour.
+    """
+    pictures, codes = read_split(data, "heldout")
+    right, without = [[code] for code in codes], [("noto", code) for code in codes]
+    rng = random.Random(0)
+    sprites = [Image.open(data / "renders" / "noto" / f"{code}.png").convert("RGBA") for code in codes]
+    colours = [colour for name, colour in COLOURS.items() if name != "white"]
+    side = pictures[0].width
+    moved = judge.features([compose([sprite], rng.choice(colours), side, rng) for sprite in sprites])
+    pairs = [(i, i + 1) for i in range(0, len(sprites) - 1, 2)]
+    both = [compose([sprites[i], sprites[j]], (255, 255, 255), side, rng) for i, j in pairs]
+    paired = [pair_ranks(judge, gallery, [x], [right[i], right[j]])[0] for x, (i, j) in zip(both, pairs, strict=True)]
+    found = {
+        "new_style": rate(gallery.ranks(judge.features(pictures), right, without)),
+        "new_style_on_colour": rate(gallery.ranks(moved, right, without)),
+        "known_style_on_colour": rate(gallery.ranks(moved, right)),
+        "known_style_pairs": rate(paired),
+        "prompted_emoji_in_a_new_style": rate(_prompted_ranks(gallery, prompts)),
+    }
+    if vqgan is not None:
+        size = vqgan.config.image_size
+        again = judge.features(from_pixels(reconstruct(vqgan, to_pixels(pictures, size))[0]))
+        found["new_style_after_vqgan"] = rate(gallery.ranks(again, right, without))
+        found["known_style_after_vqgan"] = rate(gallery.ranks(again, right))
+    return found
+
+
+def _prompted_ranks(gallery: Gallery, prompts: Sequence[Prompt]) -> list[int]:
+    """Ranks of every real render of the emoji that the prompts of single objects ask for, its own style withheld."""
+    queries, right, without = [], [], []
+    for prompt in prompts:
+        if prompt.kind != "object":
+            continue
+        for i, code in enumerate(gallery.codes):
+            if code in prompt.groups[0]:
+                queries.append(i)
+                right.append(prompt.groups[0])
+                without.append((gallery.styles[i], code))
+    return gallery.ranks(gallery.features[queries], right, without)
+
+
+@torch.inference_mode()
+def measure_retrieval(clip: Clip, data: Path) -> dict[str, float]:
+    """Text to image over the held-out pictures: is a picture among the k nearest of its name ("a lemon")?"""
+    emoji = read_emoji(data)
+    pictures, codes = read_split(data, "heldout")
+    texts = clip.encode_text([article(emoji[code].name) for code in codes])
+    pixels = to_pixels(pictures, pictures[0].width)
+    images = torch.cat([clip.encode_image(clip_from_pixels(x, clip.image_size)) for x in pixels.split(64)])
+    return recall(texts, images, codes, codes) | {"pictures": len(codes)}
+
+
+@torch.inference_mode()
+def reconstruct(vqgan: VQGAN, pixels: Tensor, batch_size: int = 32) -> tuple[Tensor, Tensor]:
+    """Pixels (N, 3, H, W) in [-1, 1] through the tokens and back: pixels clamped to [-1, 1], tokens (N, T)."""
+    out, tokens = [], []
+    for x in pixels.split(batch_size):
+        tokens.append(vqgan.tokens(x))
+        out.append(vqgan.decode_tokens(tokens[-1]).clamp(-1, 1))
+    return torch.cat(out), torch.cat(tokens)
+
+
+def psnr(x: Tensor, y: Tensor) -> Tensor:
+    """Peak signal-to-noise ratio, dB, of each pair of images (N, 3, H, W) in [-1, 1], on the scale [0, 1]: (N,)."""
+    error = ((x - y) / 2).pow(2).mean((1, 2, 3))
+    return -10 * torch.log10(error.clamp(min=1e-10))
+
+
+def load_lpips() -> torch.nn.Module | None:
+    """LPIPS with VGG16 where its ImageNet weights lie in torch's cache; None elsewhere: nothing is downloaded."""
+    if not (Path(torch.hub.get_dir()) / "checkpoints" / _LPIPS_BACKBONE).is_file():
+        return None
+    from train.losses import build_perceptual
+
+    return build_perceptual("lpips")
+
+
+def measure_reconstruction(vqgan: VQGAN, data: Path, train_pictures: int = 1000) -> dict[str, object]:
+    """PSNR (dB) and LPIPS of held-out renders and of unseen emoji; the codes that they and training pictures use."""
+    size, lpips = vqgan.config.image_size, load_lpips()
+    counts = torch.zeros(vqgan.config.codebook_size)
+    found: dict[str, object] = {}
+    for split in ("heldout", "unseen"):
+        pixels = to_pixels(read_split(data, split)[0], size)
+        again, tokens = reconstruct(vqgan, pixels)
+        counts += tokens.flatten().bincount(minlength=len(counts))
+        found[split] = {
+            "pictures": len(pixels),
+            "psnr": psnr(again, pixels).mean().item(),
+            "lpips": None if lpips is None else _mean_lpips(lpips, again, pixels),
+        }
+    paths = sorted((data / "train").glob("*.png"))
+    paths = random.Random(0).sample(paths, min(train_pictures, len(paths)))
+    for start in range(0, len(paths), 64):
+        pixels = to_pixels([load_image(path) for path in paths[start : start + 64]], size)
+        with torch.inference_mode():
+            counts += vqgan.tokens(pixels).flatten().bincount(minlength=len(counts))
+    share = counts / counts.sum()
+    return found | {
+        "train_pictures": len(paths),
+        "codes_used": (counts > 0).float().mean().item(),
+        "perplexity": torch.exp(-(share * share.clamp(min=1e-12).log()).sum()).item(),
+    }
+
+
+@torch.inference_mode()
+def _mean_lpips(lpips: torch.nn.Module, x: Tensor, y: Tensor) -> float:
+    return torch.cat([lpips(a, b).flatten() for a, b in zip(x.split(16), y.split(16), strict=True)]).mean().item()
+
+
+def check_prompts(prompts: Sequence[Prompt], gallery: Gallery, data: Path) -> None:
+    """Refuse prompts that the model had no chance to learn.
+
+    Raises:
+        ValueError: a code without renders, or of an emoji that was kept from training.
+    """
+    unseen = {record["objects"][0] for record in read_records(data / "unseen")}
+    for prompt in prompts:
+        for code in (code for group in prompt.groups for code in group):
+            if code not in gallery.codes or code in unseen:
+                reason = "is one of the unseen emoji" if code in unseen else "has no render"
+                raise ValueError(f"the prompt {prompt.text!r} asks for {code}, which {reason}; choose another one")
+
+
+def summarise_codes(data: Path) -> dict[str, str]:
+    """Name of each emoji by code, for reports."""
+    rows = (json.loads(line) for line in (data / "emoji.jsonl").read_text().splitlines())
+    return {row["code"]: row["name"] for row in rows}
