@@ -28,7 +28,8 @@ from typer.core import TyperGroup
 from clipgen import __version__
 
 if TYPE_CHECKING:
-    from clipgen.pipeline import ClipGen, Request, Result
+    from clipgen.pipeline import ClipGen
+    from clipgen.request import Request, Result
 
 WEIGHTS = Path(__file__).resolve().parent.parent / "weights" / "mini"
 CANDIDATES = 16
@@ -174,7 +175,8 @@ def generate(
     """
     texts = _texts(prompts, prompts_file, image)
     from clipgen.images import load_image
-    from clipgen.pipeline import MAX_CANDIDATES, MAX_SEED, ClipGen, Request
+    from clipgen.pipeline import ClipGen
+    from clipgen.request import MAX_CANDIDATES, MAX_SEED, Request
 
     picture = load_image(image) if image else None
     settings: dict[str, Any] = {
@@ -201,10 +203,11 @@ def generate(
 def _draw(pipe: ClipGen, requests: Sequence[Request]) -> Iterator[Result]:
     """Batch by batch, so that the first files are there early and memory does not grow with the number of prompts."""
     size = max(1, BATCH // requests[0].drawn)
-    with _progress() as report:
-        for start in range(0, len(requests), size):
-            stop = min(start + size, len(requests))
-            yield from pipe.generate(requests[start:stop], progress=report(f"{stop} of {len(requests)} prompts"))
+    for start in range(0, len(requests), size):
+        stop = min(start + size, len(requests))
+        with _progress(f"{stop} of {len(requests)} prompts") as report:
+            results = pipe.generate(requests[start:stop], progress=report)
+        yield from results
 
 
 def _texts(prompts: Sequence[str] | None, file: Path | None, image: Path | None) -> list[str]:
@@ -242,33 +245,17 @@ def _mix(text: str, picture: Any) -> Any:
 
 
 @contextmanager
-def _progress() -> Iterator[Callable[[str], Callable[[int, int], None]]]:
-    """Yields a function that names a batch and returns the batch's progress callback.
-
-    A terminal gets a bar, anything else a line when a batch's tokens are all drawn.
-    """
+def _progress(label: str) -> Iterator[Callable[[int, int], None] | None]:
+    """Yields a progress callback that moves a bar on a terminal; anywhere else a line at the end says it is done."""
+    started = time.perf_counter()
     if not console.is_terminal:
-
-        def lines(label: str) -> Callable[[int, int], None]:
-            started = time.perf_counter()
-
-            def line(done: int, total: int) -> None:
-                if done == total:
-                    say(f"drew {label} in {time.perf_counter() - started:.1f} s")
-
-            return line
-
-        yield lines
+        yield None
+        say(f"drew {label} in {time.perf_counter() - started:.1f} s")
         return
     columns = (TextColumn("{task.description}"), BarColumn(), TimeRemainingColumn())
-    with Progress(*columns, console=console, transient=True, redirect_stdout=sys.stdout.isatty()) as bar:
-        task = bar.add_task("")
-
-        def bars(label: str) -> Callable[[int, int], None]:
-            bar.reset(task, description=label)
-            return lambda done, total: bar.update(task, completed=done, total=total)
-
-        yield bars
+    with Progress(*columns, console=console, transient=True) as bar:
+        task = bar.add_task(label, total=None)
+        yield lambda done, total: bar.update(task, completed=done, total=total)
 
 
 def _stem(out: Path, name: str, seed: int) -> Path:
