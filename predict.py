@@ -23,7 +23,8 @@ from typing import Any, get_args
 from cog import BasePredictor, Input, Path, concurrent
 
 from clipgen.images import load_image, save_image
-from clipgen.pipeline import ClipGen, Request
+from clipgen.pipeline import ClipGen
+from clipgen.request import Request
 
 WEIGHTS = pathlib.Path(__file__).resolve().parent / "weights" / "mini"
 

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from clipgen.pipeline import ClipGen, Request, Result
+    from clipgen.pipeline import ClipGen
+    from clipgen.request import Request, Result
 
 __version__ = "0.1.0"
 __all__ = ["ClipGen", "Request", "Result"]
@@ -14,7 +16,6 @@ __all__ = ["ClipGen", "Request", "Result"]
 def __getattr__(name: str) -> Any:
     # Importing torch takes seconds: `--help` and the configurations do without it.
     if name in __all__:
-        from clipgen import pipeline
-
-        return getattr(pipeline, name)
+        module = import_module("clipgen.pipeline" if name == "ClipGen" else "clipgen.request")
+        return getattr(module, name)
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

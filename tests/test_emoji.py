@@ -57,7 +57,7 @@ def npm(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def data(npm: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """What the script makes of that: one emoji unseen, one held out in Noto's drawing."""
     out = tmp_path_factory.mktemp("emoji")
-    arguments = "--size 48 --views 3 --pairs 4 --heldout 1 --unseen 1 --workers 1".split()
+    arguments = ["--size", "48", "--views", "3", "--pairs", "4", "--heldout", "1", "--unseen", "1", "--workers", "1"]
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(sys, "argv", ["emoji", "--npm", str(npm), "--out", str(out), *arguments])
         emoji_script.main()
@@ -152,5 +152,3 @@ def test_augment_moves_pixels_and_keeps_colours() -> None:
     assert moved.shape == pixels.shape and moved.dtype == torch.uint8
     assert set(moved.unique().tolist()) <= set(pixels.unique().tolist())
     assert not torch.equal(moved, pixels)
-
-

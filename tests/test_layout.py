@@ -16,6 +16,7 @@ LAYERS = {
     "clipgen.gpt": 1,
     "clipgen.clip": 1,
     "clipgen.weights": 1,
+    "clipgen.request": 1,
     "clipgen.convert": 2,
     "clipgen.sampling": 2,
     "clipgen.engine": 2,

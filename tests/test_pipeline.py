@@ -12,7 +12,8 @@ from PIL import Image
 
 from clipgen import ClipGen
 from clipgen.images import clip_from_pixels, to_clip, to_pixels
-from clipgen.pipeline import Request, RequestError, pick_dtype
+from clipgen.pipeline import pick_dtype
+from clipgen.request import Request, RequestError
 from clipgen.sampling import Cancelled
 
 

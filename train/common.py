@@ -23,9 +23,7 @@ from torch import Tensor
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 from torch.utils.tensorboard import SummaryWriter
 
-from clipgen.clip import ClipError
-from clipgen.config import Config, ConfigError, TrainConfig, load_config
-from train.data import DataError
+from clipgen.config import Config, TrainConfig, load_config
 
 
 def parse_args(doc: str, **extra: str) -> tuple[argparse.Namespace, Config]:
@@ -54,7 +52,10 @@ def command(main: Callable[[], None]) -> Callable[[], None]:
     def run() -> None:
         try:
             main()
-        except (ConfigError, DataError, ClipError, FileNotFoundError) as error:
+        except (ValueError, FileNotFoundError) as error:
+            ours = type(error).__module__.startswith(("clipgen.", "train."))
+            if not (ours or isinstance(error, FileNotFoundError)):
+                raise
             print(f"error: {error}", file=sys.stderr)
             raise SystemExit(2) from error
 

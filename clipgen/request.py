@@ -1,0 +1,123 @@
+"""What a user asks for, checked when it is built, and what comes back."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from PIL import Image
+
+from clipgen.config import SamplingConfig
+
+Part = str | Image.Image
+Prompt = Part | Sequence[Part] | Sequence[tuple[Part, float]]
+"""Text, an image, several of either, or several with weights; a negative weight moves away from its part."""
+
+MAX_SEED = 2**31 - 1
+MAX_CANDIDATES = 1024
+MAX_PARTS = 64
+
+
+class RequestError(ValueError):
+    """A request that cannot be served; the message names the field, its value and what is allowed."""
+
+    def __init__(self, field: str, message: str) -> None:
+        super().__init__(f"{field} {message}")
+        self.field = field
+
+
+@dataclass(frozen=True)
+class Request:
+    """What to draw and how, checked when built. None stands for the model's own default.
+
+    Raises:
+        RequestError: a value is out of its range.
+    """
+
+    prompt: Prompt
+    num_outputs: int = 1
+    candidates: int | None = None
+    """Pictures to draw before CLIP picks the best `num_outputs`; None draws just those."""
+    guidance: float | None = None
+    temperature: float | None = None
+    top_k: int | None = None
+    top_p: float | None = None
+    seed: int | None = None
+    """Candidate i uses seed + i; None draws one, which the result tells."""
+
+    def __post_init__(self) -> None:
+        _check_whole("num_outputs", self.num_outputs, 1, MAX_CANDIDATES)
+        if self.candidates is not None:
+            _check_whole("candidates", self.candidates, 1, MAX_CANDIDATES)
+            if self.candidates < self.num_outputs:
+                raise RequestError(
+                    "candidates", f"is {self.candidates}; it must be at least num_outputs, {self.num_outputs}"
+                )
+        _check_number("guidance", self.guidance, 0, 30)
+        _check_number("temperature", self.temperature, 0, 10)
+        _check_number("top_p", self.top_p, 0, 1)
+        if self.top_p == 0:
+            raise RequestError("top_p", "is 0; it must be above 0 and at most 1")
+        if self.top_k is not None:
+            _check_whole("top_k", self.top_k, 0, 2**31 - 1)
+        if self.seed is not None:
+            _check_whole("seed", self.seed, 0, MAX_SEED)
+        parts_of(self.prompt)
+
+    @property
+    def drawn(self) -> int:
+        """Candidates to draw."""
+        return self.candidates or self.num_outputs
+
+    def sampling(self, default: SamplingConfig) -> SamplingConfig:
+        """This request's sampling, with the model's defaults where it does not say."""
+        names = ("temperature", "top_k", "top_p", "guidance")
+        given = {name: getattr(self, name) for name in names if getattr(self, name) is not None}
+        return dataclasses.replace(default, **given)
+
+
+@dataclass(frozen=True)
+class Result:
+    """Pictures of one request, best first."""
+
+    images: list[Image.Image]
+    scores: list[float]
+    """Cosine of each picture's CLIP embedding and the prompt's."""
+    seeds: list[int]
+    """Of each picture: the same request with this seed and one candidate draws it again."""
+    seed: int
+    request: Request
+    dropped: str
+    """The end of the prompt that did not fit into CLIP's context; "" when everything did."""
+    seconds: dict[str, float]
+    """By stage; requests of one call share their stages, so they share these."""
+
+
+def _check_whole(field: str, value: object, low: int, high: int) -> None:
+    if not isinstance(value, int) or isinstance(value, bool) or not low <= value <= high:
+        raise RequestError(field, f"is {value!r}; it must be a whole number from {low} to {high}")
+
+
+def _check_number(field: str, value: float | None, low: float, high: float) -> None:
+    if value is None:
+        return
+    number = isinstance(value, (int, float)) and not isinstance(value, bool)
+    if not number or not math.isfinite(value) or not low <= value <= high:
+        raise RequestError(field, f"is {value!r}; it must be a number from {low:g} to {high:g}")
+
+
+def parts_of(prompt: Prompt) -> list[tuple[Part, float]]:
+    """A prompt as weighted parts; refuses empty ones."""
+    raw = [prompt] if isinstance(prompt, (str, Image.Image)) else list(prompt)
+    parts = [part if isinstance(part, tuple) else (part, 1.0) for part in raw]
+    if not 1 <= len(parts) <= MAX_PARTS:
+        raise RequestError("prompt", f"has {len(parts)} parts; give 1 to {MAX_PARTS}")
+    for part, weight in parts:
+        if isinstance(part, str) and not part.strip():
+            raise RequestError("prompt", "is empty; write what to draw, or give an image")
+        if not isinstance(part, (str, Image.Image)):
+            raise RequestError("prompt", f"has a part of type {type(part).__name__}; give text or a PIL image")
+        _check_number("prompt weight", weight, -100, 100)
+    return parts
