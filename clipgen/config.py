@@ -194,6 +194,7 @@ class Stage1Config(TrainConfig):
     disc_start: int = 50_000
     disc_weight: float = 0.8
     disc_ch: int = 64
+    disc_lr: float = 1e-4
     revive_every: int = 200
     """Codes that no latent chose in so many steps move to where latents are; 0 never."""
 

@@ -55,7 +55,7 @@ class Block(nn.Module):
         self.fc2 = nn.Linear(4 * c, c)
 
     def forward(self, x: Tensor, cache: KVCache | None = None, layer: int = 0, position: int = 0) -> Tensor:
-        """All positions (B, L, C) under a causal mask, or, with a cache, one position (B, 1, C) after the cached ones."""
+        """All positions (B, L, C), causally, or, with a cache, one position (B, 1, C) after the cached ones."""
         b, length, c = x.shape
         qkv = self.qkv(self.norm1(x)).view(b, length, 3, self.n_head, c // self.n_head)
         q, k, v = qkv.permute(2, 0, 3, 1, 4).unbind(0)  # (B, n_head, L, head)

@@ -65,7 +65,8 @@ def command(main: Callable[[], None]) -> Callable[[], None]:
 def build_accelerator(config: TrainConfig) -> Accelerator:
     """Accelerate with the asked precision; bf16 also on CPUs. Seeds torch."""
     torch.manual_seed(config.seed)
-    return Accelerator(mixed_precision=config.precision)
+    # The schedule counts optimizer steps, however many processes share one.
+    return Accelerator(mixed_precision=config.precision, step_scheduler_with_optimizer=False)
 
 
 def cosine(config: TrainConfig) -> Callable[[int], float]:

@@ -1,7 +1,7 @@
 """Stage 1: images -> VQGAN.
 
     python train/stage1.py --config mini --data data/emoji/train --out runs/vqgan
-    torchrun --nproc-per-node 8 train/stage1.py --config coco --data /data/photos --out runs/vqgan stage1.lr=1e-5
+    python train/stage1.py --config coco --data photos --out runs/vqgan stage1.batch_size=8
 
 Run it again to resume. The weights are in OUT/vqgan.safetensors (the moving average), the curves in OUT/scalars.csv
 and OUT/tensorboard, reconstructions (above: the originals) in OUT/reconstruction_*.png.
@@ -46,9 +46,11 @@ def main() -> None:
     discriminator = PatchDiscriminator(c.disc_ch)
     perceptual = build_perceptual(c.perceptual)
     opt_g = torch.optim.Adam(model.parameters(), c.lr, betas=(c.betas[0], c.betas[1]))
-    opt_d = torch.optim.Adam(discriminator.parameters(), c.lr * 0.5, betas=(0.5, 0.9))
-    schedule = torch.optim.lr_scheduler.LambdaLR(opt_g, cosine(c))
-    model, discriminator, opt_g, opt_d, schedule = accelerator.prepare(model, discriminator, opt_g, opt_d, schedule)
+    opt_d = torch.optim.Adam(discriminator.parameters(), c.disc_lr, betas=(0.5, 0.9))
+    schedule_g, schedule_d = (torch.optim.lr_scheduler.LambdaLR(opt, cosine(c)) for opt in (opt_g, opt_d))
+    model, discriminator, opt_g, opt_d, schedule_g, schedule_d = accelerator.prepare(
+        model, discriminator, opt_g, opt_d, schedule_g, schedule_d
+    )
     vqgan: VQGAN = accelerator.unwrap_model(model)
     ema = build_ema(vqgan, c.ema)
     usage = torch.zeros(config.model.vqgan.codebook_size, device=accelerator.device)
@@ -89,7 +91,8 @@ def main() -> None:
         accelerator.backward(loss)
         accelerator.clip_grad_norm_(model.parameters(), c.grad_clip)
         opt_g.step()
-        schedule.step()
+        schedule_g.step()
+        schedule_d.step()
         ema.update_parameters(vqgan)
 
         # The discriminator's step.
