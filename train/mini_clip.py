@@ -25,6 +25,7 @@ from clip.model import CLIP
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 from torch.optim import AdamW
+from torch.optim.lr_scheduler import LambdaLR
 
 from clipgen.clip import Clip, tokenize
 from clipgen.config import TrainConfig
@@ -83,7 +84,7 @@ def train_image(args: argparse.Namespace, config: TowerConfig, accelerator: Acce
     tower = model.visual
     scale = torch.nn.Parameter(torch.tensor(2.7))
     optimizer = AdamW([*decayed(tower, config.weight_decay), {"params": [scale], "weight_decay": 0.0}], config.lr)
-    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, cosine(config))
+    schedule = LambdaLR(optimizer, cosine(config))
     tower, optimizer, schedule = accelerator.prepare(tower, optimizer, schedule)
     ema = build_ema(accelerator.unwrap_model(tower), config.ema)
     accelerator.register_for_checkpointing(ema)
@@ -144,7 +145,7 @@ def train_text(args: argparse.Namespace, config: TowerConfig, accelerator: Accel
     model.visual = torch.nn.Identity()
     model.train()
     optimizer = AdamW(decayed(model, config.weight_decay), config.lr, betas=(0.9, 0.98))
-    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, cosine(config))
+    schedule = LambdaLR(optimizer, cosine(config))
     model, optimizer, schedule = accelerator.prepare(model, optimizer, schedule)
     tower = accelerator.unwrap_model(model)
     ema = build_ema(tower, config.ema)

@@ -18,6 +18,7 @@ import torch.nn.functional as F
 from omegaconf import OmegaConf
 from safetensors.torch import save_file
 from torch import Tensor
+from torch.optim.lr_scheduler import LambdaLR
 
 from clipgen.images import from_pixels, grid
 from clipgen.vqgan import VQGAN
@@ -47,7 +48,9 @@ def main() -> None:
     perceptual = build_perceptual(c.perceptual)
     opt_g = torch.optim.Adam(model.parameters(), c.lr, betas=(c.betas[0], c.betas[1]))
     opt_d = torch.optim.Adam(discriminator.parameters(), c.disc_lr, betas=(0.5, 0.9))
-    schedule_g, schedule_d = (torch.optim.lr_scheduler.LambdaLR(opt, cosine(c)) for opt in (opt_g, opt_d))
+    factor = cosine(c)
+    schedule_g = LambdaLR(opt_g, factor)
+    schedule_d = LambdaLR(opt_d, lambda done: factor(c.disc_start + done))
     model, discriminator, opt_g, opt_d, schedule_g, schedule_d = accelerator.prepare(
         model, discriminator, opt_g, opt_d, schedule_g, schedule_d
     )
@@ -92,7 +95,6 @@ def main() -> None:
         accelerator.clip_grad_norm_(model.parameters(), c.grad_clip)
         opt_g.step()
         schedule_g.step()
-        schedule_d.step()
         ema.update_parameters(vqgan)
 
         # The discriminator's step.
@@ -104,6 +106,7 @@ def main() -> None:
             opt_d.zero_grad()
             accelerator.backward(d_loss)
             opt_d.step()
+            schedule_d.step()
             scalars |= {"discriminator": d_loss.detach(), "real": real.mean().detach(), "fake": fake.mean().detach()}
 
         usage += torch.bincount(indices.flatten(), minlength=len(usage))

@@ -19,6 +19,7 @@ import torch.nn.functional as F
 from PIL import Image
 from safetensors.torch import load_file, save_file
 from torch import Tensor
+from torch.optim.lr_scheduler import LambdaLR
 
 from clipgen.clip import Clip
 from clipgen.config import SamplingConfig
@@ -65,7 +66,7 @@ def main() -> None:
 
     model = GPT(config.model.gpt)
     optimizer = torch.optim.AdamW(decayed(model, c.weight_decay), c.lr, betas=(0.9, 0.95), fused=True)
-    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, cosine(c))
+    schedule = LambdaLR(optimizer, cosine(c))
     model, optimizer, schedule = accelerator.prepare(model, optimizer, schedule)
     gpt: GPT = accelerator.unwrap_model(model)
     ema = build_ema(gpt, c.ema)
