@@ -10,7 +10,7 @@ from __future__ import annotations
 import dataclasses
 import secrets
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -223,7 +223,7 @@ class ClipGen:
         )
 
     @contextmanager
-    def _timed(self, seconds: dict[str, float], stage: str):
+    def _timed(self, seconds: dict[str, float], stage: str) -> Iterator[None]:
         start = time.perf_counter()
         yield
         if self.device.type == "cuda":

@@ -10,15 +10,17 @@ import os
 import shutil
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, field
 from functools import wraps
 from pathlib import Path
+from typing import Any
 
 import torch
 import torch.nn as nn
 from accelerate import Accelerator
 from PIL import Image
+from safetensors.torch import save_file
 from torch import Tensor
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 from torch.utils.tensorboard import SummaryWriter
@@ -135,7 +137,7 @@ class Logger:
         self._board.add_image(name, pixels.view(image.height, image.width, 3), step, dataformats="HWC")
 
 
-def save_checkpoint(accelerator: Accelerator, out: Path, step: int, config: Config) -> None:
+def save_checkpoint(accelerator: Accelerator, out: Path, step: int, config: Config | TrainConfig) -> None:
     """Write everything that resuming needs to out/checkpoint; the previous one stays until the new one is whole."""
     temporary, final, old = out / "checkpoint.tmp", out / "checkpoint", out / "checkpoint.old"
     accelerator.save_state(str(temporary))
@@ -156,3 +158,19 @@ def load_checkpoint(accelerator: Accelerator, out: Path) -> int:
             accelerator.load_state(str(out / name))
             return int(json.loads((out / name / "state.json").read_text())["step"])
     return 0
+
+
+def save_tensors(weights: Mapping[str, Tensor], path: Path) -> None:
+    """Write safetensors under a temporary name, then rename."""
+    temporary = path.with_name(f"{path.name}.tmp")
+    save_file({name: tensor.contiguous() for name, tensor in weights.items()}, temporary)
+    os.replace(temporary, path)
+
+
+def decayed(model: nn.Module, weight_decay: float) -> list[dict[str, Any]]:
+    """Parameter groups: matrices decay; embeddings, positions, gains and biases do not."""
+    matrices: list[Tensor] = []
+    others: list[Tensor] = []
+    for name, parameter in model.named_parameters():
+        (others if parameter.ndim < 2 or "emb" in name else matrices).append(parameter)
+    return [{"params": matrices, "weight_decay": weight_decay}, {"params": others, "weight_decay": 0.0}]

@@ -184,10 +184,10 @@ def draw(record: dict, renders: Path, out: Path, size: int) -> None:
         image = centred(sprites[0], size)
     else:
         jitter = 0 if record["background"] == "white" else 12
-        colour = tuple(max(0, min(255, c + rng.randint(-jitter, jitter))) for c in COLOURS[record["background"]])
+        r, g, b = (max(0, min(255, c + rng.randint(-jitter, jitter))) for c in COLOURS[record["background"]])
         if rng.random() < 0.5:
             sprites = [s.transpose(Image.Transpose.FLIP_LEFT_RIGHT) for s in sprites]
-        image = compose(sprites, colour, size, rng)
+        image = compose(sprites, (r, g, b), size, rng)
     image.save(out / record["file_name"], compress_level=1)
 
 

@@ -5,17 +5,17 @@ Both encoders are frozen, so a picture's tokens and embedding never change durin
 
 from __future__ import annotations
 
-import os
 from pathlib import Path
 
 import torch
 from rich.progress import track
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from torch import Tensor
 
 from clipgen.clip import Clip
 from clipgen.images import clip_from_pixels
 from clipgen.vqgan import VQGAN
+from train.common import save_tensors
 from train.data import Images
 
 
@@ -37,7 +37,9 @@ def encode_images(
     return torch.cat(tokens), torch.cat(embeddings)
 
 
-def load_or_encode(cache: Path, data: Images, vqgan: VQGAN, clip: Clip, views: int, seed: int, device: torch.device):
+def load_or_encode(
+    cache: Path, data: Images, vqgan: VQGAN, clip: Clip, views: int, seed: int, device: torch.device
+) -> tuple[Tensor, Tensor]:
     """`encode_images` through a file: computed at the first call, read afterwards.
 
     Returns:
@@ -46,8 +48,6 @@ def load_or_encode(cache: Path, data: Images, vqgan: VQGAN, clip: Clip, views: i
     if not cache.is_file():
         tokens, embeddings = encode_images(data, vqgan, clip, views, seed, device)
         cache.parent.mkdir(parents=True, exist_ok=True)
-        temporary = cache.with_suffix(".tmp")
-        save_file({"tokens": tokens, "embeddings": embeddings}, temporary)
-        os.replace(temporary, cache)
+        save_tensors({"tokens": tokens, "embeddings": embeddings}, cache)
     stored = load_file(cache)
     return stored["tokens"].long(), stored["embeddings"].float()

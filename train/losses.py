@@ -29,10 +29,13 @@ class EfficientNetPerceptual(nn.Module):
         # Blocks that end at strides 2, 4 and 8: textures and edges, which is what L1 misses.
         ends = [1, 3, 5][:stages]
         self.stages = nn.ModuleList(nn.Sequential(*net._blocks[a:b]) for a, b in zip([0, *ends], ends, strict=False))
+        self.mean: Tensor
+        self.std: Tensor
         self.register_buffer("mean", torch.tensor(_IMAGENET_MEAN).view(1, 3, 1, 1))
         self.register_buffer("std", torch.tensor(_IMAGENET_STD).view(1, 3, 1, 1))
         self.eval().requires_grad_(False)
-        self.to(memory_format=torch.channels_last)  # depthwise convolutions on a CPU: 1.5 to 2.4 times faster
+        # Depthwise convolutions on a CPU are 1.5 to 2.4 times faster so.
+        self.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
 
     def features(self, x: Tensor) -> list[Tensor]:
         """Unit-norm features of each stage of images (B, 3, H, W) in [-1, 1]."""

@@ -14,7 +14,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -22,16 +21,26 @@ import torch
 import torch.nn.functional as F
 from accelerate import Accelerator
 from clip.model import CLIP
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from torch import Tensor
 from torch.optim import AdamW
 from torch.optim.lr_scheduler import LambdaLR
 
 from clipgen.clip import Clip, tokenize
 from clipgen.config import TrainConfig
-from clipgen.images import load_image, to_clip
+from clipgen.images import CLIP_MEAN, CLIP_STD, load_image, to_clip
 from train.captions import article
-from train.common import Logger, build_accelerator, build_ema, command, cosine, load_checkpoint, save_checkpoint
+from train.common import (
+    Logger,
+    build_accelerator,
+    build_ema,
+    command,
+    cosine,
+    decayed,
+    load_checkpoint,
+    save_checkpoint,
+    save_tensors,
+)
 from train.words import emoji_texts, picture_captions, read_emoji, read_wordnet, teacher_embeddings
 
 EMBED_DIM = 384  # of all-MiniLM-L6-v2
@@ -82,12 +91,13 @@ def train_image(args: argparse.Namespace, config: TowerConfig, accelerator: Acce
     model = build_mini_clip()
     model.train()
     tower = model.visual
-    scale = torch.nn.Parameter(torch.tensor(2.7))
-    optimizer = AdamW([*decayed(tower, config.weight_decay), {"params": [scale], "weight_decay": 0.0}], config.lr)
+    temperature = torch.nn.ParameterDict({"scale": torch.nn.Parameter(torch.tensor(2.7))})
+    scale = temperature["scale"]
+    optimizer = AdamW([*decayed(tower, config.weight_decay), *decayed(temperature, 0.0)], config.lr)
     schedule = LambdaLR(optimizer, cosine(config))
     tower, optimizer, schedule = accelerator.prepare(tower, optimizer, schedule)
     ema = build_ema(accelerator.unwrap_model(tower), config.ema)
-    accelerator.register_for_checkpointing(ema)
+    accelerator.register_for_checkpointing(ema, temperature)
     out = args.out / "image"
     start = load_checkpoint(accelerator, out)
     log = Logger(out, config.steps, config.batch_size)
@@ -116,7 +126,11 @@ def train_image(args: argparse.Namespace, config: TowerConfig, accelerator: Acce
 
         done = step + 1
         if done % config.log_every == 0:
-            scalars = {"contrastive": contrastive.detach(), "alignment": alignment.detach(), "scale": scale.exp()}
+            scalars: dict[str, float | Tensor] = {
+                "contrastive": contrastive.detach(),
+                "alignment": alignment.detach(),
+                "scale": scale.exp(),
+            }
             if done % config.sample_every == 0:
                 names = teacher_embeddings([article(e.name) for e in emoji.values()], args.out / "names.safetensors")
                 with torch.no_grad():
@@ -125,7 +139,7 @@ def train_image(args: argparse.Namespace, config: TowerConfig, accelerator: Acce
             log.scalars(done, scalars)
         if done % config.save_every == 0 or done == config.steps:
             save_checkpoint(accelerator, out, done, config)
-            save(ema.module.state_dict(), args.out / "image.safetensors")
+            save_tensors(ema.module.state_dict(), args.out / "image.safetensors")
 
 
 def train_text(args: argparse.Namespace, config: TowerConfig, accelerator: Accelerator) -> None:
@@ -177,7 +191,10 @@ def train_text(args: argparse.Namespace, config: TowerConfig, accelerator: Accel
 
         done = step + 1
         if done % config.log_every == 0:
-            scalars = {"alignment": alignment.detach(), "contrastive": contrastive.detach()}
+            scalars: dict[str, float | Tensor] = {
+                "alignment": alignment.detach(),
+                "contrastive": contrastive.detach(),
+            }
             if done % config.sample_every == 0:
                 with torch.no_grad():
                     found = F.normalize(encode_tokens(ema.module, tokens[held].to(y.device)).float(), dim=-1)
@@ -185,14 +202,14 @@ def train_text(args: argparse.Namespace, config: TowerConfig, accelerator: Accel
             log.scalars(done, scalars)
         if done % config.save_every == 0 or done == config.steps:
             save_checkpoint(accelerator, out, done, config)
-            save(ema.module.state_dict(), args.out / "text.safetensors")
+            save_tensors(ema.module.state_dict(), args.out / "text.safetensors")
 
 
 def join(args: argparse.Namespace) -> None:
     """Put both towers into one file of OpenAI's names and measure retrieval with it."""
     weights = load_file(args.out / "text.safetensors")
     weights |= {f"visual.{k}": v for k, v in load_file(args.out / "image.safetensors").items()}
-    save(weights, args.out / "clip.safetensors")
+    save_tensors(weights, args.out / "clip.safetensors")
     clip = Clip.from_state_dict(weights)
     emoji = read_emoji(args.data)
     with torch.no_grad():
@@ -210,15 +227,6 @@ def encode_tokens(model: CLIP, tokens: Tensor) -> Tensor:
     x = (model.token_embedding(tokens) + model.positional_embedding[:length]).permute(1, 0, 2)  # (L, B, C)
     x = model.ln_final(model.transformer(x).permute(1, 0, 2))
     return x[torch.arange(len(x), device=x.device), tokens.argmax(-1)] @ model.text_projection
-
-
-def decayed(model: torch.nn.Module, weight_decay: float) -> list[dict]:
-    """Matrices decay; tables, gains, biases and positions do not."""
-    matrices, others = [], []
-    for name, parameter in model.named_parameters():
-        table = parameter.ndim < 2 or "embedding" in name
-        (others if table else matrices).append(parameter)
-    return [{"params": matrices, "weight_decay": weight_decay}, {"params": others, "weight_decay": 0.0}]
 
 
 def read_records(folder: Path) -> list[dict]:
@@ -243,8 +251,6 @@ def read_pixels(folder: Path) -> Tensor:
 
 def clip_statistics() -> tuple[Tensor, Tensor]:
     """CLIP's mean and std, (1, 3, 1, 1)."""
-    from clipgen.images import CLIP_MEAN, CLIP_STD
-
     return torch.tensor(CLIP_MEAN).view(1, 3, 1, 1), torch.tensor(CLIP_STD).view(1, 3, 1, 1)
 
 
@@ -274,13 +280,6 @@ def recall(texts: Tensor, images: Tensor, text_codes: list[str], image_codes: li
     order = (texts[rows] @ images.t()).argsort(dim=1, descending=True)
     rank = (order == torch.arange(len(rows))[:, None]).float().argmax(1)
     return {f"recall_{k}": (rank < k).float().mean().item() for k in (1, 5, 10)}
-
-
-def save(weights: dict[str, Tensor], path: Path) -> None:
-    """Write safetensors under a temporary name, then rename."""
-    temporary = path.with_suffix(".tmp")
-    save_file({k: v.contiguous() for k, v in weights.items()}, temporary)
-    os.replace(temporary, path)
 
 
 @command

@@ -9,14 +9,14 @@ and OUT/tensorboard, reconstructions (above: the originals) in OUT/reconstructio
 
 from __future__ import annotations
 
-import os
 from dataclasses import asdict
 from pathlib import Path
+from typing import cast
 
 import torch
 import torch.nn.functional as F
 from omegaconf import OmegaConf
-from safetensors.torch import save_file
+from PIL import Image
 from torch import Tensor
 from torch.optim.lr_scheduler import LambdaLR
 
@@ -31,6 +31,7 @@ from train.common import (
     load_checkpoint,
     parse_args,
     save_checkpoint,
+    save_tensors,
 )
 from train.data import Images, image_batches
 from train.losses import PatchDiscriminator, adaptive_weight, build_perceptual, discriminator_loss, generator_loss
@@ -56,6 +57,7 @@ def main() -> None:
     )
     vqgan: VQGAN = accelerator.unwrap_model(model)
     ema = build_ema(vqgan, c.ema)
+    average = cast(VQGAN, ema.module)
     usage = torch.zeros(config.model.vqgan.codebook_size, device=accelerator.device)
     accelerator.register_for_checkpointing(ema)
     if perceptual is not None:
@@ -119,11 +121,11 @@ def main() -> None:
         if accelerator.is_main_process and done % c.log_every == 0:
             log.scalars(done, scalars)
         if accelerator.is_main_process and (done % c.sample_every == 0 or done == c.steps):
-            log.picture(done, "reconstruction", reconstruction_grid(ema.module, fixed))
+            log.picture(done, "reconstruction", reconstruction_grid(average, fixed))
         if done % c.save_every == 0 or done == c.steps:
             save_checkpoint(accelerator, args.out, done, config)
             if accelerator.is_main_process:
-                export(ema.module, args.out)
+                export(average, args.out)
 
 
 def same_crop(a: Tensor, b: Tensor, side: int) -> tuple[Tensor, Tensor]:
@@ -148,16 +150,14 @@ def revive_codes(vqgan: VQGAN, usage: Tensor, x: Tensor) -> None:
 
 
 @torch.no_grad()
-def reconstruction_grid(vqgan: VQGAN, x: Tensor):
+def reconstruction_grid(vqgan: VQGAN, x: Tensor) -> Image.Image:
     """Originals (B, 3, H, W) in the upper rows, their reconstructions below."""
     return grid(from_pixels(torch.cat([x, vqgan(x)[0].float()])), columns=8)
 
 
 def export(vqgan: VQGAN, out: Path) -> None:
     """Write vqgan.safetensors and the configuration it was built from."""
-    temporary = out / "vqgan.safetensors.tmp"
-    save_file({k: v.contiguous() for k, v in vqgan.state_dict().items()}, temporary)
-    os.replace(temporary, out / "vqgan.safetensors")
+    save_tensors(vqgan.state_dict(), out / "vqgan.safetensors")
     OmegaConf.save(OmegaConf.create(asdict(vqgan.config)), out / "vqgan.yaml")
 
 

@@ -10,14 +10,13 @@ embeddings are computed once and kept in OUT/encoded.safetensors.
 
 from __future__ import annotations
 
-import os
 from dataclasses import replace
-from pathlib import Path
+from typing import cast
 
 import torch
 import torch.nn.functional as F
 from PIL import Image
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from torch import Tensor
 from torch.optim.lr_scheduler import LambdaLR
 
@@ -33,9 +32,11 @@ from train.common import (
     build_ema,
     command,
     cosine,
+    decayed,
     load_checkpoint,
     parse_args,
     save_checkpoint,
+    save_tensors,
 )
 from train.data import Images, Shuffle
 from train.encode import load_or_encode
@@ -70,6 +71,7 @@ def main() -> None:
     model, optimizer, schedule = accelerator.prepare(model, optimizer, schedule)
     gpt: GPT = accelerator.unwrap_model(model)
     ema = build_ema(gpt, c.ema)
+    average = cast(GPT, ema.module)
     accelerator.register_for_checkpointing(ema)
     start = load_checkpoint(accelerator, args.out)
     order = iter(Shuffle(len(train_tokens), c.seed, start * c.batch_size))
@@ -94,26 +96,18 @@ def main() -> None:
         if accelerator.is_main_process and done % c.log_every == 0:
             scalars = {"loss": loss.detach(), "lr": schedule.get_last_lr()[0]}
             if done % c.sample_every == 0:
-                scalars["held_loss"] = evaluate(ema.module, tokens[held].to(device), embeddings[held].to(device))
+                scalars["held_loss"] = evaluate(average, tokens[held].to(device), embeddings[held].to(device))
             log.scalars(done, scalars)
         if accelerator.is_main_process and (done % c.sample_every == 0 or done == c.steps):
             rows = held[:: max(1, len(held) // 16)][:16]
             picture = sample_grid(
-                ema.module, vqgan, tokens[rows].to(device), embeddings[rows].to(device), config.model.sampling
+                average, vqgan, tokens[rows].to(device), embeddings[rows].to(device), config.model.sampling
             )
             log.picture(done, "samples", picture)
         if done % c.save_every == 0 or done == c.steps:
             save_checkpoint(accelerator, args.out, done, config)
             if accelerator.is_main_process:
-                export(ema.module, args.out)
-
-
-def decayed(model: GPT, weight_decay: float) -> list[dict]:
-    """Matrices decay; embeddings, positions, gains and biases do not."""
-    matrices, others = [], []
-    for name, parameter in model.named_parameters():
-        (others if parameter.ndim < 2 or "emb" in name else matrices).append(parameter)
-    return [{"params": matrices, "weight_decay": weight_decay}, {"params": others, "weight_decay": 0.0}]
+                save_tensors(average.state_dict(), args.out / "gpt.safetensors")
 
 
 def perturb(embeddings: Tensor, angle: float, dropout: float, generator: torch.Generator) -> Tensor:
@@ -152,13 +146,6 @@ def sample_grid(gpt: GPT, vqgan: VQGAN, tokens: Tensor, embeddings: Tensor, samp
     vqgan = vqgan.to(tokens.device)
     pixels = torch.cat([vqgan.decode_tokens(tokens), vqgan.decode_tokens(drawn.clone())])
     return grid(from_pixels(pixels.float().clamp(-1, 1)), columns=8)
-
-
-def export(gpt: GPT, out: Path) -> None:
-    """Write gpt.safetensors."""
-    temporary = out / "gpt.safetensors.tmp"
-    save_file({k: v.contiguous() for k, v in gpt.state_dict().items()}, temporary)
-    os.replace(temporary, out / "gpt.safetensors")
 
 
 if __name__ == "__main__":
