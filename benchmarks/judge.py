@@ -142,6 +142,10 @@ class Gallery:
     codes: list[str]
     styles: list[str]
 
+    def of(self, codes: Sequence[str]) -> list[int]:
+        """Rows of the renders of some emoji, in every style."""
+        return [i for i, code in enumerate(self.codes) if code in codes]
+
     def similarities(
         self, queries: Tensor, without: Sequence[tuple[str, str]] | None = None
     ) -> tuple[Tensor, list[str]]:

@@ -17,7 +17,7 @@ from clipgen.clip import Clip
 from clipgen.images import clip_from_pixels, from_pixels, load_image, to_pixels
 from clipgen.vqgan import VQGAN
 from train.captions import COLOURS, article
-from train.emoji import compose
+from train.emoji import centred, compose
 from train.mini_clip import read_records, recall
 from train.words import read_emoji
 
@@ -51,13 +51,15 @@ def pair_ranks(judge: Judge, gallery: Gallery, images: Sequence[Image.Image], gr
 
 
 def measure_judge(
-    judge: Judge, gallery: Gallery, data: Path, prompts: Sequence[Prompt], vqgan: VQGAN | None
+    judge: Judge, gallery: Gallery, data: Path, prompts: Sequence[Prompt], vqgan: VQGAN
 ) -> dict[str, float]:
     """How often the judge recognises real pictures: what a perfect generator could reach.
 
     Held-out pictures are Noto renders, whose own render must not count, so they are recognised by the other artists'
     drawings only: `new_style`, and the same through the VQGAN. A generator that draws in the styles that it was
     trained on is closer to `known_style`: a render of the gallery at another place, size and background colour.
+    `prompted_emoji` are those that the prompts of single objects ask for, in every style; through the VQGAN they tell
+    what share of pictures could be right if the GPT made no mistake.
     """
     pictures, codes = read_split(data, "heldout")
     right, without = [[code] for code in codes], [("noto", code) for code in codes]
@@ -69,33 +71,25 @@ def measure_judge(
     pairs = [(i, i + 1) for i in range(0, len(sprites) - 1, 2)]
     both = [compose([sprites[i], sprites[j]], (255, 255, 255), side, rng) for i, j in pairs]
     paired = [pair_ranks(judge, gallery, [x], [right[i], right[j]])[0] for x, (i, j) in zip(both, pairs, strict=True)]
-    found = {
+    asked = [(i, p.groups[0]) for p in prompts if p.kind == "object" for i in gallery.of(p.groups[0])]
+    rows, groups = [i for i, _ in asked], [group for _, group in asked]
+    names = [(gallery.styles[i], gallery.codes[i]) for i in rows]
+    renders = [Image.open(data / "renders" / style / f"{code}.png").convert("RGBA") for style, code in names]
+
+    def after_vqgan(images: Sequence[Image.Image]) -> Tensor:
+        return judge.features(from_pixels(reconstruct(vqgan, to_pixels(images, vqgan.config.image_size))[0]))
+
+    rebuilt = after_vqgan(pictures)
+    return {
         "new_style": rate(gallery.ranks(judge.features(pictures), right, without)),
         "new_style_on_colour": rate(gallery.ranks(moved, right, without)),
+        "new_style_after_vqgan": rate(gallery.ranks(rebuilt, right, without)),
         "known_style_on_colour": rate(gallery.ranks(moved, right)),
         "known_style_pairs": rate(paired),
-        "prompted_emoji_in_a_new_style": rate(_prompted_ranks(gallery, prompts)),
+        "known_style_after_vqgan": rate(gallery.ranks(rebuilt, right)),
+        "prompted_emoji_in_a_new_style": rate(gallery.ranks(gallery.features[rows], groups, names)),
+        "prompted_emoji_after_vqgan": rate(gallery.ranks(after_vqgan([centred(r, side) for r in renders]), groups)),
     }
-    if vqgan is not None:
-        size = vqgan.config.image_size
-        again = judge.features(from_pixels(reconstruct(vqgan, to_pixels(pictures, size))[0]))
-        found["new_style_after_vqgan"] = rate(gallery.ranks(again, right, without))
-        found["known_style_after_vqgan"] = rate(gallery.ranks(again, right))
-    return found
-
-
-def _prompted_ranks(gallery: Gallery, prompts: Sequence[Prompt]) -> list[int]:
-    """Ranks of every real render of the emoji that the prompts of single objects ask for, its own style withheld."""
-    queries, right, without = [], [], []
-    for prompt in prompts:
-        if prompt.kind != "object":
-            continue
-        for i, code in enumerate(gallery.codes):
-            if code in prompt.groups[0]:
-                queries.append(i)
-                right.append(prompt.groups[0])
-                without.append((gallery.styles[i], code))
-    return gallery.ranks(gallery.features[queries], right, without)
 
 
 @torch.inference_mode()

@@ -37,7 +37,8 @@ from rich.console import Console
 from rich.progress import track
 
 from clipgen.images import grid, save_image
-from clipgen.pipeline import ClipGen, Request
+from clipgen.pipeline import ClipGen
+from clipgen.request import Request
 from train.captions import COLOURS
 
 ROOT = Path(__file__).resolve().parent.parent
