@@ -1,13 +1,13 @@
-"""The mini CLIP: OpenAI's architecture with small sizes, its words distilled from a sentence encoder.
+"""The mini CLIP: OpenAI's architecture with small sizes; a sentence encoder teaches it what words mean.
 
     python train/mini_clip.py image --data data/emoji --out runs/clip
     python train/mini_clip.py text  --data data/emoji --out runs/clip
     python train/mini_clip.py join  --data data/emoji --out runs/clip
 
-`image` trains the image tower against the encoder's embeddings of captions (contrastive, the text side frozen as in
-LiT, arXiv 2111.07991, plus the cosine itself, which keeps the gap between words and pictures small). `text` distils
-the text tower from the same encoder on WordNet and captions. They are independent and may run side by side; `join`
-writes OUT/clip.safetensors and the retrieval of held-out pictures by their names.
+`image` trains the image tower with the text side frozen, as in LiT (arXiv 2111.07991): a picture must find its objects'
+names among all names, and its caption among the batch's, in the encoder's space. `text` trains the text tower towards
+the pictures: a caption belongs where its picture is, any other text among the pictures of the names that the encoder
+finds nearest to it, so that "puppy" lands near dogs. `join` writes OUT/clip.safetensors and measures retrieval.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ from torch.optim.lr_scheduler import LambdaLR
 from clipgen.clip import Clip, tokenize
 from clipgen.config import TrainConfig
 from clipgen.images import CLIP_MEAN, CLIP_STD, load_image, to_clip
-from train.captions import article
+from train.captions import Emoji, article
 from train.common import (
     Logger,
     build_accelerator,
@@ -41,7 +41,7 @@ from train.common import (
     save_checkpoint,
     save_tensors,
 )
-from train.words import emoji_texts, picture_captions, read_emoji, read_wordnet, teacher_embeddings
+from train.words import emoji_words, picture_captions, read_emoji, read_wordnet, teacher_embeddings
 
 EMBED_DIM = 384  # of all-MiniLM-L6-v2
 CONTEXT = 32
@@ -85,6 +85,14 @@ def train_image(args: argparse.Namespace, config: TowerConfig, accelerator: Acce
     vectors = teacher_embeddings(unique, args.out / "teacher_image.safetensors").to(accelerator.device)
     place = {text: i for i, text in enumerate(unique)}
     targets = torch.tensor([[place[text] for text in row] for row in captions])
+    # All names are negatives, not only those of the batch: the text side is frozen, so they cost nothing.
+    present = sorted({code for r in read_records(args.data / "train") for code in r["objects"]})
+    names = name_embeddings([emoji[code] for code in present], args.out / "teacher_names.safetensors")
+    names = names.to(accelerator.device)
+    number = {code: i for i, code in enumerate(present)}
+    objects = torch.tensor(
+        [[number[r["objects"][0]], number[r["objects"][-1]]] for r in read_records(args.data / "train")]
+    )
     pixels = read_pixels(args.data / "train")  # (N, 3, 64, 64) uint8: small enough to hold
     held_pixels, held_codes = read_pixels(args.data / "heldout"), read_codes(args.data / "heldout")
 
@@ -93,7 +101,8 @@ def train_image(args: argparse.Namespace, config: TowerConfig, accelerator: Acce
     tower = model.visual
     temperature = torch.nn.ParameterDict({"scale": torch.nn.Parameter(torch.tensor(2.7))})
     scale = temperature["scale"]
-    optimizer = AdamW([*decayed(tower, config.weight_decay), *decayed(temperature, 0.0)], config.lr)
+    scales = {"params": [scale], "weight_decay": 0.0}
+    optimizer = AdamW([*decayed(tower, config.weight_decay), scales], config.lr)
     schedule = LambdaLR(optimizer, cosine(config))
     tower, optimizer, schedule = accelerator.prepare(tower, optimizer, schedule)
     ema = build_ema(accelerator.unwrap_model(tower), config.ema)
@@ -117,8 +126,11 @@ def train_image(args: argparse.Namespace, config: TowerConfig, accelerator: Acce
         labels = torch.arange(len(rows), device=x.device)
         contrastive = 0.5 * (F.cross_entropy(logits, labels) + F.cross_entropy(logits.t(), labels))
         alignment = 1 - cosines.diagonal().mean()
+        both = objects[rows].to(x.device)
+        name_logits = (image @ names.t()) * scale.exp().clamp(max=100)
+        naming = 0.5 * (F.cross_entropy(name_logits, both[:, 0]) + F.cross_entropy(name_logits, both[:, 1]))
         optimizer.zero_grad()
-        accelerator.backward(contrastive + 2 * alignment)
+        accelerator.backward(naming + contrastive + 2 * alignment)
         accelerator.clip_grad_norm_(tower.parameters(), config.grad_clip)
         optimizer.step()
         schedule.step()
@@ -127,15 +139,15 @@ def train_image(args: argparse.Namespace, config: TowerConfig, accelerator: Acce
         done = step + 1
         if done % config.log_every == 0:
             scalars: dict[str, float | Tensor] = {
+                "naming": naming.detach(),
                 "contrastive": contrastive.detach(),
                 "alignment": alignment.detach(),
                 "scale": scale.exp(),
             }
             if done % config.sample_every == 0:
-                names = teacher_embeddings([article(e.name) for e in emoji.values()], args.out / "names.safetensors")
                 with torch.no_grad():
                     found = F.normalize(ema.module(normalise(held_pixels).to(x.device)).float(), dim=-1).cpu()
-                scalars |= recall(names, found, list(emoji), held_codes)
+                scalars |= recall(names.cpu(), found, present, held_codes)
             log.scalars(done, scalars)
         if done % config.save_every == 0 or done == config.steps:
             save_checkpoint(accelerator, out, done, config)
@@ -144,16 +156,16 @@ def train_image(args: argparse.Namespace, config: TowerConfig, accelerator: Acce
 
 def train_text(args: argparse.Namespace, config: TowerConfig, accelerator: Accelerator) -> None:
     emoji = read_emoji(args.data)
-    words = read_wordnet(args.wordnet, 55_000, config.seed)
-    captions = emoji_texts(list(emoji.values()), per_emoji=16, pairs=12_000, seed=config.seed)
-    texts = sorted({*words, *captions})
-    vectors = teacher_embeddings(texts, args.out / "teacher_text.safetensors").to(accelerator.device)
+    pictures = picture_embeddings(args.data / "train", args.out)
+    captions = picture_captions(args.data, "train", emoji, CAPTIONS, config.seed)
+    words = sorted({*read_wordnet(args.wordnet, 55_000, config.seed), *emoji_words(list(emoji.values()))})
+    bridged = bridge(words, emoji, pictures, read_records(args.data / "train"), args.out)
+    texts = [*words, *(text for row in captions for text in row)]
+    targets = torch.cat([bridged, pictures.repeat_interleave(CAPTIONS, 0)]).to(accelerator.device)
     tokens, _ = tokenize(texts, CONTEXT)
     lengths = tokens.argmax(1) + 1  # the end token has the highest id
     held = torch.zeros(len(texts), dtype=torch.bool)
-    held[torch.randperm(len(texts), generator=torch.Generator().manual_seed(1))[:1000]] = True
-    known = set(captions)
-    is_caption = torch.tensor([text in known for text in texts])
+    held[torch.randperm(len(words), generator=torch.Generator().manual_seed(1))[:1000]] = True
 
     model = build_mini_clip()
     model.visual = torch.nn.Identity()
@@ -168,8 +180,9 @@ def train_text(args: argparse.Namespace, config: TowerConfig, accelerator: Accel
     start = load_checkpoint(accelerator, out)
     log = Logger(out, config.steps, config.batch_size)
 
-    # Batches of similar lengths, and captions as often as WordNet, which has more texts.
-    weight = torch.where(is_caption, 1.0 / is_caption.sum(), 1.0 / (~is_caption).sum()) * ~held
+    # Words as often as captions; the quarter of a pool whose lengths are alike makes a batch with little padding.
+    is_word = torch.arange(len(texts)) < len(words)
+    weight = torch.where(is_word, 1 / is_word.sum(), 1 / (~is_word).sum()) * ~held
     for step in range(start, config.steps):
         generator = torch.Generator().manual_seed(config.seed * 1_000_003 + step)
         pool = torch.multinomial(weight, 4 * config.batch_size, replacement=True, generator=generator)
@@ -178,10 +191,10 @@ def train_text(args: argparse.Namespace, config: TowerConfig, accelerator: Accel
         with accelerator.autocast():
             y = encode_tokens(tower, tokens[rows, : int(lengths[rows].max())].to(accelerator.device))
         y = F.normalize(y.float(), dim=-1)
-        target = vectors[rows]
+        target = targets[rows]
         alignment = 1 - (y * target).sum(-1).mean()
         # Relations between sentences, not only their places: the contrastive term keeps neighbours apart.
-        contrastive = F.cross_entropy(y @ target.t() * 20, torch.arange(len(rows), device=y.device))
+        contrastive = F.cross_entropy(y @ target.t() * 20, (target @ target.t() * 20).softmax(-1))
         optimizer.zero_grad()
         accelerator.backward(10 * alignment + contrastive)
         accelerator.clip_grad_norm_(model.parameters(), config.grad_clip)
@@ -198,11 +211,38 @@ def train_text(args: argparse.Namespace, config: TowerConfig, accelerator: Accel
             if done % config.sample_every == 0:
                 with torch.no_grad():
                     found = F.normalize(encode_tokens(ema.module, tokens[held].to(y.device)).float(), dim=-1)
-                scalars["held_cosine"] = (found * vectors[held]).sum(-1).mean()
+                scalars["held_cosine"] = (found * targets[held]).sum(-1).mean()
             log.scalars(done, scalars)
         if done % config.save_every == 0 or done == config.steps:
             save_checkpoint(accelerator, out, done, config)
             save_tensors(ema.module.state_dict(), args.out / "text.safetensors")
+
+
+@torch.no_grad()
+def picture_embeddings(folder: Path, out: Path) -> Tensor:
+    """The trained image tower's unit-norm embeddings (N, D) of a split, in the order of its metadata."""
+    tower = build_mini_clip().visual.eval()
+    tower.load_state_dict(load_file(out / "image.safetensors"))
+    pixels = read_pixels(folder)
+    with torch.autocast("cpu", torch.bfloat16):
+        found = [tower(normalise(batch)).float() for batch in pixels.split(128)]
+    return F.normalize(torch.cat(found), dim=-1)
+
+
+def bridge(words: list[str], emoji: dict[str, Emoji], pictures: Tensor, records: list[dict], out: Path) -> Tensor:
+    """Where texts belong among the pictures: (len(words), D) unit norm.
+
+    Each text is a mixture of the pictures' means of its nearest names, weighted by the encoder's similarity.
+    """
+    codes = sorted({code for r in records for code in r["objects"]})
+    names = name_embeddings([emoji[code] for code in codes], out / "teacher_names.safetensors")
+    number = {code: i for i, code in enumerate(codes)}
+    single = [i for i, r in enumerate(records) if len(r["objects"]) == 1]
+    owner = torch.tensor([number[records[i]["objects"][0]] for i in single])
+    means = torch.zeros(len(codes), pictures.shape[1]).index_add(0, owner, pictures[single])
+    similar, nearest = (teacher_embeddings(words, out / "teacher_text.safetensors") @ names.t()).topk(8)
+    weight = (similar / 0.04).softmax(-1)[..., None]
+    return F.normalize((weight * F.normalize(means, dim=-1)[nearest]).sum(1), dim=-1)
 
 
 def join(args: argparse.Namespace) -> None:
@@ -227,6 +267,13 @@ def encode_tokens(model: CLIP, tokens: Tensor) -> Tensor:
     x = (model.token_embedding(tokens) + model.positional_embedding[:length]).permute(1, 0, 2)  # (L, B, C)
     x = model.ln_final(model.transformer(x).permute(1, 0, 2))
     return x[torch.arange(len(x), device=x.device), tokens.argmax(-1)] @ model.text_projection
+
+
+def name_embeddings(emoji: list[Emoji], cache: Path) -> Tensor:
+    """The teacher's unit-norm embeddings of each emoji's name, with and without its article averaged, (N, 384)."""
+    names = [e.name for e in emoji]
+    vectors = teacher_embeddings([*names, *(article(name) for name in names)], cache)
+    return F.normalize(vectors[: len(names)] + vectors[len(names) :], dim=-1)
 
 
 def read_records(folder: Path) -> list[dict]:

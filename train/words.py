@@ -11,7 +11,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from train.captions import COLOURS, STYLES, Emoji, article, caption
+from train.captions import Emoji, article, caption
 from train.data import DataError
 
 # WordNet's lexicographer files of things one can draw: animal, artifact, body, food, object, phenomenon, plant, shape.
@@ -48,18 +48,10 @@ def read_wordnet(folder: Path, count: int, seed: int) -> list[str]:
     return sorted(random.Random(seed).sample(sorted(texts), min(count, len(texts))))
 
 
-def emoji_texts(emoji: list[Emoji], per_emoji: int, pairs: int, seed: int) -> list[str]:
-    """Names, keywords and captions of single emoji, and captions of `pairs` of two."""
-    rng = random.Random(seed)
-    texts: set[str] = set()
-    backgrounds, styles = sorted(COLOURS), sorted(STYLES)
-    for e in emoji:
-        for word in (e.name, *e.keywords):
-            texts.update((word, article(word)))
-        texts.update(caption([e], rng.choice(styles), rng.choice(backgrounds), rng) for _ in range(per_emoji))
-    for _ in range(pairs):
-        texts.add(caption(rng.sample(emoji, 2), rng.choice(styles), rng.choice(["white", *backgrounds]), rng))
-    return sorted(texts)
+def emoji_words(emoji: list[Emoji]) -> list[str]:
+    """Names and keywords, with and without an article."""
+    words = {word for e in emoji for word in (e.name, *e.keywords)}
+    return sorted(words | {article(word) for word in words})
 
 
 def picture_captions(folder: Path, split: str, emoji: dict[str, Emoji], count: int, seed: int) -> list[list[str]]:
