@@ -108,7 +108,7 @@ mini: emoji ## rebuild the mini model from its data (hours); run it again to res
 	$(BIN)/python train/mini_clip.py text --data data/emoji --out runs/clip
 	$(BIN)/python train/mini_clip.py join --data data/emoji --out runs/clip
 	$(BIN)/python train/stage1.py --config mini --data data/emoji/train --out runs/vqgan
-	$(BIN)/python train/stage2.py --config mini --data data/emoji/train --vqgan runs/vqgan \
+	$(BIN)/python train/stage2.py --config mini --data data/emoji/stage2 --vqgan runs/vqgan \
 		--clip runs/clip/clip.safetensors --out runs/gpt
 	$(BIN)/python -m train.export --config mini --clip runs/clip/clip.safetensors --vqgan runs/vqgan --gpt runs/gpt \
 		--out weights/mini

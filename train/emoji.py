@@ -5,7 +5,8 @@
 (`make emoji` does both.) Writes, under --out:
 
     renders/STYLE/CODE.png   every emoji in every style, transparent, as the artists drew it
-    train/*.png              what the models train on: one or two emoji on plain backgrounds
+    train/*.png              what CLIP and the VQGAN train on: one or two emoji on plain backgrounds
+    stage2/*.png             what the GPT trains on: mostly single emoji, centred on white, and no symbols
     heldout/*.png            renders whose emoji the models know only in other styles
     unseen/*.png             emoji that no model has seen in any style
     */metadata.jsonl         file_name, objects, style and background of each picture
@@ -51,6 +52,7 @@ LICENCES = {
     "@iconify-json/twemoji": "CC BY 4.0, Twitter and contributors",
     "emojibase-data": "MIT, Miles Johnson",
 }
+_SYMBOLS = 8  # arrows, signs, buttons
 _SKIP_GROUPS = {2, 9}  # skin-tone components; flags, which are letters to a model of this size
 
 
@@ -136,8 +138,8 @@ def centred(sprite: Image.Image, size: int, colour: tuple[int, int, int] = (255,
     return canvas.convert("RGB")
 
 
-def plan(renders: list[tuple[str, str]], views: int, pairs: int, seed: int) -> list[dict]:
-    """What to draw: for each render a canonical view and `views - 1` free ones, then `pairs` of two objects.
+def plan(renders: list[tuple[str, str]], views: int, coloured: int, pairs: int, seed: int) -> list[dict]:
+    """What to draw: `views` of each render, the first canonical, then `coloured` single ones and `pairs` of two objects.
 
     Returns metadata records; each carries the seed of its own randomness, so any worker can draw any record.
     """
@@ -149,6 +151,8 @@ def plan(renders: list[tuple[str, str]], views: int, pairs: int, seed: int) -> l
         for view in range(views):
             background = "white" if view < 2 else _background(style, rng)
             records.append(_record([code], style, background, canonical=view == 0, rng=rng))
+    for style, code in rng.choices(renders, k=coloured):
+        records.append(_record([code], style, _background(style, rng), canonical=False, rng=rng))
     for _ in range(pairs):
         style = rng.choice(sorted(by_style))
         codes = rng.sample(by_style[style], 2)
@@ -230,7 +234,8 @@ def main() -> None:
         work = partial(render, out=args.out / "renders")
         for _ in track(pool.map(work, sources, chunksize=32), f"renders ({len(sources)})", len(sources)):
             pass
-        splits = split([(style, code) for style, code, _ in sources], args)
+        symbols = {e.code for e in emoji if e.group == _SYMBOLS}
+        splits = split([(style, code) for style, code, _ in sources], symbols, args)
         for name, records in splits.items():
             write_split(name, records, args.out, args.size, pool)
     drawn = {code for _, code, _ in sources}
@@ -239,8 +244,8 @@ def main() -> None:
     console.print(f"{len(drawn)} emoji, {len(sources)} renders -> {args.out}")
 
 
-def split(renders: list[tuple[str, str]], args: argparse.Namespace) -> dict[str, list[dict]]:
-    """Records of train, heldout (some Noto renders) and unseen (some emoji in every style)."""
+def split(renders: list[tuple[str, str]], symbols: set[str], args: argparse.Namespace) -> dict[str, list[dict]]:
+    """Records of train and stage2, of heldout (some Noto renders) and unseen (some emoji in every style)."""
     rng = random.Random(args.seed)
     styles_of: dict[str, int] = {}
     for _, code in renders:
@@ -250,10 +255,12 @@ def split(renders: list[tuple[str, str]], args: argparse.Namespace) -> dict[str,
     unseen, rest = set(common[: args.unseen]), common[args.unseen :]
     heldout = {("noto", code) for code in rest[: args.heldout]}
     train = [r for r in renders if r not in heldout and r[1] not in unseen]
+    drawable = [r for r in train if r[1] not in symbols]
     return {
-        "train": plan(train, args.views, args.pairs, args.seed),
-        "heldout": plan(sorted(heldout), views=1, pairs=0, seed=args.seed),
-        "unseen": plan([r for r in renders if r[1] in unseen], views=1, pairs=0, seed=args.seed),
+        "train": plan(train, args.views, 0, args.pairs, args.seed),
+        "stage2": plan(drawable, 1, len(drawable) // 4, args.pairs // 6, args.seed),
+        "heldout": plan(sorted(heldout), 1, 0, 0, args.seed),
+        "unseen": plan([r for r in renders if r[1] in unseen], 1, 0, 0, args.seed),
     }
 
 

@@ -1,6 +1,6 @@
 """Stage 2: images -> GPT, which learns an image's tokens given its CLIP embedding. No captions.
 
-    python train/stage2.py --config mini --data data/emoji/train --vqgan runs/vqgan --clip runs/clip/clip.safetensors \\
+    python train/stage2.py --config mini --data data/emoji/stage2 --vqgan runs/vqgan --clip runs/clip/clip.safetensors \\
         --out runs/gpt
 
 Run it again to resume. The weights are in OUT/gpt.safetensors (the moving average), the curves in OUT/scalars.csv and
