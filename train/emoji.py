@@ -139,7 +139,7 @@ def centred(sprite: Image.Image, size: int, colour: tuple[int, int, int] = (255,
 
 
 def plan(renders: list[tuple[str, str]], views: int, coloured: int, pairs: int, seed: int) -> list[dict]:
-    """What to draw: `views` of each render, the first canonical, then `coloured` single ones and `pairs` of two objects.
+    """What to draw: `views` of each render, the first canonical, then `coloured` ones and `pairs` of two objects.
 
     Returns metadata records; each carries the seed of its own randomness, so any worker can draw any record.
     """

@@ -1,7 +1,7 @@
 """Stage 2: images -> GPT, which learns an image's tokens given its CLIP embedding. No captions.
 
-    python train/stage2.py --config mini --data data/emoji/stage2 --vqgan runs/vqgan --clip runs/clip/clip.safetensors \\
-        --out runs/gpt
+    python train/stage2.py --config mini --data data/emoji/stage2 --vqgan runs/vqgan \\
+        --clip runs/clip/clip.safetensors --out runs/gpt
 
 Run it again to resume. The weights are in OUT/gpt.safetensors (the moving average), the curves in OUT/scalars.csv and
 OUT/tensorboard, samples (above: the pictures whose embeddings they were drawn from) in OUT/samples_*.png. Tokens and
