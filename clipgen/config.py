@@ -157,6 +157,8 @@ class TrainConfig:
     steps: int = 100_000
     batch_size: int = 64
     """Images per step over all processes."""
+    init: str = ""
+    """Weights to start from, a .safetensors file of the same model; empty starts from scratch."""
     lr: float = 1e-4
     warmup: int = 500
     seed: int = 0

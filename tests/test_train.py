@@ -139,6 +139,20 @@ def test_interrupted_and_resumed_is_as_if_never_interrupted(
     assert all(torch.equal(whole[key], resumed[key]) for key in whole)
 
 
+def test_training_starts_from_given_weights(
+    trained: Path, pictures: Path, config: Path, tmp_path: Path, monkeypatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    init = trained / "vqgan" / "vqgan.safetensors"
+    arguments = ["--config", config, "--data", pictures, "--out", tmp_path / "run", "stage1.lr=1e-12", "stage1.steps=1"]
+    run(stage1, monkeypatch, *arguments, f"stage1.init={init}", "stage1.revive_every=0")
+    before, after = load_file(init), load_file(tmp_path / "run" / "vqgan.safetensors")
+    assert all(torch.allclose(before[key], after[key], atol=1e-6) for key in before)
+    with pytest.raises(SystemExit) as stop:
+        run(stage1, monkeypatch, *arguments, f"stage1.init={trained / 'gpt' / 'gpt.safetensors'}")
+    assert stop.value.code == 2
+    assert "gpt.safetensors: the VQGAN's tensors do not fit" in capsys.readouterr().err
+
+
 @pytest.mark.slow
 def test_stage1_learns_with_every_loss(pictures: Path, config: Path, tmp_path: Path, monkeypatch) -> None:
     more = ["stage1.steps=80", "stage1.perceptual=efficientnet", "stage1.disc_start=60", "stage1.log_every=10"]

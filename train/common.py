@@ -20,12 +20,13 @@ import torch
 import torch.nn as nn
 from accelerate import Accelerator
 from PIL import Image
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 from torch import Tensor
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 from torch.utils.tensorboard import SummaryWriter
 
 from clipgen.config import Config, TrainConfig, load_config
+from clipgen.weights import WeightsError, check_fit
 
 
 def parse_args(doc: str, **extra: str) -> tuple[argparse.Namespace, Config]:
@@ -135,6 +136,23 @@ class Logger:
         image.save(self.out / f"{name}_{step:06d}.png")
         pixels = torch.frombuffer(bytearray(image.tobytes()), dtype=torch.uint8)
         self._board.add_image(name, pixels.view(image.height, image.width, 3), step, dataformats="HWC")
+
+
+def init_weights(model: nn.Module, config: TrainConfig) -> None:
+    """Start from `config.init`, if it names weights, in place of random ones.
+
+    Raises:
+        WeightsError: they do not fit the model.
+        FileNotFoundError: no such file.
+    """
+    if config.init:
+        weights = load_file(config.init)
+        expected = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
+        try:
+            check_fit(expected, weights, type(model).__name__)
+        except WeightsError as error:
+            raise WeightsError(f"{config.init}: {error}") from error
+        model.load_state_dict(weights)
 
 
 def save_checkpoint(accelerator: Accelerator, out: Path, step: int, config: Config | TrainConfig) -> None:

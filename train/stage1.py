@@ -28,6 +28,7 @@ from train.common import (
     build_ema,
     command,
     cosine,
+    init_weights,
     load_checkpoint,
     parse_args,
     save_checkpoint,
@@ -45,6 +46,7 @@ def main() -> None:
     data = Images(args.data, config.model.vqgan.image_size, c.min_scale)
 
     model = VQGAN(config.model.vqgan)
+    init_weights(model, c)
     discriminator = PatchDiscriminator(c.disc_ch)
     perceptual = build_perceptual(c.perceptual)
     opt_g = torch.optim.Adam(model.parameters(), c.lr, betas=(c.betas[0], c.betas[1]))

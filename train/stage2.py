@@ -33,6 +33,7 @@ from train.common import (
     command,
     cosine,
     decayed,
+    init_weights,
     load_checkpoint,
     parse_args,
     save_checkpoint,
@@ -66,6 +67,7 @@ def main() -> None:
     train_tokens, train_embeddings = tokens[kept], embeddings[kept]
 
     model = GPT(config.model.gpt)
+    init_weights(model, c)
     optimizer = torch.optim.AdamW(decayed(model, c.weight_decay), c.lr, betas=(0.9, 0.95), fused=True)
     schedule = LambdaLR(optimizer, cosine(c))
     model, optimizer, schedule = accelerator.prepare(model, optimizer, schedule)
