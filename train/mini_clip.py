@@ -336,7 +336,7 @@ def main() -> None:
     parser.add_argument("--data", type=Path, default=Path("data/emoji"), help="what `train.emoji` wrote")
     parser.add_argument("--out", type=Path, default=Path("runs/clip"))
     parser.add_argument("--wordnet", type=Path, default=Path("/usr/share/wordnet"), help="WordNet's database")
-    parser.add_argument("--steps", type=int, default=2000)
+    parser.add_argument("--steps", type=int, default=3000, help="training steps")
     args = parser.parse_args()
     config = TowerConfig(steps=args.steps, sample_every=200)
     if args.tower == "join":
