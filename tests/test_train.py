@@ -155,11 +155,14 @@ def test_training_starts_from_given_weights(
 
 @pytest.mark.slow
 def test_stage1_learns_with_every_loss(pictures: Path, config: Path, tmp_path: Path, monkeypatch) -> None:
-    more = ["stage1.steps=80", "stage1.perceptual=efficientnet", "stage1.disc_start=60", "stage1.log_every=10"]
-    run(stage1, monkeypatch, "--config", config, "--data", pictures, "--out", tmp_path, *more)
+    more = ["stage1.steps=400", "stage1.lr=3e-3", "stage1.disc_start=360", "stage1.log_every=10", "stage1.batch_size=8"]
+    perceptual = "stage1.perceptual=efficientnet"
+    run(stage1, monkeypatch, "--config", config, "--data", pictures, "--out", tmp_path, *more, perceptual)
     rows = scalars(tmp_path)
-    assert rows[(80, "l1")] < 0.7 * rows[(10, "l1")]
-    assert rows[(80, "perceptual")] < rows[(10, "perceptual")]
+    for name, most in (("l1", 0.85), ("perceptual", 0.7)):
+        early, late = (sum(rows[(step, name)] for step in steps) for steps in ((10, 20, 30), (340, 350, 360)))
+        assert late < most * early
+    assert (400, "discriminator") in rows
 
 
 @pytest.mark.parametrize("bad", ["stage1.lr=fast", "stage1.stpes=3", "stage1.batch_size=0", "model.vqgan.ch=33"])
