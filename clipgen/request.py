@@ -57,7 +57,7 @@ class Request:
                 )
         _check_number("guidance", self.guidance, 0, 30)
         _check_number("temperature", self.temperature, 0, 10)
-        _check_number("top_p", self.top_p, 0, 1)
+        _check_number("top_p", self.top_p, 0, 1, "a number above 0 and at most 1")
         if self.top_p == 0:
             raise RequestError("top_p", "is 0; it must be above 0 and at most 1")
         if self.top_k is not None:
@@ -100,12 +100,12 @@ def _check_whole(field: str, value: object, low: int, high: int) -> None:
         raise RequestError(field, f"is {value!r}; it must be a whole number from {low} to {high}")
 
 
-def _check_number(field: str, value: float | None, low: float, high: float) -> None:
+def _check_number(field: str, value: float | None, low: float, high: float, allowed: str = "") -> None:
     if value is None:
         return
     number = isinstance(value, (int, float)) and not isinstance(value, bool)
     if not number or not math.isfinite(value) or not low <= value <= high:
-        raise RequestError(field, f"is {value!r}; it must be a number from {low:g} to {high:g}")
+        raise RequestError(field, f"is {value!r}; it must be {allowed or f'a number from {low:g} to {high:g}'}")
 
 
 def parts_of(prompt: Prompt) -> list[tuple[Part, float]]:

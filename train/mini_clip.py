@@ -86,13 +86,12 @@ def train_image(args: argparse.Namespace, config: TowerConfig, accelerator: Acce
     place = {text: i for i, text in enumerate(unique)}
     targets = torch.tensor([[place[text] for text in row] for row in captions])
     # All names are negatives, not only those of the batch: the text side is frozen, so they cost nothing.
-    present = sorted({code for r in read_records(args.data / "train") for code in r["objects"]})
+    records = read_records(args.data / "train")
+    present = sorted({code for r in records for code in r["objects"]})
     names = name_embeddings([emoji[code] for code in present], args.out / "teacher_names.safetensors")
     names = names.to(accelerator.device)
     number = {code: i for i, code in enumerate(present)}
-    objects = torch.tensor(
-        [[number[r["objects"][0]], number[r["objects"][-1]]] for r in read_records(args.data / "train")]
-    )
+    objects = torch.tensor([[number[r["objects"][0]], number[r["objects"][-1]]] for r in records])
     pixels = read_pixels(args.data / "train")  # (N, 3, 64, 64) uint8: small enough to hold
     held_pixels, held_codes = read_pixels(args.data / "heldout"), read_codes(args.data / "heldout")
 

