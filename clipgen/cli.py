@@ -25,7 +25,7 @@ from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 from typer.core import TyperGroup
 
-from clipgen import __version__
+from clipgen import __version__, weights_cli
 
 if TYPE_CHECKING:
     from clipgen.pipeline import ClipGen
@@ -94,6 +94,7 @@ def printable(text: str) -> str:
 
 
 app = typer.Typer(cls=Commands, add_completion=False, rich_markup_mode="rich", pretty_exceptions_enable=False)
+app.add_typer(weights_cli.app, name="weights")
 
 
 def _show_version(wanted: bool) -> None:
