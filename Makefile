@@ -104,9 +104,8 @@ emoji: $(VENV)/.dev ## the mini model's images: emoji art from npm, rendered to 
 	$(BIN)/python -m train.emoji --npm data/npm/node_modules --out data/emoji
 
 mini: emoji ## rebuild the mini model from its data (hours); run it again to resume; needs WordNet (wordnet-base)
-	$(BIN)/python train/mini_clip.py image --data data/emoji --out runs/clip
-	$(BIN)/python train/mini_clip.py text --data data/emoji --out runs/clip
-	$(BIN)/python train/mini_clip.py join --data data/emoji --out runs/clip
+	$(BIN)/python train/clip_image.py --data data/emoji --out runs/clip
+	$(BIN)/python train/clip_text.py --data data/emoji --out runs/clip
 	$(BIN)/python train/stage1.py --config mini --data data/emoji/train --out runs/vqgan
 	$(BIN)/python train/stage2.py --config mini --data data/emoji/stage2 --vqgan runs/vqgan \
 		--clip runs/clip/clip.safetensors --out runs/gpt

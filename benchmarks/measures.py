@@ -18,7 +18,7 @@ from clipgen.images import clip_from_pixels, from_pixels, load_image, to_pixels
 from clipgen.vqgan import VQGAN
 from train.captions import COLOURS, article
 from train.emoji import centred, compose
-from train.mini_clip import read_records, recall
+from train.clip_data import read_records, recall
 from train.words import read_emoji
 
 NEAREST = 5

@@ -218,6 +218,8 @@ class Stage1Config(TrainConfig):
 class Stage2Config(TrainConfig):
     """Loss of the GPT: cross-entropy of the tokens given a perturbed image embedding."""
 
+    optimizer: str = "adamw"
+    """adamw, or muon for the blocks' matrices and AdamW for the rest (one device or DDP: it needs whole matrices)."""
     weight_decay: float = 0.05
     condition_dropout: float = 0.1
     """Share of the pictures whose condition is left out, so that guidance works."""
@@ -231,6 +233,7 @@ class Stage2Config(TrainConfig):
     def __post_init__(self) -> None:
         super().__post_init__()
         _require_sizes(self, "views")
+        _require(self.optimizer in ("adamw", "muon"), f"optimizer is {self.optimizer!r}; use adamw or muon")
         _require_weights(self, "weight_decay")
         _require(0 < self.min_scale <= 1, f"min_scale is {self.min_scale}; use (0, 1]")
         _require(0 <= self.condition_dropout < 1, f"condition_dropout is {self.condition_dropout}; use [0, 1)")

@@ -39,6 +39,17 @@ class KVCache:
         return keys[:, :, : position + 1], values[:, :, : position + 1]
 
 
+def causal_attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    """Every position attends to itself and those before it; all (B, n_head, L, head)."""
+    if q.device.type != "cpu" or not q.requires_grad:
+        return F.scaled_dot_product_attention(q, k, v, is_causal=True)
+    # Training on a CPU: at some hundred positions plain products are three times as fast as the fused kernel.
+    b, heads, length, size = q.shape
+    mask = torch.full((length, length), float("-inf"), dtype=q.dtype).triu(1).expand(b * heads, length, length)
+    scores = torch.baddbmm(mask, q.flatten(0, 1), k.flatten(0, 1).transpose(1, 2), alpha=size**-0.5)
+    return (scores.softmax(-1).to(v.dtype) @ v.flatten(0, 1)).view(b, heads, length, size)
+
+
 class Block(nn.Module):
     """Pre-norm transformer block with exact GELU."""
 
@@ -61,7 +72,7 @@ class Block(nn.Module):
         q, k, v = qkv.permute(2, 0, 3, 1, 4).unbind(0)  # (B, n_head, L, head)
         if cache is not None:
             k, v = cache.write(layer, position, k, v)
-        y = F.scaled_dot_product_attention(q, k, v, is_causal=cache is None)
+        y = F.scaled_dot_product_attention(q, k, v) if cache is not None else causal_attention(q, k, v)
         x = x + self._drop(self.proj(y.transpose(1, 2).reshape(b, length, c)))
         return x + self._drop(self.fc2(self._drop(F.gelu(self.fc1(self.norm2(x))))))
 

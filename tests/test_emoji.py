@@ -15,8 +15,10 @@ from PIL import Image
 
 from train import emoji as emoji_script
 from train.captions import COLOURS, STYLES, article, caption
+from train.clip_data import augment, build_mini_clip, recall
+from train.clip_image import Heads, heads_loss
+from train.clip_text import encode_tokens, name_means
 from train.emoji import SETS, WEBP_SET, normalise, read_emoji
-from train.mini_clip import augment, build_mini_clip, encode_tokens, recall
 from train.words import emoji_words, picture_captions
 from train.words import read_emoji as read_written_emoji
 
@@ -138,7 +140,30 @@ def test_mini_clip_has_openais_shape_and_the_training_pass_is_its_text_tower() -
     tokens[0, :4] = torch.tensor([49406, 320, 7184, 49407])
     tokens[1, :6] = torch.tensor([49406, 320, 1929, 593, 320, 49407])
     with torch.no_grad():
-        assert torch.allclose(encode_tokens(model, tokens[:, :6]), model.encode_text(tokens), atol=1e-5)
+        expected = F.normalize(model.encode_text(tokens), dim=-1)
+        assert torch.allclose(encode_tokens(model, tokens[:, :6]), expected, atol=1e-5)
+
+
+def test_image_heads_are_right_at_the_prototypes_and_wrong_elsewhere() -> None:
+    names = F.normalize(torch.randn(5, 384, generator=torch.Generator().manual_seed(0)), dim=-1)
+    heads = Heads(names)
+    labels = torch.tensor([[i, i, 0, 0] for i in range(5)])
+    right, *_ = heads_loss(heads(names), labels)
+    wrong, *_ = heads_loss(heads(names.roll(1, 0)), labels)
+    assert right < 0.01 and wrong > 10
+
+
+def test_name_means_count_single_objects_on_white_only() -> None:
+    records = [
+        {"objects": [LEMON], "background": "white"},
+        {"objects": [LEMON], "background": "red"},
+        {"objects": [LEMON, DOG], "background": "white"},
+        {"objects": [DOG], "background": "white"},
+        {"objects": [DOG], "background": "white"},
+    ]
+    pictures = torch.eye(5)
+    means = name_means(records, pictures, {LEMON: 0, DOG: 1})
+    assert torch.allclose(means, torch.stack([pictures[0], F.normalize(pictures[3] + pictures[4], dim=0)]))
 
 
 def test_recall_counts_ranks() -> None:

@@ -25,7 +25,7 @@ from torch import Tensor
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 from torch.utils.tensorboard import SummaryWriter
 
-from clipgen.config import Config, TrainConfig, load_config
+from clipgen.config import Config, Stage2Config, TrainConfig, load_config
 from clipgen.weights import WeightsError, check_fit
 
 
@@ -183,6 +183,22 @@ def save_tensors(weights: Mapping[str, Tensor], path: Path) -> None:
     temporary = path.with_name(f"{path.name}.tmp")
     save_file({name: tensor.contiguous() for name, tensor in weights.items()}, temporary)
     os.replace(temporary, path)
+
+
+def build_optimizers(model: nn.Module, config: Stage2Config) -> list[torch.optim.Optimizer]:
+    """AdamW, or Muon for the matrices of the blocks and AdamW for the rest (Jordan et al. 2024, arXiv 2502.16982).
+
+    Muon's steps are scaled to AdamW's, so one learning rate serves both.
+    """
+    groups = decayed(model, config.weight_decay)
+    if config.optimizer == "adamw":
+        return [torch.optim.AdamW(groups, config.lr, betas=(0.9, 0.95), fused=True)]
+    matrices = [p for name, p in model.named_parameters() if name.startswith("blocks.") and p.ndim == 2]
+    ours = set(map(id, matrices))
+    for group in groups:
+        group["params"] = [p for p in group["params"] if id(p) not in ours]
+    muon = torch.optim.Muon(matrices, config.lr, weight_decay=config.weight_decay, adjust_lr_fn="match_rms_adamw")
+    return [muon, torch.optim.AdamW(groups, config.lr, betas=(0.9, 0.95), fused=True)]
 
 
 def decayed(model: nn.Module, weight_decay: float) -> list[dict[str, Any]]:

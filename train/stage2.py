@@ -30,9 +30,9 @@ from train.common import (
     Logger,
     build_accelerator,
     build_ema,
+    build_optimizers,
     command,
     cosine,
-    decayed,
     init_weights,
     load_checkpoint,
     parse_args,
@@ -68,9 +68,11 @@ def main() -> None:
 
     model = GPT(config.model.gpt)
     init_weights(model, c)
-    optimizer = torch.optim.AdamW(decayed(model, c.weight_decay), c.lr, betas=(0.9, 0.95), fused=True)
-    schedule = LambdaLR(optimizer, cosine(c))
-    model, optimizer, schedule = accelerator.prepare(model, optimizer, schedule)
+    optimizers = build_optimizers(model, c)
+    schedules = [LambdaLR(optimizer, cosine(c)) for optimizer in optimizers]
+    model = accelerator.prepare(model)
+    optimizers = [accelerator.prepare(optimizer) for optimizer in optimizers]
+    schedules = [accelerator.prepare(schedule) for schedule in schedules]
     gpt: GPT = accelerator.unwrap_model(model)
     ema = build_ema(gpt, c.ema)
     average = cast(GPT, ema.module)
@@ -87,16 +89,17 @@ def main() -> None:
         with accelerator.autocast():
             logits = model(target[:, :-1], condition)
         loss = F.cross_entropy(logits.float().flatten(0, 1), target.flatten())
-        optimizer.zero_grad()
+        model.zero_grad()
         accelerator.backward(loss)
         accelerator.clip_grad_norm_(model.parameters(), c.grad_clip)
-        optimizer.step()
-        schedule.step()
+        for optimizer, schedule in zip(optimizers, schedules, strict=True):
+            optimizer.step()
+            schedule.step()
         ema.update_parameters(gpt)
 
         done = step + 1
         if accelerator.is_main_process and done % c.log_every == 0:
-            scalars = {"loss": loss.detach(), "lr": schedule.get_last_lr()[0]}
+            scalars = {"loss": loss.detach(), "lr": schedules[0].get_last_lr()[0]}
             if done % c.sample_every == 0:
                 scalars["held_loss"] = evaluate(average, tokens[held].to(device), embeddings[held].to(device))
             log.scalars(done, scalars)
