@@ -22,7 +22,6 @@ from urllib import error as urllib_error
 from urllib import request as urllib_request
 from urllib.parse import urlsplit
 
-from clipgen import __version__
 
 CHUNK = 1 << 18
 """Bytes read at once, at most."""
@@ -168,7 +167,7 @@ def _attempt(job: _Job) -> None:
 
 
 def _headers(have: int, origin: _Origin | None) -> dict[str, str]:
-    headers = {"User-Agent": f"clipgen/{__version__}", "Accept-Encoding": "identity"}
+    headers = {"User-Agent": "clipgen", "Accept-Encoding": "identity"}
     if have:
         headers["Range"] = f"bytes={have}-"
         if origin and origin.validator:  # the server sends the whole file when it has changed since

@@ -40,7 +40,7 @@ def test_brings_the_file_and_reports_progress(server: Server, part: Path) -> Non
     download(f"{server.address}/file", part, policy=HASTY, report=lambda *state: seen.append(state))
     assert part.read_bytes() == CONTENT
     assert seen[0] == (0, len(CONTENT)) and seen[-1] == (len(CONTENT), len(CONTENT)) and seen == sorted(seen)
-    assert server.requests[0][1]["user-agent"].startswith("clipgen/")
+    assert server.requests[0][1]["user-agent"] == "clipgen"
 
 
 def test_goes_on_after_a_break(server: Server, part: Path) -> None:
