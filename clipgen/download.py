@@ -22,7 +22,6 @@ from urllib import error as urllib_error
 from urllib import request as urllib_request
 from urllib.parse import urlsplit
 
-
 CHUNK = 1 << 18
 """Bytes read at once, at most."""
 PROGRESS = 1 << 20
