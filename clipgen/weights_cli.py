@@ -108,15 +108,29 @@ def _source(help: str) -> Any:
 
 @app.command(epilog="Example: python -m clipgen weights convert --clip a.pt --vqgan b.pt --gpt c.pt --out weights/mine")
 def convert(
-    clip: Annotated[Path, _source("CLIP: OpenAI's file, HFAiLab's, or .safetensors under OpenAI's names.")],
-    vqgan: Annotated[Path, _source("VQGAN: HFAiLab's or CompVis' checkpoint, or .safetensors of stage 1.")],
-    gpt: Annotated[Path, _source("GPT: HFAiLab's checkpoint, or .safetensors of stage 2.")],
     out: Annotated[Path, typer.Option(file_okay=False, show_default=False, help="Folder to write.")],
+    clip: Annotated[
+        Path | None, _source("CLIP: OpenAI's file, HFAiLab's, or .safetensors under OpenAI's names.")
+    ] = None,
+    vqgan: Annotated[
+        Path | None, _source("VQGAN: HFAiLab's or CompVis' checkpoint, or .safetensors of stage 1.")
+    ] = None,
+    gpt: Annotated[Path | None, _source("GPT: HFAiLab's checkpoint, or .safetensors of stage 2.")] = None,
     config: Annotated[str, typer.Option(help="The model they belong to: coco, imagenet, or a .yaml file.")] = "coco",
 ) -> None:
-    """Turn published checkpoints into a folder of weights. Nothing in them is executed."""
-    _refuse_model(out)
-    _convert({"clip": clip, "vqgan": vqgan, "gpt": gpt}, out, config)
+    """Turn published checkpoints into a folder of weights. Nothing in them is executed.
+
+    All three make a model. One or two become files to train the rest with: clip.safetensors, vqgan.safetensors.
+    """
+    given = {part: path for part, path in (("clip", clip), ("vqgan", vqgan), ("gpt", gpt)) if path}
+    if not given:
+        raise typer.BadParameter("nothing to convert: give --clip, --vqgan and --gpt, or some of them")
+    if (out / "manifest.json").exists():
+        raise typer.BadParameter(f"{out} holds a model already; give another --out, or delete it")
+    if len(given) == 3:
+        _convert(given, out, config)
+    else:
+        _convert_parts(given, out, config)
 
 
 @app.command()
@@ -188,19 +202,51 @@ def _is_model(folder: Path, name: str | None) -> bool:
     return True
 
 
-def _refuse_model(folder: Path) -> None:
-    if (folder / "manifest.json").exists():
-        raise typer.BadParameter(f"{folder} holds a model already; give another --out, or delete it")
-
-
 def _convert(paths: dict[str, Path], out: Path, config: str) -> None:
+    """All three parts become a model."""
     from clipgen.checkpoints import convert_checkpoints
 
     started = time.perf_counter()
     _say(f"converting into {out} ...")
-    folder = convert_checkpoints(paths["clip"], paths["vqgan"], paths["gpt"], out, config)
+    with _writing(out):
+        folder = convert_checkpoints(paths["clip"], paths["vqgan"], paths["gpt"], out, config)
     _say(f"converted in {time.perf_counter() - started:.0f} s; draw with: generate PROMPT --weights {folder}")
     typer.echo(folder)
+
+
+def _convert_parts(paths: dict[str, Path], out: Path, config: str) -> None:
+    """Parts that make no model yet become files, as the training scripts read them."""
+    from safetensors.torch import save_file
+
+    from clipgen.config import load_config
+    from clipgen.convert import map_clip, map_gpt, map_vqgan
+    from clipgen.foreign import read_tensors
+
+    model = load_config(config).model
+    mapped = {
+        "clip": map_clip,
+        "vqgan": lambda tensors: map_vqgan(tensors, model.vqgan),
+        "gpt": lambda tensors: map_gpt(tensors, model.gpt),
+    }
+    parts = {part: mapped[part](read_tensors(path)) for part, path in paths.items()}  # all, before any is written
+    with _writing(out):
+        out.mkdir(parents=True, exist_ok=True)
+        for part, tensors in parts.items():
+            temporary, file = out / f".{part}.tmp", out / f"{part}.safetensors"
+            save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, temporary)
+            temporary.replace(file)
+            typer.echo(file)
+
+
+@contextmanager
+def _writing(out: Path) -> Iterator[None]:
+    """What the disk refuses is the user's to change: one line."""
+    from safetensors import SafetensorError
+
+    try:
+        yield
+    except (OSError, SafetensorError) as error:
+        raise typer.BadParameter(f"{out} cannot be written: {getattr(error, 'strerror', None) or error}") from None
 
 
 def _say(message: str) -> None:

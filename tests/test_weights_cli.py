@@ -16,7 +16,7 @@ from pathlib import Path
 import pytest
 import torch
 from local_server import Answer, Server, serving, wait_until
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 from typer.testing import CliRunner, Result
 
 from clipgen import weights_cli
@@ -207,7 +207,9 @@ def test_the_cache_can_be_named_on_the_command_line(run: Run, tmp_path: Path) ->
         (("fetch", "openai-vit-b32", "--out", "x"), "--out"),
         (("verify", "nowhere"), "nowhere"),
         (("info", "nowhere"), "nowhere"),
-        (("convert", "--clip", "a"), "--vqgan"),
+        (("convert", "--clip", "a"), "--out"),
+        (("convert", "--out", "x"), "--vqgan"),
+        (("convert", "--clip", "nowhere.pt", "--out", "x"), "nowhere.pt"),
         (("frobnicate",), "frobnicate"),
     ],
 )
@@ -251,6 +253,25 @@ def test_convert(run: Run, tiny_sources: dict[str, Path], tiny_weights: Path) ->
     assert "weights/mine holds a model already" in mistake(
         run("convert", *options(tiny_sources), "--out", "weights/mine")
     )
+
+
+def test_convert_some_parts(run: Run, tiny_sources: dict[str, Path]) -> None:
+    """What `train/stage2.py` starts from: another VQGAN and CLIP, and no GPT yet."""
+    given = {name: path for name, path in tiny_sources.items() if name != "gpt"}
+    result = run("convert", *options(given), "--out", "runs/published")
+    assert result.exit_code == 0, result.output
+    assert result.stdout.splitlines() == ["runs/published/clip.safetensors", "runs/published/vqgan.safetensors"]
+    assert sorted(os.listdir("runs/published")) == ["clip.safetensors", "vqgan.safetensors"]
+    for part in ("clip", "vqgan"):
+        ours, theirs = load_file(f"runs/published/{part}.safetensors"), load_file(tiny_sources[part])
+        assert ours.keys() == theirs.keys() and all(torch.equal(ours[name], theirs[name]) for name in ours)
+
+
+@pytest.mark.parametrize("parts", [("clip", "vqgan", "gpt", "config"), ("vqgan", "config")])
+def test_a_folder_that_cannot_be_made(run: Run, tiny_sources: dict[str, Path], parts: tuple[str, ...]) -> None:
+    Path("file").write_text("")
+    given = options({name: tiny_sources[name] for name in parts})
+    assert "file/model cannot be written: Not a directory" in mistake(run("convert", *given, "--out", "file/model"))
 
 
 class Bomb:
