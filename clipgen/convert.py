@@ -1,4 +1,4 @@
-"""Published checkpoints under our names: HFAiLab's CLIP-GEN (release v0.1.0) and CompVis' taming-transformers.
+"""Published checkpoints under our names: HFAiLab's CLIP-GEN (release v0.1.0), CompVis' VQGAN, OpenAI's CLIP.
 
 Each function goes through the names of our network, takes the tensors that stand for them in the foreign state dict and
 checks their shapes. What is left over must be training state that is known by name. Nothing is copied except the
@@ -13,10 +13,11 @@ from collections.abc import Mapping, Sequence
 import torch
 from torch import Tensor, nn
 
+from clipgen.clip import Clip, ClipError
 from clipgen.config import GPTConfig, VQGANConfig
 from clipgen.gpt import GPT
 from clipgen.vqgan import VQGAN, AttnBlock, Downsample, ResBlock, Upsample
-from clipgen.weights import check_fit
+from clipgen.weights import WeightsError, check_fit
 
 Rules = Sequence[tuple[str, str]]
 
@@ -48,6 +49,53 @@ _TAMING_VQGAN: Rules = (
     (r"\.shortcut\.", ".nin_shortcut."),
     (r"\.proj\.", ".proj_out."),
 )
+
+
+def map_clip(state_dict: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """CLIP, whose names are OpenAI's everywhere; the sizes and masks that its program carries are left out.
+
+    Raises:
+        WeightsError: a tensor is missing, unknown or of a shape that does not fit the others.
+    """
+    given = {name: tensor for name, tensor in state_dict.items() if not re.fullmatch(_CLIP_STATE, name)}
+    try:
+        Clip.from_state_dict({name: torch.empty_like(tensor, device="meta") for name, tensor in given.items()}, "meta")
+    except ClipError as error:
+        raise WeightsError(str(error)) from error
+    return given
+
+
+_CLIP_STATE = r"input_resolution|context_length|vocab_size|(visual\.)?transformer\.resblocks\.\d+\.attn_mask"
+
+
+def map_vqgan(state_dict: Mapping[str, Tensor], config: VQGANConfig) -> dict[str, Tensor]:
+    """A VQGAN of HFAiLab's, of CompVis' or of ours, told apart by their names, as a state dict of `VQGAN(config)`.
+
+    Raises:
+        WeightsError: a tensor is missing, unknown or of another shape.
+    """
+    if "quantize.embedding.weight" in state_dict:
+        return map_taming_vqgan(state_dict, config)
+    if "decoder.quant_conv_in.weight" in state_dict:
+        return map_hfailab_vqgan(state_dict, config)
+    with torch.device("meta"):
+        expected = _shapes(VQGAN(config))
+    check_fit(expected, state_dict, "VQGAN")
+    return dict(state_dict)
+
+
+def map_gpt(state_dict: Mapping[str, Tensor], config: GPTConfig) -> dict[str, Tensor]:
+    """A GPT of HFAiLab's or of ours, told apart by their names, as a state dict of `GPT(config)`.
+
+    Raises:
+        WeightsError: a tensor is missing, unknown or of another shape.
+    """
+    if any(name.startswith("blocks.0.encoder.") for name in state_dict):
+        return map_hfailab_gpt(state_dict, config)
+    with torch.device("meta"):
+        expected = _shapes(GPT(config))
+    check_fit(expected, state_dict, "GPT")
+    return dict(state_dict)
 
 
 def map_hfailab_vqgan(state_dict: Mapping[str, Tensor], config: VQGANConfig) -> dict[str, Tensor]:

@@ -23,6 +23,7 @@ from clipgen.clip import Clip, tokenize
 from clipgen.config import ConfigError, ModelConfig, SamplingConfig
 from clipgen.gpt import GPT
 from clipgen.images import clip_from_pixels, from_pixels, to_clip, to_rgb
+from clipgen.memory import MOST_PICTURES, MOST_ROWS, fitting, in_batches, pixel_bytes, token_bytes
 from clipgen.request import MAX_SEED, Prompt, Request, RequestError, Result, parts_of
 from clipgen.sampling import generate_tokens
 from clipgen.vqgan import VQGAN
@@ -93,9 +94,10 @@ class ClipGen:
         place = pick_device(device)
         precision = pick_dtype(dtype, place)
         config, parts = load_weights(folder)
-        clip = Clip.from_state_dict(parts["clip"], place, precision)
-        gpt = build(GPT, config.gpt, parts["gpt"], place, precision)
-        vqgan = build(VQGAN, config.vqgan, parts["vqgan"], place, precision)
+        # Each file is unmapped once its network has been built: what was read of it no longer counts as this process'.
+        clip = Clip.from_state_dict(parts.pop("clip"), place, precision)
+        gpt = build(GPT, config.gpt, parts.pop("gpt"), place, precision)
+        vqgan = build(VQGAN, config.vqgan, parts.pop("vqgan"), place, precision)
         return cls(config, clip, gpt, vqgan)
 
     @property
@@ -167,38 +169,69 @@ class ClipGen:
         with self._timed(seconds, "embed"):
             embeddings = [self.embed(r.prompt) for r in requests]
         rows = [_Row(i, seeds[i] + n) for i, r in enumerate(requests) for n in range(r.drawn)]
-        batches = self._batches(rows, [r.sampling(self.config.sampling) for r in requests])
+        report = _Counter(progress, len(rows))
         pixels: dict[_Row, Tensor] = {}
         scores: dict[_Row, float] = {}
-        for number, (sampling, batch) in enumerate(batches):
-            condition = torch.stack([embeddings[row.request] for row in batch])
-            report = _rescaled(progress, number, len(batches))
-            with self._timed(seconds, "decode_tokens"):
-                tokens = generate_tokens(
-                    self.gpt, condition, [row.seed for row in batch], sampling, report, should_stop
-                )
-            with self._timed(seconds, "decode_pixels"):
-                images = self.vqgan.decode_tokens(tokens).float().clamp(-1, 1)
-            with self._timed(seconds, "rank"):
-                found = self.clip.encode_image(clip_from_pixels(images, self.clip.image_size))
-                scores |= dict(zip(batch, (found * condition).sum(-1).tolist(), strict=True))
-            pixels |= dict(zip(batch, images.cpu(), strict=True))
+        for sampling, group in self._groups(rows, [r.sampling(self.config.sampling) for r in requests]):
+            conditions = {row: embeddings[row.request] for row in group}
+            drawn = self._draw(sampling, conditions, seconds, report, should_stop)
+            for row, image, score in self._paint(drawn, conditions, seconds):
+                pixels[row], scores[row] = image, score
         seconds["total"] = time.perf_counter() - start
         return [
             self._best(request, [row for row in rows if row.request == i], seeds[i], pixels, scores, seconds)
             for i, request in enumerate(requests)
         ]
 
-    def _batches(self, rows: list[_Row], samplings: list[SamplingConfig]) -> list[tuple[SamplingConfig, list[_Row]]]:
-        """Rows that sample alike, in batches that fit."""
+    def _groups(self, rows: list[_Row], samplings: list[SamplingConfig]) -> Iterator[tuple[SamplingConfig, list[_Row]]]:
+        """Rows that sample alike: they can be decoded together."""
         groups: dict[tuple, list[_Row]] = {}
         for row in rows:
             groups.setdefault(dataclasses.astuple(samplings[row.request]), []).append(row)
-        batches = []
         for group in groups.values():
-            sampling = samplings[group[0].request]
-            batches += [(sampling, group[i : i + BATCH]) for i in range(0, len(group), BATCH)]
-        return batches
+            yield samplings[group[0].request], group
+
+    def _draw(
+        self,
+        sampling: SamplingConfig,
+        conditions: dict[_Row, Tensor],
+        seconds: dict[str, float],
+        report: _Counter,
+        should_stop: Callable[[], bool] | None,
+    ) -> dict[_Row, Tensor]:
+        """The tokens (T,) of each row, in batches that fit."""
+
+        def run(batch: Sequence[_Row]) -> Tensor:
+            condition = torch.stack([conditions[row] for row in batch])
+            batch_seeds = [row.seed for row in batch]
+            with self._timed(seconds, "decode_tokens"):
+                return generate_tokens(
+                    self.gpt, condition, batch_seeds, sampling, report.of_batch(len(batch)), should_stop
+                )
+
+        tokens: list[Tensor] = []
+        size = fitting(token_bytes(self.config.gpt, self.dtype, sampling.guidance != 1), self.device, MOST_ROWS)
+        for output in in_batches(run, list(conditions), size, "decoding tokens"):
+            tokens.extend(output)
+            report.finish(len(output))
+        return dict(zip(conditions, tokens, strict=True))
+
+    def _paint(
+        self, tokens: dict[_Row, Tensor], conditions: dict[_Row, Tensor], seconds: dict[str, float]
+    ) -> Iterator[tuple[_Row, Tensor, float]]:
+        """Each row with its pixels (3, H, W) in [-1, 1] on the CPU and its CLIP cosine, in batches that fit."""
+
+        def run(batch: Sequence[_Row]) -> list[tuple[_Row, Tensor, float]]:
+            with self._timed(seconds, "decode_pixels"):
+                images = self.vqgan.decode_tokens(torch.stack([tokens[row] for row in batch])).float().clamp(-1, 1)
+            with self._timed(seconds, "rank"):
+                found = self.clip.encode_image(clip_from_pixels(images, self.clip.image_size))
+                cosines = (found * torch.stack([conditions[row] for row in batch])).sum(-1).tolist()
+            return list(zip(batch, images.cpu(), cosines, strict=True))
+
+        size = fitting(pixel_bytes(self.config.vqgan, self.dtype), self.device, MOST_PICTURES)
+        for painted in in_batches(run, list(tokens), size, "decoding pixels"):
+            yield from painted
 
     def _best(
         self,
@@ -231,10 +264,6 @@ class ClipGen:
         seconds[stage] = seconds.get(stage, 0.0) + time.perf_counter() - start
 
 
-BATCH = 64
-"""Pictures decoded at once; with guidance twice as many rows."""
-
-
 @dataclass(frozen=True)
 class _Row:
     """One candidate: which request it belongs to, and its seed."""
@@ -243,10 +272,19 @@ class _Row:
     seed: int
 
 
-def _rescaled(
-    progress: Callable[[int, int], None] | None, number: int, count: int
-) -> Callable[[int, int], None] | None:
-    """Progress over all batches from the progress of one."""
-    if progress is None:
-        return None
-    return lambda done, total: progress(number * total + done, count * total)
+class _Counter:
+    """Progress over all pictures from the progress of one batch."""
+
+    def __init__(self, progress: Callable[[int, int], None] | None, pictures: int) -> None:
+        self.progress, self.pictures, self.done = progress, pictures, 0
+
+    def of_batch(self, size: int) -> Callable[[int, int], None] | None:
+        """A callback for a batch of `size` pictures."""
+        progress = self.progress
+        if progress is None:
+            return None
+        return lambda done, total: progress(self.done * total + done * size, self.pictures * total)
+
+    def finish(self, size: int) -> None:
+        """A batch is complete."""
+        self.done += size
