@@ -1,7 +1,7 @@
 """The Cog schema: https://cog.run. What it declares is what it enforces; the work is done by `clipgen.pipeline`.
 
-Settings from the environment: CLIPGEN_WEIGHTS, a folder (weights/mini); CLIPGEN_DEVICE (a GPU if there is one);
-CLIPGEN_DTYPE (what suits the device).
+Settings from the environment: CLIPGEN_WEIGHTS, a folder (weights/mini) or a model to fetch at set-up (coco);
+CLIPGEN_DEVICE (a GPU if there is one); CLIPGEN_DTYPE (what suits the device).
 """
 # No `from __future__ import annotations`: Cog reads the annotations.
 
@@ -22,6 +22,7 @@ from typing import Any, get_args
 
 from cog import BasePredictor, Input, Path, concurrent
 
+from clipgen.checkpoints import obtain
 from clipgen.images import load_image, save_image
 from clipgen.pipeline import ClipGen
 from clipgen.request import Request
@@ -33,9 +34,9 @@ class Predictor(BasePredictor):
     """Prompt or image in, images out. Up to 8 requests are accepted at a time and drawn in the order they came."""
 
     def setup(self) -> None:
-        """Load the model. Nothing is downloaded."""
+        """Load the model. Nothing is downloaded unless CLIPGEN_WEIGHTS names a published model in place of a folder."""
         self.pipe = ClipGen.from_pretrained(
-            os.environ.get("CLIPGEN_WEIGHTS") or WEIGHTS,
+            obtain(os.environ.get("CLIPGEN_WEIGHTS") or WEIGHTS, say=print),
             device=os.environ.get("CLIPGEN_DEVICE") or None,
             dtype=os.environ.get("CLIPGEN_DTYPE") or None,
         )

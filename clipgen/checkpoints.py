@@ -13,11 +13,13 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
+from clipgen.catalog import CATALOG
 from clipgen.config import ConfigError, ModelConfig, load_config, load_model_config
 from clipgen.convert import map_clip, map_gpt, map_vqgan
+from clipgen.fetch import Settings, fetch
 from clipgen.foreign import read_tensors
 from clipgen.memory import HEADROOM, MOST_PICTURES, MOST_ROWS, pixel_bytes, token_bytes
-from clipgen.weights import PARTS, WeightsError, save_weights
+from clipgen.weights import MANIFEST, PARTS, WeightsError, save_weights
 
 GPUS = {"T4": 15.0, "RTX 3060": 12.0, "L4": 22.5, "A10G": 22.5, "A100 40GB": 39.5, "A100 80GB": 79.2, "H100": 79.6}
 """GiB that a program finds on them, which is less than the name says."""
@@ -68,6 +70,30 @@ def _converted(path: Path, convert: Callable[[Mapping[str, Tensor]], dict[str, T
         return convert(tensors)
     except WeightsError as error:
         raise WeightsError(f"{path}: {error}") from error
+
+
+def obtain(weights: str | Path, say: Callable[[str], None]) -> Path:
+    """The folder that a setting such as CLIPGEN_WEIGHTS means.
+
+    Args:
+        weights: a folder, which is returned as it is, or a whole model of the catalog ("coco"), which is fetched and
+            converted into the cache unless that has happened before.
+        say: told what takes long.
+
+    Raises:
+        FetchError: a file cannot be had.
+        WeightsError: what arrived cannot be converted.
+    """
+    entry = CATALOG.get(str(weights))
+    if entry is None or entry.config is None or Path(weights).is_dir():
+        return Path(weights)
+    settings = Settings.from_environment()
+    folder = settings.cache / "models" / entry.name
+    if not (folder / MANIFEST).is_file():
+        files = fetch(entry, settings, say=say)
+        say(f"converting {entry.name} into {folder}")
+        convert_checkpoints(files["clip"], files["vqgan"], files["gpt"], folder, entry.config)
+    return folder
 
 
 def describe(folder: Path) -> dict[str, Any]:

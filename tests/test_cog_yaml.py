@@ -46,3 +46,19 @@ def test_schema_accepts_it(config: dict) -> None:
     jsonschema.validate(config, schema)
     with pytest.raises(jsonschema.ValidationError):  # the schema does judge
         jsonschema.validate(config | {"concurrency": {"max": "eight"}}, schema)
+
+
+def test_cuda_has_kernels_for_the_t4(config: dict) -> None:
+    """PyTorch dropped no Turing card in CUDA 12.6 (sm_75), and CUDA 12 needs no driver newer than 525."""
+    assert config["build"]["gpu"] is True
+    assert config["build"]["cuda"] == "12.6"  # a string: YAML would read 12.10 as 12.1
+
+
+def test_every_way_to_the_weights_is_a_variable_of_the_image(root: Path) -> None:
+    """The settings in the comments are valid as they stand, and weights/ is not kept out of the image."""
+    commented = [line[2:] for line in (root / "cog.yaml").read_text().splitlines() if line.startswith("# environment")]
+    lines = [line[2:] for line in (root / "cog.yaml").read_text().splitlines() if line.startswith("#   - ")]
+    values = yaml.safe_load("\n".join([*commented, *lines]))["environment"]
+    assert values == ["CLIPGEN_WEIGHTS=weights/coco", "CLIPGEN_WEIGHTS=/weights", "CLIPGEN_WEIGHTS=coco"]
+    ignored = (root / ".dockerignore").read_text().split()
+    assert not {"weights", "weights/", "clipgen", "predict.py", "requirements.txt"} & set(ignored)

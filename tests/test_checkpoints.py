@@ -1,0 +1,472 @@
+"""Published checkpoints through the real conversion: parity with the originals, every format, hostile files."""
+
+from __future__ import annotations
+
+import json
+import os
+import pickle
+import shutil
+import sys
+import threading
+import types
+import zipfile
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from functools import partial
+from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from clip.model import CLIP
+from omegaconf import OmegaConf
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from clipgen import ClipGen, checkpoints, convert
+from clipgen.catalog import Entry, File
+from clipgen.checkpoints import convert_checkpoints, describe, obtain
+from clipgen.clip import Clip
+from clipgen.config import Config, GPTConfig, ModelConfig, VQGANConfig, load_config
+from clipgen.foreign import read_tensors
+from clipgen.gpt import GPT, KVCache
+from clipgen.vqgan import VQGAN
+from clipgen.weights import WeightsError, load_weights
+
+CLOSE = {"rtol": 0.0, "atol": 1e-4}
+TINY = {"image_size": 32, "ch": 32, "ch_mult": [1, 1, 2], "num_res_blocks": 1, "attn_resolutions": [8]}
+HFAILAB = VQGANConfig(**TINY, z_channels=32, embed_dim=32, codebook_size=64, beta=0.2, norm_eps=1e-5)
+TAMING = VQGANConfig(**TINY, z_channels=32, embed_dim=24, codebook_size=64, beta=0.25, norm_eps=1e-6)
+LIGHTNING = "pytorch_lightning.callbacks.model_checkpoint"
+
+
+@dataclass
+class Source:
+    """Files as their publishers write them, and the configuration they belong to."""
+
+    clip: Path
+    vqgan: Path
+    gpt: Path
+    config: str
+
+    def convert(self, out: Path) -> ClipGen:
+        """Through the real command's function into the real pipeline."""
+        folder = convert_checkpoints(self.clip, self.vqgan, self.gpt, out, self.config)
+        return ClipGen.from_pretrained(folder, device="cpu", dtype="float32")
+
+
+def original(golden: Path, name: str) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+    """A reference model's own state dict, and its inputs and outputs."""
+    tensors = load_file(golden / f"{name}.safetensors")
+    parts = ({k.split(".", 1)[1]: t for k, t in tensors.items() if k.startswith(p)} for p in ("model.", "io."))
+    return next(parts), next(parts)
+
+
+def tiny_clip(embed_dim: int) -> CLIP:
+    return CLIP(embed_dim, 32, 1, 64, 8, 77, 49408, 64, 1, 1).eval()
+
+
+def hfailab_names(model: GPT | VQGAN) -> dict[str, Tensor]:
+    """Random weights under HFAiLab's names, with the training state that its files carry."""
+    rules = convert._HFAILAB_GPT if isinstance(model, GPT) else convert._HFAILAB_VQGAN
+    state = {convert._rename(name, rules): tensor for name, tensor in model.state_dict().items()}
+    extra = "blocks.0.mask" if isinstance(model, GPT) else "discriminator.main.0.weight"
+    return state | {extra: torch.ones(2, 2, dtype=torch.bool)}
+
+
+def written(
+    folder: Path, clip: dict[str, Tensor], vqgan: dict[str, Tensor], gpt: dict[str, Tensor], config: ModelConfig
+) -> Source:
+    """As release v0.1.0 has them: CLIP bare, the others under "model" beside an optimiser's state."""
+    source = Source(folder / "clip.pt", folder / "vqgan.pt", folder / "gpt.pt", str(folder / "config.yaml"))
+    state = {"epoch": 3, "optimizer": {"state": {0: {"exp_avg": torch.zeros(5)}}, "param_groups": [{"lr": 1e-4}]}}
+    torch.save(clip, source.clip)
+    torch.save({"model": vqgan, **state}, source.vqgan)
+    torch.save({"model": gpt, **state}, source.gpt)
+    OmegaConf.save(OmegaConf.structured(Config(model=config)), source.config)
+    return source
+
+
+@pytest.fixture
+def hfailab(golden: Path, tmp_path: Path) -> Source:
+    """The golden CLIP and VQGAN, and a GPT that fits them."""
+    config = ModelConfig("tiny", HFAILAB, GPTConfig(1, 2, 32, vocab_size=64, block_size=64, n_cond=32))
+    clip, vqgan = (original(golden, name)[0] for name in ("hfailab_clip_tiny", "hfailab_vqgan_tiny"))
+    return written(tmp_path, clip, vqgan, hfailab_names(GPT(config.gpt)), config)
+
+
+# --- parity ---
+
+
+def check_vqgan(vqgan: VQGAN, io: dict[str, Tensor]) -> None:
+    latent = vqgan.encode(io["image"])
+    torch.testing.assert_close(latent, io["latent"], **CLOSE)
+    quantized, loss, indices = vqgan.quantizer(latent)
+    assert torch.equal(indices, io["indices"].flatten(1))
+    torch.testing.assert_close(loss, io["quant_loss"].squeeze(), **CLOSE)
+    torch.testing.assert_close(quantized, io["quantized"], **CLOSE)
+    torch.testing.assert_close(vqgan.decode_tokens(indices), io["reconstruction"], **CLOSE)
+
+
+def check_clip(clip: Clip, io: dict[str, Tensor]) -> None:
+    torch.testing.assert_close(clip.model.encode_text(io["text_tokens"].long()), io["text_embeds"], **CLOSE)
+    torch.testing.assert_close(clip.model.encode_image(io["pixels"]), io["image_embeds"], **CLOSE)
+    unit = torch.nn.functional.normalize(io["image_embeds"], dim=-1)
+    torch.testing.assert_close(clip.encode_image(io["pixels"]), unit, **CLOSE)
+
+
+def test_hfailabs_clip_and_vqgan(golden: Path, hfailab: Source, tmp_path: Path) -> None:
+    pipe = hfailab.convert(tmp_path / "out")
+    check_clip(pipe.clip, original(golden, "hfailab_clip_tiny")[1])
+    check_vqgan(pipe.vqgan, original(golden, "hfailab_vqgan_tiny")[1])
+    assert pipe("a lemon", seed=0).images[0].size == (32, 32)
+
+
+def test_hfailabs_gpt(golden: Path, tmp_path: Path) -> None:
+    gpt = GPTConfig(n_layer=3, n_head=4, n_embd=48, vocab_size=96, block_size=16, n_cond=24)
+    vqgan = VQGANConfig(16, 1, 32, [1, 1, 1], 1, [], 32, 32, codebook_size=96)
+    theirs, io = original(golden, "hfailab_gpt_tiny")
+    clip = tiny_clip(24).state_dict()
+    pipe = written(tmp_path, clip, hfailab_names(VQGAN(vqgan)), theirs, ModelConfig("tiny", vqgan, gpt)).convert(
+        tmp_path / "out"
+    )
+    cache = KVCache.allocate(gpt, len(io["tokens"]))
+    steps = [pipe.gpt.prefill(io["embedding"], cache)]
+    steps += [pipe.gpt.step(io["tokens"][:, t - 1], t, cache) for t in range(1, gpt.block_size)]
+    torch.testing.assert_close(torch.stack(steps, 1), io["logits"], **CLOSE)
+    torch.testing.assert_close(pipe.gpt(io["tokens"], io["embedding"]), io["logits"], **CLOSE)
+
+
+def forget_lightning() -> None:
+    for name in [name for name in sys.modules if name.startswith("pytorch_lightning")]:
+        del sys.modules[name]
+
+
+@pytest.fixture
+def lightning_class() -> Iterator[type]:
+    """Lightning's callback, whose class its checkpoints mention; importable while they are written."""
+    module = types.ModuleType(LIGHTNING)
+    kind = type("ModelCheckpoint", (), {"__module__": LIGHTNING})
+    vars(module)["ModelCheckpoint"] = kind
+    for name in ("pytorch_lightning", "pytorch_lightning.callbacks"):
+        sys.modules[name] = types.ModuleType(name)
+    sys.modules[LIGHTNING] = module
+    yield kind
+    forget_lightning()
+
+
+def test_compvis_vqgan_in_a_lightning_checkpoint(
+    golden: Path, hfailab: Source, tmp_path: Path, lightning_class: type
+) -> None:
+    theirs, io = original(golden, "taming_vqgan_tiny")
+    theirs |= {"loss.discriminator.main.0.weight": torch.zeros(2), "loss.logvar": torch.zeros(())}
+    callbacks = {lightning_class: {"best_model_score": torch.tensor(0.5), "best_model_path": "x.ckpt"}}
+    hfailab.vqgan = tmp_path / "last.ckpt"
+    torch.save({"epoch": 1, "callbacks": callbacks, "state_dict": theirs}, hfailab.vqgan)
+    config = load_config(hfailab.config)
+    config.model.vqgan = TAMING
+    OmegaConf.save(OmegaConf.structured(config), hfailab.config)
+    forget_lightning()  # whoever converts need not have it
+    check_vqgan(hfailab.convert(tmp_path / "out").vqgan, io)
+
+
+@pytest.fixture(scope="module")
+def torchscript(golden: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The golden CLIP as OpenAI publishes its own: a traced program whose sizes are buffers."""
+    model = Clip.from_state_dict(original(golden, "hfailab_clip_tiny")[0]).model
+    for name, value in {"input_resolution": 32, "context_length": 77, "vocab_size": 49408}.items():
+        vars(model).pop(name, None)  # a plain attribute in the class, a buffer in the archive
+        model.register_buffer(name, torch.tensor(value))
+    path = tmp_path_factory.mktemp("openai") / "ViT-tiny.pt"
+    tokens = torch.zeros(1, 77, dtype=torch.long)
+    torch.jit.trace(model, (torch.zeros(1, 3, 32, 32), tokens), check_trace=False).save(str(path))
+    return path
+
+
+def test_openais_torchscript_archive(golden: Path, hfailab: Source, torchscript: Path, tmp_path: Path) -> None:
+    hfailab.clip = torchscript
+    check_clip(hfailab.convert(tmp_path / "out").clip, original(golden, "hfailab_clip_tiny")[1])
+    program = torch.jit.load(str(torchscript)).state_dict()
+    found = read_tensors(torchscript)
+    assert found.keys() == program.keys()
+    assert all(torch.equal(found[name], tensor) for name, tensor in program.items())
+
+
+def test_our_own_files_convert_too(hfailab: Source, tmp_path: Path) -> None:
+    first = hfailab.convert(tmp_path / "out")
+    files = [tmp_path / "out" / f"{part}.safetensors" for part in ("clip", "vqgan", "gpt")]
+    again = convert_checkpoints(*files, tmp_path / "again", hfailab.config)
+    assert all((again / file.name).read_bytes() == file.read_bytes() for file in files)
+    assert first.config == load_weights(again)[0]
+
+
+def test_precision_is_kept(hfailab: Source, tmp_path: Path) -> None:
+    content = torch.load(hfailab.gpt)
+    content["model"] = {n: t.half() if t.is_floating_point() else t for n, t in content["model"].items()}
+    torch.save(content, hfailab.gpt)
+    folder = convert_checkpoints(hfailab.clip, hfailab.vqgan, hfailab.gpt, tmp_path / "out", hfailab.config)
+    assert {tensor.dtype for tensor in load_file(folder / "gpt.safetensors").values()} == {torch.float16}
+
+
+def test_bfloat16_stays_close(golden: Path, hfailab: Source, tmp_path: Path) -> None:
+    """Half precision is for speed: pixels move by less than a level of 255 or two, CLIP's directions hardly turn."""
+    hfailab.convert(tmp_path / "out")
+    half = ClipGen.from_pretrained(tmp_path / "out", device="cpu", dtype="bfloat16")
+    io = original(golden, "hfailab_vqgan_tiny")[1]
+    pixels = half.vqgan.decode_tokens(io["indices"].flatten(1)).float()
+    drift = (pixels - io["reconstruction"]).abs()
+    io = original(golden, "hfailab_clip_tiny")[1]
+    cosine = torch.nn.functional.cosine_similarity(half.clip.encode_image(io["pixels"]), io["image_embeds"])
+    print(f"pixels: mean {drift.mean():.4f}, largest {drift.max():.4f} of 2; CLIP cosine {cosine.min():.5f}")
+    assert drift.mean() < 2 * 2 / 255 and cosine.min() > 0.999
+
+
+# --- files that do not fit, are damaged or hostile ---
+
+
+class Touch:
+    """Pickled, it asks whoever loads it to make a file."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return os.system, (f"touch '{self.path}'",)
+
+
+@pytest.mark.parametrize("part", ["clip", "vqgan", "gpt"])
+@pytest.mark.parametrize("legacy", [False, True])
+def test_a_hostile_pickle_runs_nothing(hfailab: Source, tmp_path: Path, part: str, legacy: bool) -> None:
+    trace = tmp_path / "was here"
+    path: Path = getattr(hfailab, part)
+    weights = torch.load(path)
+    torch.save({"model": weights, "extra": Touch(trace)}, path, _use_new_zipfile_serialization=not legacy)
+    with pytest.raises(WeightsError, match=rf"{path.name} cannot be read: it asks for \w+\.system, .* was run"):
+        hfailab.convert(tmp_path / "out")
+    assert not trace.exists() and not (tmp_path / "out").exists()
+    with pytest.raises(pickle.UnpicklingError):  # the same file does attack whoever trusts it
+        torch.load(path, weights_only=True)
+    torch.load(path, weights_only=False)
+    assert trace.exists()
+
+
+def repacked(archive: Path, out: Path, change: Callable[[str, bytes], bytes], compression: int = 0) -> Path:
+    with zipfile.ZipFile(archive) as old, zipfile.ZipFile(out, "w", compression) as new:
+        for info in old.infolist():
+            new.writestr(info.filename, change(info.filename, old.read(info)))
+    return out
+
+
+def test_a_hostile_torchscript_archive_runs_nothing(torchscript: Path, tmp_path: Path) -> None:
+    trace = tmp_path / "was here"
+
+    def poison(name: str, content: bytes) -> bytes:
+        return pickle.dumps(Touch(trace), protocol=2) if name.endswith("/data.pkl") else content
+
+    with pytest.raises(WeightsError, match=r"it asks for \w+\.system, which no weights need"):
+        read_tensors(repacked(torchscript, tmp_path / "evil.pt", poison))
+    assert not trace.exists()
+
+
+@pytest.mark.parametrize(
+    "opcodes",
+    [
+        b"ctorch._utils\n_rebuild_tensor_v2\n}X\x08\x00\x00\x00__code__Nsb.",
+        b"cbuiltins\neval\nX\x01\x00\x00\x001\x85R.",
+        b"ctorch\nload\n.",
+        b"c__torch__\nX\n)\x81q\x00}X\x01\x00\x00\x00ah\x00sb.",
+        b"I1\n.",
+        b"",
+    ],
+)
+def test_odd_pickles_in_an_archive(torchscript: Path, tmp_path: Path, opcodes: bytes) -> None:
+    def poison(name: str, content: bytes) -> bytes:
+        return opcodes if name.endswith("/data.pkl") else content
+
+    with pytest.raises(WeightsError, match=r"odd\.pt"):
+        read_tensors(repacked(torchscript, tmp_path / "odd.pt", poison))
+
+
+def test_an_archive_whose_numbers_are_missing(torchscript: Path, tmp_path: Path) -> None:
+    short = repacked(torchscript, tmp_path / "short.pt", lambda name, c: c[:-4] if name.endswith("/data/0") else c)
+    with pytest.raises(WeightsError, match=r"short\.pt cannot be read: .* numbers and has \d+ bytes"):
+        read_tensors(short)
+    packed = repacked(torchscript, tmp_path / "packed.pt", lambda name, c: c, zipfile.ZIP_DEFLATED)
+    with pytest.raises(WeightsError, match=r"packed\.pt cannot be read"):
+        read_tensors(packed)
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (lambda: [1, 2], "holds no weights but list"),
+        (dict, "holds no weights but dict"),
+        (lambda: torch.zeros(3), "holds no weights but Tensor"),
+        (lambda: {"epoch": 3}, "'epoch' is a int"),
+        (lambda: {"model": {"a": "b"}}, "'a' is a str"),
+        (lambda: {"a": torch.zeros(1).expand(10**12)}, "claims more numbers than the file holds"),
+        (lambda: {"a": torch.eye(3).to_sparse()}, "sparse"),
+        (lambda: {"a": torch.zeros(2, device="meta")}, "plain one"),
+    ],
+)
+def test_what_is_not_weights(tmp_path: Path, content: Callable[[], Any], message: str) -> None:
+    torch.save(content(), tmp_path / "odd.pt")
+    with pytest.raises(WeightsError, match=message):
+        read_tensors(tmp_path / "odd.pt")
+
+
+@pytest.mark.parametrize("data", [b"", b"\x00" * 100, b"<html>404</html>", b"PK\x03\x04 cut off"])
+def test_what_is_no_checkpoint(tmp_path: Path, data: bytes) -> None:
+    (tmp_path / "odd.pt").write_bytes(data)
+    with pytest.raises(WeightsError, match=r"odd\.pt cannot be read: .*; fetch the file again") as caught:
+        read_tensors(tmp_path / "odd.pt")
+    assert "\n" not in str(caught.value) and "weights_only" not in str(caught.value)
+
+
+def test_a_truncated_checkpoint(hfailab: Source, tmp_path: Path) -> None:
+    data = hfailab.gpt.read_bytes()
+    for length in (len(data) - 1, len(data) // 2, 100):
+        (tmp_path / "short.pt").write_bytes(data[:length])
+        with pytest.raises(WeightsError, match=r"short\.pt"):
+            read_tensors(tmp_path / "short.pt")
+
+
+def test_a_missing_file_and_configuration(hfailab: Source, tmp_path: Path) -> None:
+    with pytest.raises(WeightsError, match="nowhere does not exist"):
+        convert_checkpoints(tmp_path / "nowhere", hfailab.vqgan, hfailab.gpt, tmp_path / "out", hfailab.config)
+    with pytest.raises(WeightsError, match="no configuration 'cocoa'"):
+        convert_checkpoints(hfailab.clip, hfailab.vqgan, hfailab.gpt, tmp_path / "out", "cocoa")
+    assert not (tmp_path / "out").exists()
+
+
+def test_files_that_are_not_what_they_should_be(hfailab: Source, tmp_path: Path) -> None:
+    for field in ("clip", "vqgan", "gpt"):
+        other = hfailab.gpt if field == "vqgan" else hfailab.vqgan
+        paths = {"clip": hfailab.clip, "vqgan": hfailab.vqgan, "gpt": hfailab.gpt, field: other}
+        with pytest.raises(WeightsError, match=other.name):
+            convert_checkpoints(**paths, out=tmp_path / "out", config=hfailab.config)
+    with pytest.raises(WeightsError, match=r"gpt\.pt: the HFAiLab GPT's tensors do not fit"):
+        convert_checkpoints(hfailab.clip, written_vqgan(tmp_path), hfailab.gpt, tmp_path / "out", "coco")
+
+
+def written_vqgan(folder: Path) -> Path:
+    """A VQGAN of the size of coco, without its numbers."""
+    path = folder / "zeros.safetensors"
+    with torch.device("meta"):
+        shapes = VQGAN(load_config("coco").model.vqgan).state_dict()
+    save_file({name: torch.zeros(t.shape, dtype=torch.int8) for name, t in shapes.items()}, path)
+    return path
+
+
+def test_a_clip_of_another_width(hfailab: Source, tmp_path: Path) -> None:
+    torch.save(tiny_clip(48).state_dict(), hfailab.clip)
+    with pytest.raises(WeightsError, match=r"embeds in 48 dimensions, but gpt\.n_cond of .* is 32"):
+        hfailab.convert(tmp_path / "out")
+
+
+def test_a_clip_with_something_extra(hfailab: Source, tmp_path: Path) -> None:
+    torch.save(torch.load(hfailab.clip) | {"visual.extra": torch.zeros(1)}, hfailab.clip)
+    with pytest.raises(WeightsError, match=r"clip\.pt: not the weights of an OpenAI CLIP .*"):
+        hfailab.convert(tmp_path / "out")
+
+
+# --- what a folder holds; models by name ---
+
+
+def test_describe(hfailab: Source, tmp_path: Path) -> None:
+    pipe = hfailab.convert(tmp_path / "out")
+    facts = json.loads(json.dumps(describe(tmp_path / "out")))
+    assert facts["name"] == "tiny" and facts["config"]["gpt"]["n_embd"] == 32
+    models = {"clip": pipe.clip, "vqgan": pipe.vqgan, "gpt": pipe.gpt}
+    for part, model in models.items():
+        assert facts["parts"][part]["parameters"] == sum(p.numel() for p in model.parameters())
+        assert facts["parts"][part]["bytes"] == (tmp_path / "out" / f"{part}.safetensors").stat().st_size
+    assert facts["memory"]["float16"]["weights"] * 2 == facts["memory"]["float32"]["weights"]
+    assert "T4 (64 candidates at a time)" in facts["gpus"]["float16"]
+    assert not any("T4" in gpu for gpu in facts["gpus"]["bfloat16"])
+
+
+def test_describe_what_is_not_there(hfailab: Source, tmp_path: Path) -> None:
+    with pytest.raises(WeightsError, match="no such folder"):
+        describe(tmp_path / "nowhere")
+    hfailab.convert(tmp_path / "out")
+    (tmp_path / "out" / "gpt.safetensors").write_bytes(b"PK")
+    with pytest.raises(WeightsError, match=r"gpt\.safetensors is no safetensors file"):
+        describe(tmp_path / "out")
+    (tmp_path / "out" / "gpt.safetensors").unlink()
+    with pytest.raises(WeightsError, match=r"gpt\.safetensors is missing"):
+        describe(tmp_path / "out")
+
+
+def test_a_folder_stays_a_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    assert obtain(tmp_path, print) == tmp_path
+    assert obtain("weights/nowhere", print) == Path("weights/nowhere")
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "coco").mkdir()
+    assert obtain("coco", print) == Path("coco")
+
+
+def test_a_name_is_fetched_and_converted_once(hfailab: Source, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A published model over HTTP: what a container does whose CLIPGEN_WEIGHTS is a name."""
+    mirror = tmp_path / "mirror" / "tiny"
+    mirror.mkdir(parents=True)
+    files = [
+        File(path.name, part, "https://nowhere.invalid/x") for part, path in vars(hfailab).items() if part != "config"
+    ]
+    for file in files:
+        shutil.copy(getattr(hfailab, file.part), mirror / file.name)
+    entry = Entry("tiny", "", "", "", tuple(files), config=hfailab.config)
+    monkeypatch.setattr(checkpoints, "CATALOG", {"tiny": entry})
+
+    class Handler(SimpleHTTPRequestHandler):
+        def log_message(self, *_: Any) -> None:
+            pass
+
+    server = ThreadingHTTPServer(("127.0.0.1", 0), partial(Handler, directory=str(mirror.parent)))
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    monkeypatch.setenv("CLIPGEN_MIRROR", f"http://127.0.0.1:{server.server_port}")
+    monkeypatch.setenv("CLIPGEN_CACHE", str(tmp_path / "cache"))
+    said: list[str] = []
+    try:
+        folder = obtain("tiny", said.append)
+    finally:
+        server.shutdown()
+        server.server_close()
+    assert folder == tmp_path / "cache" / "models" / "tiny"
+    assert any("converting tiny" in line for line in said)
+    assert ClipGen.from_pretrained(folder, device="cpu").config.name == "tiny"
+    assert obtain("tiny", said.append) == folder  # the server is gone
+
+
+# --- full size ---
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("vqgan", "gpt"), [("vqgan", "gpt2_medium"), ("taming", "gpt2_large")], ids=["coco", "taming-large"]
+)
+def test_full_size_checkpoints_convert(tmp_path: Path, vqgan: str, gpt: str) -> None:
+    """Every published listing, with as many bytes as the real files have."""
+    from full_size import fill, listing
+
+    clip_file, vqgan_file, gpt_file = (tmp_path / name for name in ("clip.pt", "vqgan.pt", "gpt.pt"))
+    wrapper = "state_dict" if vqgan == "taming" else "model"
+    try:
+        torch.save(fill(listing("clip_vit_b32").items()), clip_file)
+        torch.save({wrapper: fill(listing(vqgan).items())}, vqgan_file)
+        torch.save({"model": fill(listing(gpt).items())}, gpt_file)
+        config = load_config("coco")
+        if gpt == "gpt2_large":
+            config.model.gpt = GPTConfig(n_layer=36, n_head=20, n_embd=1280)
+        OmegaConf.save(OmegaConf.structured(config), tmp_path / "config.yaml")
+        folder = convert_checkpoints(clip_file, vqgan_file, gpt_file, tmp_path / "out", str(tmp_path / "config.yaml"))
+        facts = describe(folder)
+        with torch.device("meta"):
+            expected = {"vqgan": VQGAN(config.model.vqgan), "gpt": GPT(config.model.gpt)}
+        for part, model in expected.items():
+            assert facts["parts"][part]["parameters"] == sum(p.numel() for p in model.parameters())
+        assert facts["parts"]["clip"]["parameters"] == sum(t.numel() for t in torch.load(clip_file, mmap=True).values())
+        assert any(gpu.startswith("T4") for gpu in facts["gpus"]["float16"])
+    finally:
+        shutil.rmtree(tmp_path)
