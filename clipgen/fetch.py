@@ -120,6 +120,11 @@ def fetch(
     Raises:
         FetchError: a file cannot be had, or is not what the publisher states or the first download was.
     """
+    missing = [file for file in entry.files if settings.offline and not settings.path(entry, file).is_file()]
+    if missing:
+        names = ", ".join(file.name for file in missing)
+        todo = "; ".join(_by_hand(file, settings.path(entry, file)) for file in missing)
+        raise FetchError(f"{names}: not in the cache, and CLIPGEN_OFFLINE is set. Unset it, or {todo}")
     return {file.part: _Fetch(entry, file, settings, policy, report, say).run() for file in entry.files}
 
 
@@ -169,8 +174,6 @@ class _Fetch:
             # Without the lock first: a cache in a container image or on another machine may be read-only.
             if self.known["sha256"] and self.path.is_file() and not self.problem(self.path):
                 return self.path
-            if self.settings.offline and not self.path.is_file():
-                raise FetchError(f"{self.file.name} is not in the cache and CLIPGEN_OFFLINE is set. {self.by_hand()}")
             self.path.parent.mkdir(parents=True, exist_ok=True)
             with self.locked():
                 if not self.reuse():
@@ -205,7 +208,8 @@ class _Fetch:
             return False
         problem = self.problem(self.path)
         if problem and self.settings.offline:
-            raise FetchError(f"{self.path} {problem}, and CLIPGEN_OFFLINE is set. {self.by_hand()}")
+            todo = _by_hand(self.file, self.path)
+            raise FetchError(f"{self.path} {problem}, and CLIPGEN_OFFLINE is set. Unset it, or {todo}")
         if problem:
             self.say(f"{self.path} {problem}; fetching it again")
             return False
@@ -227,7 +231,10 @@ class _Fetch:
             os.replace(part, self.path)
             discard(part)
             return
-        raise FetchError(f"{self.file.name} cannot be fetched: {'; '.join(failures)}. {self.by_hand()}")
+        raise FetchError(
+            f"{self.file.name} cannot be fetched: {'; '.join(failures)}. Set CLIPGEN_MIRROR to a server that has "
+            f"{self.entry.name}/{self.file.name}, or {_by_hand(self.file, self.path)}"
+        )
 
     def obtain(self, url: str, part: Path) -> None:
         """Download `url` and check it; bytes from an earlier attempt that do not fit are thrown away once."""
@@ -277,11 +284,9 @@ class _Fetch:
         os.replace(temporary, _beside(self.path, ".json"))
         self.say(f"{self.file.name}: its publisher states no hash; SHA-256 {notes['sha256']} is recorded from now on")
 
-    def by_hand(self) -> str:
-        return (
-            f"Set CLIPGEN_MIRROR to a server that has {self.entry.name}/{self.file.name}, or download {self.file.url} "
-            f"elsewhere and put it at {self.path}"
-        )
+
+def _by_hand(file: File, path: Path) -> str:
+    return f"download {file.url} elsewhere and put it at {path}"
 
 
 def _beside(path: Path, suffix: str) -> Path:

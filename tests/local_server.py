@@ -19,7 +19,7 @@ class Answer:
         headers: added, or in place of the usual ones; None leaves one out.
         cut: bytes of the body after which the connection is closed.
         ranges: whether Range is heeded.
-        pace: seconds to wait after each `piece` bytes.
+        pace: seconds to wait after each `piece` bytes, until `hurry` is set.
         piece: bytes sent at once.
         shift: added to where Content-Range says the part begins.
     """
@@ -31,6 +31,7 @@ class Answer:
     pace: float = 0.0
     piece: int = 1 << 16
     shift: int = 0
+    hurry: threading.Event = field(default_factory=threading.Event)
 
 
 @dataclass
@@ -99,7 +100,7 @@ def _handler(server: Server) -> type[BaseHTTPRequestHandler]:
                 for at in range(0, len(body), answer.piece):
                     self.wfile.write(body[at : at + answer.piece])
                     self.wfile.flush()
-                    if answer.pace:
+                    if answer.pace and not answer.hurry.is_set():
                         time.sleep(answer.pace)
             except OSError:  # the client has had enough
                 pass
@@ -123,7 +124,7 @@ def serving() -> Iterator[Server]:
         http.server_close()
 
 
-def wait_until(condition: Callable[[], bool], seconds: float = 20.0) -> None:
+def wait_until(condition: Callable[[], bool], seconds: float = 120.0) -> None:
     """Poll; fails when the time is up."""
     end = time.monotonic() + seconds
     while not condition():

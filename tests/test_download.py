@@ -19,7 +19,7 @@ from clipgen import download as module
 from clipgen.download import DownloadError, Policy, _Redirects, download
 
 CONTENT = random.Random(0).randbytes(300_000)
-HASTY = Policy(timeout=0.5, attempts=4, backoff=0.001, longest_wait=0.01)
+HASTY = Policy(timeout=5, attempts=4, backoff=0.001, longest_wait=0.01)
 NO_LENGTH: dict[str, str | None] = {"Content-Length": None}
 
 
@@ -203,8 +203,8 @@ def test_crumbs_and_silence_count_as_broken_off(server: Server, part: Path) -> N
 
 
 def test_a_throttled_line_gets_there(server: Server, part: Path) -> None:
-    server.default = Answer(pace=0.02, piece=10_000)
-    download(f"{server.address}/file", part, policy=Policy(timeout=0.2, attempts=1, slowest=1000))
+    server.default = Answer(pace=0.05, piece=10_000)  # 1.5 s
+    download(f"{server.address}/file", part, policy=Policy(timeout=1, attempts=1, slowest=1000))
     assert part.read_bytes() == CONTENT and len(server.requests) == 1
 
 
@@ -286,7 +286,7 @@ def test_whatever_the_server_did_before_the_bytes_are_right(script: list[Answer]
         url, part = server.put("/file", content), Path(folder) / "file.part"
         server.answers = list(script)
         try:
-            download(url, part, size=2000, checked=checked, policy=Policy(timeout=1, attempts=10, backoff=0))
+            download(url, part, size=2000, checked=checked, policy=Policy(timeout=5, attempts=10, backoff=0))
         except DownloadError as error:
             assert "offers 2,500 bytes" in str(error)
         else:
