@@ -9,6 +9,7 @@ import shutil
 import sys
 import threading
 import types
+import warnings
 import zipfile
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -28,9 +29,10 @@ from clipgen import ClipGen, checkpoints, convert
 from clipgen.catalog import Entry, File
 from clipgen.checkpoints import convert_checkpoints, describe, obtain
 from clipgen.clip import Clip
-from clipgen.config import Config, GPTConfig, ModelConfig, VQGANConfig, load_config
+from clipgen.config import Config, GPTConfig, ModelConfig, SamplingConfig, VQGANConfig, load_config
 from clipgen.foreign import read_tensors
 from clipgen.gpt import GPT, KVCache
+from clipgen.request import Request
 from clipgen.vqgan import VQGAN
 from clipgen.weights import WeightsError, load_weights
 
@@ -180,10 +182,13 @@ def torchscript(golden: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
         model.register_buffer(name, torch.tensor(value))
     path = tmp_path_factory.mktemp("openai") / "ViT-tiny.pt"
     tokens = torch.zeros(1, 77, dtype=torch.long)
-    torch.jit.trace(model, (torch.zeros(1, 3, 32, 32), tokens), check_trace=False).save(str(path))
+    with warnings.catch_warnings():  # TorchScript is on its way out, and OpenAI's file is what it is
+        warnings.simplefilter("ignore")
+        torch.jit.trace(model, (torch.zeros(1, 3, 32, 32), tokens), check_trace=False).save(str(path))
     return path
 
 
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")
 def test_openais_torchscript_archive(golden: Path, hfailab: Source, torchscript: Path, tmp_path: Path) -> None:
     hfailab.clip = torchscript
     check_clip(hfailab.convert(tmp_path / "out").clip, original(golden, "hfailab_clip_tiny")[1])
@@ -437,6 +442,13 @@ def test_a_name_is_fetched_and_converted_once(hfailab: Source, tmp_path: Path, m
     assert any("converting tiny" in line for line in said)
     assert ClipGen.from_pretrained(folder, device="cpu").config.name == "tiny"
     assert obtain("tiny", said.append) == folder  # the server is gone
+
+
+def test_the_settings_of_the_original_demo() -> None:
+    """64 candidates, top_k 500, top_p 0.95, best 8; test_pipeline and test_clip hold the fixes of its two mistakes."""
+    request = Request("a city bus", num_outputs=8, candidates=64)
+    assert request.sampling(load_config("coco").model.sampling) == SamplingConfig(1.0, 500, 0.95, guidance=1.0)
+    assert (request.drawn, request.num_outputs) == (64, 8)
 
 
 # --- full size ---
