@@ -99,7 +99,7 @@ def _reason(error: Exception) -> str:
     if isinstance(error, pickle.UnpicklingError) and refused:
         return f"it asks for {refused[1]}, which no weights need; nothing of it was run"
     if text.startswith("Weights only load failed"):  # PyTorch's advice, which must not be followed, and the reason last
-        text = text.split("\n\n")[-2].strip()
+        text = text.split("\n\n")[-2:][0].strip()
     return f"{type(error).__name__}: {text.splitlines()[0][:200]}" if text else type(error).__name__
 
 

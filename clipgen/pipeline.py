@@ -25,7 +25,7 @@ from clipgen.gpt import GPT
 from clipgen.images import clip_from_pixels, from_pixels, to_clip, to_rgb
 from clipgen.memory import MOST_PICTURES, MOST_ROWS, fitting, in_batches, pixel_bytes, token_bytes
 from clipgen.request import MAX_SEED, Prompt, Request, RequestError, Result, parts_of
-from clipgen.sampling import generate_tokens
+from clipgen.sampling import Cancelled, generate_tokens
 from clipgen.vqgan import VQGAN
 from clipgen.weights import build, load_weights
 
@@ -157,7 +157,7 @@ class ClipGen:
 
         Args:
             progress: called with (tokens done, tokens in all) over all requests.
-            should_stop: asked before each token.
+            should_stop: asked before each token, and before each batch of pictures is painted.
 
         Raises:
             RequestError: a prompt cannot be embedded.
@@ -175,7 +175,7 @@ class ClipGen:
         for sampling, group in self._groups(rows, [r.sampling(self.config.sampling) for r in requests]):
             conditions = {row: embeddings[row.request] for row in group}
             drawn = self._draw(sampling, conditions, seconds, report, should_stop)
-            for row, image, score in self._paint(drawn, conditions, seconds):
+            for row, image, score in self._paint(drawn, conditions, seconds, should_stop):
                 pixels[row], scores[row] = image, score
         seconds["total"] = time.perf_counter() - start
         return [
@@ -217,11 +217,17 @@ class ClipGen:
         return dict(zip(conditions, tokens, strict=True))
 
     def _paint(
-        self, tokens: dict[_Row, Tensor], conditions: dict[_Row, Tensor], seconds: dict[str, float]
+        self,
+        tokens: dict[_Row, Tensor],
+        conditions: dict[_Row, Tensor],
+        seconds: dict[str, float],
+        should_stop: Callable[[], bool] | None,
     ) -> Iterator[tuple[_Row, Tensor, float]]:
         """Each row with its pixels (3, H, W) in [-1, 1] on the CPU and its CLIP cosine, in batches that fit."""
 
         def run(batch: Sequence[_Row]) -> list[tuple[_Row, Tensor, float]]:
+            if should_stop is not None and should_stop():
+                raise Cancelled
             with self._timed(seconds, "decode_pixels"):
                 images = self.vqgan.decode_tokens(torch.stack([tokens[row] for row in batch])).float().clamp(-1, 1)
             with self._timed(seconds, "rank"):

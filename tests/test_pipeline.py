@@ -102,6 +102,10 @@ def test_progress_counts_up_to_all_tokens(pipe: ClipGen) -> None:
 def test_cancelling_stops(pipe: ClipGen) -> None:
     with pytest.raises(Cancelled):
         pipe("a", seed=0, should_stop=lambda: True)
+    asked: list[bool] = []
+    with pytest.raises(Cancelled):  # when all tokens are there and pixels remain
+        pipe("a", seed=0, should_stop=lambda: asked.append(True) or len(asked) > 16)
+    assert len(asked) == 17
 
 
 @pytest.mark.parametrize(
