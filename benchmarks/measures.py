@@ -17,8 +17,8 @@ from clipgen.clip import Clip
 from clipgen.images import clip_from_pixels, from_pixels, load_image, to_pixels
 from clipgen.vqgan import VQGAN
 from train.captions import COLOURS, article
-from train.emoji import centred, compose
 from train.clip_data import read_records, recall
+from train.emoji import centred, compose
 from train.words import read_emoji
 
 NEAREST = 5

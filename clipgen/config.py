@@ -225,6 +225,11 @@ class Stage2Config(TrainConfig):
     """Share of the pictures whose condition is left out, so that guidance works."""
     noise_angle: float = 0.0
     """Largest angle, degrees, by which the embedding is turned in a random direction (arXiv 2111.13792)."""
+    neighbours: int = 0
+    """Each embedding is mixed with one of so many nearest ones: a sentence lies between the pictures it fits."""
+    token_noise: float = 0.0
+    """Largest share of the tokens a picture is continued from that are another picture's, so that the GPT goes by the
+    condition and forgives its own mistakes, and does not recite what it knows by heart (taming's `pkeep`)."""
     views: int = 1
     """Crops per image that are turned into tokens before training."""
     min_scale: float = 1.0
@@ -233,6 +238,8 @@ class Stage2Config(TrainConfig):
     def __post_init__(self) -> None:
         super().__post_init__()
         _require_sizes(self, "views")
+        _require_sizes(self, "neighbours", at_least=0)
+        _require(0 <= self.token_noise <= 1, f"token_noise is {self.token_noise}; use [0, 1]")
         _require(self.optimizer in ("adamw", "muon"), f"optimizer is {self.optimizer!r}; use adamw or muon")
         _require_weights(self, "weight_decay")
         _require(0 < self.min_scale <= 1, f"min_scale is {self.min_scale}; use (0, 1]")

@@ -16,11 +16,12 @@ from safetensors.torch import load_file
 
 from clipgen import ClipGen
 from clipgen.config import Config, ModelConfig, Stage1Config, Stage2Config
+from clipgen.gpt import GPT
 from train import export, stage1, stage2
-from train.common import Logger
+from train.common import Logger, build_optimizers
 from train.data import DataError, Images, Shuffle, list_images
 from train.losses import PatchDiscriminator, adaptive_weight, discriminator_loss, generator_loss
-from train.stage2 import perturb
+from train.stage2 import corrupt, mix, nearest, perturb
 
 
 @pytest.fixture(scope="module")
@@ -46,7 +47,9 @@ def config(tiny_config: ModelConfig, tmp_path_factory: pytest.TempPathFactory) -
     values = Config(
         model=tiny_config,
         stage1=Stage1Config(**common, **every, perceptual="none", disc_start=3, disc_ch=8, revive_every=2, lr=1e-3),
-        stage2=Stage2Config(**common, **every, lr=1e-3, noise_angle=20.0, views=2),
+        stage2=Stage2Config(
+            **common, **every, lr=1e-3, optimizer="muon", noise_angle=20.0, neighbours=2, token_noise=0.5, views=2
+        ),
     )
     path = tmp_path_factory.mktemp("config") / "tiny.yaml"
     OmegaConf.save(OmegaConf.structured(values), path)
@@ -214,6 +217,40 @@ def test_perturbed_embeddings_stay_on_the_sphere_within_the_angle() -> None:
     assert torch.allclose(turned[~dropped].norm(dim=1), torch.ones(len(cosine)), atol=1e-5)
     angles = cosine.clamp(-1, 1).acos().rad2deg()
     assert angles.max() <= 30.01 and 14 < angles.mean() < 16
+
+
+def test_mixed_embeddings_lie_between_a_picture_and_one_of_its_nearest() -> None:
+    angles = torch.tensor([0.0, 10.0, 80.0, 95.0]).deg2rad()
+    embeddings = torch.stack([angles.cos(), angles.sin()], dim=1)
+    near = nearest(embeddings, 1)
+    assert near.flatten().tolist() == [1, 0, 3, 2]
+    rows = torch.arange(4).repeat(50)
+    mixed = mix(embeddings, rows, near, torch.Generator().manual_seed(0))
+    found = torch.atan2(mixed[:, 1], mixed[:, 0]).rad2deg().view(50, 4)
+    assert torch.allclose(mixed.norm(dim=1), torch.ones(200))
+    low, high = torch.tensor([0.0, 5.0, 80.0, 87.5]), torch.tensor([5.0, 10.0, 87.5, 95.0])  # at most half of the way
+    assert ((found > low - 1e-3) & (found < high + 1e-3)).all() and (found.std(0) > 0.5).all()
+
+
+def test_corrupted_tokens_are_other_pictures_of_the_same_place() -> None:
+    tokens = torch.arange(64)[:, None] * 1000 + torch.arange(100)  # picture, place
+    assert torch.equal(corrupt(tokens, 0.0, torch.Generator().manual_seed(0)), tokens)
+    noisy = corrupt(tokens, 0.8, torch.Generator().manual_seed(0))
+    assert torch.equal(noisy % 1000, tokens % 1000)
+    share = (noisy != tokens).float().mean(1)
+    assert share.max() < 0.95 and share.min() < 0.1 and 0.3 < share.mean() < 0.5
+
+
+def test_muon_takes_the_matrices_of_the_blocks_and_adamw_everything_else(tiny_config: ModelConfig) -> None:
+    model = GPT(tiny_config.gpt)
+    muon, adamw = build_optimizers(model, Stage2Config(optimizer="muon"))
+    by = {id(p): name for name, p in model.named_parameters()}
+    first, second = ([by[id(p)] for g in o.param_groups for p in g["params"]] for o in (muon, adamw))
+    assert sorted(first + second) == sorted(by.values())
+    assert all(name.startswith("blocks.") and name.endswith("weight") for name in first)
+    assert {"tok_emb.weight", "head.weight", "cond_proj.weight"} <= set(second)
+    (only,) = build_optimizers(model, Stage2Config())
+    assert sum(len(g["params"]) for g in only.param_groups) == len(by)
 
 
 def test_hinge_losses() -> None:

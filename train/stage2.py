@@ -65,6 +65,7 @@ def main() -> None:
     kept = torch.ones(len(tokens), dtype=torch.bool)
     kept[held] = False
     train_tokens, train_embeddings = tokens[kept], embeddings[kept]
+    near = nearest(train_embeddings, c.neighbours)
 
     model = GPT(config.model.gpt)
     init_weights(model, c)
@@ -85,9 +86,10 @@ def main() -> None:
         rows = torch.tensor([next(order)[0] for _ in range(c.batch_size)])
         target = train_tokens[rows].to(device)
         generator = torch.Generator().manual_seed(c.seed * 1_000_003 + step)
-        condition = perturb(train_embeddings[rows], c.noise_angle, c.condition_dropout, generator).to(device)
+        embedding = mix(train_embeddings, rows, near, generator) if c.neighbours else train_embeddings[rows]
+        condition = perturb(embedding, c.noise_angle, c.condition_dropout, generator).to(device)
         with accelerator.autocast():
-            logits = model(target[:, :-1], condition)
+            logits = model(corrupt(target[:, :-1], c.token_noise, generator), condition)
         loss = F.cross_entropy(logits.float().flatten(0, 1), target.flatten())
         model.zero_grad()
         accelerator.backward(loss)
@@ -113,6 +115,32 @@ def main() -> None:
             save_checkpoint(accelerator, args.out, done, config)
             if accelerator.is_main_process:
                 save_tensors(average.state_dict(), args.out / "gpt.safetensors")
+
+
+def nearest(embeddings: Tensor, count: int) -> Tensor:
+    """Rows of the `count` nearest of unit-norm embeddings (N, D) to each, without itself: (N, count) int64."""
+    if not count:
+        return torch.empty(len(embeddings), 0, dtype=torch.long)
+    found = [(part @ embeddings.t()).topk(count + 1).indices[:, 1:] for part in embeddings.split(1024)]
+    return torch.cat(found)
+
+
+def mix(embeddings: Tensor, rows: Tensor, near: Tensor, generator: torch.Generator) -> Tensor:
+    """Embeddings (B, D) of `rows`, each drawn up to half of the way towards a random one of its nearest; unit norm."""
+    pick = torch.randint(near.shape[1], (len(rows), 1), generator=generator)
+    other = embeddings[near[rows].gather(1, pick).flatten()]
+    share = 0.5 * torch.rand(len(rows), 1, generator=generator)
+    return F.normalize(torch.lerp(embeddings[rows], other, share), dim=1)
+
+
+def corrupt(tokens: Tensor, most: float, generator: torch.Generator) -> Tensor:
+    """Replace tokens (B, L) by those of the batch's other images at the same place, of each image a random share."""
+    if not most:
+        return tokens
+    share = most * torch.rand(len(tokens), 1, generator=generator)
+    wrong = torch.rand(tokens.shape, generator=generator) < share
+    others = tokens[torch.randperm(len(tokens), generator=generator).to(tokens.device)]
+    return torch.where(wrong.to(tokens.device), others, tokens)
 
 
 def perturb(embeddings: Tensor, angle: float, dropout: float, generator: torch.Generator) -> Tensor:
