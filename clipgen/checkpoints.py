@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from filelock import FileLock
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
@@ -89,10 +90,14 @@ def obtain(weights: str | Path, say: Callable[[str], None]) -> Path:
         return Path(weights)
     settings = Settings.from_environment()
     folder = settings.cache / "models" / entry.name
-    if not (folder / MANIFEST).is_file():
-        files = fetch(entry, settings, say=say)
-        say(f"converting {entry.name} into {folder}")
-        convert_checkpoints(files["clip"], files["vqgan"], files["gpt"], folder, entry.config)
+    if (folder / MANIFEST).is_file():
+        return folder
+    files = fetch(entry, settings, say=say)
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    with FileLock(folder.with_name(f"{entry.name}.lock")):  # several containers may share a cache
+        if not (folder / MANIFEST).is_file():
+            say(f"converting {entry.name} into {folder}")
+            convert_checkpoints(files["clip"], files["vqgan"], files["gpt"], folder, entry.config)
     return folder
 
 
