@@ -77,7 +77,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--data", type=Path, default=Path("data/emoji"), help="what `train.emoji` wrote")
     parser.add_argument("--out", type=Path, default=Path("runs/clip"))
-    parser.add_argument("--steps", type=int, default=4000, help="training steps")
+    parser.add_argument("--steps", type=int, default=3500, help="training steps")
     args = parser.parse_args()
     config = TowerConfig(steps=args.steps, lr=2e-3, warmup=200)
     accelerator = build_accelerator(config)
