@@ -17,9 +17,9 @@ from clipgen.clip import Clip
 from clipgen.images import clip_from_pixels, from_pixels, load_image, to_pixels
 from clipgen.vqgan import VQGAN
 from train.captions import COLOURS, article
-from train.clip_data import read_records, recall
+from train.clip_data import recall
 from train.emoji import centred, compose
-from train.words import read_emoji
+from train.words import read_emoji, read_records
 
 NEAREST = 5
 """A picture is recognised when its class is among so many nearest ones."""

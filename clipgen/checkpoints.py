@@ -20,7 +20,7 @@ from clipgen.convert import map_clip, map_gpt, map_vqgan
 from clipgen.fetch import Settings, fetch
 from clipgen.foreign import read_tensors
 from clipgen.memory import HEADROOM, MOST_PICTURES, MOST_ROWS, pixel_bytes, token_bytes
-from clipgen.weights import MANIFEST, PARTS, WeightsError, save_weights
+from clipgen.weights import DTYPES, MANIFEST, PARTS, WeightsError, save_weights
 
 GPUS = {"T4": 15.0, "RTX 3060": 12.0, "L4": 22.5, "A10G": 22.5, "A100 40GB": 39.5, "A100 80GB": 79.2, "H100": 79.6}
 """GiB that a program finds on them, which is less than the name says."""
@@ -51,11 +51,7 @@ def convert_checkpoints(clip: Path, vqgan: Path, gpt: Path, out: Path, config: s
         model = load_config(config).model
     except ConfigError as error:
         raise WeightsError(str(error)) from error
-    parts = {
-        "clip": _converted(clip, map_clip),
-        "vqgan": _converted(vqgan, lambda tensors: map_vqgan(tensors, model.vqgan)),
-        "gpt": _converted(gpt, lambda tensors: map_gpt(tensors, model.gpt)),
-    }
+    parts = convert_parts({"clip": clip, "vqgan": vqgan, "gpt": gpt}, model)
     width = parts["clip"]["text_projection"].shape[1]
     if width != model.gpt.n_cond:
         raise WeightsError(
@@ -65,12 +61,25 @@ def convert_checkpoints(clip: Path, vqgan: Path, gpt: Path, out: Path, config: s
     return save_weights(out, model, parts)
 
 
-def _converted(path: Path, convert: Callable[[Mapping[str, Tensor]], dict[str, Tensor]]) -> dict[str, Tensor]:
-    tensors = read_tensors(path)
-    try:
-        return convert(tensors)
-    except WeightsError as error:
-        raise WeightsError(f"{path}: {error}") from error
+def convert_parts(paths: Mapping[str, Path], config: ModelConfig) -> dict[str, dict[str, Tensor]]:
+    """Some of "clip", "vqgan" and "gpt", read from published checkpoints and under our names; nothing is written.
+
+    Raises:
+        WeightsError: a file cannot be read, or a tensor is missing, unknown or of another shape.
+    """
+    mapped: dict[str, Callable[[Mapping[str, Tensor]], dict[str, Tensor]]] = {
+        "clip": map_clip,
+        "vqgan": lambda tensors: map_vqgan(tensors, config.vqgan),
+        "gpt": lambda tensors: map_gpt(tensors, config.gpt),
+    }
+    parts = {}
+    for part, path in paths.items():
+        tensors = read_tensors(path)
+        try:
+            parts[part] = mapped[part](tensors)
+        except WeightsError as error:
+            raise WeightsError(f"{path}: {error}") from error
+    return parts
 
 
 def obtain(weights: str | Path, say: Callable[[str], None]) -> Path:
@@ -121,7 +130,7 @@ def describe(folder: Path) -> dict[str, Any]:
         raise WeightsError(str(error)) from error
     parts = {part: _header(folder / f"{part}.safetensors") for part in PARTS}
     parameters = sum(part["parameters"] for part in parts.values())
-    memory = {name: _memory(config, parameters, dtype) for name, dtype in _DTYPES.items()}
+    memory = {name: _memory(config, parameters, dtype) for name, dtype in DTYPES.items()}
     return {
         "name": config.name,
         "config": asdict(config),
@@ -130,9 +139,6 @@ def describe(folder: Path) -> dict[str, Any]:
         "memory": memory,
         "gpus": {name: _gpus(name, needs) for name, needs in memory.items()},
     }
-
-
-_DTYPES = {"float16": torch.float16, "bfloat16": torch.bfloat16, "float32": torch.float32}
 
 
 def _header(path: Path) -> dict[str, Any]:

@@ -27,9 +27,7 @@ from clipgen.memory import MOST_PICTURES, MOST_ROWS, fitting, in_batches, pixel_
 from clipgen.request import MAX_SEED, Prompt, Request, RequestError, Result, parts_of
 from clipgen.sampling import Cancelled, generate_tokens
 from clipgen.vqgan import VQGAN
-from clipgen.weights import build, load_weights
-
-DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+from clipgen.weights import DTYPES, build, load_weights
 
 
 def pick_device(device: str | None) -> torch.device:

@@ -27,6 +27,8 @@ from clipgen.config import ConfigError, ModelConfig, load_model_config
 PARTS = ("clip", "vqgan", "gpt")
 FILES = ("config.yaml", *(f"{part}.safetensors" for part in PARTS))
 MANIFEST = "manifest.json"
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+"""Precisions that a model runs in, by the names that users give them."""
 VERSION = 1
 
 Config = TypeVar("Config")

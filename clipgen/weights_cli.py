@@ -218,17 +218,10 @@ def _convert_parts(paths: dict[str, Path], out: Path, config: str) -> None:
     """Parts that make no model yet become files, as the training scripts read them."""
     from safetensors.torch import save_file
 
+    from clipgen.checkpoints import convert_parts
     from clipgen.config import load_config
-    from clipgen.convert import map_clip, map_gpt, map_vqgan
-    from clipgen.foreign import read_tensors
 
-    model = load_config(config).model
-    mapped = {
-        "clip": map_clip,
-        "vqgan": lambda tensors: map_vqgan(tensors, model.vqgan),
-        "gpt": lambda tensors: map_gpt(tensors, model.gpt),
-    }
-    parts = {part: mapped[part](read_tensors(path)) for part, path in paths.items()}  # all, before any is written
+    parts = convert_parts(paths, load_config(config).model)  # all, before any is written
     with _writing(out):
         out.mkdir(parents=True, exist_ok=True)
         for part, tensors in parts.items():

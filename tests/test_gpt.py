@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
+import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors.torch import load_file
@@ -13,7 +14,7 @@ from torch import Tensor
 
 from clipgen.config import GPTConfig
 from clipgen.convert import map_hfailab_gpt
-from clipgen.gpt import GPT, KVCache
+from clipgen.gpt import GPT, KVCache, causal_attention
 from clipgen.weights import build
 
 HFAILAB = GPTConfig(n_layer=3, n_head=4, n_embd=48, vocab_size=96, block_size=16, n_cond=24)
@@ -105,3 +106,9 @@ def test_dropout_only_while_training() -> None:
     assert not torch.equal(gpt(tokens, embedding), gpt(tokens, embedding))
     gpt.eval()
     assert torch.equal(gpt(tokens, embedding), gpt(tokens, embedding))
+
+
+def test_attention_of_training_is_that_of_generation() -> None:
+    q, k, v = (torch.randn(3, 2, 9, 8, generator=torch.Generator().manual_seed(i)) for i in range(3))
+    expected = F.scaled_dot_product_attention(q, k, v, is_causal=True)
+    assert torch.allclose(causal_attention(q.requires_grad_(), k, v), expected, atol=1e-6)

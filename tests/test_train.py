@@ -224,6 +224,8 @@ def test_mixed_embeddings_lie_between_a_picture_and_one_of_its_nearest() -> None
     embeddings = torch.stack([angles.cos(), angles.sin()], dim=1)
     near = nearest(embeddings, 1)
     assert near.flatten().tolist() == [1, 0, 3, 2]
+    assert nearest(embeddings[[0, 0, 2]], 1).flatten().tolist() == [1, 0, 0]  # twins are neighbours, not themselves
+    assert nearest(embeddings[:2], 5).tolist() == [[1], [0]]
     rows = torch.arange(4).repeat(50)
     mixed = mix(embeddings, rows, near, torch.Generator().manual_seed(0))
     found = torch.atan2(mixed[:, 1], mixed[:, 0]).rad2deg().view(50, 4)

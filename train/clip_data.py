@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -14,12 +13,14 @@ from torch import Tensor
 from clipgen.config import TrainConfig
 from clipgen.images import CLIP_MEAN, CLIP_STD, load_image, to_clip
 from train.captions import Emoji, article
-from train.words import teacher_embeddings
+from train.words import read_records, teacher_embeddings
 
 EMBED_DIM = 384  # of all-MiniLM-L6-v2
 CONTEXT = 32
 SIZE = 64
 """Side of the image tower's input, px."""
+SCALE = 20.0
+"""Of the cosines in the softmaxes."""
 
 
 @dataclass
@@ -40,7 +41,7 @@ class TowerConfig(TrainConfig):
 def build_mini_clip() -> CLIP:
     """OpenAI's CLIP with a ResNet: 7 M parameters of pictures, 11 M of words, mostly the table of 49,408 tokens.
 
-    From scratch, on some ten thousand pictures, the ResNet learns far faster than a ViT.
+    On a CPU the ResNet trains three times as fast as a ViT of 6 layers, 192 wide, at patch 8.
     """
     return CLIP(
         embed_dim=EMBED_DIM,
@@ -54,11 +55,6 @@ def build_mini_clip() -> CLIP:
         transformer_heads=3,
         transformer_layers=4,
     )
-
-
-def read_records(folder: Path) -> list[dict]:
-    """The metadata of a split."""
-    return [json.loads(line) for line in (folder / "metadata.jsonl").read_text().splitlines()]
 
 
 def read_codes(folder: Path) -> list[str]:

@@ -25,13 +25,13 @@ from clipgen.clip import Clip, tokenize
 from train.captions import Emoji, article
 from train.clip_data import (
     CONTEXT,
+    SCALE,
     TowerConfig,
     build_mini_clip,
     name_embeddings,
     normalise,
     read_codes,
     read_pixels,
-    read_records,
     recall,
 )
 from train.common import (
@@ -45,14 +45,12 @@ from train.common import (
     save_checkpoint,
     save_tensors,
 )
-from train.words import emoji_words, picture_captions, read_emoji, read_wordnet, teacher_embeddings
+from train.words import emoji_words, picture_captions, read_emoji, read_records, read_wordnet, teacher_embeddings
 
 CAPTIONS = 6
 """Captions of each picture."""
 NEAREST = 8
 """Names that a text which is no caption is a mixture of."""
-SCALE = 20.0
-"""Of the cosines in the softmaxes."""
 MIX = {"captions": 0.5, "emoji": 0.25, "wordnet": 0.25}
 """Shares of a batch."""
 
@@ -64,7 +62,8 @@ class Texts:
     Attributes:
         texts: the N sentences.
         targets: where each belongs, (N, D) unit norm.
-        names: the names that each means, (N, NEAREST), and how much, (N, NEAREST) summing to 1.
+        names: the names that each means, (N, NEAREST).
+        weights: how much it means each, (N, NEAREST) summing to 1.
         shares: how often each is drawn, (N,).
         means: the mean of the pictures of each name, (C, D) unit norm.
     """

@@ -186,9 +186,9 @@ def save_tensors(weights: Mapping[str, Tensor], path: Path) -> None:
 
 
 def build_optimizers(model: nn.Module, config: Stage2Config) -> list[torch.optim.Optimizer]:
-    """AdamW, or Muon for the matrices of the blocks and AdamW for the rest (Jordan et al. 2024, arXiv 2502.16982).
+    """AdamW, or Muon for the matrices of the blocks and AdamW for the rest (Jordan et al. 2024).
 
-    Muon's steps are scaled to AdamW's, so one learning rate serves both.
+    Muon's steps are scaled to AdamW's (Liu et al., arXiv 2502.16982), so one learning rate serves both.
     """
     groups = decayed(model, config.weight_decay)
     if config.optimizer == "adamw":

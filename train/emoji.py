@@ -53,8 +53,8 @@ LICENCES = {
     "emojibase-data": "MIT, Miles Johnson",
 }
 _DRAWN = {"3d", "flat", "noto", "line"}
-"""Styles that the GPT learns: "fluent" differs from "3d" by its shading only and "twemoji" little from "noto", and what
-differs little takes as long to learn as what differs much."""
+"""Styles that the GPT learns: a short training goes to four that look different; "fluent" is nearly "3d" and "twemoji"
+nearly "noto"."""
 _SYMBOLS = 8  # arrows, signs, buttons
 _SKIP_GROUPS = {2, 9}  # skin-tone components; flags, which are letters to a model of this size
 

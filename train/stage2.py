@@ -65,7 +65,7 @@ def main() -> None:
     kept = torch.ones(len(tokens), dtype=torch.bool)
     kept[held] = False
     train_tokens, train_embeddings = tokens[kept], embeddings[kept]
-    near = nearest(train_embeddings, c.neighbours)
+    near = nearest(train_embeddings, c.neighbours) if c.neighbours else None
 
     model = GPT(config.model.gpt)
     init_weights(model, c)
@@ -86,7 +86,7 @@ def main() -> None:
         rows = torch.tensor([next(order)[0] for _ in range(c.batch_size)])
         target = train_tokens[rows].to(device)
         generator = torch.Generator().manual_seed(c.seed * 1_000_003 + step)
-        embedding = mix(train_embeddings, rows, near, generator) if c.neighbours else train_embeddings[rows]
+        embedding = train_embeddings[rows] if near is None else mix(train_embeddings, rows, near, generator)
         condition = perturb(embedding, c.noise_angle, c.condition_dropout, generator).to(device)
         with accelerator.autocast():
             logits = model(corrupt(target[:, :-1], c.token_noise, generator), condition)
@@ -118,10 +118,15 @@ def main() -> None:
 
 
 def nearest(embeddings: Tensor, count: int) -> Tensor:
-    """Rows of the `count` nearest of unit-norm embeddings (N, D) to each, without itself: (N, count) int64."""
-    if not count:
-        return torch.empty(len(embeddings), 0, dtype=torch.long)
-    found = [(part @ embeddings.t()).topk(count + 1).indices[:, 1:] for part in embeddings.split(1024)]
+    """Rows of the `count` nearest of unit-norm embeddings (N, D) to each, without itself: (N, count) int64.
+
+    With `count` or fewer embeddings in all, there are only N - 1 of them.
+    """
+    count, found = min(count, len(embeddings) - 1), []
+    for rows in torch.arange(len(embeddings)).split(1024):
+        similar = embeddings[rows] @ embeddings.t()
+        similar[torch.arange(len(rows)), rows] = -1.0  # by place, not by rank: some pictures are there twice
+        found.append(similar.topk(count).indices)
     return torch.cat(found)
 
 

@@ -26,6 +26,11 @@ def read_emoji(folder: Path) -> dict[str, Emoji]:
     return {row["code"]: Emoji(row["code"], row["name"], tuple(row["keywords"]), row["group"]) for row in rows}
 
 
+def read_records(folder: Path) -> list[dict]:
+    """The metadata of a split of a data set made by `train.emoji`."""
+    return [json.loads(line) for line in (folder / "metadata.jsonl").read_text().splitlines()]
+
+
 def read_wordnet(folder: Path, count: int, seed: int) -> list[str]:
     """`count` texts of WordNet: lemmas of concrete nouns, adjectives and verbs, and short glosses of the nouns.
 
@@ -59,7 +64,7 @@ def emoji_words(emoji: list[Emoji]) -> list[str]:
 def picture_captions(folder: Path, split: str, emoji: dict[str, Emoji], count: int, seed: int) -> list[list[str]]:
     """For each picture of a split, in the order of its metadata, `count` captions."""
     rng = random.Random(seed)
-    records = [json.loads(line) for line in (folder / split / "metadata.jsonl").read_text().splitlines()]
+    records = read_records(folder / split)
     return [
         [caption([emoji[c] for c in r["objects"]], r["style"], r["background"], rng) for _ in range(count)]
         for r in records
