@@ -83,8 +83,8 @@ def test_splits_do_not_leak(data: Path) -> None:
     assert not {code for _, code in drawn} & {code for r in unseen for code in r["objects"]}
     stage2 = records(data / "stage2")
     assert {(r["style"], code) for r in stage2 for code in r["objects"]} <= drawn
-    assert {r["style"] for r in stage2} == {"3d", "flat", "noto", "line"}
-    assert sum(r["canonical"] for r in stage2) == 3 * 4 - 1 and all(len(r["objects"]) == 1 for r in stage2)
+    assert {r["style"] for r in stage2} == {"3d", "line"} and all(len(r["objects"]) == 1 for r in stage2)
+    assert sum(r["background"] == "white" for r in stage2) == 3 * 2 and len(stage2) == 3 * 2 + 4
     assert {r["style"] for r in heldout} == {"noto"} and {r["style"] for r in unseen} == set(STYLES)
 
 

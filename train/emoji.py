@@ -6,7 +6,7 @@
 
     renders/STYLE/CODE.png   every emoji in every style, transparent, as the artists drew it
     train/*.png              what CLIP and the VQGAN train on: one or two emoji on plain backgrounds
-    stage2/*.png             what the GPT trains on: single emoji in four styles, mostly centred on white, no symbols
+    stage2/*.png             what the GPT trains on: single centred emoji in two styles, on white and on colours, no symbols
     heldout/*.png            renders whose emoji the models know only in other styles
     unseen/*.png             emoji that no model has seen in any style
     */metadata.jsonl         file_name, objects, style and background of each picture
@@ -52,9 +52,9 @@ LICENCES = {
     "@iconify-json/twemoji": "CC BY 4.0, Twitter and contributors",
     "emojibase-data": "MIT, Miles Johnson",
 }
-_DRAWN = {"3d", "flat", "noto", "line"}
-"""Styles that the GPT learns: a short training goes to four that look different; "fluent" is nearly "3d" and "twemoji"
-nearly "noto"."""
+_DRAWN = {"3d": 3, "line": 1}
+"""Styles that the GPT learns, and how often each is put on a colour, relative to the other. Two that cannot be taken for
+each other: of four drawings of a rat, a model of this size drew the mean."""
 _SYMBOLS = 8  # arrows, signs, buttons
 _SKIP_GROUPS = {2, 9}  # skin-tone components; flags, which are letters to a model of this size
 
@@ -134,15 +134,15 @@ def compose(sprites: list[Image.Image], colour: tuple[int, int, int], size: int,
 
 
 def centred(sprite: Image.Image, size: int, colour: tuple[int, int, int] = (255, 255, 255)) -> Image.Image:
-    """The canonical picture: one sprite, 92 % of the frame, centred, RGB."""
+    """One sprite, 92 % of the frame, in the middle of it, RGB."""
     canvas = Image.new("RGBA", (size, size), (*colour, 255))
     side = round(size * 0.92)
     canvas.alpha_composite(sprite.resize((side, side), Image.Resampling.LANCZOS), ((size - side) // 2,) * 2)
     return canvas.convert("RGB")
 
 
-def plan(renders: list[tuple[str, str]], views: int, coloured: int, pairs: int, seed: int) -> list[dict]:
-    """What to draw: `views` of each render, the first canonical, then `coloured` ones and `pairs` of two objects.
+def plan(renders: list[tuple[str, str]], views: int, pairs: int, seed: int) -> list[dict]:
+    """What to draw: `views` of each render, the first centred, then `pairs` of two objects.
 
     Returns metadata records; each carries the seed of its own randomness, so any worker can draw any record.
     """
@@ -153,14 +153,25 @@ def plan(renders: list[tuple[str, str]], views: int, coloured: int, pairs: int, 
         by_style.setdefault(style, []).append(code)
         for view in range(views):
             background = "white" if view < 2 else _background(style, rng)
-            records.append(_record([code], style, background, canonical=view == 0, rng=rng))
-    for style, code in rng.choices(renders, k=coloured):
-        records.append(_record([code], style, _background(style, rng), canonical=False, rng=rng))
+            records.append(_record([code], style, background, centred=view == 0, rng=rng))
     for _ in range(pairs):
         style = rng.choice(sorted(by_style))
         codes = rng.sample(by_style[style], 2)
         background = "white" if rng.random() < 0.6 else _background(style, rng)
-        records.append(_record(codes, style, background, canonical=False, rng=rng))
+        records.append(_record(codes, style, background, centred=False, rng=rng))
+    return _numbered(records)
+
+
+def plan_centred(renders: list[tuple[str, str]], coloured: int, seed: int) -> list[dict]:
+    """What to draw for the GPT: each render on white, then `coloured` of them on a colour, all of them centred."""
+    rng = random.Random(seed)
+    records = [_record([code], style, "white", centred=True, rng=rng) for style, code in renders]
+    for style, code in rng.choices(renders, weights=[_DRAWN[style] for style, _ in renders], k=coloured):
+        records.append(_record([code], style, _background(style, rng), centred=True, rng=rng))
+    return _numbered(records)
+
+
+def _numbered(records: list[dict]) -> list[dict]:
     for i, record in enumerate(records):
         record["file_name"] = f"{i:06d}.png"
     return records
@@ -172,13 +183,13 @@ def _background(style: str, rng: random.Random) -> str:
     return rng.choice([name for name in COLOURS if name not in dark])
 
 
-def _record(codes: list[str], style: str, background: str, canonical: bool, rng: random.Random) -> dict:
+def _record(codes: list[str], style: str, background: str, centred: bool, rng: random.Random) -> dict:
     return {
         "file_name": "",
         "objects": codes,
         "style": style,
         "background": background,
-        "canonical": canonical,
+        "centred": centred,
         "seed": rng.getrandbits(32),
     }
 
@@ -187,8 +198,8 @@ def draw(record: dict, renders: Path, out: Path, size: int) -> None:
     """Draw one record into out/file_name."""
     rng = random.Random(record["seed"])
     sprites = [Image.open(renders / record["style"] / f"{code}.png").convert("RGBA") for code in record["objects"]]
-    if record["canonical"]:
-        image = centred(sprites[0], size)
+    if record["centred"]:
+        image = centred(sprites[0], size, COLOURS[record["background"]])
     else:
         jitter = 0 if record["background"] == "white" else 12
         r, g, b = (max(0, min(255, c + rng.randint(-jitter, jitter))) for c in COLOURS[record["background"]])
@@ -260,10 +271,10 @@ def split(renders: list[tuple[str, str]], symbols: set[str], args: argparse.Name
     train = [r for r in renders if r not in heldout and r[1] not in unseen]
     drawable = [(style, code) for style, code in train if style in _DRAWN and code not in symbols]
     return {
-        "train": plan(train, args.views, 0, args.pairs, args.seed),
-        "stage2": plan(drawable, 1, len(drawable) // 8, 0, args.seed),
-        "heldout": plan(sorted(heldout), 1, 0, 0, args.seed),
-        "unseen": plan([r for r in renders if r[1] in unseen], 1, 0, 0, args.seed),
+        "train": plan(train, args.views, args.pairs, args.seed),
+        "stage2": plan_centred(drawable, len(drawable) * 2 // 3, args.seed),
+        "heldout": plan(sorted(heldout), 1, 0, args.seed),
+        "unseen": plan([r for r in renders if r[1] in unseen], 1, 0, args.seed),
     }
 
 
