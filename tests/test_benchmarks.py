@@ -7,12 +7,15 @@ import math
 from collections import Counter
 from pathlib import Path
 
+import assess
 import latency
 import measures
 import mini_quality
 import pytest
+import sheets
 import torch
 from judge import Gallery, Judge, content_mask, halves, isolate, load_gallery
+from originality import Neighbour, TrainingPictures, summarise_originality
 from PIL import Image, ImageChops, ImageDraw, ImageStat
 from prompts import Prompt, read_prompts
 
@@ -64,7 +67,7 @@ def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
             image = shape(name)
             image = image if style == "noto" else image.resize((120, 120)).resize((160, 160))
             image.save(folder / "renders" / style / f"{name}.png")
-    for split in ("train", "heldout", "unseen"):
+    for split in ("train", "stage2", "heldout", "unseen"):
         (folder / split).mkdir()
         rows = []
         for i, name in enumerate(names[:3] if split != "unseen" else names[3:]):
@@ -188,22 +191,40 @@ def test_looks_are_checked_only_where_they_are_asked_for() -> None:
     lines = place(["stripes"], WHITE)
     on_blue = Prompt("background", "a square on a blue background", (("square",),))
     sketch = Prompt("style", "sketch of stripes", (("stripes",),))
-    assert mini_quality.check_look(on_blue, [blue, white]) == [True, False]
-    assert mini_quality.check_look(sketch, [lines, blue]) == [True, False]
-    assert mini_quality.check_look(Prompt("object", "a square", (("square",),)), [blue]) is None
-    assert mini_quality.background_name(Image.effect_noise((64, 64), 120).convert("RGB")) is None
+    assert assess.check_look(on_blue, [blue, white]) == [True, False]
+    assert assess.check_look(sketch, [lines, blue]) == [True, False]
+    assert assess.check_look(Prompt("object", "a square", (("square",),)), [blue]) is None
+    assert assess.background_name(Image.effect_noise((64, 64), 120).convert("RGB")) is None
 
 
 def test_shares_by_kind() -> None:
-    def drawn(kind: str, ranks: list[int], look: list[bool] | None = None) -> mini_quality.Drawn:
-        return mini_quality.Drawn(Prompt(kind, "x", (("a",),)), [], [], ranks, [], look)
+    def drawn(kind: str, ranks: list[int], look: list[bool] | None = None) -> assess.Drawn:
+        image, neighbours = (
+            Image.new("RGB", (8, 8), BLUE),
+            [Neighbour(25.0 - 10 * i, "a disc") for i in range(len(ranks))],
+        )
+        return assess.Drawn(Prompt(kind, "x", (("a",),)), [image] * len(ranks), [], ranks, ["b"], look, neighbours)
 
     rows = [drawn("object", [7, 4, 0, 5]), drawn("object", [0, 0, 0, 0]), drawn("style", [9] * 4, [True, False] * 2)]
-    table = mini_quality.summarise(rows)
-    assert table["object"] == {"prompts": 2, "images": 6 / 8, "nearest": 5 / 8, "best": 0.5, "any": 1.0}
+    table = assess.summarise(rows)
+    expected = {"prompts": 2, "images": 6 / 8, "nearest": 5 / 8, "best": 0.5, "any": 1.0}
+    assert table["object"] == expected | {"median_psnr": 5.0, "near_copies": 1 / 4}
     assert table["style"]["look"] == 0.5
     assert table["all"]["images"] == 6 / 12
     assert "pair" not in table
+    failures = sheets.draw_failures(rows, columns=1)
+    assert failures is not None and failures.height == 2 * sheets.draw_failures(rows[:1], columns=1).height
+    assert sheets.draw_failures(rows[1:2]) is None
+
+
+def test_a_copy_is_found_even_moved_by_a_pixel_and_another_drawing_is_none(data: Path) -> None:
+    training = TrainingPictures(data)
+    copy = ImageChops.offset(place(["square"], WHITE, side=120), 1, 0)
+    small = place(["square"], WHITE, side=50)
+    found = training.nearest([copy, small, place(["triangle"], BLUE)])
+    assert found[0].shows == "square, noto, white" and found[0].psnr > 20
+    assert [n.near_copy for n in found] == [True, False, False]
+    assert summarise_originality([found[:1], found[1:]])["near_copies"] == pytest.approx(1 / 3)
 
 
 def test_a_run_measures_everything_and_writes_grid_and_reports(
@@ -220,7 +241,7 @@ def test_a_run_measures_everything_and_writes_grid_and_reports(
     assert math.isfinite(report["reconstruction"]["unseen"]["psnr"])
     assert 0 < report["reconstruction"]["codes_used"] <= 1 <= report["reconstruction"]["perplexity"] <= 64
     grid = Image.open(tmp_path / "out/grid.png")
-    assert grid.width > 3 * 4 * mini_quality.CELL and grid.height > 2 * mini_quality.CELL
+    assert grid.width > 3 * 4 * sheets.CELL and grid.height > 2 * sheets.CELL
     assert "| pair | 1 |" in (tmp_path / "out/report.md").read_text()
     assert not list((tmp_path / "out").glob("*.tmp"))
 
