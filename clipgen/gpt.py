@@ -6,7 +6,9 @@ Shapes: B batch, T tokens of an image (= block_size), V codebook size, D embeddi
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass
+from typing import cast
 
 import torch
 import torch.nn as nn
@@ -18,7 +20,10 @@ from clipgen.config import GPTConfig
 
 @dataclass
 class KVCache:
-    """Keys and values of all layers, (n_layer, 2, B, n_head, T, head), allocated once and written by position."""
+    """Keys and values of all layers, (n_layer, 2, B, n_head, T, head), allocated once and written by position.
+
+    A row may be given to another image at any time: what it held before is neither read nor in need of clearing.
+    """
 
     data: Tensor
 
@@ -31,12 +36,39 @@ class KVCache:
         shape = (config.n_layer, 2, batch, config.n_head, config.block_size, head)
         return cls(torch.zeros(shape, device=device, dtype=dtype))
 
-    def write(self, layer: int, position: int, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
-        """Store k, v (B, n_head, 1, head) of one position; returns all up to it, (B, n_head, position + 1, head)."""
-        keys, values = self.data[layer, 0], self.data[layer, 1]
-        keys[:, :, position : position + 1] = k
-        values[:, :, position : position + 1] = v
-        return keys[:, :, : position + 1], values[:, :, : position + 1]
+
+class Window:
+    """The part of a cache that one step writes and reads: worked out once, the same for all layers."""
+
+    def __init__(self, cache: KVCache, rows: int, positions: int | Tensor, longest: int | None) -> None:
+        _, _, slots, heads, length, _ = cache.data.shape
+        if rows > slots:
+            raise ValueError(f"{rows} rows for a cache of {slots}; allocate one for at least as many")
+        if isinstance(positions, int):
+            longest = positions + 1
+        elif longest is None:
+            longest = length
+        if not 0 < longest <= length:
+            raise ValueError(f"a step up to position {longest - 1} in a cache of {length} positions, 0 to {length - 1}")
+        self.data = cache.data[:, :, :rows, :, :longest]
+        self.position = positions if isinstance(positions, int) else None
+        self.mask: Tensor | None = None  # (B, 1, 1, longest): what each row may see
+        if not isinstance(positions, int):
+            row_heads = torch.arange(rows * heads, device=positions.device)
+            self.flat = cache.data[:, :, :rows].flatten(2, 4)  # (n_layer, 2, B * n_head * T, head)
+            self.index = row_heads * length + positions.repeat_interleave(heads)
+            self.mask = (torch.arange(longest, device=positions.device) <= positions[:, None])[:, None, None]
+
+    def store(self, layer: int, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
+        """Write k, v (B, n_head, head) of this step; returns what the rows see, (B, n_head, longest, head)."""
+        keys, values = self.data[layer].unbind(0)
+        if self.position is not None:
+            keys[:, :, self.position], values[:, :, self.position] = k, v
+        else:
+            flat_keys, flat_values = self.flat[layer].unbind(0)
+            flat_keys.index_copy_(0, self.index, k.flatten(0, 1))
+            flat_values.index_copy_(0, self.index, v.flatten(0, 1))
+        return keys, values
 
 
 def causal_attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
@@ -65,16 +97,23 @@ class Block(nn.Module):
         self.fc1 = nn.Linear(c, 4 * c)
         self.fc2 = nn.Linear(4 * c, c)
 
-    def forward(self, x: Tensor, cache: KVCache | None = None, layer: int = 0, position: int = 0) -> Tensor:
-        """All positions (B, L, C), causally, or, with a cache, one position (B, 1, C) after the cached ones."""
+    def forward(self, x: Tensor) -> Tensor:
+        """All positions (B, L, C), causally."""
         b, length, c = x.shape
         qkv = self.qkv(self.norm1(x)).view(b, length, 3, self.n_head, c // self.n_head)
         q, k, v = qkv.permute(2, 0, 3, 1, 4).unbind(0)  # (B, n_head, L, head)
-        if cache is not None:
-            k, v = cache.write(layer, position, k, v)
-        y = F.scaled_dot_product_attention(q, k, v) if cache is not None else causal_attention(q, k, v)
-        x = x + self._drop(self.proj(y.transpose(1, 2).reshape(b, length, c)))
+        y = causal_attention(q, k, v).transpose(1, 2).reshape(b, length, c)
+        x = x + self._drop(self.proj(y))
         return x + self._drop(self.fc2(self._drop(F.gelu(self.fc1(self.norm2(x))))))
+
+    def advance(self, x: Tensor, window: Window, layer: int) -> Tensor:
+        """One position of each row (B, C), which sees those before it in the cache."""
+        b, c = x.shape
+        q, k, v = self.qkv(self.norm1(x)).view(b, 3, self.n_head, c // self.n_head).unbind(1)  # (B, n_head, head)
+        keys, values = window.store(layer, k, v)
+        y = F.scaled_dot_product_attention(q[:, :, None], keys, values, attn_mask=window.mask)
+        x = x + self.proj(y.reshape(b, c))
+        return x + self.fc2(F.gelu(self.fc1(self.norm2(x))))
 
     def _drop(self, x: Tensor) -> Tensor:
         return F.dropout(x, self.dropout, self.training) if self.dropout else x
@@ -124,14 +163,30 @@ class GPT(nn.Module):
 
     def prefill(self, embedding: Tensor, cache: KVCache) -> Tensor:
         """Start sequences in a cache: embeddings (B, D) -> logits of token 0, (B, V)."""
-        return self._advance(self.cond_proj(embedding), 0, cache)
+        return self.advance(self.cond_proj(embedding), 0, cache)
 
     def step(self, tokens: Tensor, position: int, cache: KVCache) -> Tensor:
         """Append token `position - 1` (B,), 0 < position < T; returns the logits of token `position`, (B, V)."""
-        return self._advance(self.tok_emb(tokens), position, cache)
+        return self.advance(self.tok_emb(tokens), position, cache)
 
-    def _advance(self, x: Tensor, position: int, cache: KVCache) -> Tensor:
-        x = (x + self.pos_emb[0, position])[:, None]  # (B, 1, C)
-        for layer, block in enumerate(self.blocks):
-            x = block(x, cache, layer, position)
-        return self.head(self.norm(x[:, 0]))
+    def advance(self, x: Tensor, positions: int | Tensor, cache: KVCache, longest: int | None = None) -> Tensor:
+        """One step of every row, each at its own place: rows join and leave between steps.
+
+        Args:
+            x: (B, C), `cond_proj(embedding)` at position 0, `tok_emb(token)` of the token before at later ones.
+            positions: where all rows are, from 0 to T - 1, or (B,) int64 on the device, where each row is.
+            cache: of at least B rows; the first B are used, and what others left in them is not seen.
+            longest: with a tensor, its largest value + 1 as the host knows it, or any more, up to T, which is what
+                None means; no position may lie at or beyond it. With it a step never waits for the device.
+
+        Returns:
+            (B, V), the logits of token `positions`. They depend on no other row.
+
+        Raises:
+            ValueError: more rows than the cache has, or positions it does not have.
+        """
+        window = Window(cache, len(x), positions, longest)
+        x = x + self.pos_emb[0, positions]
+        for layer, block in enumerate(cast(Iterable[Block], self.blocks)):
+            x = block.advance(x, window, layer)
+        return self.head(self.norm(x))

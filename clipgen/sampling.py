@@ -6,6 +6,7 @@ Shapes: B images, T tokens of an image, V codebook size, D embedding.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -27,8 +28,50 @@ def draw_uniforms(seeds: Sequence[int], steps: int) -> Tensor:
     return torch.stack(rows) if rows else torch.empty(0, steps)
 
 
-def filter_logits(logits: Tensor, top_k: int = 0, top_p: float = 1.0) -> Tensor:
-    """Keep the `top_k` likeliest tokens (0: all), then the smallest set of them that has probability `top_p`.
+@dataclass(frozen=True)
+class Knobs:
+    """How each row of a batch samples, as tensors on the device, so that a batch can mix requests.
+
+    Every tensor is (B,), or (1,) for all rows alike. `SamplingConfig` says what the values mean.
+    """
+
+    temperature: Tensor
+    """float32, above 0. A greedy row has 1 here, `top_k` 1 and `luck` 0: that draws the likeliest token."""
+    top_k: Tensor
+    """int64; off is `width` or more."""
+    top_p: Tensor
+    """float32."""
+    guidance: Tensor
+    """float32."""
+    luck: Tensor
+    """float32, 1, or 0 for greedy rows: what their uniforms are multiplied with."""
+    width: int
+    """How many of the likeliest tokens are looked at: at least every row's top_k, V where a row has none.
+    0: no row filters anything."""
+
+    @classmethod
+    def of(cls, samplings: Sequence[SamplingConfig], vocab_size: int, device: torch.device | str = "cpu") -> Knobs:
+        """The knobs of rows that sample as these say."""
+        limits = [1 if s.temperature == 0 else min(s.top_k or vocab_size, vocab_size) for s in samplings]
+        plain = all(k == vocab_size and s.top_p == 1 for k, s in zip(limits, samplings, strict=True))
+
+        def column(values: list[float]) -> Tensor:
+            return torch.tensor(values, dtype=torch.float32).to(device)
+
+        return cls(
+            temperature=column([s.temperature or 1.0 for s in samplings]),
+            top_k=torch.tensor(limits).to(device),
+            top_p=column([s.top_p for s in samplings]),
+            guidance=column([s.guidance for s in samplings]),
+            luck=column([float(s.temperature > 0) for s in samplings]),
+            width=0 if plain else max(limits),
+        )
+
+
+def filter_logits(logits: Tensor, knobs: Knobs) -> Tensor:
+    """Keep the `top_k` likeliest tokens, then the smallest set of them that has probability `top_p`.
+
+    Tokens as likely as the last one kept stay too: no order among equals is made up.
 
     Args:
         logits: (B, V) float32.
@@ -36,26 +79,30 @@ def filter_logits(logits: Tensor, top_k: int = 0, top_p: float = 1.0) -> Tensor:
     Returns:
         (B, V): -inf where a token may not be drawn. The likeliest token always stays.
     """
-    if 0 < top_k < logits.shape[-1]:
-        threshold = logits.topk(top_k, dim=-1).values[:, -1:]
-        logits = torch.where(logits < threshold, -torch.inf, logits)
-    if top_p < 1:
-        ordered, order = logits.sort(dim=-1, descending=True)
-        probabilities = ordered.softmax(dim=-1)
-        # A token goes when those before it already have more than top_p (Holtzman et al., arXiv 1904.09751).
-        before = probabilities.cumsum(dim=-1) - probabilities
-        ordered = torch.where(before > top_p, -torch.inf, ordered)
-        logits = torch.empty_like(logits).scatter(-1, order, ordered)
-    return logits
+    if knobs.width == 0:
+        return logits
+    if knobs.width < logits.shape[-1]:
+        ordered = logits.topk(knobs.width, dim=-1).values
+    else:
+        ordered = logits.sort(dim=-1, descending=True).values
+    rank = torch.arange(ordered.shape[-1], device=logits.device)
+    probabilities = ordered.masked_fill(rank >= knobs.top_k[:, None], -torch.inf).softmax(dim=-1)
+    # A token goes when those before it already have more than top_p (Holtzman et al., arXiv 1904.09751).
+    before = probabilities.cumsum(dim=-1) - probabilities
+    count = ((before <= knobs.top_p[:, None]) & (rank < knobs.top_k[:, None])).sum(dim=-1, keepdim=True)
+    return logits.masked_fill(logits < ordered.gather(-1, count - 1), -torch.inf)
 
 
-def guide(conditional: Tensor, unconditional: Tensor, scale: float) -> Tensor:
-    """Classifier-free guidance on logits (Ho & Salimans, arXiv 2207.12598, eq. 6), any equal shapes."""
+def guide(conditional: Tensor, unconditional: Tensor, scale: float | Tensor) -> Tensor:
+    """Classifier-free guidance on logits (Ho & Salimans, arXiv 2207.12598, eq. 6), any equal shapes.
+
+    Where both are the same row, that row comes out, bit for bit, whatever the scale.
+    """
     return unconditional + scale * (conditional - unconditional)
 
 
-def choose(logits: Tensor, uniforms: Tensor, sampling: SamplingConfig) -> Tensor:
-    """Draw one token per row by inverting the CDF in the codebook's order.
+def choose(logits: Tensor, uniforms: Tensor, knobs: Knobs) -> Tensor:
+    """Draw one token per row by inverting the CDF in the codebook's order; never waits for the device.
 
     Args:
         logits: (B, V) of any float type; uniforms: (B,) in [0, 1).
@@ -63,13 +110,10 @@ def choose(logits: Tensor, uniforms: Tensor, sampling: SamplingConfig) -> Tensor
     Returns:
         (B,) int64. Temperature 0 takes the likeliest token.
     """
-    logits = logits.float()
-    if sampling.temperature == 0:
-        return logits.argmax(dim=-1)
-    logits = filter_logits(logits / sampling.temperature, sampling.top_k, sampling.top_p)
+    logits = filter_logits(logits.float() / knobs.temperature[:, None], knobs)
     cdf = logits.softmax(dim=-1).cumsum(dim=-1)
     # Scaled by the last entry, which rounding leaves a little off 1, so that a draw never falls behind the last token.
-    target = uniforms[:, None] * cdf[:, -1:]
+    target = (uniforms * knobs.luck)[:, None] * cdf[:, -1:]
     return torch.searchsorted(cdf, target, right=True).squeeze(1).clamp(max=logits.shape[-1] - 1)
 
 
@@ -103,6 +147,7 @@ def generate_tokens(
     if guided:  # the lower half of the rows is the same images without the condition
         condition = torch.cat([condition, torch.zeros_like(condition)])
     cache = KVCache.allocate(config, len(condition), weight.device, weight.dtype)
+    knobs = Knobs.of([sampling], config.vocab_size, weight.device)
     uniforms = draw_uniforms(seeds, config.block_size).to(weight.device)
     tokens = torch.empty(batch, config.block_size, dtype=torch.long, device=weight.device)
     for position in range(config.block_size):
@@ -116,7 +161,7 @@ def generate_tokens(
         logits = logits.float()
         if guided:
             logits = guide(logits[:batch], logits[batch:], sampling.guidance)
-        tokens[:, position] = choose(logits, uniforms[:, position], sampling)
+        tokens[:, position] = choose(logits, uniforms[:, position], knobs)
         if progress is not None:
             progress(position + 1, config.block_size)
     return tokens

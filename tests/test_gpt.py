@@ -78,6 +78,64 @@ def test_a_picture_does_not_depend_on_its_neighbours(gpt: GPT) -> None:
     torch.testing.assert_close(decode(gpt, tokens, embedding), alone, **CLOSE)
 
 
+@settings(max_examples=25, deadline=None)
+@given(
+    starts=st.lists(st.integers(0, 12), min_size=1, max_size=7),
+    slots=st.integers(1, 4),
+    seed=st.integers(0, 2**31),
+    exact=st.booleans(),
+)
+def test_rows_that_join_and_leave_get_what_they_get_alone(
+    gpt: GPT, starts: list[int], slots: int, seed: int, exact: bool
+) -> None:
+    """Pictures arrive at given times, take a free row of a used cache, and leave when they are complete."""
+    tokens, embedding = inputs(len(starts), 8, seed)
+    cache = KVCache.allocate(SMALL, slots + 1)
+    cache.data.normal_(generator=torch.Generator().manual_seed(seed)).mul_(50)
+    waiting = sorted(range(len(starts)), key=starts.__getitem__)
+    place: list[tuple[int, int] | None] = [None] * slots  # picture and position in each row
+    logits = torch.empty(len(starts), 9, SMALL.vocab_size)
+    for now in range(200):
+        for slot in range(slots):
+            if place[slot] is None and waiting and starts[waiting[0]] <= now:
+                place[slot] = (waiting.pop(0), 0)
+        rows = [p or (0, 0) for p in place]
+        x = torch.stack([gpt.tok_emb(tokens[i, t - 1]) if t else gpt.cond_proj(embedding[i]) for i, t in rows])
+        positions = torch.tensor([t for _, t in rows])
+        longest = int(positions.max()) + 1 if exact else None
+        step = gpt.advance(x, positions, cache, longest)
+        for slot, occupant in enumerate(place):
+            if occupant is not None:
+                picture, position = occupant
+                logits[picture, position] = step[slot]
+                place[slot] = (picture, position + 1) if position < 8 else None
+        if not waiting and not any(place):
+            break
+    torch.testing.assert_close(logits, gpt(tokens, embedding), rtol=0, atol=1e-5)
+
+
+def test_a_ragged_step_of_equal_places_is_the_plain_one(gpt: GPT) -> None:
+    tokens, embedding = inputs(3, 8)
+    plain, ragged = KVCache.allocate(SMALL, 3), KVCache.allocate(SMALL, 3)
+    for position in range(9):
+        x = gpt.tok_emb(tokens[:, position - 1]) if position else gpt.cond_proj(embedding)
+        expected = gpt.advance(x, position, plain)
+        found = gpt.advance(x, torch.full((3,), position), ragged, position + 1)
+        torch.testing.assert_close(found, expected, rtol=0, atol=1e-5)
+        assert torch.equal(ragged.data, plain.data)
+
+
+@pytest.mark.parametrize(
+    ("rows", "positions", "longest", "message"),
+    [(3, 0, None, "3 rows for a cache of 2"), (2, 9, None, "position 9"), (2, torch.zeros(2).long(), 10, "position 9")],
+)
+def test_what_a_cache_does_not_have_is_refused(
+    gpt: GPT, rows: int, positions: int | Tensor, longest: int | None, message: str
+) -> None:
+    with pytest.raises(ValueError, match=message):
+        gpt.advance(torch.zeros(rows, 16), positions, KVCache.allocate(SMALL, 2), longest)
+
+
 @pytest.mark.parametrize("position", range(8))
 def test_a_token_is_seen_only_by_those_after_it(gpt: GPT, position: int) -> None:
     tokens, embedding = inputs(1, 8)

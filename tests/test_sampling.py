@@ -13,13 +13,17 @@ from safetensors.torch import load_file
 
 from clipgen.config import GPTConfig, SamplingConfig
 from clipgen.gpt import GPT
-from clipgen.sampling import Cancelled, choose, draw_uniforms, filter_logits, generate_tokens, guide
+from clipgen.sampling import Cancelled, Knobs, choose, draw_uniforms, filter_logits, generate_tokens, guide
+
+
+def knobs(*samplings: SamplingConfig, vocab_size: int = 96, **changes: float) -> Knobs:
+    return Knobs.of(samplings or [SamplingConfig(**changes)], vocab_size)
 
 
 @pytest.mark.parametrize(("name", "top_k", "top_p"), [("k20_p09", 20, 0.9), ("k20", 20, 1.0), ("p05", 0, 0.5)])
 def test_filter_keeps_what_the_original_keeps(golden: Path, name: str, top_k: int, top_p: float) -> None:
     io = load_file(golden / "hfailab_topk_topp.safetensors")
-    kept = filter_logits(io["logits"], top_k, top_p).isfinite()
+    kept = filter_logits(io["logits"], knobs(top_k=top_k, top_p=top_p, vocab_size=io["logits"].shape[1])).isfinite()
     assert torch.equal(kept, io[f"keep_{name}"])
 
 
@@ -27,7 +31,7 @@ def test_filter_keeps_what_the_original_keeps(golden: Path, name: str, top_k: in
 @settings(max_examples=50, deadline=None)
 def test_filter_never_drops_the_likeliest(top_k: int, top_p: float, seed: int) -> None:
     logits = torch.randn(3, 96, generator=torch.Generator().manual_seed(seed)) * 5
-    kept = filter_logits(logits, top_k, top_p)
+    kept = filter_logits(logits, knobs(top_k=top_k, top_p=top_p))
     assert torch.equal(kept.argmax(-1), logits.argmax(-1))
     assert torch.equal(kept[kept.isfinite()], logits[kept.isfinite()])
     if top_k:
@@ -37,21 +41,62 @@ def test_filter_never_drops_the_likeliest(top_k: int, top_p: float, seed: int) -
 def test_draws_follow_the_distribution() -> None:
     logits = torch.randn(8, generator=torch.Generator().manual_seed(1))
     count = 40_000
-    drawn = choose(logits.expand(count, -1), draw_uniforms([5], count)[0], SamplingConfig(top_k=0, top_p=1.0))
+    drawn = choose(logits.expand(count, -1), draw_uniforms([5], count)[0], knobs(top_k=0, top_p=1.0, vocab_size=8))
     share = torch.bincount(drawn, minlength=8) / count
     assert (share - logits.softmax(-1)).abs().max() < 0.01
 
 
 def test_filtered_tokens_are_never_drawn_even_at_the_ends() -> None:
     logits = torch.tensor([[-9.0, 2.0, 1.0, -9.0]]).expand(3, -1)
-    drawn = choose(logits, torch.tensor([0.0, 0.5, 1 - 1e-7]), SamplingConfig(top_k=2, top_p=1.0))
+    drawn = choose(logits, torch.tensor([0.0, 0.5, 1 - 1e-7]), knobs(top_k=2, top_p=1.0, vocab_size=4))
     assert set(drawn.tolist()) <= {1, 2}
     assert drawn[0] == 1 and drawn[2] == 2
 
 
 def test_temperature_zero_is_greedy() -> None:
     logits = torch.randn(4, 30)
-    assert torch.equal(choose(logits, torch.rand(4), SamplingConfig(temperature=0.0)), logits.argmax(-1))
+    assert torch.equal(choose(logits, torch.rand(4), knobs(temperature=0.0, vocab_size=30)), logits.argmax(-1))
+
+
+@given(
+    st.lists(
+        st.builds(
+            SamplingConfig,
+            temperature=st.sampled_from([0.0, 0.1, 1.0, 2.5]),
+            top_k=st.integers(0, 120),
+            top_p=st.floats(0.05, 1.0),
+        ),
+        min_size=1,
+        max_size=6,
+    ),
+    st.integers(0, 1000),
+)
+@settings(max_examples=50, deadline=None)
+def test_each_row_samples_as_its_request_says_whatever_the_others(samplings: list[SamplingConfig], seed: int) -> None:
+    generator = torch.Generator().manual_seed(seed)
+    logits = torch.randn(len(samplings), 96, generator=generator) * 3
+    uniforms = torch.rand(len(samplings), generator=generator)
+    together = choose(logits, uniforms, knobs(*samplings))
+    alone = [choose(logits[i : i + 1], uniforms[i : i + 1], knobs(s)).item() for i, s in enumerate(samplings)]
+    assert together.tolist() == alone
+
+
+def test_equals_stay_together() -> None:
+    logits = torch.tensor([[1.0, 3.0, 1.0, 0.0]])
+    kept = filter_logits(logits, knobs(top_k=2, top_p=1.0, vocab_size=4)).isfinite()
+    assert kept.tolist() == [[True, True, True, False]]
+    kept = filter_logits(logits, knobs(top_k=0, top_p=0.8, vocab_size=4)).isfinite()
+    assert kept.tolist() == [[True, True, True, False]]
+
+
+def test_a_greedy_draw_takes_the_first_of_equals() -> None:
+    logits = torch.tensor([[0.0, 2.0, 2.0, 1.0]])
+    assert choose(logits, torch.tensor([0.99]), knobs(temperature=0.0, vocab_size=4)).tolist() == [1]
+
+
+def test_guidance_of_a_row_by_itself_changes_nothing() -> None:
+    a = torch.randn(3, 5)
+    assert torch.equal(guide(a, a, torch.tensor([[1.0], [3.0], [30.0]])), a)
 
 
 def test_guidance_one_is_the_condition_and_zero_is_none() -> None:
