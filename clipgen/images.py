@@ -34,6 +34,7 @@ CLIP_STD = (0.26862954, 0.26130258, 0.27577711)
 MAX_MEGAPIXELS = 64
 READ_FORMATS = ("PNG", "JPEG", "WEBP", "GIF", "BMP", "TIFF")
 SAVE_FORMATS = {"png": "PNG", "webp": "WEBP", "jpg": "JPEG", "jpeg": "JPEG"}
+_ASCII = b"ASCII\0\0\0"  # EXIF 2.3, 4.6.5: the first 8 bytes of UserComment name its code
 
 
 class ImageError(ValueError):
@@ -44,7 +45,7 @@ def load_image(source: str | Path | bytes | BinaryIO) -> Image.Image:
     """Read an image file, whatever its kind, as an upright 8-bit RGB picture.
 
     Animations give their first frame, transparency is put on white, 16-bit greys are scaled to 8 bits, and the EXIF
-    orientation is applied.
+    orientation is applied. The picture's `info` keeps nothing of the file but its name, under "name", for receipts.
 
     Args:
         source: path, the bytes of a file, or a binary file object.
@@ -58,7 +59,9 @@ def load_image(source: str | Path | bytes | BinaryIO) -> Image.Image:
         with Image.open(file, formats=READ_FORMATS) as image:
             _check_size(image)
             image.load()
-            return to_rgb(_upright(image))
+            picture = to_rgb(_upright(image))
+            picture.info = {"name": Path(source).name} if isinstance(source, (str, Path)) else {}
+            return picture
     except ImageError as error:
         raise ImageError(f"{name}: {error}") from None
     except FileNotFoundError:
@@ -76,6 +79,45 @@ def load_image(source: str | Path | bytes | BinaryIO) -> Image.Image:
     except Exception as error:  # on damaged files PIL's decoders raise everything from struct.error to IndexError
         message = f"{name} is truncated or damaged ({error}); download or export it again"
         raise ImageError(message) from error
+
+
+MAX_METADATA = 1_000_000
+"""Characters of one value that `read_metadata` returns; ours have some hundred."""
+
+
+def read_metadata(path: str | Path) -> dict[str, str]:
+    """What `save_image` has embedded in a file; {} when there is nothing of the kind. No pixel is decoded.
+
+    Raises:
+        ImageError: no such file, not a PNG, WebP or JPEG, damaged, or an endless value.
+    """
+    try:
+        with Image.open(path, formats=[*dict.fromkeys(SAVE_FORMATS.values())]) as image:
+            _check_size(image)
+            # A PNG's `text` would decode the pixels to look behind them; ours comes before them.
+            found = image.info if image.format == "PNG" else _user_comment(image)
+    except FileNotFoundError:
+        raise ImageError(f"'{path}': no such file; check the path") from None
+    except Image.UnidentifiedImageError:
+        raise ImageError(f"'{path}' is no image of the kinds written here: {', '.join(SAVE_FORMATS)}") from None
+    except Exception as error:  # as in `load_image`
+        raise ImageError(f"'{path}' cannot be read ({error})") from error
+    metadata = {str(key): str(value) for key, value in found.items() if isinstance(value, str)}
+    if any(len(value) > MAX_METADATA for value in metadata.values()):
+        raise ImageError(f"'{path}' has metadata of more than {MAX_METADATA:,} characters; it is not from here")
+    return metadata
+
+
+def _user_comment(image: Image.Image) -> dict[str, str]:
+    """The JSON object of names and texts in the EXIF field UserComment; {} when that holds anything else."""
+    comment = image.getexif().get_ifd(ExifTags.IFD.Exif).get(ExifTags.Base.UserComment)
+    if not isinstance(comment, bytes) or not comment.startswith(_ASCII) or len(comment) > MAX_METADATA:
+        return {}
+    try:
+        found = json.loads(comment.removeprefix(_ASCII).decode("ascii"))
+    except (ValueError, RecursionError):  # a camera's comment, or someone's idea of a joke
+        return {}
+    return found if isinstance(found, dict) and all(isinstance(value, str) for value in found.values()) else {}
 
 
 _TOO_LARGE = (
@@ -278,7 +320,7 @@ def _save_options(suffix: str, quality: int, metadata: Mapping[str, str]) -> dic
         options["subsampling"] = 0  # full colour resolution: small pictures with hard coloured edges need it
     if metadata:
         exif = Image.Exif()
-        comment = b"ASCII\0\0\0" + json.dumps(dict(metadata)).encode("ascii")  # EXIF 2.3, 4.6.5: 8 bytes name the code
+        comment = _ASCII + json.dumps(dict(metadata)).encode("ascii")
         exif[ExifTags.IFD.Exif] = {ExifTags.Base.UserComment: comment}
         options["exif"] = exif
     return options

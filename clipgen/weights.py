@@ -122,7 +122,7 @@ def _verify(folder: Path) -> None:
     """Compare every file with the manifest: sizes of all of them first, which costs nothing."""
     if not folder.is_dir():
         raise WeightsError(f"no weights in {folder}: no such folder; give one that holds {_names((*FILES, MANIFEST))}")
-    manifest = _read_manifest(folder / MANIFEST)
+    manifest = read_manifest(folder / MANIFEST)
     for file in FILES:
         path = folder / file
         if not path.is_file():
@@ -144,7 +144,12 @@ def _verify(folder: Path) -> None:
 _FETCH_AGAIN = "fetch the folder again (`git checkout` restores what ships with the code)"
 
 
-def _read_manifest(path: Path) -> dict[str, dict[str, Any]]:
+def read_manifest(path: Path) -> dict[str, dict[str, Any]]:
+    """Size and SHA-256 of each of `FILES`, as a manifest has them.
+
+    Raises:
+        WeightsError: there is none, or it is damaged.
+    """
     if not path.is_file():
         raise WeightsError(f"{path} is missing; {_FETCH_AGAIN}")
     try:
