@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 from clip.model import CLIP
+from published import Source, write_hfailab, write_torchscript
 
 from clipgen.config import GPTConfig, ModelConfig, SamplingConfig, VQGANConfig
 from clipgen.gpt import GPT
@@ -73,3 +74,15 @@ def tiny_weights(tiny_config: ModelConfig, tmp_path_factory: pytest.TempPathFact
         gpt.head.weight.mul_(20)
     parts = {"clip": clip.state_dict(), "vqgan": vqgan.state_dict(), "gpt": gpt.state_dict()}
     return save_weights(tmp_path_factory.mktemp("weights") / "tiny", tiny_config, parts)
+
+
+@pytest.fixture
+def hfailab(golden: Path, tmp_path: Path) -> Source:
+    """Files as HFAiLab publishes its own, tiny."""
+    return write_hfailab(golden, tmp_path)
+
+
+@pytest.fixture(scope="session")
+def torchscript(golden: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A file as OpenAI publishes its own, tiny."""
+    return write_torchscript(golden, tmp_path_factory.mktemp("openai") / "ViT-tiny.pt")

@@ -3,16 +3,11 @@
 from __future__ import annotations
 
 import json
-import os
-import pickle
 import shutil
 import sys
 import threading
 import types
-import warnings
-import zipfile
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from collections.abc import Iterator
 from functools import partial
 from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
@@ -20,16 +15,16 @@ from typing import Any
 
 import pytest
 import torch
-from clip.model import CLIP
 from omegaconf import OmegaConf
+from published import TAMING, Source, hfailab_names, original, tiny_clip, written
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from clipgen import ClipGen, checkpoints, convert
+from clipgen import ClipGen, checkpoints
 from clipgen.catalog import Entry, File
 from clipgen.checkpoints import convert_checkpoints, describe, obtain
 from clipgen.clip import Clip
-from clipgen.config import Config, GPTConfig, ModelConfig, SamplingConfig, VQGANConfig, load_config
+from clipgen.config import GPTConfig, ModelConfig, SamplingConfig, VQGANConfig, load_config
 from clipgen.foreign import read_tensors
 from clipgen.gpt import GPT, KVCache
 from clipgen.request import Request
@@ -37,65 +32,7 @@ from clipgen.vqgan import VQGAN
 from clipgen.weights import WeightsError, load_weights
 
 CLOSE = {"rtol": 0.0, "atol": 1e-4}
-TINY = {"image_size": 32, "ch": 32, "ch_mult": [1, 1, 2], "num_res_blocks": 1, "attn_resolutions": [8]}
-HFAILAB = VQGANConfig(**TINY, z_channels=32, embed_dim=32, codebook_size=64, beta=0.2, norm_eps=1e-5)
-TAMING = VQGANConfig(**TINY, z_channels=32, embed_dim=24, codebook_size=64, beta=0.25, norm_eps=1e-6)
 LIGHTNING = "pytorch_lightning.callbacks.model_checkpoint"
-
-
-@dataclass
-class Source:
-    """Files as their publishers write them, and the configuration they belong to."""
-
-    clip: Path
-    vqgan: Path
-    gpt: Path
-    config: str
-
-    def convert(self, out: Path) -> ClipGen:
-        """Through the real command's function into the real pipeline."""
-        folder = convert_checkpoints(self.clip, self.vqgan, self.gpt, out, self.config)
-        return ClipGen.from_pretrained(folder, device="cpu", dtype="float32")
-
-
-def original(golden: Path, name: str) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
-    """A reference model's own state dict, and its inputs and outputs."""
-    tensors = load_file(golden / f"{name}.safetensors")
-    parts = ({k.split(".", 1)[1]: t for k, t in tensors.items() if k.startswith(p)} for p in ("model.", "io."))
-    return next(parts), next(parts)
-
-
-def tiny_clip(embed_dim: int) -> CLIP:
-    return CLIP(embed_dim, 32, 1, 64, 8, 77, 49408, 64, 1, 1).eval()
-
-
-def hfailab_names(model: GPT | VQGAN) -> dict[str, Tensor]:
-    """Random weights under HFAiLab's names, with the training state that its files carry."""
-    rules = convert._HFAILAB_GPT if isinstance(model, GPT) else convert._HFAILAB_VQGAN
-    state = {convert._rename(name, rules): tensor for name, tensor in model.state_dict().items()}
-    extra = "blocks.0.mask" if isinstance(model, GPT) else "discriminator.main.0.weight"
-    return state | {extra: torch.ones(2, 2, dtype=torch.bool)}
-
-
-def written(
-    folder: Path, clip: dict[str, Tensor], vqgan: dict[str, Tensor], gpt: dict[str, Tensor], config: ModelConfig
-) -> Source:
-    """As release v0.1.0 has them: CLIP bare, the others under "model" beside an optimiser's state."""
-    source = Source(folder / "clip.pt", folder / "vqgan.pt", folder / "gpt.pt", str(folder / "config.yaml"))
-    state = {"epoch": 3, "optimizer": {"state": {0: {"exp_avg": torch.zeros(5)}}, "param_groups": [{"lr": 1e-4}]}}
-    torch.save(clip, source.clip)
-    torch.save({"model": vqgan, **state}, source.vqgan)
-    torch.save({"model": gpt, **state}, source.gpt)
-    OmegaConf.save(OmegaConf.structured(Config(model=config)), source.config)
-    return source
-
-
-@pytest.fixture
-def hfailab(golden: Path, tmp_path: Path) -> Source:
-    """The golden CLIP and VQGAN, and a GPT that fits them."""
-    config = ModelConfig("tiny", HFAILAB, GPTConfig(1, 2, 32, vocab_size=64, block_size=64, n_cond=32))
-    clip, vqgan = (original(golden, name)[0] for name in ("hfailab_clip_tiny", "hfailab_vqgan_tiny"))
-    return written(tmp_path, clip, vqgan, hfailab_names(GPT(config.gpt)), config)
 
 
 # --- parity ---
@@ -173,21 +110,6 @@ def test_compvis_vqgan_in_a_lightning_checkpoint(
     check_vqgan(hfailab.convert(tmp_path / "out").vqgan, io)
 
 
-@pytest.fixture(scope="module")
-def torchscript(golden: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The golden CLIP as OpenAI publishes its own: a traced program whose sizes are buffers."""
-    model = Clip.from_state_dict(original(golden, "hfailab_clip_tiny")[0]).model
-    for name, value in {"input_resolution": 32, "context_length": 77, "vocab_size": 49408}.items():
-        vars(model).pop(name, None)  # a plain attribute in the class, a buffer in the archive
-        model.register_buffer(name, torch.tensor(value))
-    path = tmp_path_factory.mktemp("openai") / "ViT-tiny.pt"
-    tokens = torch.zeros(1, 77, dtype=torch.long)
-    with warnings.catch_warnings():  # TorchScript is on its way out, and OpenAI's file is what it is
-        warnings.simplefilter("ignore")
-        torch.jit.trace(model, (torch.zeros(1, 3, 32, 32), tokens), check_trace=False).save(str(path))
-    return path
-
-
 @pytest.mark.filterwarnings("ignore::DeprecationWarning")
 def test_openais_torchscript_archive(golden: Path, hfailab: Source, torchscript: Path, tmp_path: Path) -> None:
     hfailab.clip = torchscript
@@ -227,114 +149,7 @@ def test_bfloat16_stays_close(golden: Path, hfailab: Source, tmp_path: Path) -> 
     assert drift.mean() < 2 * 2 / 255 and cosine.min() > 0.999
 
 
-# --- files that do not fit, are damaged or hostile ---
-
-
-class Touch:
-    """Pickled, it asks whoever loads it to make a file."""
-
-    def __init__(self, path: Path) -> None:
-        self.path = path
-
-    def __reduce__(self) -> tuple[Any, ...]:
-        return os.system, (f"touch '{self.path}'",)
-
-
-@pytest.mark.parametrize("part", ["clip", "vqgan", "gpt"])
-@pytest.mark.parametrize("legacy", [False, True])
-def test_a_hostile_pickle_runs_nothing(hfailab: Source, tmp_path: Path, part: str, legacy: bool) -> None:
-    trace = tmp_path / "was here"
-    path: Path = getattr(hfailab, part)
-    weights = torch.load(path)
-    torch.save({"model": weights, "extra": Touch(trace)}, path, _use_new_zipfile_serialization=not legacy)
-    with pytest.raises(WeightsError, match=rf"{path.name} cannot be read: it asks for \w+\.system, .* was run"):
-        hfailab.convert(tmp_path / "out")
-    assert not trace.exists() and not (tmp_path / "out").exists()
-    with pytest.raises(pickle.UnpicklingError):  # the same file does attack whoever trusts it
-        torch.load(path, weights_only=True)
-    torch.load(path, weights_only=False)
-    assert trace.exists()
-
-
-def repacked(archive: Path, out: Path, change: Callable[[str, bytes], bytes], compression: int = 0) -> Path:
-    with zipfile.ZipFile(archive) as old, zipfile.ZipFile(out, "w", compression) as new:
-        for info in old.infolist():
-            new.writestr(info.filename, change(info.filename, old.read(info)))
-    return out
-
-
-def test_a_hostile_torchscript_archive_runs_nothing(torchscript: Path, tmp_path: Path) -> None:
-    trace = tmp_path / "was here"
-
-    def poison(name: str, content: bytes) -> bytes:
-        return pickle.dumps(Touch(trace), protocol=2) if name.endswith("/data.pkl") else content
-
-    with pytest.raises(WeightsError, match=r"it asks for \w+\.system, which no weights need"):
-        read_tensors(repacked(torchscript, tmp_path / "evil.pt", poison))
-    assert not trace.exists()
-
-
-@pytest.mark.parametrize(
-    "opcodes",
-    [
-        b"ctorch._utils\n_rebuild_tensor_v2\n}X\x08\x00\x00\x00__code__Nsb.",
-        b"cbuiltins\neval\nX\x01\x00\x00\x001\x85R.",
-        b"ctorch\nload\n.",
-        b"c__torch__\nX\n)\x81q\x00}X\x01\x00\x00\x00ah\x00sb.",
-        b"I1\n.",
-        b"",
-    ],
-)
-def test_odd_pickles_in_an_archive(torchscript: Path, tmp_path: Path, opcodes: bytes) -> None:
-    def poison(name: str, content: bytes) -> bytes:
-        return opcodes if name.endswith("/data.pkl") else content
-
-    with pytest.raises(WeightsError, match=r"odd\.pt"):
-        read_tensors(repacked(torchscript, tmp_path / "odd.pt", poison))
-
-
-def test_an_archive_whose_numbers_are_missing(torchscript: Path, tmp_path: Path) -> None:
-    short = repacked(torchscript, tmp_path / "short.pt", lambda name, c: c[:-4] if name.endswith("/data/0") else c)
-    with pytest.raises(WeightsError, match=r"short\.pt cannot be read: .* numbers and has \d+ bytes"):
-        read_tensors(short)
-    packed = repacked(torchscript, tmp_path / "packed.pt", lambda name, c: c, zipfile.ZIP_DEFLATED)
-    with pytest.raises(WeightsError, match=r"packed\.pt cannot be read"):
-        read_tensors(packed)
-
-
-@pytest.mark.parametrize(
-    ("content", "message"),
-    [
-        (lambda: [1, 2], "holds no weights but list"),
-        (dict, "holds no weights but dict"),
-        (lambda: torch.zeros(3), "holds no weights but Tensor"),
-        (lambda: {"epoch": 3}, "'epoch' is a int"),
-        (lambda: {"model": {"a": "b"}}, "'a' is a str"),
-        (lambda: {"a": torch.zeros(1).expand(10**12)}, "claims more numbers than the file holds"),
-        (lambda: {"a": torch.eye(3).to_sparse()}, "sparse"),
-        (lambda: {"a": torch.zeros(2, device="meta")}, "plain one"),
-    ],
-)
-def test_what_is_not_weights(tmp_path: Path, content: Callable[[], Any], message: str) -> None:
-    torch.save(content(), tmp_path / "odd.pt")
-    with pytest.raises(WeightsError, match=message):
-        read_tensors(tmp_path / "odd.pt")
-
-
-@pytest.mark.parametrize("data", [b"", b"\x00" * 100, b"<html>404</html>", b"PK\x03\x04 cut off"])
-def test_what_is_no_checkpoint(tmp_path: Path, data: bytes) -> None:
-    (tmp_path / "odd.pt").write_bytes(data)
-    with pytest.raises(WeightsError, match=r"odd\.pt cannot be read: .*; fetch the file again") as caught:
-        read_tensors(tmp_path / "odd.pt")
-    assert "\n" not in str(caught.value) and "weights_only" not in str(caught.value)
-
-
-def test_a_truncated_checkpoint(hfailab: Source, tmp_path: Path) -> None:
-    data = hfailab.gpt.read_bytes()
-    for length in (len(data) - 1, len(data) // 2, 100):
-        (tmp_path / "short.pt").write_bytes(data[:length])
-        with pytest.raises(WeightsError, match=r"short\.pt"):
-            read_tensors(tmp_path / "short.pt")
+# --- files that do not fit ---
 
 
 def test_a_missing_file_and_configuration(hfailab: Source, tmp_path: Path) -> None:
