@@ -122,19 +122,33 @@ def in_batches(
         except (RuntimeError, MemoryError) as error:
             if not is_out_of_memory(error):
                 raise
-            reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+            reason = reason_of(error)
         else:
             yield output
             start += len(batch)
             continue
         # Here the exception is gone, and with its traceback the tensors that the failed attempt held.
-        if len(batch) == 1:
-            raise MemoryShortage(
-                f"{what}: not even one picture fits into memory ({reason}); close other programs, take a smaller "
-                "model or a device with more memory, or dtype bfloat16 or float16 where the device has it"
-            )
-        size = len(batch) // 2
-        log.warning("%s: out of memory with %d pictures at once; going on with %d", what, len(batch), size)
-        gc.collect()
-        if torch.cuda.is_available():
-            torch.cuda.empty_cache()
+        size = halve(len(batch), what, reason)
+
+
+def reason_of(error: BaseException) -> str:
+    """The first line of what an exception says, or its kind where it says nothing."""
+    return (str(error).strip() or type(error).__name__).splitlines()[0]
+
+
+def halve(count: int, what: str, reason: str) -> int:
+    """With how many pictures to go on when memory ran out with `count`; frees what can be freed.
+
+    Raises:
+        MemoryShortage: it was one.
+    """
+    if count <= 1:
+        raise MemoryShortage(
+            f"{what}: not even one picture fits into memory ({reason}); close other programs, take a smaller "
+            "model or a device with more memory, or dtype bfloat16 or float16 where the device has it"
+        )
+    log.warning("%s: out of memory with %d pictures at once; going on with %d", what, count, count // 2)
+    gc.collect()
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()
+    return count // 2

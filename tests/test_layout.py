@@ -24,12 +24,16 @@ LAYERS = {
     "clipgen.convert": 2,
     "clipgen.foreign": 2,
     "clipgen.sampling": 2,
-    "clipgen.engine": 2,
+    "clipgen.batch": 2.25,  # pictures in one cache, which know nothing of who asked for them
+    "clipgen.engine": 2.5,
     "clipgen.pipeline": 3,
     "clipgen.checkpoints": 3,
     "clipgen": 3.5,
     "clipgen.receipt": 3.6,
-    "clipgen.weights_cli": 3.75,  # a part of the command line, which it does not know
+    "clipgen.terminal": 3.7,
+    "clipgen.weights_cli": 3.75,  # parts of the command line, which they do not know
+    "clipgen.generate_cli": 3.75,
+    "clipgen.replay_cli": 3.75,
     "clipgen.cli": 4,
     "clipgen.app": 4,
     "predict": 4,
