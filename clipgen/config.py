@@ -169,9 +169,11 @@ class TrainConfig:
     log_every: int = 50
     sample_every: int = 1000
     save_every: int = 1000
+    keep: int = 2
+    """Checkpoints that stay, the newest."""
 
     def __post_init__(self) -> None:
-        _require_sizes(self, "steps", "batch_size", "log_every", "sample_every", "save_every")
+        _require_sizes(self, "steps", "batch_size", "log_every", "sample_every", "save_every", "keep")
         _require_sizes(self, "warmup", "seed", "workers", at_least=0)
         for name in ("lr", "grad_clip"):
             value = getattr(self, name)
@@ -202,7 +204,10 @@ class Stage1Config(TrainConfig):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        _require_sizes(self, "disc_ch")
+        _require(
+            self.disc_ch >= 4 and self.disc_ch % 4 == 0,
+            f"disc_ch is {self.disc_ch}; it must be a positive multiple of 4, for GroupNorm",
+        )
         _require_sizes(self, "perceptual_crop", "disc_start", "revive_every", at_least=0)
         _require_weights(self, "l2_weight", "perceptual_weight", "disc_weight")
         _require(0 < self.min_scale <= 1, f"min_scale is {self.min_scale}; use (0, 1]")
@@ -231,7 +236,9 @@ class Stage2Config(TrainConfig):
     """Largest share of the tokens a picture is continued from that are another picture's, so that the GPT goes by the
     condition and forgives its own mistakes, and does not recite what it knows by heart (taming's `pkeep`)."""
     views: int = 1
-    """Crops per image that are turned into tokens before training."""
+    """Crops per image that are turned into tokens."""
+    from_pixels: bool = False
+    """Turn pictures into tokens in every step again, in place of once before training: slower, but nothing to store."""
     min_scale: float = 1.0
     """Smallest part of the picture that a crop keeps, along its side."""
 
@@ -239,6 +246,10 @@ class Stage2Config(TrainConfig):
         super().__post_init__()
         _require_sizes(self, "views")
         _require_sizes(self, "neighbours", at_least=0)
+        _require(
+            not (self.from_pixels and self.neighbours),
+            f"neighbours is {self.neighbours}, which needs all embeddings before training; use 0 with from_pixels",
+        )
         _require(0 <= self.token_noise <= 1, f"token_noise is {self.token_noise}; use [0, 1]")
         _require(self.optimizer in ("adamw", "muon"), f"optimizer is {self.optimizer!r}; use adamw or muon")
         _require_weights(self, "weight_decay")

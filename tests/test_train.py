@@ -1,82 +1,33 @@
-"""Both training stages on a handful of pictures, end to end: train, interrupt, resume, export, generate."""
+"""Both training stages on a handful of pictures, end to end: train, export, generate; what goes into a step."""
 
 from __future__ import annotations
 
-import csv
-import random
-import sys
 from pathlib import Path
 
 import pytest
 import torch
 import torch.nn.functional as F
-from omegaconf import OmegaConf
-from PIL import Image, ImageDraw
+from PIL import Image
 from safetensors.torch import load_file
+from training_kit import draw_pictures, run, scalars, write_config
 
 from clipgen import ClipGen
-from clipgen.config import Config, ModelConfig, Stage1Config, Stage2Config
+from clipgen.config import ModelConfig, Stage2Config
 from clipgen.gpt import GPT
 from train import export, stage1, stage2
-from train.common import Logger, build_optimizers
-from train.data import DataError, Images, Shuffle, list_images
+from train.common import TrainingError, build_optimizers, check_finite
 from train.losses import PatchDiscriminator, adaptive_weight, discriminator_loss, generator_loss
 from train.stage2 import corrupt, mix, nearest, perturb
 
 
 @pytest.fixture(scope="module")
 def pictures(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Two dozen coloured shapes in nested folders, and one file that is no picture."""
-    folder = tmp_path_factory.mktemp("pictures")
-    rng = random.Random(0)
-    for i in range(24):
-        image = Image.new("RGB", (40, 48), tuple(rng.randrange(256) for _ in range(3)))
-        ImageDraw.Draw(image).ellipse([4, 8, 36, 40], fill=tuple(rng.randrange(256) for _ in range(3)))
-        path = folder / f"{i % 3}" / f"{i:02d}.png"
-        path.parent.mkdir(exist_ok=True)
-        image.save(path)
-    (folder / "broken.jpg").write_bytes(b"not a picture")
-    return folder
+    return draw_pictures(tmp_path_factory.mktemp("pictures"))
 
 
 @pytest.fixture(scope="module")
 def config(tiny_config: ModelConfig, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Six steps of each stage, the last three of stage 1 with the GAN, in float32."""
-    common = {"steps": 6, "batch_size": 4, "warmup": 1, "precision": "no", "workers": 0, "ema": 0.5}
-    every = {"log_every": 1, "sample_every": 3, "save_every": 3}
-    values = Config(
-        model=tiny_config,
-        stage1=Stage1Config(**common, **every, perceptual="none", disc_start=3, disc_ch=8, revive_every=2, lr=1e-3),
-        stage2=Stage2Config(
-            **common, **every, lr=1e-3, optimizer="muon", noise_angle=20.0, neighbours=2, token_noise=0.5, views=2
-        ),
-    )
-    path = tmp_path_factory.mktemp("config") / "tiny.yaml"
-    OmegaConf.save(OmegaConf.structured(values), path)
-    return path
-
-
-def run(script, monkeypatch: pytest.MonkeyPatch, *arguments: object) -> None:
-    monkeypatch.setattr(sys, "argv", [script.__name__, *map(str, arguments)])
-    script.main()
-
-
-def scalars(out: Path) -> dict[tuple[int, str], float]:
-    with (out / "scalars.csv").open() as file:
-        return {(int(r["step"]), r["name"]): float(r["value"]) for r in csv.DictReader(file)}
-
-
-def interrupt_at(step: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The next training stops, as by Ctrl-C, when it logs this step."""
-    original = Logger.scalars
-
-    def stop(self: Logger, done: int, values: dict) -> None:
-        if done == step:
-            monkeypatch.setattr(Logger, "scalars", original)
-            raise KeyboardInterrupt
-        original(self, done, values)
-
-    monkeypatch.setattr(Logger, "scalars", stop)
+    return write_config(tiny_config, tmp_path_factory.mktemp("config") / "tiny.yaml")
 
 
 @pytest.fixture(scope="module")
@@ -96,8 +47,10 @@ def test_stages_leave_weights_curves_and_pictures(trained: Path) -> None:
     assert (1, "l1") in rows and (1, "discriminator") not in rows  # the GAN starts late
     assert (4, "discriminator") in rows and (4, "adaptive_weight") in rows and (4, "codes_used") in rows
     assert (6, "loss") in scalars(trained / "gpt") and (3, "held_loss") in scalars(trained / "gpt")
+    assert "broken.jpg: is not an image" in (trained / "vqgan" / "skipped.txt").read_text()
+    assert "broken.jpg" in (trained / "gpt" / "encoded" / "skipped.txt").read_text()
     for picture in ("vqgan/reconstruction_000003.png", "gpt/samples_000006.png"):
-        assert Image.open(trained / picture).width > 100
+        assert Image.open(trained / picture).width > 60
     assert list(trained.glob("*/tensorboard/events*"))
 
 
@@ -120,28 +73,6 @@ def test_export_names_what_is_missing(
     assert "none.safetensors is missing" in capsys.readouterr().err
 
 
-@pytest.mark.parametrize("script", [stage1, stage2])
-def test_interrupted_and_resumed_is_as_if_never_interrupted(
-    script,
-    trained: Path,
-    pictures: Path,
-    config: Path,
-    tiny_weights: Path,
-    tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
-    name, weights = ("vqgan", "vqgan.safetensors") if script is stage1 else ("gpt", "gpt.safetensors")
-    arguments = ["--config", config, "--data", pictures, "--out", tmp_path / name]
-    if script is stage2:
-        arguments += ["--vqgan", trained / "vqgan", "--clip", tiny_weights / "clip.safetensors"]
-    interrupt_at(5, monkeypatch)
-    with pytest.raises(KeyboardInterrupt):
-        run(script, monkeypatch, *arguments)
-    run(script, monkeypatch, *arguments)
-    whole, resumed = (load_file(folder / name / weights) for folder in (trained, tmp_path))
-    assert all(torch.equal(whole[key], resumed[key]) for key in whole)
-
-
 def test_training_starts_from_given_weights(
     trained: Path, pictures: Path, config: Path, tmp_path: Path, monkeypatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -154,6 +85,24 @@ def test_training_starts_from_given_weights(
         run(stage1, monkeypatch, *arguments, f"stage1.init={trained / 'gpt' / 'gpt.safetensors'}")
     assert stop.value.code == 2
     assert "gpt.safetensors: the VQGAN's tensors do not fit" in capsys.readouterr().err
+
+
+def test_numbers_that_are_not_finite_stop_the_training(
+    pictures: Path, config: Path, tmp_path: Path, monkeypatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    arguments = ["--config", config, "--data", pictures, "--out", tmp_path / "run", "stage1.save_every=1"]
+    monkeypatch.setattr(stage1, "discriminator_loss", lambda real, fake: real.mean() / 0)
+    with pytest.raises(SystemExit) as stop:
+        run(stage1, monkeypatch, *arguments)
+    assert stop.value.code == 2
+    assert "step 4: discriminator not finite" in capsys.readouterr().err
+    assert [p.name for p in sorted((tmp_path / "run" / "checkpoints").iterdir())] == ["step_000002", "step_000003"]
+
+
+def test_finite_numbers_are_fine() -> None:
+    check_finite(1, {"loss": torch.tensor(2.0), "lr": 0.1})
+    with pytest.raises(TrainingError, match="step 7: loss, lr not finite"):
+        check_finite(7, {"loss": torch.tensor(float("nan")), "lr": float("inf")})
 
 
 @pytest.mark.slow
@@ -186,26 +135,6 @@ def test_a_folder_without_images_is_one_clear_line(
         run(stage1, monkeypatch, "--config", config, "--data", tmp_path, "--out", tmp_path / "run")
     assert stop.value.code == 2
     assert "holds no image" in capsys.readouterr().err
-
-
-def test_images_skip_what_cannot_be_read_and_repeat_exactly(pictures: Path) -> None:
-    data = Images(pictures, 32, min_scale=0.5)
-    assert len(list_images(pictures)) == len(data) == 25
-    items = [data[(i, 9)] for i in range(len(data))]
-    assert {path.name for path in data.skipped} == {"broken.jpg"}
-    assert all(item.shape == (3, 32, 32) and item.abs().max() <= 1 for item in items)
-    assert torch.equal(items[3], data[(3, 9)])
-    assert any(not torch.equal(items[3], data[(3, seed)]) for seed in range(5))
-    with pytest.raises(DataError, match="not a folder"):
-        list_images(pictures / "nowhere")
-
-
-def test_shuffle_is_endless_covers_every_epoch_and_starts_anywhere() -> None:
-    first = [pair for pair, _ in zip(Shuffle(7, seed=3), range(21), strict=False)]
-    assert [sorted(i for i, _ in first[n : n + 7]) for n in (0, 7, 14)] == [list(range(7))] * 3
-    later = [pair for pair, _ in zip(Shuffle(7, seed=3, start=10), range(11), strict=False)]
-    assert later == first[10:]
-    assert first[:7] != first[7:14]
 
 
 def test_perturbed_embeddings_stay_on_the_sphere_within_the_angle() -> None:
@@ -260,6 +189,12 @@ def test_hinge_losses() -> None:
     assert discriminator_loss(real, fake).item() == pytest.approx(0.5 * (0.5 + 1.0))
     assert generator_loss(fake).item() == pytest.approx(0.5)
     assert PatchDiscriminator(8)(torch.zeros(2, 3, 32, 32)).shape[:2] == (2, 1)
+
+
+def test_the_discriminator_judges_each_picture_alone() -> None:
+    x = torch.randn(4, 3, 32, 32, generator=torch.Generator().manual_seed(0))
+    judge = PatchDiscriminator(8)
+    assert torch.allclose(judge(x)[1:2], judge(x[1:2]), atol=1e-5)
 
 
 def test_adaptive_weight_is_the_ratio_of_gradients() -> None:

@@ -4,10 +4,9 @@ from __future__ import annotations
 
 import argparse
 import csv
-import json
+import errno
 import math
 import os
-import shutil
 import sys
 import time
 from collections.abc import Callable, Mapping
@@ -19,29 +18,33 @@ from typing import Any
 import torch
 import torch.nn as nn
 from accelerate import Accelerator
+from accelerate.utils import gather_object
 from PIL import Image
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from torch import Tensor
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 from torch.utils.tensorboard import SummaryWriter
 
-from clipgen.config import Config, Stage2Config, TrainConfig, load_config
+from clipgen.config import Config, ConfigError, Stage2Config, TrainConfig, load_config
 from clipgen.weights import WeightsError, check_fit
+from train.checkpoint import Checkpoints
+from train.checkpoint import save_tensors as save_tensors
 
 
-def parse_args(doc: str, **extra: str) -> tuple[argparse.Namespace, Config]:
+def parse_args(doc: str, data: str = "pictures", **extra: str) -> tuple[argparse.Namespace, Config]:
     """The flags of a training script: --config, --data, --out, then overrides such as stage1.lr=1e-4.
 
     `extra` adds required paths: name -> help.
     """
     parser = argparse.ArgumentParser(description=doc, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--config", default="mini", help="mini, coco, imagenet, or the path of a .yaml file")
-    parser.add_argument("--data", type=Path, required=True, help="folder of images, searched to any depth")
+    kinds = 'folder, .txt list of paths, or .tar shards such as "data/{000000..000127}.tar", also http(s)://'
+    parser.add_argument("--data", required=True, help=f"{data}: {kinds}")
     parser.add_argument("--out", type=Path, required=True, help="folder for checkpoints, curves and pictures")
     for name, text in extra.items():
         parser.add_argument(f"--{name}", type=Path, required=True, help=text)
     parser.add_argument("overrides", nargs="*", help="changes to the configuration, such as stage1.batch_size=16")
-    args = parser.parse_args()
+    args = parser.parse_intermixed_args()  # overrides may stand anywhere
     try:
         return args, load_config(args.config, args.overrides)
     except ValueError as error:
@@ -49,15 +52,19 @@ def parse_args(doc: str, **extra: str) -> tuple[argparse.Namespace, Config]:
 
 
 def command(main: Callable[[], None]) -> Callable[[], None]:
-    """Make a user's mistake one clear line and exit code 2, not a traceback."""
+    """Make a user's mistake or a full disk one clear line and exit code 2, Ctrl-C one line and 130; no traceback."""
 
     @wraps(main)
     def run() -> None:
         try:
             main()
-        except (ValueError, FileNotFoundError) as error:
+        except KeyboardInterrupt as error:
+            print("stopped; the same command goes on from what is saved", file=sys.stderr)
+            raise SystemExit(130) from error
+        except (ValueError, OSError) as error:
             ours = type(error).__module__.startswith(("clipgen.", "train."))
-            if not (ours or isinstance(error, FileNotFoundError)):
+            full = isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT)
+            if not (ours or full or isinstance(error, FileNotFoundError)):
                 raise
             print(f"error: {error}", file=sys.stderr)
             raise SystemExit(2) from error
@@ -66,10 +73,37 @@ def command(main: Callable[[], None]) -> Callable[[], None]:
 
 
 def build_accelerator(config: TrainConfig) -> Accelerator:
-    """Accelerate with the asked precision; bf16 also on CPUs. Seeds torch."""
-    torch.manual_seed(config.seed)
-    # The schedule counts optimizer steps, however many processes share one.
-    return Accelerator(mixed_precision=config.precision, step_scheduler_with_optimizer=False)
+    """Accelerate with the asked precision, over as many processes as `torchrun` started. Seeds torch.
+
+    Raises:
+        ConfigError: the processes cannot have equal parts of a batch.
+    """
+    # Without being told, Accelerate looks for other processes on accelerators only.
+    accelerator = Accelerator(mixed_precision=config.precision, cpu=not torch.accelerator.is_available())
+    if config.batch_size % accelerator.num_processes:
+        raise ConfigError(
+            f"batch_size is {config.batch_size}, for all processes together; "
+            f"it must be a multiple of their number, {accelerator.num_processes}"
+        )
+    torch.manual_seed(config.seed)  # the same weights everywhere
+    return accelerator
+
+
+def seeded(config: TrainConfig, step: int) -> torch.Generator:
+    """The random numbers of one step, of all processes: they draw for the whole batch and use their part."""
+    return torch.Generator().manual_seed(config.seed * 1_000_003 + step)
+
+
+def own_part(accelerator: Accelerator, batch_size: int) -> slice:
+    """Which rows of a batch are this process's."""
+    size = batch_size // accelerator.num_processes
+    return slice(accelerator.process_index * size, (accelerator.process_index + 1) * size)
+
+
+def set_lr(optimizer: torch.optim.Optimizer, lr: float) -> None:
+    """The learning rate of the next step. It follows from the step and the configuration; nothing of it is saved."""
+    for group in optimizer.param_groups:
+        group["lr"] = lr
 
 
 def cosine(config: TrainConfig) -> Callable[[int], float]:
@@ -89,29 +123,46 @@ def build_ema(model: nn.Module, decay: float) -> AveragedModel:
     return AveragedModel(model, multi_avg_fn=get_ema_multi_avg_fn(decay)).eval().requires_grad_(False)
 
 
+class TrainingError(ValueError):
+    """A training that makes no sense to go on with; the message says since when and what to try."""
+
+
 @dataclass
 class Logger:
     """Scalars as CSV, TensorBoard and a line on the terminal; pictures as PNG and TensorBoard.
 
     Scalars may be tensors: they are read only when a line is due, so that logging never stalls the device.
+
+    Attributes:
+        start: the step that training goes on from; what a run before it logged of later ones is dropped.
     """
 
     out: Path
     steps: int
     batch_size: int
+    start: int = 0
     _board: SummaryWriter = field(init=False, repr=False)
-    _start: tuple[float, int] | None = field(default=None, init=False, repr=False)
+    _since: tuple[float, int] | None = field(default=None, init=False, repr=False)
 
     def __post_init__(self) -> None:
         self.out.mkdir(parents=True, exist_ok=True)
-        self._board = SummaryWriter(str(self.out / "tensorboard"))
+        self._board = SummaryWriter(str(self.out / "tensorboard"), purge_step=self.start + 1 if self.start else None)
+        path = self.out / "scalars.csv"
+        lines = path.read_text().splitlines(keepends=True) if path.exists() else []
+        kept = [line for line in lines if not line[0].isdigit() or int(line.split(",")[0]) <= self.start]
+        if len(kept) < len(lines):
+            write_text(path, "".join(kept))
 
     def scalars(self, step: int, values: dict[str, float | Tensor]) -> None:
-        """Write one row; columns are fixed by the first row of a run."""
+        """Write one row.
+
+        Raises:
+            TrainingError: a value is not finite.
+        """
         now = time.time()
-        if self._start is None:
-            self._start = (now, step)
-        seconds, done = now - self._start[0], step - self._start[1]
+        if self._since is None:
+            self._since = (now, step)
+        seconds, done = now - self._since[0], step - self._since[1]
         row = {"step": step, **{k: float(v) for k, v in values.items()}}
         if done:
             row["images_per_second"] = done * self.batch_size / seconds
@@ -121,12 +172,13 @@ class Logger:
         left = f", {(self.steps - step) * seconds / done / 60:.0f} min left" if done else ""
         text = " ".join(f"{k} {v:.4g}" for k, v in row.items() if k != "step")
         print(f"step {step}/{self.steps} {text}{left}", flush=True)
+        check_finite(step, values)
 
     def _append(self, row: dict[str, float]) -> None:
         path = self.out / "scalars.csv"
         new = not path.exists()
         with path.open("a", newline="") as file:
-            writer = csv.writer(file)
+            writer = csv.writer(file, lineterminator="\n")
             if new:
                 writer.writerow(["step", "name", "value"])
             writer.writerows((row["step"], name, value) for name, value in row.items() if name != "step")
@@ -138,51 +190,68 @@ class Logger:
         self._board.add_image(name, pixels.view(image.height, image.width, 3), step, dataformats="HWC")
 
 
-def init_weights(model: nn.Module, config: TrainConfig) -> None:
-    """Start from `config.init`, if it names weights, in place of random ones.
+def check_finite(step: int, values: Mapping[str, float | Tensor]) -> None:
+    """Stop a training whose numbers have become NaN or infinite, before it is saved over a good checkpoint.
 
     Raises:
-        WeightsError: they do not fit the model.
+        TrainingError: one of the values is not finite.
+    """
+    bad = [name for name, value in values.items() if not math.isfinite(value)]
+    if bad:
+        raise TrainingError(
+            f"step {step}: {', '.join(bad)} not finite, so the weights are lost; the last checkpoint is from before. "
+            "Go on from it with a lower lr, a lower grad_clip, or precision=no"
+        )
+
+
+def report_failures(accelerator: Accelerator, out: Path, failures: Mapping[str, str]) -> None:
+    """Count the pictures that no process could read, and list them in OUT/skipped.txt. All processes call this."""
+    found: dict[str, str] = {}
+    for part in gather_object([dict(failures)]):
+        found |= part
+    if found and accelerator.is_main_process:
+        write_text(out / "skipped.txt", "".join(f"{name}: {why}\n" for name, why in sorted(found.items())))
+        first = next(iter(sorted(found.items())))
+        print(f"{len(found)} pictures could not be read, all in {out / 'skipped.txt'}; {first[0]}: {first[1]}")
+
+
+def write_text(path: Path, text: str) -> None:
+    """Write a file under a temporary name, then rename."""
+    temporary = path.with_name(f"{path.name}.tmp")
+    temporary.write_text(text, encoding="utf-8")
+    os.replace(temporary, path)
+
+
+def load_weights(model: nn.Module, path: str | Path) -> None:
+    """Read a .safetensors file into a model.
+
+    Raises:
+        WeightsError: it does not fit the model.
         FileNotFoundError: no such file.
     """
+    weights = load_file(path)
+    expected = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
+    try:
+        check_fit(expected, weights, type(model).__name__)
+    except WeightsError as error:
+        raise WeightsError(f"{path}: {error}") from error
+    model.load_state_dict(weights)
+
+
+def init_weights(model: nn.Module, config: TrainConfig) -> None:
+    """Start from `config.init`, if it names weights, in place of random ones; raises as `load_weights` does."""
     if config.init:
-        weights = load_file(config.init)
-        expected = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
-        try:
-            check_fit(expected, weights, type(model).__name__)
-        except WeightsError as error:
-            raise WeightsError(f"{config.init}: {error}") from error
-        model.load_state_dict(weights)
+        load_weights(model, config.init)
 
 
-def save_checkpoint(accelerator: Accelerator, out: Path, step: int, config: Config | TrainConfig) -> None:
-    """Write everything that resuming needs to out/checkpoint; the previous one stays until the new one is whole."""
-    temporary, final, old = out / "checkpoint.tmp", out / "checkpoint", out / "checkpoint.old"
-    accelerator.save_state(str(temporary))
-    if accelerator.is_main_process:
-        (temporary / "state.json").write_text(json.dumps({"step": step, "config": asdict(config)}, indent=1))
-        shutil.rmtree(old, ignore_errors=True)
-        if final.exists():
-            os.replace(final, old)
-        os.replace(temporary, final)
-        shutil.rmtree(old, ignore_errors=True)
-    accelerator.wait_for_everyone()
+def save_checkpoint(accelerator: Accelerator, out: Path, step: int, config: TrainConfig) -> None:
+    """Write a checkpoint of a training without settings to compare (`train.checkpoint.Checkpoints`)."""
+    Checkpoints(accelerator, out, config.keep, about=asdict(config)).save(step)
 
 
 def load_checkpoint(accelerator: Accelerator, out: Path) -> int:
-    """Restore out/checkpoint into what the accelerator prepared; returns the step to go on from, 0 without one."""
-    for name in ("checkpoint", "checkpoint.old"):  # a crash between two renames leaves only the old one
-        if (out / name / "state.json").is_file():
-            accelerator.load_state(str(out / name))
-            return int(json.loads((out / name / "state.json").read_text())["step"])
-    return 0
-
-
-def save_tensors(weights: Mapping[str, Tensor], path: Path) -> None:
-    """Write safetensors under a temporary name, then rename."""
-    temporary = path.with_name(f"{path.name}.tmp")
-    save_file({name: tensor.contiguous() for name, tensor in weights.items()}, temporary)
-    os.replace(temporary, path)
+    """Restore the newest checkpoint in OUT; returns the step to go on from, 0 without one."""
+    return Checkpoints(accelerator, out).load()
 
 
 def build_optimizers(model: nn.Module, config: Stage2Config) -> list[torch.optim.Optimizer]:

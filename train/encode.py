@@ -1,53 +1,249 @@
 """Images -> tokens and embeddings, once, so that stage 2 reads no pixels.
 
-Both encoders are frozen, so a picture's tokens and embedding never change during stage 2.
+    python train/encode.py --config mini --data photos --vqgan runs/vqgan --clip clip.safetensors --out runs/encoded
+    torchrun --nproc-per-node 8 train/encode.py ...
+
+Both encoders are frozen, so a crop's tokens and embedding never change during stage 2. `stage2.views` random crops of
+each picture are encoded, in shards that are written whole or not at all: run it again to go on. OUT/index.json says
+what they were made from and with, so that stage 2 never trains on those of other networks.
 """
 
 from __future__ import annotations
 
+import hashlib
+import json
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from itertools import count
 from pathlib import Path
+from typing import Any
 
 import torch
+from accelerate import Accelerator
 from rich.progress import track
 from safetensors.torch import load_file
 from torch import Tensor
 
 from clipgen.clip import Clip
-from clipgen.images import clip_from_pixels
+from clipgen.config import Config, VQGANConfig
 from clipgen.vqgan import VQGAN
-from train.common import save_tensors
-from train.data import Images
+from train.checkpoint import save_tensors
+from train.common import build_accelerator, command, load_weights, own_part, parse_args, report_failures, write_text
+from train.data import Batch, Images, Key, image_batches
+from train.sources import DataError
+
+ROWS = 4096
+"""Crops of one shard."""
+BATCH = 64
+"""Crops encoded at once."""
 
 
-@torch.no_grad()
-def encode_images(
-    data: Images, vqgan: VQGAN, clip: Clip, views: int, seed: int, device: torch.device, batch_size: int = 64
-) -> tuple[Tensor, Tensor]:
-    """Tokens (N * views, T) int32 and unit-norm embeddings (N * views, D) float16 of `views` random crops per image."""
-    keys = [(i, seed + view) for view in range(views) for i in range(len(data))]
-    vqgan, clip = vqgan.to(device).eval(), clip.to(device)
-    tokens, embeddings = [], []
-    for start in track(range(0, len(keys), batch_size), f"encoding {len(keys)} crops"):
-        x = torch.stack([data[key] for key in keys[start : start + batch_size]]).to(device)
-        with torch.autocast(device.type, torch.bfloat16):
-            embedding = clip.encode_image(clip_from_pixels(x, clip.image_size))
-            # float32 distances: the nearest code must be the one that decoding will use.
-            tokens.append(vqgan.tokens(x).int().cpu())
-        embeddings.append(embedding.half().cpu())
-    return torch.cat(tokens), torch.cat(embeddings)
+Rows = Sequence[int]
+"""Row r of an encoded set is crop r // pictures of picture r % pictures."""
 
 
-def load_or_encode(
-    cache: Path, data: Images, vqgan: VQGAN, clip: Clip, views: int, seed: int, device: torch.device
-) -> tuple[Tensor, Tensor]:
-    """`encode_images` through a file: computed at the first call, read afterwards.
+@dataclass(frozen=True)
+class Encoders:
+    """The two frozen networks, the crops they look at, and what all of it is made from."""
 
-    Returns:
-        tokens (N * views, T) int64, embeddings (N * views, D) float32.
+    accelerator: Accelerator
+    data: Images
+    vqgan: VQGAN
+    clip: Clip
+    views: int
+    seed: int
+    origin: Mapping[str, Any]
+
+    @property
+    def pictures(self) -> int:
+        return len(self.data)
+
+    def read(self, rows: Rows) -> tuple[Tensor, Tensor]:
+        """Tokens (B, T) int64 and unit-norm embeddings (B, D) float32 of some rows, on the CPU."""
+        parts = [
+            self._encode(self.data.batch(self._keys(rows[start : start + BATCH])))
+            for start in range(0, len(rows), BATCH)
+        ]
+        tokens, embeddings = zip(*parts, strict=True)
+        return torch.cat(tokens), torch.cat(embeddings)
+
+    def batches(self, rows: Callable[[int], Rows], start: int, workers: int) -> Iterator[tuple[Tensor, Tensor]]:
+        """What `read` gives for the rows of every step from `start` on; each process encodes its part of them."""
+
+        def keys(step: int) -> list[Key]:
+            every = rows(step)
+            return self._keys(every)[own_part(self.accelerator, len(every))]
+
+        for batch in image_batches(self.data, keys, start, workers):
+            tokens, embeddings = (part.to(self.accelerator.device) for part in self._encode(batch))
+            yield self.accelerator.gather(tokens).cpu(), self.accelerator.gather(embeddings).cpu()
+
+    def _keys(self, rows: Rows) -> list[Key]:
+        return [(row % len(self.data), self.seed + row // len(self.data)) for row in rows]
+
+    @torch.no_grad()
+    def _encode(self, batch: Batch) -> tuple[Tensor, Tensor]:
+        device = self.accelerator.device
+        self.vqgan.to(device)
+        self.clip.to(device)
+        with self.accelerator.autocast():
+            z = self.vqgan.encode(batch.pixels.to(device))
+            embeddings = self.clip.encode_image(batch.clip.to(device))
+        # Outside of autocast: the nearest code must be the one that decoding will use.
+        return self.vqgan.quantizer(z)[2].cpu(), embeddings.half().float().cpu()  # rounded as in the shards
+
+
+def load_encoders(
+    config: Config, data: str, vqgan: VQGAN, files: Mapping[str, Path], accelerator: Accelerator
+) -> Encoders:
+    """Find the pictures and read CLIP.
+
+    Args:
+        files: the weights of "vqgan" and "clip".
+
+    Raises:
+        DataError: no picture there, or a CLIP of another size than the GPT takes.
+        FileNotFoundError: weights that are not there.
     """
-    if not cache.is_file():
-        tokens, embeddings = encode_images(data, vqgan, clip, views, seed, device)
-        cache.parent.mkdir(parents=True, exist_ok=True)
-        save_tensors({"tokens": tokens, "embeddings": embeddings}, cache)
-    stored = load_file(cache)
-    return stored["tokens"].long(), stored["embeddings"].float()
+    c = config.stage2
+    clip = Clip.from_state_dict(load_file(files["clip"]))
+    if clip.embed_dim != config.model.gpt.n_cond:
+        raise DataError(
+            f"{files['clip']} has embeddings of {clip.embed_dim} numbers, gpt.n_cond is {config.model.gpt.n_cond}"
+        )
+    with accelerator.local_main_process_first():  # remote shards are fetched once
+        images = Images(data, config.model.vqgan.image_size, c.min_scale, c.views > 1, clip.image_size)
+    settings = {"precision": c.precision, "views": c.views, "min_scale": c.min_scale, "seed": c.seed}
+    names = "\n".join(images.source.names)
+    origin = {"pictures": hashlib.sha256(names.encode()).hexdigest(), "settings": settings} | hashes(files)
+    return Encoders(accelerator, images, vqgan, clip, c.views, c.seed, origin)
+
+
+def load_vqgan(config: VQGANConfig, path: Path) -> VQGAN:
+    """The frozen VQGAN of stage 1.
+
+    Raises:
+        FileNotFoundError: no such file.
+        WeightsError: it does not fit the configuration.
+    """
+    vqgan = VQGAN(config).requires_grad_(False).eval()
+    load_weights(vqgan, path)
+    return vqgan
+
+
+def hashes(files: Mapping[str, Path]) -> dict[str, str]:
+    """SHA-256 of each file."""
+    return {name: _sha256(path) for name, path in files.items()}
+
+
+def _sha256(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def write_shards(encoders: Encoders, out: Path) -> None:
+    """Encode what is missing in OUT: each process its own shards. All processes call this.
+
+    Raises:
+        DataError: OUT holds shards of other networks, pictures or settings.
+    """
+    accelerator, index = encoders.accelerator, out / "index.json"
+    if index.is_file():
+        check_origin(index, encoders.origin)
+    total = encoders.pictures * encoders.views
+    header = {"origin": encoders.origin, "rows": total, "rows_per_shard": ROWS}
+    accelerator.wait_for_everyone()
+    if accelerator.is_main_process and not index.is_file():
+        out.mkdir(parents=True, exist_ok=True)
+        write_text(index, json.dumps(header | {"complete": False}, indent=1))
+    accelerator.wait_for_everyone()
+    missing = [n for n in range(-(-total // ROWS)) if not shard_path(out, n).is_file()]
+    own = missing[accelerator.process_index :: accelerator.num_processes]
+    shown = accelerator.is_main_process and own
+    # Not `missing` again after this line: other processes are writing.
+    for n in track(own, f"encoding {len(missing)} shards of {ROWS} crops") if shown else own:
+        tokens, embeddings = encoders.read(range(n * ROWS, min(total, (n + 1) * ROWS)))
+        save_tensors({"tokens": tokens.to(torch.int32), "embeddings": embeddings.half()}, shard_path(out, n))
+    report_failures(accelerator, out, encoders.data.failures)
+    accelerator.wait_for_everyone()
+    if accelerator.is_main_process:
+        write_text(index, json.dumps(header | {"complete": True}, indent=1))
+    accelerator.wait_for_everyone()
+
+
+def shard_path(folder: Path, number: int) -> Path:
+    """Where a shard of an encoded set is."""
+    return folder / f"{number:06d}.safetensors"
+
+
+def check_origin(index: Path, origin: Mapping[str, Any]) -> None:
+    """Refuse shards that were made from or with something else.
+
+    Raises:
+        DataError: it names what differs.
+    """
+    before = json.loads(index.read_text())["origin"]
+    settings = origin.get("settings", {})
+    changed = [name for name in ("vqgan", "clip", "pictures") if before[name] != origin.get(name, before[name])]
+    old = before["settings"]
+    changed += [f"{name} ({old[name]}, not {settings[name]})" for name in settings if old[name] != settings[name]]
+    if changed:
+        raise DataError(
+            f"{index.parent} was encoded with another {', '.join(changed)}; encode again into another folder"
+        )
+
+
+class Encoded:
+    """An encoded set: tokens (N, T) and embeddings (N, D), left on disk until rows are asked for."""
+
+    def __init__(self, folder: Path) -> None:
+        """Raises: DataError: there is none, or it is not complete."""
+        index = folder / "index.json"
+        if not index.is_file():
+            raise DataError(f"{folder} holds no index.json; `python train/encode.py --out {folder}` writes one")
+        header = json.loads(index.read_text())
+        if not header["complete"]:
+            raise DataError(f"{folder} is not complete; run train/encode.py again, it goes on where it stopped")
+        self._rows, self._per_shard = int(header["rows"]), int(header["rows_per_shard"])
+        self.pictures, self.views = (
+            self._rows // header["origin"]["settings"]["views"],
+            header["origin"]["settings"]["views"],
+        )
+        shards = range(-(-self._rows // self._per_shard))
+        self._shards = [load_file(shard_path(folder, n)) for n in shards]  # mapped, not read
+
+    def __len__(self) -> int:
+        return self._rows
+
+    def read(self, rows: Rows) -> tuple[Tensor, Tensor]:
+        """Tokens (B, T) int64 and unit-norm embeddings (B, D) float32 of some rows."""
+        places = [divmod(row, self._per_shard) for row in rows]
+        tokens = torch.stack([self._shards[shard]["tokens"][at] for shard, at in places])
+        embeddings = torch.stack([self._shards[shard]["embeddings"][at] for shard, at in places])
+        return tokens.long(), embeddings.float()
+
+    def batches(self, rows: Callable[[int], Rows], start: int, workers: int = 0) -> Iterator[tuple[Tensor, Tensor]]:
+        """What `read` gives for the rows of every step from `start` on."""
+        return (self.read(rows(step)) for step in count(start))
+
+    def embeddings(self) -> Tensor:
+        """All of them, (N, D) float32."""
+        return torch.cat([shard["embeddings"] for shard in self._shards]).float()
+
+
+@command
+def main() -> None:
+    args, config = parse_args(
+        __doc__ or "", vqgan="folder of stage 1, with vqgan.safetensors", clip="CLIP weights, .safetensors"
+    )
+    accelerator = build_accelerator(config.stage2)
+    files = {"vqgan": args.vqgan / "vqgan.safetensors", "clip": args.clip}
+    vqgan = load_vqgan(config.model.vqgan, files["vqgan"])
+    encoders = load_encoders(config, args.data, vqgan, files, accelerator)
+    write_shards(encoders, args.out)
+    if accelerator.is_main_process:
+        print(f"{args.out}: {encoders.views} crops of each of {encoders.pictures} pictures")
+
+
+if __name__ == "__main__":
+    main()

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
@@ -66,8 +68,15 @@ def build_perceptual(kind: str) -> nn.Module | None:
     return None
 
 
+NORM_GROUPS = 8
+
+
 class PatchDiscriminator(nn.Module):
-    """PatchGAN (Isola et al., arXiv 1611.07004): images (B, 3, H, W) -> one logit per patch (B, 1, h, w)."""
+    """PatchGAN (Isola et al., arXiv 1611.07004): images (B, 3, H, W) -> one logit per patch (B, 1, h, w).
+
+    GroupNorm in place of the paper's BatchNorm: what is said of a picture depends on no other one, so real and
+    generated ones can be judged in one pass, and however many processes share a batch, they find the same.
+    """
 
     def __init__(self, ch: int = 64, n_layer: int = 3) -> None:
         super().__init__()
@@ -77,7 +86,7 @@ class PatchDiscriminator(nn.Module):
             stride = 2 if i < n_layer else 1
             layers += [
                 nn.Conv2d(widths[i - 1], widths[i], 4, stride=stride, padding=1, bias=False),
-                nn.BatchNorm2d(widths[i]),
+                nn.GroupNorm(NORM_GROUPS, widths[i]),
                 nn.LeakyReLU(0.2),
             ]
         self.features = nn.Sequential(*layers)
@@ -100,8 +109,16 @@ def generator_loss(fake: Tensor) -> Tensor:
     return -fake.mean()
 
 
-def adaptive_weight(reconstruction: Tensor, adversarial: Tensor, last_layer: Tensor) -> Tensor:
-    """Weight that gives both losses gradients of one size at the last layer (arXiv 2012.09841, eq. 7), at most 1e4."""
+def adaptive_weight(
+    reconstruction: Tensor,
+    adversarial: Tensor,
+    last_layer: Tensor,
+    mean: Callable[[Tensor], Tensor] = lambda gradient: gradient,
+) -> Tensor:
+    """Weight that gives both losses gradients of one size at the last layer (arXiv 2012.09841, eq. 7), at most 1e4.
+
+    `mean` averages a gradient over the processes that share the batch.
+    """
     (rec,) = torch.autograd.grad(reconstruction, last_layer, retain_graph=True)
     (adv,) = torch.autograd.grad(adversarial, last_layer, retain_graph=True)
-    return (rec.norm() / (adv.norm() + 1e-4)).clamp(0, 1e4).detach()
+    return (mean(rec).norm() / (mean(adv).norm() + 1e-4)).clamp(0, 1e4).detach()

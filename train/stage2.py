@@ -3,44 +3,53 @@
     python train/stage2.py --config mini --data data/emoji/stage2 --vqgan runs/vqgan \\
         --clip runs/clip/clip.safetensors --out runs/gpt
 
-Run it again to resume. The weights are in OUT/gpt.safetensors (the moving average), the curves in OUT/scalars.csv and
-OUT/tensorboard, samples (above: the pictures whose embeddings they were drawn from) in OUT/samples_*.png. Tokens and
-embeddings are computed once and kept in OUT/encoded.safetensors.
+    torchrun --nproc-per-node 8 train/stage2.py --config coco --data runs/encoded ...
+
+--data is images, which are encoded once to OUT/encoded, or what train/encode.py wrote. Stopped by Ctrl-C, SIGTERM or
+worse, the same command goes on. The weights are in OUT/gpt.safetensors (the moving average; gpt_best.safetensors at its
+lowest loss on pictures held out), the curves in OUT/scalars.csv and OUT/tensorboard, samples (above: the pictures whose
+embeddings they were drawn from) in OUT/samples_*.png.
 """
 
 from __future__ import annotations
 
-from dataclasses import replace
+from collections.abc import Mapping
+from dataclasses import asdict, replace
+from functools import partial
+from pathlib import Path
 from typing import cast
 
 import torch
+import torch.nn as nn
 import torch.nn.functional as F
+from accelerate import Accelerator
 from PIL import Image
-from safetensors.torch import load_file
 from torch import Tensor
-from torch.optim.lr_scheduler import LambdaLR
 
-from clipgen.clip import Clip
-from clipgen.config import SamplingConfig
+from clipgen.config import Config, SamplingConfig
 from clipgen.gpt import GPT
 from clipgen.images import from_pixels, grid
 from clipgen.sampling import generate_tokens
 from clipgen.vqgan import VQGAN
+from train.checkpoint import Checkpoints, fixed_settings, save_tensors
 from train.common import (
     Logger,
     build_accelerator,
     build_ema,
     build_optimizers,
+    check_finite,
     command,
     cosine,
     init_weights,
-    load_checkpoint,
+    own_part,
     parse_args,
-    save_checkpoint,
-    save_tensors,
+    report_failures,
+    seeded,
+    set_lr,
 )
-from train.data import Images, Shuffle
-from train.encode import load_or_encode
+from train.data import Order
+from train.encode import Encoded, Encoders, check_origin, hashes, load_encoders, load_vqgan, write_shards
+from train.stopping import Stop
 
 
 @command
@@ -50,71 +59,135 @@ def main() -> None:
     )
     c = config.stage2
     accelerator = build_accelerator(c)
-    device = accelerator.device
+    device, mean = accelerator.device, partial(accelerator.reduce, reduction="mean")
 
-    vqgan = VQGAN(config.model.vqgan).requires_grad_(False).eval()
-    vqgan.load_state_dict(load_file(args.vqgan / "vqgan.safetensors"))
-    clip = Clip.from_state_dict(load_file(args.clip))
-    data = Images(args.data, config.model.vqgan.image_size, c.min_scale, flip=c.views > 1)
-    with accelerator.main_process_first():
-        tokens, embeddings = load_or_encode(
-            args.out / "encoded.safetensors", data, vqgan, clip, c.views, c.seed, device
-        )
-    # A twentieth, spread over the set, is never trained on.
-    held = torch.linspace(0, len(tokens) - 1, max(1, min(512, len(tokens) // 20))).long()
-    kept = torch.ones(len(tokens), dtype=torch.bool)
-    kept[held] = False
-    train_tokens, train_embeddings = tokens[kept], embeddings[kept]
-    near = nearest(train_embeddings, c.neighbours) if c.neighbours else None
+    files = {"vqgan": args.vqgan / "vqgan.safetensors", "clip": args.clip}
+    vqgan = load_vqgan(config.model.vqgan, files["vqgan"])
+    data = open_data(config, args.data, args.out, vqgan, files, accelerator)
+    rows, held = split(data.pictures, data.views)
+    near = None
+    if c.neighbours and isinstance(data, Encoded):  # the configuration refuses neighbours from pixels
+        every = data.embeddings()[rows]
+        near = nearest(every, c.neighbours)
 
     model = GPT(config.model.gpt)
     init_weights(model, c)
     optimizers = build_optimizers(model, c)
-    schedules = [LambdaLR(optimizer, cosine(c)) for optimizer in optimizers]
+    factor = cosine(c)
     model = accelerator.prepare(model)
     optimizers = [accelerator.prepare(optimizer) for optimizer in optimizers]
-    schedules = [accelerator.prepare(schedule) for schedule in schedules]
     gpt: GPT = accelerator.unwrap_model(model)
     ema = build_ema(gpt, c.ema)
     average = cast(GPT, ema.module)
-    accelerator.register_for_checkpointing(ema)
-    start = load_checkpoint(accelerator, args.out)
-    order = iter(Shuffle(len(train_tokens), c.seed, start * c.batch_size))
-    log = Logger(args.out, c.steps, c.batch_size)
+    best = Best()
+    accelerator.register_for_checkpointing(ema, best)
 
-    for step in range(start, c.steps):
-        rows = torch.tensor([next(order)[0] for _ in range(c.batch_size)])
-        target = train_tokens[rows].to(device)
-        generator = torch.Generator().manual_seed(c.seed * 1_000_003 + step)
-        embedding = train_embeddings[rows] if near is None else mix(train_embeddings, rows, near, generator)
-        condition = perturb(embedding, c.noise_angle, c.condition_dropout, generator).to(device)
-        with accelerator.autocast():
-            logits = model(corrupt(target[:, :-1], c.token_noise, generator), condition)
-        loss = F.cross_entropy(logits.float().flatten(0, 1), target.flatten())
-        model.zero_grad()
-        accelerator.backward(loss)
-        accelerator.clip_grad_norm_(model.parameters(), c.grad_clip)
-        for optimizer, schedule in zip(optimizers, schedules, strict=True):
-            optimizer.step()
-            schedule.step()
-        ema.update_parameters(gpt)
+    fixed = fixed_settings(c, gpt=config.model.gpt)
+    checkpoints = Checkpoints(accelerator, args.out, c.keep, fixed, asdict(config))
+    start = checkpoints.load()
+    order, part = Order(len(rows), c.seed), own_part(accelerator, c.batch_size)
+    chosen = partial(step_rows, order, c.batch_size)
+    batches = data.batches(lambda step: rows[chosen(step)].tolist(), start, c.workers)
+    if accelerator.is_main_process:
+        log = Logger(args.out, c.steps, c.batch_size, start)
+        held_tokens, held_embeddings = (t.to(device) for t in data.read(held.tolist()))
 
-        done = step + 1
-        if accelerator.is_main_process and done % c.log_every == 0:
-            scalars = {"loss": loss.detach(), "lr": schedules[0].get_last_lr()[0]}
-            if done % c.sample_every == 0:
-                scalars["held_loss"] = evaluate(average, tokens[held].to(device), embeddings[held].to(device))
-            log.scalars(done, scalars)
-        if accelerator.is_main_process and (done % c.sample_every == 0 or done == c.steps):
-            rows = held[:: max(1, len(held) // 16)][:16]
-            picture = sample_grid(
-                average, vqgan, tokens[rows].to(device), embeddings[rows].to(device), config.model.sampling
-            )
-            log.picture(done, "samples", picture)
-        if done % c.save_every == 0 or done == c.steps:
-            save_checkpoint(accelerator, args.out, done, config)
-            if accelerator.is_main_process:
-                save_tensors(average.state_dict(), args.out / "gpt.safetensors")
+    with Stop() as stop:
+        for step in range(start, c.steps):
+            # Of the whole batch, whatever the number of processes: noise is drawn per picture, mixed among all.
+            target, embedding = next(batches)
+            generator = seeded(c, step)
+            if near is not None:
+                embedding = mix(every, chosen(step), near, generator)
+            condition = perturb(embedding, c.noise_angle, c.condition_dropout, generator)[part].to(device)
+            previous = corrupt(target[:, :-1], c.token_noise, generator)[part].to(device)
+            target = target[part].to(device)
+            for optimizer in optimizers:
+                set_lr(optimizer, c.lr * factor(step))
+
+            with accelerator.autocast():
+                logits = model(previous, condition)
+            loss = F.cross_entropy(logits.float().flatten(0, 1), target.flatten())
+            model.zero_grad()
+            accelerator.backward(loss)
+            accelerator.clip_grad_norm_(model.parameters(), c.grad_clip)
+            for optimizer in optimizers:
+                optimizer.step()
+            ema.update_parameters(gpt)
+
+            done = step + 1
+            sampling = done % c.sample_every == 0 or done == c.steps
+            if sampling or done % c.log_every == 0:
+                scalars = {"loss": mean(loss.detach()), "lr": c.lr * factor(step)}
+                if accelerator.is_main_process:
+                    if sampling:
+                        scalars["held_loss"] = evaluate(average, held_tokens, held_embeddings)
+                    log.scalars(done, scalars)
+            if sampling and accelerator.is_main_process:
+                some = slice(None, None, max(1, len(held) // 16))
+                picture = sample_grid(
+                    average, vqgan, held_tokens[some][:16], held_embeddings[some][:16], config.model.sampling
+                )
+                log.picture(done, "samples", picture)
+                if best.improved(scalars["held_loss"]):
+                    save_tensors(average.state_dict(), args.out / "gpt_best.safetensors")
+            stopping = stop.requested()
+            if done % c.save_every == 0 or done == c.steps or stopping:
+                check_finite(done, {"loss": loss.detach()})
+                if accelerator.is_main_process:
+                    save_tensors(average.state_dict(), args.out / "gpt.safetensors")
+                checkpoints.save(done)
+            if stopping:
+                stop.leave(f"step {done} of {c.steps} is saved in {args.out}")
+    if isinstance(data, Encoders):
+        report_failures(accelerator, args.out, data.data.failures)
+
+
+def open_data(
+    config: Config, data: str, out: Path, vqgan: VQGAN, files: Mapping[str, Path], accelerator: Accelerator
+) -> Encoded | Encoders:
+    """Tokens and embeddings: of the encoded set that `data` is, or of pictures, encoded to OUT/encoded first.
+
+    Raises:
+        DataError: no pictures, or a set that was encoded with other weights.
+    """
+    if (Path(data) / "index.json").is_file():
+        check_origin(Path(data) / "index.json", hashes(files))
+        return Encoded(Path(data))
+    encoders = load_encoders(config, data, vqgan, files, accelerator)
+    if config.stage2.from_pixels:
+        return encoders
+    write_shards(encoders, out / "encoded")
+    return Encoded(out / "encoded")
+
+
+def split(pictures: int, views: int) -> tuple[Tensor, Tensor]:
+    """Rows to train on, and those of one crop of each picture that is never trained on: a twentieth, spread evenly."""
+    held = torch.linspace(0, pictures - 1, max(1, min(512, pictures // 20))).long()
+    rows = torch.arange(pictures * views)
+    return rows[~torch.isin(rows % pictures, held)], held
+
+
+def step_rows(order: Order, batch_size: int, step: int) -> Tensor:
+    """Which of the rows to train on make up the batch of a step, (B,)."""
+    return torch.tensor([index for index, _ in order.keys(step * batch_size, batch_size)])
+
+
+class Best(nn.Module):
+    """The lowest loss of held-out pictures so far; part of a checkpoint."""
+
+    loss: Tensor
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.register_buffer("loss", torch.tensor(float("inf"), dtype=torch.float64))
+
+    def improved(self, loss: float) -> bool:
+        """Note a loss; whether it is the lowest."""
+        better = loss < self.loss.item()
+        if better:
+            self.loss.fill_(loss)
+        return better
 
 
 def nearest(embeddings: Tensor, count: int) -> Tensor:

@@ -1,0 +1,201 @@
+"""What is wrong with a data set, before any training.
+
+    python -m train.check photos --out runs/check
+    python -m train.check "data/{000000..000127}.tar" --size 256
+
+Reads every picture once and says in plain words how many can be used, how large they are and which look alike. With
+--out it also writes report.json, unreadable.txt, duplicates.txt and contact.png. The exit code is 1 if nothing can be
+trained on.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import math
+import os
+from collections import Counter, defaultdict
+from collections.abc import Iterator, Sequence
+from concurrent.futures import ProcessPoolExecutor
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import numpy as np
+from PIL import Image
+from rich.progress import track
+
+from clipgen.images import ImageError, grid, load_image, save_image
+from train.data import reason
+from train.sources import DataError, Source, open_source
+
+ALIKE = 3
+"""Bits of 64 in which the hashes of near-duplicates differ, at most."""
+SHEET = 100
+"""Pictures of the contact sheet."""
+
+
+@dataclass(frozen=True)
+class Picture:
+    """What is to be known of one picture; `problem` is "" when it can be used."""
+
+    name: str
+    problem: str = ""
+    width: int = 0
+    height: int = 0
+    hash: int = 0
+
+
+def dhash(image: Image.Image) -> int:
+    """64 bits: is each cell of a 9 x 8 grey thumbnail brighter than its left neighbour (difference hash)?"""
+    grey = np.asarray(image.convert("L").resize((9, 8), Image.Resampling.BOX), dtype=np.int16)
+    return int.from_bytes(np.packbits(grey[:, 1:] > grey[:, :-1]).tobytes(), "big")
+
+
+def examine(source: Source, index: int) -> Picture:
+    """Read one picture as training would."""
+    name = source.names[index]
+    try:
+        image = load_image(source.read(index))
+    except (ImageError, OSError) as error:
+        return Picture(name, reason(error))
+    return Picture(name, "", image.width, image.height, dhash(image))
+
+
+def examine_all(source: Source, workers: int) -> list[Picture]:
+    """`examine` every picture in some processes, with a progress bar."""
+    count = len(source.names)
+    chunk = max(1, min(64, count // (4 * workers)))
+    # Each worker gets the list of names once, not with every picture.
+    with ProcessPoolExecutor(min(workers, count), initializer=_take, initargs=(source,)) as pool:
+        return list(track(pool.map(_examine_taken, range(count), chunksize=chunk), f"reading {count} pictures", count))
+
+
+_taken: list[Source] = []
+
+
+def _take(source: Source) -> None:
+    _taken[:] = [source]
+
+
+def _examine_taken(index: int) -> Picture:
+    return examine(_taken[0], index)
+
+
+def near_duplicates(hashes: Sequence[int]) -> list[list[int]]:
+    """Groups of rows whose 64-bit hashes differ in at most `ALIKE` bits, directly or through others of the group.
+
+    Two hashes that differ in 3 bits agree in one of their four 16-bit quarters, so only those are compared.
+    """
+    rows_of: dict[int, list[int]] = defaultdict(list)
+    for row, value in enumerate(hashes):
+        rows_of[value].append(row)
+    values = list(rows_of)
+    parent = list(range(len(values)))
+
+    def root(i: int) -> int:
+        while parent[i] != i:
+            parent[i] = parent[parent[i]]
+            i = parent[i]
+        return i
+
+    for shift in (0, 16, 32, 48):
+        bins: dict[int, list[int]] = defaultdict(list)
+        for i, value in enumerate(values):
+            bins[value >> shift & 0xFFFF].append(i)
+        for members in bins.values():
+            for first, second in _close(np.array([values[i] for i in members], dtype=np.uint64)):
+                parent[root(members[first])] = root(members[second])
+    groups: dict[int, list[int]] = defaultdict(list)
+    for i, value in enumerate(values):
+        groups[root(i)] += rows_of[value]
+    return sorted(sorted(rows) for rows in groups.values() if len(rows) > 1)
+
+
+def _close(values: np.ndarray) -> Iterator[tuple[int, int]]:
+    for i in range(len(values) - 1):
+        for j in np.flatnonzero(np.bitwise_count(values[i + 1 :] ^ values[i]) <= ALIKE):
+            yield i, i + 1 + int(j)
+
+
+def summary(pictures: Sequence[Picture], groups: Sequence[Sequence[int]], size: int) -> list[str]:
+    """The report in plain words."""
+    good = [p for p in pictures if not p.problem]
+    bad = [p for p in pictures if p.problem]
+    lines = [f"{len(pictures)} pictures: {len(good)} can be used, {len(bad)} cannot"]
+    lines += [f"  {count} x {problem}" for problem, count in Counter(p.problem for p in bad).most_common(5)]
+    if not good:
+        return [*lines, "Nothing can be trained on: there is no picture that can be read."]
+    sides = sorted(min(p.width, p.height) for p in good)
+    lines.append(f"shorter side: {sides[0]} to {sides[-1]} px, half of them at least {sides[len(sides) // 2]} px")
+    small = sum(side < size for side in sides)
+    if small:
+        lines.append(f"{small} are smaller than {size} px and will be blown up: blurred pictures teach blur")
+    long = sum(max(p.width, p.height) > 2 * min(p.width, p.height) for p in good)
+    if long:
+        lines.append(f"{long} are more than twice as long as wide: training sees a square of each")
+    again = sum(len(group) - 1 for group in groups)
+    if again:
+        lines.append(f"{again} look like another one ({len(groups)} groups): seen more often, learned by heart sooner")
+    if len(good) < 1000:
+        lines.append(f"{len(good)} pictures are enough to try training out, not to make new pictures from")
+    return lines
+
+
+def contact_sheet(source: Source, good: Sequence[int], side: int = 96) -> Image.Image:
+    """At most `SHEET` of the usable pictures, spread over the set, as thumbnails."""
+    chosen = [good[i * len(good) // min(SHEET, len(good))] for i in range(min(SHEET, len(good)))]
+    thumbnails = []
+    for index in chosen:
+        image = load_image(source.read(index))
+        image.thumbnail((side, side), Image.Resampling.BICUBIC)
+        thumbnails.append(image)
+    return grid(thumbnails, columns=math.ceil(len(thumbnails) ** 0.5))
+
+
+def write_report(
+    out: Path, source: Source, pictures: Sequence[Picture], groups: Sequence[Sequence[int]], lines: Sequence[str]
+) -> None:
+    """Write everything that was found into a folder."""
+    good = [i for i, p in enumerate(pictures) if not p.problem]
+    _write(out / "report.json", json.dumps({"summary": lines, "pictures": [asdict(p) for p in pictures]}, indent=1))
+    _write(out / "unreadable.txt", "".join(f"{p.name}: {p.problem}\n" for p in pictures if p.problem))
+    paragraphs = ["".join(f"{pictures[good[row]].name}\n" for row in group) for group in groups]
+    _write(out / "duplicates.txt", "\n".join(paragraphs))
+    if good:
+        save_image(contact_sheet(source, good), out / "contact.png")
+
+
+def _write(path: Path, text: str) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f"{path.name}.tmp")
+    temporary.write_text(text, encoding="utf-8")
+    os.replace(temporary, path)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("data", help="folder, .txt list of paths, or .tar shards")
+    parser.add_argument("--out", type=Path, help="folder for the report, the lists and the contact sheet")
+    parser.add_argument("--size", type=int, default=256, help="side of the pictures that training will see, px")
+    parser.add_argument("--workers", type=int, default=os.cpu_count() or 1, help="processes that read")
+    args = parser.parse_args()
+    try:
+        source = open_source(args.data)
+    except DataError as error:
+        print(f"error: {error}")
+        raise SystemExit(1) from error
+    pictures = examine_all(source, args.workers)
+    groups = near_duplicates([p.hash for p in pictures if not p.problem])
+    lines = summary(pictures, groups, args.size)
+    print("\n".join(lines))
+    for picture in [p for p in pictures if p.problem][:20]:
+        print(f"unreadable: {picture.name}: {picture.problem}")
+    if args.out:
+        write_report(args.out, source, pictures, groups, lines)
+        print(f"report, lists and contact sheet: {args.out}")
+    if all(p.problem for p in pictures):
+        raise SystemExit(1)
+
+
+if __name__ == "__main__":
+    main()
