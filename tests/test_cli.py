@@ -20,8 +20,10 @@ from safetensors.torch import load_file
 from typer.testing import CliRunner
 from typer.testing import Result as RunResult
 
-from clipgen.cli import _stem, app, printable
+from clipgen.cli import app
 from clipgen.config import ModelConfig
+from clipgen.receipt import Receipt
+from clipgen.terminal import free_stem, printable
 from clipgen.weights import load_weights, save_weights
 
 QUICK = ("--num-outputs", "2", "--candidates", "4", "--seed", "7", "--device", "cpu", "--dtype", "float32")
@@ -76,11 +78,10 @@ def test_json_is_all_that_is_on_stdout(run: Run) -> None:
 
 def test_files_say_how_to_draw_them_again(run: Run) -> None:
     (record,) = records(run("generate", "a zitrone ü", *QUICK, "--top-k", "5", "--json"))
-    info = Image.open(record["files"][1]).info
-    assert (info["prompt"], info["seed"], info["image_seed"]) == ("a zitrone ü", "7", str(record["seeds"][1]))
-    settings = json.loads(info["settings"])
-    assert settings == {"candidates": 4, "guidance": 2.0, "temperature": 1.0, "top_k": 5, "top_p": 0.95}
-    again = ("--seed", info["image_seed"], "--candidates", 1, "--num-outputs", 1, "--top-k", 5, "--json")
+    receipt = Receipt.from_file(record["files"][1])
+    assert (receipt.text, receipt.seed, receipt.image_seed) == ("a zitrone ü", 7, record["seeds"][1])
+    assert (receipt.candidates, receipt.guidance, receipt.top_k, receipt.top_p) == (4, 2.0, 5, 0.95)
+    again = ("--seed", receipt.image_seed, "--candidates", 1, "--num-outputs", 1, "--top-k", 5, "--json")
     (redrawn,) = records(run("generate", "a zitrone ü", *QUICK, *again))
     assert pixels(redrawn["files"][0]) == pixels(record["files"][1])
     assert redrawn["grid"] is None
@@ -149,7 +150,7 @@ def test_a_prompt_may_begin_with_a_dash(run: Run) -> None:
 @given(st.text(max_size=300), st.integers(0, 2**31 - 1))
 def test_names_stay_inside_the_folder(text: str, seed: int) -> None:
     out = Path("does-not-exist")
-    path = _stem(out, text, seed)
+    path = free_stem(out, text, seed)
     assert path.parent == out and path.name.endswith(f"-{seed}")
     assert not path.name.startswith((".", "-")) and "/" not in path.name
     assert path.name == path.name.strip() and path.name.isprintable() and len(path.name.encode()) < 120
@@ -158,7 +159,7 @@ def test_names_stay_inside_the_folder(text: str, seed: int) -> None:
 def test_names_never_mix_up_a_copy_with_another_prompt(tmp_path: Path) -> None:
     seen = set()
     for name, seed in [("a", 7), ("a", 7), ("a 7", 2), ("a 7 v2", 1), ("a", 7), ("a-7", 1)]:
-        stem = _stem(tmp_path, name, seed)
+        stem = free_stem(tmp_path, name, seed)
         assert not list(tmp_path.glob(f"{stem.name}-*"))
         (tmp_path / f"{stem.name}-1.png").touch()
         seen.add(stem)
@@ -168,6 +169,26 @@ def test_names_never_mix_up_a_copy_with_another_prompt(tmp_path: Path) -> None:
 @given(st.text())
 def test_what_is_shown_cannot_drive_the_terminal(text: str) -> None:
     assert printable(text).isprintable()
+
+
+def test_mixes(run: Run, photo: Path) -> None:
+    plain, mixed, negative, spelled = (
+        records(run("generate", "a lemon", *QUICK, "--json", *more))[0]
+        for more in ([], ["--mix", "a dog=0.5"], ["--negative", "green"], ["--mix", "green=-0.5"])
+    )
+    assert Receipt.from_file(mixed["files"][0]).text == "a lemon + a dog (0.5)"
+    assert Receipt.from_file(negative["files"][0]).text == "a lemon + green (-0.5)"
+    assert len({tuple(record["clip_scores"]) for record in (plain, mixed, negative)}) == 3
+    assert negative["clip_scores"] == spelled["clip_scores"]
+    more = ("--image", photo, "--image-weight", 0.25, "--mix", "a dog=0.5", "--mix", "green=-1")
+    (all_of_it,) = records(run("generate", "a lemon", *QUICK, "--json", *more))
+    receipt = Receipt.from_file(all_of_it["files"][0])
+    assert (
+        run("generate", "a", "--mix", "a=-1")
+        .stderr.splitlines()[-1]
+        .startswith("clipgen: prompt has parts that cancel")
+    )
+    assert receipt.text == "My Photo.png (0.25) + a lemon + a dog (0.5) + green (-1)"
 
 
 def wrong(result: RunResult, *words: str) -> None:
@@ -201,6 +222,13 @@ def wrong(result: RunResult, *words: str) -> None:
         (["a", "--num-outputs", "2000"], ["num_outputs", "2000"]),
         (["a", "--num-outputs", "4", "--candidates", "2"], ["candidates", "2"]),
         (["a", "--candidates", "100000"], ["candidates", "100000"]),
+        (["a", "--mix", "b=x"], ["--mix", "b=x", "TEXT=WEIGHT"]),
+        (["a", "--mix", "b"], ["--mix", "TEXT=WEIGHT"]),
+        (["a", "--mix", "b=101"], ["weight", "101"]),
+        (["a", "--mix", "b=nan"], ["weight", "nan"]),
+        (["a", "--mix", "=1"], ["empty"]),
+        (["a", "--mix", "\udcff=1"], ["UTF-8"]),
+        (["a", "--negative", " "], ["empty"]),
         (["a", "--format", "bmp"], ["bmp", "png"]),
         (["a", "--device", "quantum"], ["device", "quantum"]),
         (["a", "--dtype", "float8"], ["dtype", "float8"]),

@@ -26,6 +26,7 @@ LAYERS = {
     "clipgen.sampling": 2,
     "clipgen.batch": 2.25,  # pictures in one cache, which know nothing of who asked for them
     "clipgen.engine": 2.5,
+    "clipgen.painter": 2.5,
     "clipgen.pipeline": 3,
     "clipgen.checkpoints": 3,
     "clipgen": 3.5,

@@ -1,0 +1,204 @@
+"""`python -m clipgen generate`: images from prompts, from an image, or from a mix of them."""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from clipgen import terminal as t
+from clipgen.terminal import FILES, HOW, WHAT, option
+
+if TYPE_CHECKING:
+    from PIL import Image
+
+    from clipgen.pipeline import ClipGen
+    from clipgen.receipt import Receipt
+    from clipgen.request import Part, Request, Result
+
+CANDIDATES = 16
+BATCH = 64
+"""Candidates drawn together: whole prompts are added to a batch while they fit."""
+AWAY = -0.5
+"""Weight of a negative text."""
+EXAMPLE = "Example: python -m clipgen generate 'a lemon' 'a red heart' --num-outputs 4 --seed 7"
+
+_PROMPTS = typer.Argument(
+    metavar="PROMPT...",
+    show_default=False,
+    help="What to draw, in quotes. Several prompts get the same seed. Put -- before a prompt that begins with a dash.",
+)
+_PROMPTS_FILE = option(WHAT, "A text file with one prompt a line; - reads stdin.")
+_IMAGE = option(WHAT, "An image to draw variations of, or to mix into every prompt.")
+_IMAGE_WEIGHT = option(WHAT, "How much the image counts; a prompt counts 1.")
+_MIX = option(
+    WHAT,
+    "Mix a text into every prompt, which counts 1: --mix 'a dog=0.5'. A negative weight moves away from it. May be "
+    "given several times.",
+    metavar="TEXT=WEIGHT",
+)
+_NEGATIVE = option(WHAT, f"Move every prompt away from a text: --mix TEXT={AWAY:g}.", metavar="TEXT")
+_CANDIDATES = option(
+    HOW,
+    "Images to draw per prompt, of which CLIP picks the best. More is better and slower.",
+    model=f"{CANDIDATES}, or --num-outputs if that is more",
+)
+_GUIDANCE = option(HOW, "How closely to follow the prompt, 0 to 30; 1 is off.", model="the model's")
+_TEMPERATURE = option(HOW, "How daring to be, 0 to 10; 0 always takes the likeliest token.", model="the model's")
+_TOP_K = option(HOW, "Choose among the K likeliest tokens; 0 is off.", model="the model's")
+_TOP_P = option(
+    HOW, "Choose among the likeliest tokens that add up to probability P, above 0 to 1; 1 is off.", model="the model's"
+)
+_JSON = option(
+    FILES,
+    "Print a JSON object per prompt, a line each: prompt, seed, files and their clip_scores and seeds (best first), "
+    "the grid of them, seconds.",
+    "--json",
+)
+
+
+def generate(
+    prompts: Annotated[list[str] | None, _PROMPTS] = None,
+    prompts_file: Annotated[Path | None, _PROMPTS_FILE] = None,
+    image: Annotated[Path | None, _IMAGE] = None,
+    image_weight: Annotated[float, _IMAGE_WEIGHT] = 1.0,
+    mix: Annotated[list[str] | None, _MIX] = None,
+    negative: Annotated[list[str] | None, _NEGATIVE] = None,
+    num_outputs: Annotated[int, option(HOW, "Images to keep per prompt.")] = 4,
+    candidates: Annotated[int | None, _CANDIDATES] = None,
+    guidance: Annotated[float | None, _GUIDANCE] = None,
+    temperature: Annotated[float | None, _TEMPERATURE] = None,
+    top_k: Annotated[int | None, _TOP_K] = None,
+    top_p: Annotated[float | None, _TOP_P] = None,
+    seed: t.Seed = None,
+    out: t.Out = Path("outputs"),
+    format: t.FileFormat = t.Format.png,
+    as_json: Annotated[bool, _JSON] = False,
+    weights: t.Weights = t.MINI,
+    device: t.Device = None,
+    dtype: t.Dtype = None,
+) -> None:
+    """Draw images from prompts, from an image, or from a mix of them.
+
+    Writes the images and a grid of them, and prints their paths, the seed, the CLIP scores and the time.
+    """
+    texts = _texts(prompts, prompts_file, image)
+    others = [_weighted(part) for part in mix or []]
+    others += [(t.checked_text(text), AWAY) for text in negative or []]
+    from clipgen.images import load_image
+    from clipgen.receipt import receipts
+    from clipgen.request import Request
+
+    picture = load_image(image) if image else None
+    settings: dict[str, Any] = {
+        "num_outputs": num_outputs,
+        "candidates": max(CANDIDATES, num_outputs) if candidates is None else candidates,
+        "guidance": guidance,
+        "temperature": temperature,
+        "top_k": top_k,
+        "top_p": top_p,
+        "seed": t.new_seed() if seed is None else seed,
+    }
+    requests = [Request(prompt=_parts(text, picture, image_weight, others), **settings) for text in texts]
+    pipe, digest = t.load(weights, device, dtype)
+    for text, result in zip(texts, _draw(pipe, requests), strict=True):
+        if result.dropped:
+            t.say(f"the prompt is too long for the model, which did not read this part: {result.dropped}")
+        stem = t.free_stem(out, text or (image.stem if image else ""), result.seed)
+        files, sheet = _write(result, stem, format.value, receipts(pipe, result, digest))
+        _show(text, result, files, sheet, as_json)
+
+
+def _draw(pipe: ClipGen, requests: Sequence[Request]) -> Iterator[Result]:
+    """Batch by batch, so that the first files are there early and memory does not grow with the number of prompts."""
+    size = max(1, BATCH // requests[0].drawn)
+    for start in range(0, len(requests), size):
+        stop = min(start + size, len(requests))
+        with t.progress(f"{stop} of {len(requests)} prompts") as report:
+            results = pipe.generate(requests[start:stop], progress=report)
+        yield from results
+
+
+def _texts(prompts: Sequence[str] | None, file: Path | None, image: Path | None) -> list[str]:
+    """Every prompt of the run, in order; one empty prompt when there is only an image."""
+    texts = [*(prompts or []), *(_read_lines(file) if file else [])]
+    if not texts and image is None:
+        raise typer.BadParameter("nothing to draw: give a prompt in quotes, --prompts-file or --image")
+    return [t.checked_text(text) for text in texts] or [""]
+
+
+def _read_lines(file: Path) -> list[str]:
+    try:
+        data = sys.stdin.buffer.read() if str(file) == "-" else file.read_bytes()
+        lines = [line.strip() for line in data.decode("utf-8-sig").splitlines()]
+    except OSError as error:
+        raise typer.BadParameter(f"--prompts-file '{file}' cannot be read: {error.strerror}") from None
+    except UnicodeDecodeError:
+        raise typer.BadParameter(f"--prompts-file '{file}' is not UTF-8 text; save it as UTF-8") from None
+    texts = [line for line in lines if line]
+    if not texts:
+        raise typer.BadParameter(f"--prompts-file '{file}' holds no prompt; write one a line")
+    return texts
+
+
+def _weighted(part: str) -> tuple[str, float]:
+    """'a dog=0.5' -> ('a dog', 0.5)."""
+    text, equals, weight = t.checked_text(part).rpartition("=")
+    try:
+        if equals:
+            return text, float(weight)
+    except ValueError:
+        pass
+    raise typer.BadParameter(f"--mix is {part!r}; write TEXT=WEIGHT, such as 'a dog=0.5'")
+
+
+def _parts(
+    text: str, picture: Image.Image | None, image_weight: float, others: Sequence[tuple[str, float]]
+) -> list[tuple[Part, float]]:
+    """The pipeline's prompt: the text, the image, and what is mixed in."""
+    parts: list[tuple[Part, float]] = [] if picture is None else [(picture, image_weight)]
+    if text.strip() or picture is None:  # an empty prompt is an error, unless there is an image
+        parts.append((text, 1.0))
+    return [*parts, *others]
+
+
+def _write(result: Result, stem: Path, suffix: str, records: Sequence[Receipt]) -> tuple[list[Path], Path | None]:
+    """Save the images, best first, and a grid of them when there are several."""
+    from clipgen.images import grid, save_image
+    from clipgen.receipt import together
+
+    files = [
+        save_image(image, stem.with_name(f"{stem.name}-{i}.{suffix}"), metadata=record.to_metadata())
+        for i, (image, record) in enumerate(zip(result.images, records, strict=True), start=1)
+    ]
+    if len(files) == 1:
+        return files, None
+    sheet = stem.with_name(f"{stem.name}-grid.{suffix}")
+    return files, save_image(grid(result.images), sheet, metadata=together(records))
+
+
+def _show(text: str, result: Result, files: list[Path], sheet: Path | None, as_json: bool) -> None:
+    """Print one prompt's result on stdout."""
+    seconds = round(result.seconds["total"], 3)
+    if as_json:
+        record = {
+            "prompt": text,
+            "seed": result.seed,
+            "files": [str(file) for file in files],
+            "clip_scores": [round(score, 4) for score in result.scores],
+            "seeds": result.seeds,
+            "grid": sheet and str(sheet),
+            "seconds": seconds,
+        }
+        print(json.dumps(record), flush=True)
+        return
+    print(f"{t.printable(text) or 'the image'}: seed {result.seed}, {seconds:.1f} s")
+    for file, score, seed in zip(files, result.scores, result.seeds, strict=True):
+        print(f"  {file}  CLIP score {score:.3f}, seed {seed}")
+    if sheet:
+        print(f"  {sheet}")
+    sys.stdout.flush()

@@ -1,0 +1,144 @@
+"""What the commands share: how they talk, the options that mean the same everywhere, names of files.
+
+Results go to stdout, everything else to stderr. PyTorch is imported only when there is something to draw, so `--help`
+answers at once.
+"""
+
+from __future__ import annotations
+
+import re
+import secrets
+import sys
+import time
+import unicodedata
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from enum import StrEnum
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any, NoReturn
+
+import typer
+from rich.console import Console
+from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
+
+if TYPE_CHECKING:
+    from clipgen.pipeline import ClipGen
+
+MINI = Path(__file__).resolve().parent.parent / "weights" / "mini"
+SLUG_BYTES = 80
+"""Longest part of a file's name that comes from its prompt."""
+
+console = Console(stderr=True, highlight=False)
+
+
+class Format(StrEnum):
+    """File formats."""
+
+    png = "png"
+    webp = "webp"
+    jpg = "jpg"
+
+
+def fail(message: str, code: int = 2) -> NoReturn:
+    """Print one line on stderr and exit."""
+    print(f"clipgen: {printable(message)}", file=sys.stderr)
+    sys.exit(code)
+
+
+def say(message: str) -> None:
+    """Tell the user something that is not a result: on stderr, above the progress bar if there is one."""
+    console.print(printable(message), markup=False, soft_wrap=True)
+
+
+def printable(text: str) -> str:
+    """One line without control characters: text that came from outside must not drive the terminal."""
+    return "".join(c if c.isprintable() else " " for c in text).strip()
+
+
+def option(panel: str, help: str, *names: str, model: str = "", **settings: Any) -> Any:
+    """An option in a group of the help; `model` says what happens when it is left out."""
+    default = f" [dim]\\[default: {model}][/dim]" if model else ""
+    return typer.Option(*names, help=help + default, rich_help_panel=panel, **settings)
+
+
+WHAT, HOW, FILES, MACHINE = "What to draw", "How to draw it", "What to write", "What to draw with"
+
+Seed = Annotated[
+    int | None, option(HOW, "The same seed and settings give the same images.", model="a new one, printed")
+]
+Out = Annotated[Path, option(FILES, "Folder for the images.", file_okay=False)]
+FileFormat = Annotated[Format, option(FILES, "File format.")]
+Json = Annotated[bool, option(FILES, "Print one JSON object.", "--json")]
+Weights = Annotated[
+    Path, option(MACHINE, "Folder of a model.", envvar="CLIPGEN_WEIGHTS", show_default="weights/mini", file_okay=False)
+]
+Device = Annotated[
+    str | None,
+    option(MACHINE, "cpu, cuda, cuda:1, mps ...", envvar="CLIPGEN_DEVICE", model="a GPU if there is one"),
+]
+Dtype = Annotated[
+    str | None,
+    option(
+        MACHINE,
+        "Precision: float32, bfloat16 or float16.",
+        envvar="CLIPGEN_DTYPE",
+        model="what suits the device",
+    ),
+]
+
+
+def new_seed() -> int:
+    """A random seed that leaves room for every candidate's own behind it."""
+    from clipgen.request import MAX_CANDIDATES, MAX_SEED
+
+    return secrets.randbelow(MAX_SEED - MAX_CANDIDATES)
+
+
+def checked_text(text: str) -> str:
+    """Text from the command line, where bytes that are not UTF-8 arrive as lone surrogates.
+
+    Raises:
+        BadParameter: it holds such.
+    """
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        raise typer.BadParameter(f"the prompt {text!a} is not valid UTF-8; type it again") from None
+    return text
+
+
+def load(weights: Path, device: str | None, dtype: str | None) -> tuple[ClipGen, str]:
+    """The model in a folder, and its `receipt.weights_digest`; says how long that took."""
+    from clipgen.pipeline import ClipGen
+    from clipgen.receipt import weights_digest
+
+    started = time.perf_counter()
+    pipe = ClipGen.from_pretrained(weights, device=device, dtype=dtype)
+    say(f"loaded {weights} on {pipe.device} in {time.perf_counter() - started:.1f} s")
+    return pipe, weights_digest(weights)
+
+
+@contextmanager
+def progress(label: str) -> Iterator[Callable[[int, int], None] | None]:
+    """Yields a progress callback that moves a bar on a terminal; anywhere else a line at the end says it is done."""
+    started = time.perf_counter()
+    if not console.is_terminal:
+        yield None
+        say(f"drew {label} in {time.perf_counter() - started:.1f} s")
+        return
+    columns = (TextColumn("{task.description}"), BarColumn(), TimeRemainingColumn())
+    with Progress(*columns, console=console, transient=True) as bar:
+        task = bar.add_task(label, total=None)
+        yield lambda done, total: bar.update(task, completed=done, total=total)
+
+
+def free_stem(out: Path, name: str, seed: int) -> Path:
+    """A path in `out` named after prompt and seed, whose files `STEM-*` do not exist yet: nothing is overwritten."""
+    words = re.sub(r"[\W_]+", "-", unicodedata.normalize("NFKC", name).lower())
+    slug = words.encode()[:SLUG_BYTES].decode(errors="ignore").strip("-") or "image"
+    taken = {path.name for path in out.glob("*")}
+    for copy in range(1, len(taken) + 2):
+        stem = f"{slug}-{seed}" if copy == 1 else f"{slug}-{seed}-v{copy}"
+        if not any(name.startswith(f"{stem}-") or name.startswith(f"{stem}.") for name in taken):
+            break
+    return out / stem
