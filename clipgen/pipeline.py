@@ -7,25 +7,26 @@ result.images[0].save("lemon.png")
 
 from __future__ import annotations
 
-import dataclasses
 import secrets
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
 import torch.nn.functional as F
+from PIL import Image
 from torch import Tensor
 
+from clipgen.batch import Picture
 from clipgen.clip import Clip, tokenize
 from clipgen.config import ConfigError, ModelConfig, SamplingConfig
+from clipgen.engine import Engine
 from clipgen.gpt import GPT
-from clipgen.images import clip_from_pixels, from_pixels, to_clip, to_rgb
-from clipgen.memory import MOST_PICTURES, MOST_ROWS, fitting, in_batches, pixel_bytes, token_bytes
+from clipgen.images import from_pixels, to_clip, to_pixels, to_rgb
+from clipgen.painter import Painted, Painter
 from clipgen.request import MAX_SEED, Prompt, Request, RequestError, Result, parts_of
-from clipgen.sampling import Cancelled, generate_tokens
 from clipgen.vqgan import VQGAN
 from clipgen.weights import DTYPES, build, load_weights
 
@@ -66,14 +67,20 @@ def pick_dtype(dtype: str | None, device: torch.device) -> torch.dtype:
     return torch.bfloat16 if has_bf16 else torch.float32
 
 
+WAVE = 8
+"""Candidates that are drawn and ranked before a request with a budget is asked whether it wants more."""
+
+
 class ClipGen:
-    """The three models and how they work together."""
+    """The three models and how they work together, for any number of threads at once."""
 
     def __init__(self, config: ModelConfig, clip: Clip, gpt: GPT, vqgan: VQGAN) -> None:
         if clip.embed_dim != config.gpt.n_cond:
             raise ConfigError(f"CLIP embeds in {clip.embed_dim} dimensions, the GPT expects {config.gpt.n_cond}")
         self.config = config
         self.clip, self.gpt, self.vqgan = clip, gpt, vqgan
+        self.engine = Engine(gpt)
+        self.painter = Painter(vqgan, clip)
 
     @classmethod
     def from_pretrained(cls, folder: str | Path, device: str | None = None, dtype: str | None = None) -> ClipGen:
@@ -119,11 +126,18 @@ class ClipGen:
         top_k: int | None = None,
         top_p: float | None = None,
         seed: int | None = None,
+        keep: Image.Image | None = None,
+        keep_rows: int = 0,
+        target_score: float | None = None,
+        seconds: float | None = None,
         progress: Callable[[int, int], None] | None = None,
         should_stop: Callable[[], bool] | None = None,
     ) -> Result:
         """Draw pictures of one prompt; `Request` describes the arguments, `generate` the callbacks and errors."""
-        request = Request(prompt, num_outputs, candidates, guidance, temperature, top_k, top_p, seed)
+        request = Request(
+            *(prompt, num_outputs, candidates, guidance, temperature, top_k, top_p, seed),
+            *(keep, keep_rows, target_score, seconds),
+        )
         return self.generate([request], progress, should_stop)[0]
 
     @torch.inference_mode()
@@ -150,113 +164,98 @@ class ClipGen:
         requests: Sequence[Request],
         progress: Callable[[int, int], None] | None = None,
         should_stop: Callable[[], bool] | None = None,
+        preview: Callable[[list[Image.Image]], None] | None = None,
+        previews: int = 4,
     ) -> list[Result]:
-        """Draw several requests together; each gives the same pictures as alone.
+        """Draw several requests together; each gives the same pictures as alone, whatever other threads draw.
 
         Args:
-            progress: called with (tokens done, tokens in all) over all requests.
-            should_stop: asked before each token, and before each batch of pictures is painted.
+            progress: called with (tokens done, tokens in all) over all requests. It must be quick, everyone waits.
+            should_stop: asked before each token, and before each batch of pictures is painted; likewise.
+            preview: called with the first `num_outputs` candidates of each request, as far as they are drawn, the rest
+                grey. CLIP may pick others in the end.
+            previews: how often at most, from 1 to the rows of tokens less one.
 
         Raises:
-            RequestError: a prompt cannot be embedded.
+            RequestError: a prompt cannot be embedded, or more rows are to be kept than there are.
             Cancelled: `should_stop` said so.
+            QueueFull, EngineClosed, EngineError, MemoryShortage: see `Engine.draw`.
         """
         seconds: dict[str, float] = {}
         start = time.perf_counter()
-        seeds = [secrets.randbelow(MAX_SEED) if r.seed is None else r.seed for r in requests]
         with self._timed(seconds, "embed"):
-            embeddings = [self.embed(r.prompt) for r in requests]
-        rows = [_Row(i, seeds[i] + n) for i, r in enumerate(requests) for n in range(r.drawn)]
-        report = _Counter(progress, len(rows))
-        pixels: dict[_Row, Tensor] = {}
-        scores: dict[_Row, float] = {}
-        for sampling, group in self._groups(rows, [r.sampling(self.config.sampling) for r in requests]):
-            conditions = {row: embeddings[row.request] for row in group}
-            drawn = self._draw(sampling, conditions, seconds, report, should_stop)
-            for row, image, score in self._paint(drawn, conditions, seconds, should_stop):
-                pixels[row], scores[row] = image, score
-        seconds["total"] = time.perf_counter() - start
-        return [
-            self._best(request, [row for row in rows if row.request == i], seeds[i], pixels, scores, seconds)
-            for i, request in enumerate(requests)
-        ]
-
-    def _groups(self, rows: list[_Row], samplings: list[SamplingConfig]) -> Iterator[tuple[SamplingConfig, list[_Row]]]:
-        """Rows that sample alike: they can be decoded together."""
-        groups: dict[tuple, list[_Row]] = {}
-        for row in rows:
-            groups.setdefault(dataclasses.astuple(samplings[row.request]), []).append(row)
-        for group in groups.values():
-            yield samplings[group[0].request], group
-
-    def _draw(
-        self,
-        sampling: SamplingConfig,
-        conditions: dict[_Row, Tensor],
-        seconds: dict[str, float],
-        report: _Counter,
-        should_stop: Callable[[], bool] | None,
-    ) -> dict[_Row, Tensor]:
-        """The tokens (T,) of each row, in batches that fit."""
-
-        def run(batch: Sequence[_Row]) -> Tensor:
-            condition = torch.stack([conditions[row] for row in batch])
-            batch_seeds = [row.seed for row in batch]
+            works = [self._work(request) for request in requests]
+        length, done = self.config.gpt.block_size, 0
+        total = length * sum(request.drawn for request in requests)
+        while drawing := [(work, seed) for work in works for seed in work.wave(start)]:
+            pictures = [Picture(work.embedding, seed, work.sampling, work.kept) for work, seed in drawing]
+            report = None if progress is None else _offset(progress, done, total)
             with self._timed(seconds, "decode_tokens"):
-                return generate_tokens(
-                    self.gpt, condition, batch_seeds, sampling, report.of_batch(len(batch)), should_stop
-                )
+                watch = None if preview is None else self._watch(preview, drawing)
+                every = self.config.vqgan.grid * -(-self.config.vqgan.grid // (max(previews, 1) + 1))
+                drawn = self.engine.draw(pictures, report, should_stop, watch, every)
+            seconds["queue"] = seconds.get("queue", 0.0) + drawn.waited
+            seconds["decode_tokens"] -= drawn.waited
+            conditions = torch.stack([work.embedding for work, _ in drawing])
+            painted = self.painter.paint(drawn.tokens, conditions, should_stop)
+            for stage, spent in zip(
+                ("decode_pixels", "rank"), zip(*(p.seconds for p in painted), strict=True), strict=True
+            ):
+                seconds[stage] = seconds.get(stage, 0.0) + sum(spent)
+            for (work, seed), picture in zip(drawing, painted, strict=True):
+                work.found.append((seed, picture))
+            done += length * len(drawing)
+        if progress is not None and done < total:  # a budget ended it early
+            progress(total, total)
+        seconds["total"] = time.perf_counter() - start
+        return [self._best(work, seconds) for work in works]
 
-        tokens: list[Tensor] = []
-        size = fitting(token_bytes(self.config.gpt, self.dtype, sampling.guidance != 1), self.device, MOST_ROWS)
-        for output in in_batches(run, list(conditions), size, "decoding tokens"):
-            tokens.extend(output)
-            report.finish(len(output))
-        return dict(zip(conditions, tokens, strict=True))
+    def close(self, seconds: float | None = None) -> tuple[int, int]:
+        """Draw nothing more; see `Engine.close`."""
+        return self.engine.close(seconds)
 
-    def _paint(
-        self,
-        tokens: dict[_Row, Tensor],
-        conditions: dict[_Row, Tensor],
-        seconds: dict[str, float],
-        should_stop: Callable[[], bool] | None,
-    ) -> Iterator[tuple[_Row, Tensor, float]]:
-        """Each row with its pixels (3, H, W) in [-1, 1] on the CPU and its CLIP cosine, in batches that fit."""
+    def _work(self, request: Request) -> _Work:
+        seed = secrets.randbelow(MAX_SEED) if request.seed is None else request.seed
+        embedding = self.embed(request.prompt)
+        return _Work(request, seed, embedding, request.sampling(self.config.sampling), self._kept(request))
 
-        def run(batch: Sequence[_Row]) -> list[tuple[_Row, Tensor, float]]:
-            if should_stop is not None and should_stop():
-                raise Cancelled
-            with self._timed(seconds, "decode_pixels"):
-                images = self.vqgan.decode_tokens(torch.stack([tokens[row] for row in batch])).float().clamp(-1, 1)
-            with self._timed(seconds, "rank"):
-                found = self.clip.encode_image(clip_from_pixels(images, self.clip.image_size))
-                cosines = (found * torch.stack([conditions[row] for row in batch])).sum(-1).tolist()
-            return list(zip(batch, images.cpu(), cosines, strict=True))
+    def _kept(self, request: Request) -> Tensor | None:
+        """The tokens of the rows that a request keeps."""
+        if request.keep is None:
+            return None
+        config = self.config.vqgan
+        if request.keep_rows >= config.grid:
+            raise RequestError(
+                "keep_rows",
+                f"is {request.keep_rows}; this model draws {config.grid} rows, so keep 1 to {config.grid - 1}",
+            )
+        pixels = to_pixels([to_rgb(request.keep)], config.image_size).to(self.device, self.dtype)
+        return self.vqgan.tokens(pixels)[0, : request.keep_rows * config.grid]
 
-        size = fitting(pixel_bytes(self.config.vqgan, self.dtype), self.device, MOST_PICTURES)
-        for painted in in_batches(run, list(tokens), size, "decoding pixels"):
-            yield from painted
+    def _watch(
+        self, preview: Callable[[list[Image.Image]], None], drawing: Sequence[tuple[_Work, int]]
+    ) -> Callable[[Tensor], None]:
+        shown = [i for i, (work, seed) in enumerate(drawing) if seed - work.seed < work.request.num_outputs]
 
-    def _best(
-        self,
-        request: Request,
-        rows: list[_Row],
-        seed: int,
-        pixels: dict[_Row, Tensor],
-        scores: dict[_Row, float],
-        seconds: dict[str, float],
-    ) -> Result:
-        best = sorted(rows, key=lambda row: -scores[row])[: request.num_outputs]
-        texts = [part for part, _ in parts_of(request.prompt) if isinstance(part, str)]
+        def watch(tokens: Tensor) -> None:
+            if shown and bool((tokens[shown] < 0).any()):
+                preview(self.painter.preview(tokens[shown]))
+
+        return watch
+
+    def _best(self, work: _Work, seconds: dict[str, float]) -> Result:
+        best = work.best()
+        texts = [part for part, _ in parts_of(work.request.prompt) if isinstance(part, str)]
         _, dropped = tokenize(texts, self.clip.context_length)
         return Result(
-            images=from_pixels(torch.stack([pixels[row] for row in best])),
-            scores=[scores[row] for row in best],
-            seeds=[row.seed for row in best],
-            seed=seed,
-            request=request,
+            images=from_pixels(torch.stack([picture.pixels for _, picture in best])),
+            scores=[picture.score for _, picture in best],
+            seeds=[seed for seed, _ in best],
+            seed=work.seed,
+            request=work.request,
             dropped=" ".join(filter(None, dropped)),
             seconds=dict(seconds),
+            drawn=len(work.found),
         )
 
     @contextmanager
@@ -268,27 +267,39 @@ class ClipGen:
         seconds[stage] = seconds.get(stage, 0.0) + time.perf_counter() - start
 
 
-@dataclass(frozen=True)
-class _Row:
-    """One candidate: which request it belongs to, and its seed."""
+@dataclass(eq=False)
+class _Work:
+    """One request on its way."""
 
-    request: int
+    request: Request
     seed: int
+    embedding: Tensor  # (D,)
+    sampling: SamplingConfig
+    kept: Tensor | None
+    found: list[tuple[int, Painted]] = field(default_factory=list)  # by seed
+
+    def wave(self, start: float) -> range:
+        """The seeds to draw next: all at once without a budget, else a few, until it is used up or met."""
+        request, have = self.request, len(self.found)
+        if request.target_score is None and request.seconds is None:
+            return range(self.seed + have, self.seed + request.drawn)
+        if have and (self._met() or self._late(start)):
+            return range(0)
+        size = max(WAVE, request.num_outputs)
+        return range(self.seed + have, self.seed + min(have + size, request.drawn))
+
+    def best(self) -> list[tuple[int, Painted]]:
+        """The best so far, as many as are asked for."""
+        return sorted(self.found, key=lambda found: -found[1].score)[: self.request.num_outputs]
+
+    def _met(self) -> bool:
+        target = self.request.target_score
+        return target is not None and self.best()[-1][1].score >= target
+
+    def _late(self, start: float) -> bool:
+        return self.request.seconds is not None and time.perf_counter() - start >= self.request.seconds
 
 
-class _Counter:
-    """Progress over all pictures from the progress of one batch."""
-
-    def __init__(self, progress: Callable[[int, int], None] | None, pictures: int) -> None:
-        self.progress, self.pictures, self.done = progress, pictures, 0
-
-    def of_batch(self, size: int) -> Callable[[int, int], None] | None:
-        """A callback for a batch of `size` pictures."""
-        progress = self.progress
-        if progress is None:
-            return None
-        return lambda done, total: progress(self.done * total + done * size, self.pictures * total)
-
-    def finish(self, size: int) -> None:
-        """A batch is complete."""
-        self.done += size
+def _offset(progress: Callable[[int, int], None], before: int, total: int) -> Callable[[int, int], None]:
+    """Progress of one wave as progress of the whole."""
+    return lambda done, _: progress(before + done, total)

@@ -46,6 +46,13 @@ class Request:
     top_p: float | None = None
     seed: int | None = None
     """Candidate i uses seed + i; None draws one, which the result tells."""
+    keep: Image.Image | None = None
+    """A picture whose top `keep_rows` rows of tokens stay as they are; what is below is drawn to follow them."""
+    keep_rows: int = 0
+    target_score: float | None = None
+    """Budget: candidates come in waves, and no further one is begun when the best `num_outputs` all score this much."""
+    seconds: float | None = None
+    """Budget: nor is one begun after this time, which makes the pictures depend on the machine."""
 
     def __post_init__(self) -> None:
         _check_whole("num_outputs", self.num_outputs, 1, MAX_CANDIDATES)
@@ -64,6 +71,15 @@ class Request:
             _check_whole("top_k", self.top_k, 0, 2**31 - 1)
         if self.seed is not None:
             _check_whole("seed", self.seed, 0, MAX_SEED)
+        _check_number("target_score", self.target_score, -1, 1)
+        _check_number("seconds", self.seconds, 0, 86_400)
+        if self.keep is not None and not isinstance(self.keep, Image.Image):
+            raise RequestError("keep", f"is of type {type(self.keep).__name__}; give a PIL image")
+        _check_whole("keep_rows", self.keep_rows, 0, 1024)
+        if (self.keep is None) != (self.keep_rows == 0):
+            raise RequestError(
+                "keep_rows", f"is {self.keep_rows}; give both a picture to keep and 1 or more rows of it"
+            )
         parts_of(self.prompt)
 
     @property
@@ -93,6 +109,8 @@ class Result:
     """The end of the prompt that did not fit into CLIP's context; "" when everything did."""
     seconds: dict[str, float]
     """By stage; requests of one call share their stages, so they share these."""
+    drawn: int
+    """Candidates; less than the request allowed when a budget ended it early."""
 
 
 def _check_whole(field: str, value: object, low: int, high: int) -> None:

@@ -14,6 +14,7 @@ LAYERS = {
     "clipgen.config": 0,
     "clipgen.download": 0,
     "clipgen.images": 0,
+    "clipgen.figures": 1,
     "clipgen.vqgan": 1,
     "clipgen.gpt": 1,
     "clipgen.clip": 1,
@@ -34,7 +35,9 @@ LAYERS = {
     "clipgen.terminal": 3.7,
     "clipgen.weights_cli": 3.75,  # parts of the command line, which they do not know
     "clipgen.generate_cli": 3.75,
+    "clipgen.morph_cli": 3.75,
     "clipgen.replay_cli": 3.75,
+    "clipgen.sheet_cli": 3.75,
     "clipgen.cli": 4,
     "clipgen.app": 4,
     "predict": 4,

@@ -6,7 +6,8 @@ import json
 import logging
 import subprocess
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +19,10 @@ from hypothesis import strategies as st
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from clipgen import ClipGen, memory
+from clipgen.batch import Batch
 from clipgen.config import load_config
+from clipgen.engine import Engine
+from clipgen.gpt import KVCache
 from clipgen.memory import MemoryShortage, fitting, in_batches, pixel_bytes, token_bytes
 from clipgen.request import Request, Result
 
@@ -45,6 +49,27 @@ def pipe(tiny_weights: Path) -> ClipGen:
     return ClipGen.from_pretrained(tiny_weights, device="cpu", dtype="float32")
 
 
+@contextmanager
+def small_engine(pipe: ClipGen, largest: int) -> Iterator[None]:
+    """A pipeline whose engine's thread has such an allocator."""
+    engine, run = Engine(pipe.gpt), Engine._run
+
+    def limited(self: Engine) -> None:
+        with SmallDevice(largest):
+            run(self)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Engine, "_run", limited)
+        patch.setattr(pipe, "engine", engine)
+        yield
+    engine.close()
+
+
+def row_bytes(pipe: ClipGen) -> int:
+    """Keys and values of one row."""
+    return KVCache.allocate(pipe.config.gpt, 1).data.nbytes
+
+
 def same(a: Result, b: Result) -> bool:
     """Equal pictures, but for the last of 255 levels, where another batch size rounds differently."""
     pairs = zip(a.images, b.images, strict=True)
@@ -58,18 +83,18 @@ def test_running_out_halves_the_batch_says_so_and_changes_nothing(
     expected = pipe("a lemon", num_outputs=4, candidates=8, seed=3)
     assert not caplog.records
     seen: list[tuple[int, int]] = []
-    with SmallDevice(60_000):  # 16 KB of keys and values per picture, 17 KB of activations in CLIP
+    # Eight rows of the cache, which are four pictures with guidance, and 17 KB of activations in CLIP.
+    with small_engine(pipe, 9 * row_bytes(pipe)), SmallDevice(60_000):
         result = pipe(
             "a lemon", num_outputs=4, candidates=8, seed=3, progress=lambda done, total: seen.append((done, total))
         )
     assert same(result, expected)
     assert [record.getMessage() for record in caplog.records] == [
         "decoding tokens: out of memory with 8 pictures at once; going on with 4",
-        "decoding tokens: out of memory with 4 pictures at once; going on with 2",
         "decoding pixels: out of memory with 8 pictures at once; going on with 4",
         "decoding pixels: out of memory with 4 pictures at once; going on with 2",
     ]
-    assert seen == [(done, 8 * 16) for done in range(2, 8 * 16 + 1, 2)]
+    assert seen == [(done, 8 * 16) for done in range(4, 8 * 16 + 1, 4)]
 
 
 def test_requests_that_share_a_call_survive_it_too(pipe: ClipGen) -> None:
@@ -78,13 +103,16 @@ def test_requests_that_share_a_call_survive_it_too(pipe: ClipGen) -> None:
         Request("a dog", num_outputs=4, candidates=8, seed=9, guidance=1.0),
     ]
     expected = pipe.generate(requests)
-    with SmallDevice(60_000):
+    with small_engine(pipe, 9 * row_bytes(pipe)), SmallDevice(60_000):
         results = pipe.generate(requests)
     assert all(same(a, b) for a, b in zip(results, expected, strict=True))
 
 
 def test_one_picture_that_does_not_fit_is_an_error_that_helps(pipe: ClipGen) -> None:
-    with SmallDevice(15_000), pytest.raises(MemoryShortage, match=r"not even one picture fits .* smaller model"):
+    match = r"not even one picture fits .* smaller model"
+    with small_engine(pipe, 15_000), pytest.raises(MemoryShortage, match=f"decoding tokens: {match}"):
+        pipe("a lemon", candidates=4, seed=3)
+    with SmallDevice(15_000), pytest.raises(MemoryShortage, match=f"decoding pixels: {match}"):
         pipe("a lemon", candidates=4, seed=3)
     assert pipe("a lemon", seed=3).images
 
@@ -114,6 +142,8 @@ def draw():
     return [result.seeds, [image.tobytes().hex() for image in result.images]]
 
 free = draw()
+pipe.close()  # lets go of the first one's cache
+pipe.engine = type(pipe.engine)(pipe.gpt)
 used = int(next(l for l in Path("/proc/self/status").read_text().splitlines() if l.startswith("VmSize")).split()[1])
 resource.setrlimit(resource.RLIMIT_AS, (used * 1024 + 40 * 2**20,) * 2)  # 64 pictures' keys and values are 67 MB
 print(json.dumps([free, draw()]))
@@ -195,15 +225,15 @@ def test_batches_follow_free_memory(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_a_pipeline_plans_with_what_is_free(pipe: ClipGen, monkeypatch: pytest.MonkeyPatch) -> None:
     expected = pipe("a lemon", num_outputs=8, seed=3)
-    calls: list[int] = []
-    step = pipe.gpt.prefill
-    monkeypatch.setattr(
-        pipe.gpt, "prefill", lambda condition, cache: calls.append(len(condition)) or step(condition, cache)
-    )
+    pictures: list[int] = []
+    step = Batch.step
+    monkeypatch.setattr(Batch, "step", lambda batch: pictures.append(len(batch.pictures)) or step(batch))
+    monkeypatch.setattr(pipe, "engine", Engine(pipe.gpt))
     room = 3 * token_bytes(pipe.config.gpt, torch.float32, guided=True) / memory.HEADROOM + 1
     monkeypatch.setattr(memory, "free_bytes", lambda device: room)
     assert same(pipe("a lemon", num_outputs=8, seed=3), expected)
-    assert calls == [6, 6, 4]  # 3, 3 and 2 pictures, with guidance
+    assert pictures == [3] * 16 + [3] * 16 + [2] * 16
+    pipe.close()
 
 
 def test_what_the_full_sizes_need() -> None:
