@@ -41,11 +41,13 @@ class Stop:
 
     def requested(self) -> bool:
         """Whether any process was asked to stop; all of them must ask, once a step."""
-        if self._group is not None:
-            flag = torch.tensor(self.signal)
-            dist.all_reduce(flag, dist.ReduceOp.MAX, group=self._group)
-            self.signal = int(flag)
-        return self.signal != 0
+        if self._group is None:
+            return self.signal != 0
+        agreed = torch.tensor(self.signal)
+        dist.all_reduce(agreed, dist.ReduceOp.MAX, group=self._group)
+        # A signal that came while waiting for the others was not among what they agreed on: it counts at the next step.
+        self.signal = max(self.signal, int(agreed))
+        return int(agreed) != 0
 
     def leave(self, saved: str) -> None:
         """End the process as one that was stopped (128 + signal), having said in one line what was saved.

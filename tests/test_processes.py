@@ -1,0 +1,99 @@
+"""One training shared by several processes is the same training."""
+
+from __future__ import annotations
+
+import math
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from training_kit import draw_pictures, finish, same_weights, scalars, start, start_together, write_config
+
+from clipgen.config import ModelConfig
+from train.encode import Encoded
+
+SCRIPTS = {"vqgan": "train.stage1", "gpt": "train.stage2", "pixels": "train.stage2"}
+PIXELS = ["stage2.from_pixels=true", "stage2.neighbours=0"]
+
+
+@pytest.fixture(scope="module")
+def flags(tiny_config: ModelConfig, tiny_weights: Path, tmp_path_factory: pytest.TempPathFactory) -> list[object]:
+    folder = tmp_path_factory.mktemp("data")
+    (folder / "pictures").mkdir()
+    config = write_config(tiny_config, folder / "tiny.yaml")
+    # At a higher rate Adam turns the rounding of the smallest gradients into another code here and there.
+    return ["--config", config, "--data", draw_pictures(folder / "pictures"), "stage1.lr=1e-4"]
+
+
+@pytest.fixture(scope="module")
+def parts(tiny_weights: Path) -> list[object]:
+    return ["--vqgan", tiny_weights, "--clip", tiny_weights / "clip.safetensors"]
+
+
+@pytest.fixture(scope="module")
+def alone(flags, parts, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Each training by one process."""
+    out = tmp_path_factory.mktemp("alone")
+    for name, script in SCRIPTS.items():
+        more = [] if name == "vqgan" else parts + (PIXELS if name == "pixels" else [])
+        process = start(script, [*flags, "--out", out / name, *more], out / f"{name}.log")
+        assert finish(process) == 0, (out / f"{name}.log").read_text()
+    return out
+
+
+@pytest.mark.parametrize(("name", "processes"), [("vqgan", 2), ("vqgan", 4), ("gpt", 2), ("gpt", 4), ("pixels", 2)])
+def test_several_processes_train_as_one(name: str, processes: int, flags, parts, alone: Path, tmp_path: Path) -> None:
+    more = [] if name == "vqgan" else parts + (PIXELS if name == "pixels" else [])
+    arguments = [*flags, "--out", tmp_path / name, *more]
+    together = start_together(SCRIPTS[name], arguments, tmp_path / "log", processes)
+    assert [finish(p) for p in together] == [0] * processes, (tmp_path / "log").read_text()
+    one, several = scalars(alone / name), scalars(tmp_path / name)
+    compared = [key for key in one if key[1] != "images_per_second"]
+    assert len(compared) > 12 and one.keys() - several.keys() <= one.keys() - set(compared)
+    for key in compared:
+        assert math.isclose(several[key], one[key], rel_tol=1e-4, abs_tol=1e-4), key
+    if name == "vqgan":
+        assert {(4, "discriminator"), (4, "adaptive_weight"), (2, "codes_used")} <= set(compared)
+        assert "broken.jpg" in (tmp_path / name / "skipped.txt").read_text()
+
+
+def test_several_processes_go_on_from_what_one_saved(flags, alone: Path, tmp_path: Path) -> None:
+    shutil.copytree(alone / "vqgan", tmp_path / "vqgan")
+    shutil.rmtree(tmp_path / "vqgan" / "checkpoints" / "step_000006")
+    arguments = [*flags, "--out", tmp_path / "vqgan"]
+    together = start_together("train.stage1", arguments, tmp_path / "log", 2)
+    assert [finish(p) for p in together] == [0, 0], (tmp_path / "log").read_text()
+    one, several = scalars(alone / "vqgan"), scalars(tmp_path / "vqgan")
+    assert several[(6, "l1")] == pytest.approx(one[(6, "l1")], abs=1e-4)
+    assert several[(6, "discriminator")] == pytest.approx(one[(6, "discriminator")], abs=1e-4)
+
+
+def test_shards_are_shared_out(flags, parts, tmp_path: Path) -> None:
+    folders = {}
+    for processes in (1, 2):
+        out = folders[processes] = tmp_path / str(processes)
+        arguments = [*flags, *parts, "--out", out, "stage2.views=3"]
+        together = start_together("train.encode", arguments, tmp_path / "log", processes)
+        assert [finish(p) for p in together] == [0] * processes, (tmp_path / "log").read_text()
+    assert len(Encoded(folders[2])) == 75
+    assert same_weights(*(folder / "000000.safetensors" for folder in folders.values()))
+
+
+def test_a_batch_that_cannot_be_shared_is_one_clear_line(flags, tmp_path: Path) -> None:
+    arguments = [*flags, "--out", tmp_path / "run", "stage1.batch_size=3"]
+    together = start_together("train.stage1", arguments, tmp_path / "log", 2)
+    assert [finish(p) for p in together] == [2, 2]
+    assert (
+        "batch_size is 3, for all processes together; it must be a multiple of their number, 2"
+        in (tmp_path / "log").read_text()
+    )
+
+
+@pytest.mark.slow
+def test_torchrun_starts_it(flags, alone: Path, root: Path, tmp_path: Path) -> None:
+    run = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", root / "train" / "stage1.py"]
+    subprocess.run([*map(str, [*run, *flags, "--out", tmp_path])], check=True, cwd=tmp_path, timeout=300)
+    one, two = scalars(alone / "vqgan"), scalars(tmp_path)
+    assert two[(6, "l1")] == pytest.approx(one[(6, "l1")], abs=1e-4)
