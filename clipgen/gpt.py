@@ -17,7 +17,7 @@ from torch import Tensor
 
 from clipgen.config import GPTConfig
 
-SEGMENT = 64
+SEGMENT = 128
 """Positions of a cache that lie together on a CPU: a step reads whole segments, as few as it needs."""
 
 
@@ -29,20 +29,36 @@ class Linear(nn.Linear):
 
     packed: Tensor | None = None
 
-    def pack(self) -> None:
-        """Lay the weight out as oneDNN multiplies it, which else is done again at every call, and drop the original."""
+    def pack(self, single: bool = False) -> None:
+        """Lay the weight out as oneDNN multiplies it, which else is done again at every call.
+
+        The original goes, unless rows that come `single` are to be multiplied with it.
+        """
         self.packed = torch.ops.mkldnn._reorder_linear_weight(self.weight.detach())
-        self.weight = nn.Parameter(self.weight.new_empty(0), requires_grad=False)
+        if not single:
+            self.weight = nn.Parameter(self.weight.new_empty(0), requires_grad=False)
 
     def forward(self, x: Tensor, gelu: bool = False) -> Tensor:
         """x W' + b, through exact GELU where asked for; (..., in_features) -> (..., out_features)."""
         if self.packed is None:
             y = super().forward(x)
             return F.gelu(y) if gelu else y
+        if len(x) == 1 and self.weight.numel():
+            return self._single(x, gelu)
         if len(x) == 1 and self.in_features > self.out_features:
             # One row alone would be summed in halves by two threads, and so differ from that row among others.
             return self(x.expand(2, -1), gelu)[:1]
         return torch.ops.mkldnn._linear_pointwise(x, self.packed, self.bias, "gelu" if gelu else "none", [], "none")
+
+    def _single(self, x: Tensor, gelu: bool) -> Tensor:
+        # ATen's own product with a vector reads at the speed of the memory, oneDNN's at two thirds of it.
+        before = torch._C._get_mkldnn_enabled()
+        torch._C._set_mkldnn_enabled(False)
+        try:
+            y = F.linear(x, self.weight, self.bias)
+        finally:
+            torch._C._set_mkldnn_enabled(before)
+        return F.gelu(y) if gelu else y
 
 
 @dataclass
@@ -100,15 +116,16 @@ class Window:
         else:
             self.write[layer].index_copy_(1, self.index, new.flatten(1, 2))
         if self.whole:
-            keys, values = self.read[layer, :, 0, :, :, : self.longest].unbind(0)
+            k, v = self.read[layer, :, 0, :, :, : self.longest].unbind(0)
             mask = None if self.index is None else self.mask[:, None]
-            return F.scaled_dot_product_attention(q[:, :, None], keys, values, attn_mask=mask)[:, :, 0]
+            return F.scaled_dot_product_attention(q[:, :, None], k, v, attn_mask=mask)[:, :, 0]
         # A query each: products of whole segments run at the speed of the memory, the fused kernel at a fifth of it.
         keys, values = (segments.unbind(0) for segments in self.read[layer].flatten(2, 3).unbind(0))
         query = (q * q.shape[-1] ** -0.5).flatten(0, 1)[:, None]  # (B * n_head, 1, head)
-        scores = torch.cat([query @ k.transpose(1, 2) for k in keys], dim=-1).view(*q.shape[:2], -1)
-        shares = (scores + self.mask).softmax(-1, dtype=torch.float32).to(q.dtype).flatten(0, 1)[:, None]
-        parts = shares.split(keys[0].shape[1], dim=-1)
+        scores = [torch.bmm(query, k.transpose(1, 2)) for k in keys]
+        score = (scores[0] if len(scores) == 1 else torch.cat(scores, dim=-1)).view(*q.shape[:2], -1)
+        # In reduced precision softmax computes in float32 and rounds at the end.
+        parts = (score + self.mask).softmax(-1).flatten(0, 1)[:, None].split(keys[0].shape[1], dim=-1)
         y = torch.bmm(parts[0], values[0])
         for part, v in zip(parts[1:], values[1:], strict=True):
             y.baddbmm_(part, v)
@@ -203,13 +220,19 @@ class GPT(nn.Module):
             x = block(x)
         return self.head(self.norm(x))
 
-    def pack(self) -> GPT:
-        """Get ready for decoding, on the device and in the precision it has by now; it cannot be trained after that."""
+    def pack(self, single: bool = False) -> GPT:
+        """Get ready for decoding on a CPU in bfloat16; elsewhere nothing happens. It cannot be trained after that.
+
+        Args:
+            single: a step of one row takes a third less time, but is rounded otherwise than among other rows, so that a
+                seed may give another image alone; the weights are kept twice; and oneDNN is off, for the whole process,
+                while that row is multiplied: nothing else should run beside it.
+        """
         weight = self.head.weight
         if weight.device.type == "cpu" and weight.dtype == torch.bfloat16 and torch.backends.mkldnn.is_available():
             for module in self.modules():
                 if isinstance(module, Linear):
-                    module.pack()
+                    module.pack(single)
         return self
 
     def prefill(self, embedding: Tensor, cache: KVCache) -> Tensor:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from pathlib import Path
 
 import pytest
@@ -20,6 +21,12 @@ from clipgen.weights import build
 HFAILAB = GPTConfig(n_layer=3, n_head=4, n_embd=48, vocab_size=96, block_size=16, n_cond=24)
 SMALL = GPTConfig(n_layer=2, n_head=2, n_embd=16, vocab_size=20, block_size=9, n_cond=6)
 CLOSE = {"rtol": 0.0, "atol": 1e-4}
+
+
+@pytest.fixture(autouse=True)
+def short_segments(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Several segments in a small cache."""
+    monkeypatch.setattr("clipgen.gpt.SEGMENT", 4)
 
 
 def decode(gpt: GPT, tokens: Tensor, embedding: Tensor, cache: KVCache | None = None) -> Tensor:
@@ -123,6 +130,62 @@ def test_a_ragged_step_of_equal_places_is_the_plain_one(gpt: GPT) -> None:
         found = gpt.advance(x, torch.full((3,), position), ragged, position + 1)
         torch.testing.assert_close(found, expected, rtol=0, atol=1e-5)
         assert torch.equal(ragged.data, plain.data)
+
+
+@pytest.fixture(scope="module")
+def packed() -> GPT:
+    """Large enough that threads share a product."""
+    torch.manual_seed(0)
+    gpt = GPT(GPTConfig(n_layer=2, n_head=4, n_embd=256, vocab_size=512, block_size=40, n_cond=64))
+    return gpt.to(torch.bfloat16).eval().requires_grad_(False).pack()
+
+
+def steps(gpt: GPT, tokens: Tensor, embedding: Tensor) -> Tensor:
+    with torch.inference_mode():
+        return decode(gpt, tokens, embedding, KVCache.allocate(gpt.config, len(embedding), dtype=torch.bfloat16))
+
+
+@pytest.mark.parametrize("threads", [1, 2])
+def test_in_bfloat16_a_row_is_the_same_to_the_bit_whatever_the_batch(packed: GPT, threads: int) -> None:
+    tokens = torch.randint(0, 512, (33, 36), generator=torch.Generator().manual_seed(0))
+    embedding = F.normalize(torch.randn(33, 64, generator=torch.Generator().manual_seed(1)), dim=-1).bfloat16()
+    before = torch.get_num_threads()
+    torch.set_num_threads(threads)
+    try:
+        together = steps(packed, tokens, embedding)
+        for rows in (1, 2, 3, 8):
+            assert torch.equal(steps(packed, tokens[:rows], embedding[:rows]), together[:rows]), rows
+        cache = KVCache.allocate(packed.config, 2, dtype=torch.bfloat16)
+        with torch.inference_mode():
+            for position in range(37):  # beside a row that stays at the start, with more of the cache in view
+                x = packed.tok_emb(tokens[:1, position - 1]) if position else packed.cond_proj(embedding[:1])
+                ragged = packed.advance(x.expand(2, -1), torch.tensor([position, 0]), cache)
+                assert torch.equal(ragged[0], together[0, position])
+    finally:
+        torch.set_num_threads(before)
+
+
+def test_packed_weights_give_what_plain_ones_give(packed: GPT) -> None:
+    tokens = torch.randint(0, 512, (2, 36), generator=torch.Generator().manual_seed(0))
+    embedding = F.normalize(torch.randn(2, 64, generator=torch.Generator().manual_seed(1)), dim=-1)
+    torch.manual_seed(0)
+    plain = GPT(packed.config).to(torch.bfloat16).eval().requires_grad_(False)
+    exact = GPT(packed.config).eval().requires_grad_(False)
+    exact.load_state_dict(plain.state_dict())
+    single = copy.deepcopy(plain).pack(single=True)
+    reference = exact(tokens, embedding)
+    noise = (plain(tokens, embedding.bfloat16()) - reference).abs().max()
+    for gpt in (packed, plain, single):
+        assert (steps(gpt, tokens, embedding.bfloat16()) - reference).abs().max() < 2 * noise
+    assert (steps(single, tokens[:1], embedding[:1].bfloat16()) - reference[:1]).abs().max() < 2 * noise
+    assert torch.backends.mkldnn.enabled
+    torch.testing.assert_close(packed(tokens, embedding.bfloat16()), plain(tokens, embedding.bfloat16()))
+
+
+def test_in_float32_packing_changes_nothing(gpt: GPT) -> None:
+    assert copy.deepcopy(gpt).pack().state_dict().keys() == gpt.state_dict().keys()
+    tokens, embedding = inputs(2, 8)
+    assert torch.equal(decode(copy.deepcopy(gpt).pack(), tokens, embedding), decode(gpt, tokens, embedding))
 
 
 @pytest.mark.parametrize(
