@@ -1,55 +1,74 @@
 """The Cog schema: https://cog.run. What it declares is what it enforces; the work is done by `clipgen.pipeline`.
 
 Settings from the environment: CLIPGEN_WEIGHTS, a folder (weights/mini) or a model to fetch at set-up (coco);
-CLIPGEN_DEVICE (a GPU if there is one); CLIPGEN_DTYPE (what suits the device).
+CLIPGEN_DEVICE (a GPU if there is one); CLIPGEN_DTYPE (what suits the device); CLIPGEN_LOG_PROMPTS=1 to log prompts,
+which are private otherwise.
 """
 # No `from __future__ import annotations`: Cog reads the annotations.
 
 import asyncio
+import base64
 import inspect
+import io
 import json
 import math
 import os
 import pathlib
 import tempfile
 import threading
+import time
 from collections import deque
+from collections.abc import AsyncIterator
 from concurrent.futures import ThreadPoolExecutor
 from contextvars import copy_context
-from dataclasses import asdict
 from functools import partial
 from typing import Any, get_args
 
-from cog import BasePredictor, Input, Path, concurrent
+from cog import BasePredictor, Input, Path, concurrent, streaming
+from PIL import Image
 
 from clipgen.checkpoints import obtain
-from clipgen.images import load_image, save_image
+from clipgen.images import grid, load_image, save_image
 from clipgen.pipeline import ClipGen
-from clipgen.request import Request
+from clipgen.receipt import receipts, weights_digest
+from clipgen.request import Request, Result
 
 WEIGHTS = pathlib.Path(__file__).resolve().parent / "weights" / "mini"
 
 
 class Predictor(BasePredictor):
-    """Prompt or image in, images out. Up to 8 requests are accepted at a time and drawn in the order they came."""
+    """Prompt or image in, images out. Up to 8 requests are accepted at a time, and drawn together."""
 
     def setup(self) -> None:
         """Load the model. Nothing is downloaded unless CLIPGEN_WEIGHTS names a published model in place of a folder."""
+        folder = obtain(os.environ.get("CLIPGEN_WEIGHTS") or WEIGHTS, say=print)
+        self.weights = weights_digest(folder)
         self.pipe = ClipGen.from_pretrained(
-            obtain(os.environ.get("CLIPGEN_WEIGHTS") or WEIGHTS, say=print),
+            folder,
             device=os.environ.get("CLIPGEN_DEVICE") or None,
             dtype=os.environ.get("CLIPGEN_DTYPE") or None,
         )
-        self.worker = ThreadPoolExecutor(max_workers=1)  # one model, one thread: the others wait and can be cancelled
+        self.pipe("warm up", seed=0)  # so that the first request is not slower than the others
+        self.workers = ThreadPoolExecutor(
+            max_workers=16
+        )  # they wait for the engine; 8, and those that are just cancelled
         # Cog sends the files after `predict` has returned and deletes none: a folder lives until 32 newer ones exist.
         self.folders: deque[tempfile.TemporaryDirectory] = deque(maxlen=32)
 
+    @streaming
     @concurrent(max=8)
     async def predict(
         self,
         prompt: str = Input(default="", description="What to draw. May be empty when there is an image."),
         image: Path | None = Input(
             default=None, description="An image to draw variations of. With a prompt, both count alike."
+        ),
+        keep_rows: int = Input(
+            default=0,
+            ge=0,
+            le=63,
+            description="Keep so many rows of tokens of the image, from the top, and draw the rest anew: what the "
+            "prompt says, or the image where there is none. The mini model has 12 rows, others 16.",
         ),
         num_outputs: int = Input(default=1, ge=1, le=8, description="Images to return, best first."),
         candidates: int = Input(
@@ -77,38 +96,88 @@ class Predictor(BasePredictor):
             le=2147483647,
             description="The same seed and inputs give the same images. Default: a new one, returned in the metrics.",
         ),
+        previews: int = Input(
+            default=0,
+            ge=0,
+            le=8,
+            description="How often to show the unfinished images: as a data: URL in the metric `preview` of a streamed "
+            "prediction, the outputs stay apart.",
+        ),
         output_format: str = Input(default="png", choices=["png", "webp", "jpg"], description="File format."),
         output_quality: int = Input(default=90, ge=1, le=100, description="For webp and jpg; png is lossless."),
-    ) -> list[Path]:
-        """Draw images; seed, CLIP scores and stage timings are in the prediction's metrics."""
-        sampling: dict[str, Any] = {"guidance": guidance, "temperature": temperature, "top_k": top_k, "top_p": top_p}
-        sampling |= {"num_outputs": num_outputs, "candidates": candidates, "seed": seed}
-        check(prompt=prompt, image=image, output_format=output_format, output_quality=output_quality, **sampling)
-        parts: list[Any] = [prompt] if prompt.strip() or image is None else []
-        if image is not None:
-            parts.append(await asyncio.to_thread(load_image, image))
-        request = Request(parts, **sampling)
+    ) -> AsyncIterator[Path]:
+        """Draw images; seed, CLIP scores and timings by stage are in the prediction's metrics."""
+        started = time.perf_counter()
+        settings: dict[str, Any] = {"guidance": guidance, "temperature": temperature, "top_k": top_k, "top_p": top_p}
+        settings |= {"num_outputs": num_outputs, "candidates": candidates, "seed": seed, "keep_rows": keep_rows}
+        written = {"output_format": output_format, "output_quality": output_quality}
+        check(prompt=prompt, image=image, previews=previews, **written, **settings)
         stop = threading.Event()
-        draw = partial(self.pipe.generate, [request], should_stop=stop.is_set)
-        try:  # the context carries the prediction's log
-            [result] = await asyncio.get_running_loop().run_in_executor(self.worker, copy_context().run, draw)
-        finally:  # cancelled: the thread ends at the next token
+        work = partial(self.draw, prompt, image, settings, previews, stop)
+        try:  # the context carries the prediction's log and metrics
+            result = await asyncio.get_running_loop().run_in_executor(self.workers, copy_context().run, work)
+            files = await asyncio.to_thread(self.write, result, **written)
+        except asyncio.CancelledError:
+            log("canceled", started, prompt)
+            raise
+        except Exception as error:
+            log("failed", started, prompt, error=type(error).__name__)
+            raise
+        finally:  # canceled: the engine drops its pictures before the next step
             stop.set()
+        for name in ("seed", "seeds", "scores", "seconds", "dropped"):
+            if getattr(result, name) != "":
+                self.record_metric(name, getattr(result, name))
+        log("succeeded", started, prompt, seed=result.seed, drawn=result.drawn, scores=result.scores, **result.seconds)
+        for file in files:
+            yield file
+
+    def draw(
+        self, prompt: str, image: Path | None, settings: dict[str, Any], previews: int, stop: threading.Event
+    ) -> Result:
+        """What a prediction waits for, in a thread of its own."""
+        picture = None if image is None else load_image(image)
+        if settings["keep_rows"] and picture is None:
+            raise ValueError(f"keep_rows is {settings['keep_rows']}; it needs an image to keep them of")
+        if settings["keep_rows"]:
+            settings["keep"] = picture
+        parts: list[Any] = [prompt] if prompt.strip() or picture is None else []
+        if picture is not None and not (parts and settings["keep_rows"]):
+            parts.append(picture)
+        show = self.show if previews else None
+        [result] = self.pipe.generate(
+            [Request(parts, **settings)], should_stop=stop.is_set, preview=show, previews=previews
+        )
+        if show is not None:
+            self.record_metric("preview", None)
         if result.dropped:
-            print(f"The prompt is too long for the model, which did not read this part: {result.dropped}")
-        self.record_metric("seed", result.seed)
-        self.record_metric("seeds", result.seeds)
-        self.record_metric("scores", result.scores)
-        self.record_metric("seconds", result.seconds)
+            print(f"The prompt is too long: the model did not read its last {len(result.dropped)} characters.")
+        return result
+
+    def show(self, pictures: list[Image.Image]) -> None:
+        """Send unfinished pictures, side by side, to whoever streams."""
+        buffer = io.BytesIO()
+        grid(pictures).save(buffer, "WEBP", quality=70)
+        self.record_metric("preview", f"data:image/webp;base64,{base64.b64encode(buffer.getvalue()).decode()}")
+
+    def write(self, result: Result, output_format: str, output_quality: int) -> list[Path]:
+        """Put the pictures into a fresh folder, best first."""
         folder = tempfile.TemporaryDirectory(prefix="clipgen-")
         self.folders.append(folder)
-        settings = json.dumps({"candidates": candidates, **asdict(request.sampling(self.pipe.config.sampling))})
-        shared = {"prompt": prompt, "seed": str(result.seed), "settings": settings}
         files = []
-        for i, (picture, own) in enumerate(zip(result.images, result.seeds, strict=True), start=1):
+        records = receipts(self.pipe, result, self.weights)
+        for i, (picture, receipt) in enumerate(zip(result.images, records, strict=True), start=1):
             path = f"{folder.name}/{i}.{output_format}"
-            files.append(Path(save_image(picture, path, output_quality, shared | {"image_seed": str(own)})))
+            files.append(Path(save_image(picture, path, output_quality, receipt.to_metadata())))
         return files
+
+
+def log(event: str, started: float, prompt: str, **facts: Any) -> None:
+    """One JSON line in the prediction's log, which Cog keeps under the prediction's id; without the prompt."""
+    facts = {name: round(value, 4) if isinstance(value, float) else value for name, value in facts.items()}
+    if os.environ.get("CLIPGEN_LOG_PROMPTS") == "1":
+        facts["prompt"] = prompt
+    print(json.dumps({"event": event, "wall": round(time.perf_counter() - started, 4), **facts}), flush=True)
 
 
 # Read now: when Cog loads the predictor it puts plain values in place of the declarations.

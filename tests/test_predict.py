@@ -1,7 +1,10 @@
 """The predictor without a server: what it declares is what it enforces, and set-up needs no network."""
 
 import asyncio
+import base64
 import inspect
+import io
+import json
 import socket
 from pathlib import Path
 from typing import Any
@@ -12,6 +15,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image
 
+from clipgen.receipt import Receipt
 from predict import Predictor, check
 
 PARAMETERS = {n: p for n, p in inspect.signature(Predictor.predict).parameters.items() if n != "self"}
@@ -40,13 +44,16 @@ def predictor(tiny_weights: Path) -> Predictor:
 
 
 def draw(predictor: Predictor, **given: Any) -> list[Path]:
-    return [Path(path) for path in asyncio.run(predictor.predict(**inputs(**given)))]
+    async def collect() -> list[Path]:
+        return [Path(path) async for path in predictor.predict(**inputs(**given))]
+
+    return asyncio.run(collect())
 
 
 def test_the_interface() -> None:
     assert list(PARAMETERS) == [
-        *("prompt", "image", "num_outputs", "candidates", "guidance", "temperature", "top_k", "top_p", "seed"),
-        *("output_format", "output_quality"),
+        *("prompt", "image", "keep_rows", "num_outputs", "candidates", "guidance", "temperature", "top_k", "top_p"),
+        *("seed", "previews", "output_format", "output_quality"),
     ]
     assert all(parameter.default.description for parameter in PARAMETERS.values())
     bounds = {name: (p.default.default, p.default.ge, p.default.le) for name, p in PARAMETERS.items()}
@@ -67,7 +74,7 @@ def test_separate_files_in_a_fresh_folder(predictor: Predictor) -> None:
     assert first[0].parent != second[0].parent
     for a, b in zip(first, second, strict=True):
         assert Image.open(a).tobytes() == Image.open(b).tobytes()
-    assert Image.open(first[0]).info["seed"] == "0"
+    assert Receipt.from_file(first[0]).seed == 0
 
 
 @pytest.mark.parametrize(("suffix", "format"), [("png", "PNG"), ("webp", "WEBP"), ("jpg", "JPEG")])
@@ -97,6 +104,8 @@ def test_old_folders_are_removed(predictor: Predictor) -> None:
     [
         *[("prompt", value) for value in (None, 5, ["a"])],
         *[("image", value) for value in ("/etc/hostname", 5)],
+        *[("keep_rows", value) for value in (-1, 64, 0.5, None)],
+        *[("previews", value) for value in (-1, 9, "1")],
         *[("num_outputs", value) for value in (0, 9, 1.5, "2", True, None)],
         *[("candidates", value) for value in (0, 65, "many")],
         *[("guidance", value) for value in (-1, 31, float("inf"), "1")],
@@ -119,6 +128,45 @@ def test_bad_inputs_are_named(predictor: Predictor, name: str, value: Any) -> No
 def test_neither_prompt_nor_image(predictor: Predictor) -> None:
     with pytest.raises(ValueError, match="prompt"):
         draw(predictor, prompt="  ")
+
+
+def test_rows_to_keep_need_an_image_and_fit_the_model(predictor: Predictor, tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="keep_rows is 2; it needs an image"):
+        draw(predictor, prompt="a", keep_rows=2)
+    path = cog.Path(tmp_path / "photo.png")
+    Image.linear_gradient("L").save(path)
+    with pytest.raises(ValueError, match="keep_rows is 4; this model draws 4 rows"):
+        draw(predictor, image=path, keep_rows=4)
+    (kept,) = draw(predictor, prompt="a", image=path, keep_rows=3, candidates=1, seed=0)
+    (free,) = draw(predictor, prompt="a", candidates=1, seed=0)
+    assert Image.open(kept).tobytes() != Image.open(free).tobytes()
+
+
+def test_the_log_tells_what_happened_but_no_prompt(
+    predictor: Predictor, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    draw(predictor, prompt="my secret", candidates=2, seed=5)
+    with pytest.raises(ValueError):
+        draw(predictor, prompt="my secret", keep_rows=2)
+    lines = capsys.readouterr().out.splitlines()
+    done, failed = (json.loads(line) for line in lines)
+    assert done["event"] == "succeeded" and done["seed"] == 5 and done["drawn"] == 2 and done["queue"] >= 0
+    assert failed["event"] == "failed" and failed["error"] == "ValueError"
+    assert "secret" not in "".join(lines)
+    monkeypatch.setenv("CLIPGEN_LOG_PROMPTS", "1")
+    draw(predictor, prompt="my secret", candidates=1)
+    assert json.loads(capsys.readouterr().out)["prompt"] == "my secret"
+
+
+def test_previews_go_past_the_outputs(predictor: Predictor, monkeypatch: pytest.MonkeyPatch) -> None:
+    metrics: list[tuple[str, Any]] = []
+    monkeypatch.setattr(Predictor, "record_metric", lambda self, *pair: metrics.append(pair))
+    files = draw(predictor, prompt="a", candidates=4, num_outputs=2, previews=3, seed=0)
+    shown = [value for name, value in metrics if name == "preview"]
+    assert len(files) == 2 and len(shown) == 4 and shown.pop() is None
+    for url in shown:
+        picture = Image.open(io.BytesIO(base64.b64decode(url.partition(",")[2])))
+        assert picture.format == "WEBP" and picture.width > 2 * 32
 
 
 def test_fewer_candidates_than_outputs(predictor: Predictor) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import base64
 import dataclasses
 import io
+import json
 import os
 import socket
 import struct
@@ -147,9 +148,10 @@ def test_an_image_and_another_format(server: Server) -> None:
     assert pictures(answer)[0].format == "WEBP"
 
 
-def test_a_long_prompt_works_and_the_log_tells_what_was_dropped(server: Server) -> None:
+def test_a_long_prompt_works_and_the_answer_tells_what_was_dropped(server: Server) -> None:
     answer = server.predict(prompt=" ".join(f"word{i}" for i in range(500)), candidates=1)
-    assert pictures(answer) and "word499" in answer["logs"]
+    assert pictures(answer) and "word499" in answer["metrics"]["dropped"]
+    assert "too long" in answer["logs"] and "word" not in answer["logs"]
 
 
 @pytest.mark.parametrize(
@@ -214,6 +216,36 @@ def test_cancel_frees_the_model_at_once(server: Server) -> None:
     assert server.predict(prompt="b", candidates=1)["status"] == "succeeded"
     assert time.monotonic() - started < whole / 2
     assert "Traceback" not in server.log.read_text()
+
+
+def events(server: Server, **inputs: Any) -> list[tuple[str, Answer]]:
+    """A prediction as it is streamed."""
+    with server.http.stream(
+        "POST", "/predictions", json={"input": inputs}, headers={"Accept": "text/event-stream"}
+    ) as answer:
+        assert answer.status_code == 200, answer.read()
+        blocks = "".join(answer.iter_text()).strip().split("\n\n")
+    pairs = [dict(line.split(": ", 1) for line in block.splitlines() if ": " in line) for block in blocks]
+    return [(pair["event"], json.loads(pair["data"])) for pair in pairs if "event" in pair]
+
+
+def test_previews_are_streamed_apart_from_the_outputs(server: Server) -> None:
+    found = events(server, prompt="a lemon", candidates=2, num_outputs=2, seed=0, previews=3)
+    shown = [data["value"] for name, data in found if name == "metric" and data["name"] == "preview"]
+    shown = [value for value in shown if value is not None]
+    assert 1 <= len(shown) <= 3 and all(value.startswith("data:image/webp") for value in shown)
+    name, answer = found[-1]
+    assert name == "completed" and len(pictures(answer)) == 2 and "preview" not in answer["metrics"]
+    assert answer["output"] == server.predict(prompt="a lemon", candidates=2, num_outputs=2, seed=0)["output"]
+
+
+def test_eight_at_once_share_the_engine_and_get_their_own(server: Server) -> None:
+    seeds = range(8)
+    with ThreadPoolExecutor(8) as pool:
+        answers = list(pool.map(lambda seed: server.predict(prompt="a", candidates=1, seed=seed), seeds))
+    assert [answer["metrics"]["seed"] for answer in answers] == list(seeds)
+    assert len({pictures(answer)[0].tobytes() for answer in answers}) == 8
+    assert all(answer["metrics"]["seconds"]["queue"] < 1 for answer in answers)
 
 
 def test_cancel_of_the_unknown(server: Server) -> None:
