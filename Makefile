@@ -91,8 +91,9 @@ format: $(VENV)/.dev ## apply ruff's fixes and formatting
 
 # --- measure and train -----------------------------------------------------------------------------------------------------
 
-bench: $(VENV)/.dev ## latency, then the mini model's quality (minutes)
-	@$(BIN)/python benchmarks/latency.py
+bench: $(VENV)/.dev ## latency, throughput of the server, the mini model's quality (minutes)
+	@$(BIN)/python benchmarks/end_to_end.py
+	@$(BIN)/python benchmarks/serving.py --clients 1 8
 	@$(BIN)/python benchmarks/mini_quality.py
 
 EMOJI := @iconify-json/fluent-emoji@1.2.7 @iconify-json/fluent-emoji-flat@1.2.6 \

@@ -8,7 +8,7 @@ from collections import Counter
 from pathlib import Path
 
 import assess
-import latency
+import end_to_end
 import measures
 import mini_quality
 import pytest
@@ -247,10 +247,10 @@ def test_a_run_measures_everything_and_writes_grid_and_reports(
 
 
 @pytest.mark.slow
-def test_latency_measures_a_fresh_process_and_reports_its_failure(tiny_weights: Path, tmp_path: Path) -> None:
-    cold = latency.time_cold(tiny_weights)
-    assert 0 < cold["first_picture"] <= cold["exit"] < latency.TIMEOUT
-    warm = latency.time_warm(tiny_weights, repeats=2)
+def test_end_to_end_measures_a_fresh_process_and_reports_its_failure(tiny_weights: Path, tmp_path: Path) -> None:
+    cold = end_to_end.time_cold(tiny_weights)
+    assert 0 < cold["first_picture"] <= cold["exit"] < end_to_end.TIMEOUT
+    warm = end_to_end.time_warm(tiny_weights, repeats=2)
     assert {"decode_tokens", "rank", "save", "total"} <= set(warm["next_call"])
     with pytest.raises(ValueError, match="no such folder"):
-        latency.time_cold(tmp_path / "nowhere")
+        end_to_end.time_cold(tmp_path / "nowhere")

@@ -218,25 +218,43 @@ def test_cancel_frees_the_model_at_once(server: Server) -> None:
     assert "Traceback" not in server.log.read_text()
 
 
+STREAMING = {
+    "openapi": "3.0.2",
+    "info": {"title": "Cog", "version": "0.1.0"},
+    "paths": {"/predictions": {"post": {"x-cog-streaming": True}}},
+    "components": {"schemas": {"Input": {"type": "object"}, "Output": {"type": "array", "items": {"type": "string"}}}},
+}
+
+
 def events(server: Server, **inputs: Any) -> list[tuple[str, Answer]]:
     """A prediction as it is streamed."""
-    with server.http.stream(
-        "POST", "/predictions", json={"input": inputs}, headers={"Accept": "text/event-stream"}
-    ) as answer:
+    headers = {"Accept": "text/event-stream"}
+    with server.http.stream("POST", "/predictions", json={"input": inputs}, headers=headers) as answer:
         assert answer.status_code == 200, answer.read()
         blocks = "".join(answer.iter_text()).strip().split("\n\n")
     pairs = [dict(line.split(": ", 1) for line in block.splitlines() if ": " in line) for block in blocks]
     return [(pair["event"], json.loads(pair["data"])) for pair in pairs if "event" in pair]
 
 
-def test_previews_are_streamed_apart_from_the_outputs(server: Server) -> None:
-    found = events(server, prompt="a lemon", candidates=2, num_outputs=2, seed=0, previews=3)
+@pytest.mark.slow
+def test_previews_are_streamed_apart_from_the_outputs(root: Path, slow_weights: Path, tmp_path: Path) -> None:
+    # Cog streams only where `cog build` has written down that `predict` is marked with @streaming.
+    (tmp_path / ".cog").mkdir()
+    (tmp_path / ".cog" / "openapi_schema.json").write_text(json.dumps(STREAMING))
+    (tmp_path / "predict.py").symlink_to(root / "predict.py")
+    server = Server(tmp_path, tmp_path / "log", CLIPGEN_WEIGHTS=str(slow_weights), PYTHONPATH=str(root))
+    try:
+        assert server.wait()["status"] == "READY", server.log.read_text()
+        found = events(server, prompt="a lemon", candidates=2, num_outputs=2, seed=0, previews=3)
+        plain = server.predict(prompt="a lemon", candidates=2, num_outputs=2, seed=0)
+    finally:
+        server.stop()
     shown = [data["value"] for name, data in found if name == "metric" and data["name"] == "preview"]
     shown = [value for value in shown if value is not None]
     assert 1 <= len(shown) <= 3 and all(value.startswith("data:image/webp") for value in shown)
     name, answer = found[-1]
     assert name == "completed" and len(pictures(answer)) == 2 and "preview" not in answer["metrics"]
-    assert answer["output"] == server.predict(prompt="a lemon", candidates=2, num_outputs=2, seed=0)["output"]
+    assert [a.tobytes() for a in pictures(answer)] == [b.tobytes() for b in pictures(plain)]
 
 
 def test_eight_at_once_share_the_engine_and_get_their_own(server: Server) -> None:
