@@ -13,7 +13,7 @@ from typing import Annotated, Any
 import typer
 from typer.core import TyperGroup
 
-from clipgen import __version__, generate_cli, replay_cli, weights_cli
+from clipgen import __version__, generate_cli, morph_cli, replay_cli, sheet_cli, weights_cli
 from clipgen.terminal import fail
 
 
@@ -48,6 +48,8 @@ def _given(cause: BaseException | None) -> str:
 app = typer.Typer(cls=Commands, add_completion=False, rich_markup_mode="rich", pretty_exceptions_enable=False)
 app.command(epilog=generate_cli.EXAMPLE)(generate_cli.generate)
 app.command(epilog=replay_cli.EXAMPLE)(replay_cli.replay)
+app.command(epilog=sheet_cli.EXAMPLE)(sheet_cli.sheet)
+app.command(epilog=morph_cli.EXAMPLE)(morph_cli.morph)
 app.add_typer(weights_cli.app, name="weights")
 
 

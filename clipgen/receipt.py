@@ -66,10 +66,14 @@ class Receipt:
     """Its rank by CLIP among the pictures that were kept: 0 is the best."""
     num_outputs: int
     candidates: int
+    """Pictures that were drawn to choose from."""
     guidance: float
     temperature: float
     top_k: int
     top_p: float
+    keep: str
+    """`image_digest` of the picture whose top `keep_rows` rows of tokens were kept; "" when none was."""
+    keep_rows: int
     score: float
     """Cosine of its CLIP embedding and the prompt's."""
     model: str
@@ -96,20 +100,19 @@ class Receipt:
         """What draws this picture, and no other, again: `Result.images[Result.seeds.index(image_seed)]`.
 
         Args:
-            pictures: the images among the prompt's parts, by their `image_digest`.
+            pictures: the images among the prompt's parts and the one to keep rows of, by their `image_digest`.
 
         Raises:
             ReceiptError: one of them is not given, or the prompt was shortened.
         """
         if self.shortened:
             raise ReceiptError("the prompt was too long for the receipt, which holds only its beginning")
-        parts: list[tuple[Part, float]] = []
-        for part in self.prompt:
-            if part.image and part.image not in (pictures or {}):
-                name = f"'{part.name}'" if part.name else "an image"
-                raise ReceiptError(f"it was drawn from {name} (SHA-256 of its pixels {part.image}), which is not here")
-            parts.append(((pictures or {})[part.image] if part.image else part.text, part.weight))
-        settings = {name: getattr(self, name) for name in SAMPLING}
+        parts: list[tuple[Part, float]] = [
+            (_find(pictures, part.image, part.name) if part.image else part.text, part.weight) for part in self.prompt
+        ]
+        settings: dict[str, Any] = {name: getattr(self, name) for name in SAMPLING}
+        if self.keep:
+            settings |= {"keep": _find(pictures, self.keep), "keep_rows": self.keep_rows}
         if self.image_seed <= MAX_SEED:
             return Request(parts, seed=self.image_seed, **settings)
         drawn = self.image_seed - self.seed + 1  # no request begins behind the last seed: draw those before it too
@@ -160,7 +163,9 @@ def receipts(pipe: ClipGen, result: Result, weights: str) -> list[Receipt]:
     shared: dict[str, Any] = {
         "seed": result.seed,
         "num_outputs": request.num_outputs,
-        "candidates": request.drawn,
+        "candidates": result.drawn,
+        "keep": image_digest(request.keep) if request.keep else "",
+        "keep_rows": request.keep_rows,
         **{name: getattr(sampling, name) for name in SAMPLING},
         "model": pipe.config.name,
         "weights": weights,
@@ -196,6 +201,18 @@ def _part(part: Part, weight: float, limit: int) -> PromptPart:
 def _twice(value: Any) -> str:
     """JSON in JSON, as EXIF carries it."""
     return json.dumps(json.dumps(value))
+
+
+def _find(pictures: Mapping[str, Image.Image] | None, digest: str, name: str = "") -> Image.Image:
+    """The picture that has this digest.
+
+    Raises:
+        ReceiptError: it is not among them.
+    """
+    if digest not in (pictures or {}):
+        shown = f"'{name}'" if name else "an image"
+        raise ReceiptError(f"it was drawn from {shown} (SHA-256 of its pixels {digest}), which is not here")
+    return (pictures or {})[digest]
 
 
 def together(records: Sequence[Receipt]) -> dict[str, str]:
@@ -284,6 +301,8 @@ _RULES: dict[str, Rule] = {
     "temperature": _number(0, 10),
     "top_k": _whole(0, MAX_SEED),
     "top_p": lambda value: _number(0, 1)(value) and value > 0,
+    "keep": _text(64, f"({_SHA256})?"),
+    "keep_rows": _whole(0, 1024),
     "score": _number(-2, 2),
     "model": _text(100),
     "weights": _text(64, _SHA256),

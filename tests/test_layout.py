@@ -24,6 +24,7 @@ LAYERS = {
     "clipgen.memory": 1,
     "clipgen.convert": 2,
     "clipgen.foreign": 2,
+    "clipgen.quantise": 2,
     "clipgen.sampling": 2,
     "clipgen.batch": 2.25,  # pictures in one cache, which know nothing of who asked for them
     "clipgen.engine": 2.5,

@@ -13,7 +13,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import ExifTags, Image, PngImagePlugin
 
-from clipgen import ClipGen, Request, __version__
+from clipgen import ClipGen, Request, Result, __version__
 from clipgen.config import SamplingConfig
 from clipgen.images import ImageError, load_image, read_metadata, save_image
 from clipgen.receipt import KEY, MAX_TEXT, SAMPLING, PromptPart, Receipt, ReceiptError, image_digest, receipts, together
@@ -28,6 +28,11 @@ def pipe(tiny_weights: Path) -> ClipGen:
     return ClipGen.from_pretrained(tiny_weights, device="cpu", dtype="float32")
 
 
+@pytest.fixture(scope="module")
+def drawn(pipe: ClipGen) -> Result:
+    return pipe("a", seed=1)
+
+
 def a_receipt(**changes: Any) -> Receipt:
     made = Receipt(
         prompt=(PromptPart(1.0, "a lemon"), PromptPart(-0.5, image="0" * 64, name="photo.jpg")),
@@ -40,6 +45,8 @@ def a_receipt(**changes: Any) -> Receipt:
         temperature=1.0,
         top_k=256,
         top_p=0.9,
+        keep="",
+        keep_rows=0,
         score=0.25,
         model="tiny",
         weights="a" * 64,
@@ -63,8 +70,9 @@ def read(value: Any) -> Receipt:
 def test_a_receipt_covers_every_setting() -> None:
     """A new setting of a request or of the sampling must find its way into receipts, or replaying would lose it."""
     assert {field.name for field in fields(SamplingConfig)} == set(SAMPLING)
-    known = {"prompt", "num_outputs", "candidates", "seed", *SAMPLING}
-    assert {field.name for field in fields(Request)} == known <= {field.name for field in fields(Receipt)}
+    known = {"prompt", "num_outputs", "candidates", "seed", "keep", "keep_rows", *SAMPLING}
+    budgets = {"target_score", "seconds"}  # they change how many candidates there are, which the receipt counts
+    assert {field.name for field in fields(Request)} - budgets == known <= {field.name for field in fields(Receipt)}
 
 
 def test_what_a_result_says(pipe: ClipGen, tiny_weights: Path) -> None:
@@ -107,8 +115,10 @@ def test_any_request_comes_back_as_it_was(parts: list[tuple[str, float]], seed: 
 
 @pytest.mark.parametrize("suffix", FORMATS)
 @pytest.mark.parametrize("text", ["🍋" * 4_000_000, "a lemon " * 1000, '"\\\x00' * 40_000])
-def test_endless_prompts_fit_into_every_format(pipe: ClipGen, tmp_path: Path, suffix: str, text: str) -> None:
-    result = replace(pipe("a", seed=1), request=Request([(text, 1.0), (text, -1.0), "a"]))
+def test_endless_prompts_fit_into_every_format(
+    pipe: ClipGen, drawn: Result, tmp_path: Path, suffix: str, text: str
+) -> None:
+    result = replace(drawn, request=Request([(text, 1.0), (text, -1.0), "a"]))
     (written,) = receipts(pipe, result, "a" * 64)
     path = save_image(result.images[0], tmp_path / f"a.{suffix}", metadata=written.to_metadata())
     assert path.stat().st_size < 80_000
@@ -165,6 +175,17 @@ def test_an_image_is_asked_for_by_its_digest(pipe: ClipGen, tmp_path: Path) -> N
     twin = load_image(tmp_path / "b.bmp")
     request = written.request({image_digest(twin): twin})
     assert pipe.generate([request])[0].images[0].tobytes() == result.images[0].tobytes()
+
+
+def test_kept_rows_come_back(pipe: ClipGen) -> None:
+    photo = Image.linear_gradient("L").convert("RGB")
+    result = pipe("a lemon", num_outputs=2, candidates=2, seed=3, keep=photo, keep_rows=2)
+    written = receipts(pipe, result, "a" * 64)[1]
+    assert (written.keep, written.keep_rows) == (image_digest(photo), 2)
+    with pytest.raises(ReceiptError, match="not here"):
+        written.request()
+    again = pipe.generate([written.request({written.keep: photo})])[0]
+    assert farthest(again.images[0], result.images[1]) <= 1
 
 
 def test_the_digest_of_weights_changes_with_them(tiny_weights: Path, tmp_path: Path) -> None:
@@ -226,6 +247,9 @@ def test_many_pictures_in_one_file(tmp_path: Path) -> None:
         (record(model=["tiny"]), "model is a list"),
         (record(device="x" * 101), "device"),
         (record(shortened=0), "shortened"),
+        (record(keep="../../etc/passwd", keep_rows=1), "keep is"),
+        (record(keep="0" * 64), "keep_rows do not fit"),
+        (record(keep_rows=2), "keep_rows do not fit"),
     ],
 )
 def test_hostile_receipts(value: Any, words: str) -> None:
