@@ -3,14 +3,13 @@
     python benchmarks/serving.py [--weights weights/mini] [--clients 1 2 4 8] [--seconds 6] [--json]
 
 Each client sends its next request when it has its answer. Two kinds: 1 picture of 1 candidate, and 4 of 16. A request
-that fails ends the benchmark. Cog frees a place a moment after it has answered, so at 8 clients some are refused with 409
-at first: they ask again, which counts as waiting, and the refusals are counted.
+that fails ends the benchmark. Cog frees a place a moment after it has answered, so at 8 clients some are refused with
+409 at first: they ask again, which counts as waiting, and the refusals are counted.
 """
 
 from __future__ import annotations
 
 import argparse
-import itertools
 import json
 import os
 import re
@@ -95,7 +94,8 @@ def ask(address: str, seed: int, kind: dict[str, int]) -> tuple[float, int]:
     body = json.dumps({"input": {"prompt": "a lemon", "seed": seed, **kind}}).encode()
     start = time.perf_counter()
     asked = http.Request(f"{address}/predictions", body, {"Content-Type": "application/json"})
-    for refused in itertools.count():
+    refused = 0
+    while True:
         try:
             with http.urlopen(asked, timeout=TIMEOUT) as answer:
                 found = json.load(answer)
@@ -103,6 +103,7 @@ def ask(address: str, seed: int, kind: dict[str, int]) -> tuple[float, int]:
         except HTTPError as error:
             if error.code != 409:
                 raise
+            refused += 1
             time.sleep(0.01)
     if found["status"] != "succeeded" or len(found["output"]) != kind["num_outputs"]:
         raise ValueError(f"a prediction {found['status']}: {found.get('error')}")

@@ -6,14 +6,39 @@ S side of the input image.
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Mapping, Sequence
 from functools import lru_cache
+from importlib.util import find_spec, module_from_spec, spec_from_file_location
+from pathlib import Path
+from types import ModuleType
+from typing import TYPE_CHECKING
 
 import torch
 import torch.nn.functional as F
-from clip.model import CLIP, LayerNorm, build_model
-from clip.simple_tokenizer import SimpleTokenizer
 from torch import Tensor, nn
+
+if TYPE_CHECKING:
+    from clip.model import CLIP
+    from clip.simple_tokenizer import SimpleTokenizer
+
+
+def _module(name: str) -> ModuleType:
+    """A module of OpenAI's package without the package itself, which imports all of torchvision and with it a compiler:
+    three quarters of the time that importing took."""
+    full = f"clip.{name}"
+    if full not in sys.modules:
+        package = find_spec("clip")
+        if package is None or package.origin is None:
+            raise ImportError("OpenAI's clip is missing; install requirements.txt")
+        spec = spec_from_file_location(full, Path(package.origin).with_name(f"{name}.py"))
+        assert spec is not None and spec.loader is not None
+        sys.modules[full] = module = module_from_spec(spec)
+        spec.loader.exec_module(module)
+    return sys.modules[full]
+
+
+_openai = _module("model")
 
 # Entries of OpenAI's released checkpoints that are sizes, not weights.
 _SIZE_KEYS = ("input_resolution", "context_length", "vocab_size")
@@ -30,7 +55,7 @@ class ClipError(ValueError):
 @lru_cache(maxsize=1)
 def _bpe() -> SimpleTokenizer:
     """OpenAI's byte-pair encoder, read once, on first use."""
-    return SimpleTokenizer()
+    return _module("simple_tokenizer").SimpleTokenizer()
 
 
 def tokenize(prompts: Sequence[str], context_length: int) -> tuple[Tensor, list[str]]:
@@ -108,7 +133,7 @@ class Clip(nn.Module):
         # draws random weights. On the meta device it does the former and there is nothing to round or to draw.
         try:
             with torch.device("meta"):
-                model = build_model({name: torch.empty_like(t, device="meta") for name, t in weights.items()})
+                model = _openai.build_model({name: torch.empty_like(t, device="meta") for name, t in weights.items()})
         except (LookupError, AssertionError, ArithmeticError, RuntimeError, TypeError) as error:
             reason = f"{type(error).__name__}: {error}"
             raise ClipError(f"not the weights of an OpenAI CLIP ({reason}); check that the file is complete") from error
@@ -116,7 +141,7 @@ class Clip(nn.Module):
             raise ClipError(f"token_embedding has {model.vocab_size} rows; OpenAI's tokens need {len(_bpe().encoder)}")
         model.to(dtype)
         for module in model.modules():
-            if isinstance(module, (LayerNorm, nn.BatchNorm2d)):
+            if isinstance(module, (_openai.LayerNorm, nn.BatchNorm2d)):
                 module.float()
         model.to_empty(device=device).load_state_dict(weights)
         mask = torch.full((model.context_length, model.context_length), float("-inf"), device=device).triu(1)
