@@ -18,7 +18,7 @@ from torch import Tensor
 from clipgen.config import GPTConfig
 
 SEGMENT = 128
-"""Positions of a cache that lie together on a CPU: a step reads whole segments, as few as it needs."""
+"""Most positions of a cache that lie together on a CPU: a step reads whole segments, as few as it needs."""
 
 
 class Linear(nn.Linear):
@@ -76,8 +76,8 @@ class KVCache:
         cls, config: GPTConfig, batch: int, device: torch.device | str = "cpu", dtype: torch.dtype = torch.float32
     ) -> KVCache:
         """A cache for `batch` sequences of full length; it belongs to the caller and can be used again."""
-        size = SEGMENT if torch.device(device).type == "cpu" else config.block_size
-        segments = -(-config.block_size // size)
+        segments = -(-config.block_size // SEGMENT) if torch.device(device).type == "cpu" else 1
+        size = -(-config.block_size // segments)
         shape = (config.n_layer, 2, segments, batch, config.n_head, size, config.n_embd // config.n_head)
         return cls(torch.zeros(shape, device=device, dtype=dtype).transpose(2, 3))
 
@@ -95,9 +95,8 @@ class Window:
         seen = torch.arange(length, device=device) <= (positions if isinstance(positions, int) else positions[:, None])
         self.mask = torch.zeros(seen.shape, dtype=data.dtype, device=device).masked_fill_(~seen, -torch.inf)
         self.mask = self.mask.view(-1, 1, length)  # (1 or B, 1, L)
-        self.read = data[:, :, :rows, : -(-longest // size)].transpose(
-            2, 3
-        )  # (n_layer, 2, segments, B, n_head, S, head)
+        # (n_layer, 2, segments, B, n_head, S, head)
+        self.read = data[:, :, :rows, : -(-longest // size)].transpose(2, 3)
         self.longest = longest
         self.index: Tensor | None = None
         if isinstance(positions, int):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable
 from pathlib import Path
 
@@ -65,6 +66,20 @@ def test_shapes_follow_the_configuration(changes: dict[str, object], tokens: int
     assert indices.shape == (2, tokens) == (2, config.num_tokens)
     assert indices.dtype == torch.long
     torch.testing.assert_close(vqgan.decode_tokens(indices), pixels, rtol=0, atol=1e-5)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_packed_it_draws_the_same_pictures(dtype: torch.dtype) -> None:
+    torch.manual_seed(0)
+    vqgan = VQGAN(small(attn_resolutions=[8])).eval().requires_grad_(False)
+    tokens = torch.randint(0, 32, (3, vqgan.config.num_tokens))
+    expected = vqgan.decode_tokens(tokens)
+    packed = copy.deepcopy(vqgan).to(dtype).pack()
+    found = packed.decode_tokens(tokens)
+    assert (found.float() - expected).abs().max() < (0.04 * expected.abs().max() if dtype == torch.bfloat16 else 1e-6)
+    with torch.inference_mode():
+        assert torch.equal(packed.decode_tokens(tokens), found)
+        assert packed.tokens(torch.zeros(1, 3, 24, 24, dtype=dtype)).shape == (1, 16)
 
 
 @pytest.mark.parametrize("l2_codes", [False, True])

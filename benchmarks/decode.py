@@ -1,0 +1,231 @@
+"""Seconds to decode the tokens of images at the full size: ours, and what people have otherwise.
+
+    python benchmarks/decode.py [--short | --full] [--rows 1 8 32] [--tokens 256] [--repeats 3] [--json]
+
+GPT2-medium's sizes and random weights, sampling as the published demo does (top_k 500, top_p 0.95), on the CPU. All run
+in this process, in turns, so that what else the machine does meets them alike; medians are shown. --short: 32 tokens
+of 1 and 8 images, once. --full: 64 images too.
+"""
+
+from __future__ import annotations
+
+import argparse
+import copy
+import gc
+import json
+import statistics
+import sys
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import torch
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path[:0] = [str(ROOT)]  # run from anywhere, installed or not
+
+from roofline import describe, floor_seconds, in_words, random_weights  # noqa: E402
+
+from clipgen.config import GPTConfig, SamplingConfig, load_config  # noqa: E402
+from clipgen.gpt import GPT  # noqa: E402
+from clipgen.quantise import quantise  # noqa: E402
+from clipgen.sampling import generate_tokens  # noqa: E402
+
+SAMPLING = SamplingConfig(temperature=1.0, top_k=500, top_p=0.95)
+UNCACHED_ROWS = 8
+"""The published demo's batches; the uncached loop is timed with no more, and time per image does not fall beyond."""
+SAMPLES = 4
+"""Lengths at which the uncached loop is timed."""
+
+Contender = Callable[[int], float]
+
+
+def ours(gpt: GPT) -> Contender:
+    """Our cached loop: rows -> seconds."""
+
+    def run(rows: int) -> float:
+        embedding = torch.nn.functional.normalize(torch.randn(rows, gpt.config.n_cond), dim=-1)
+        start = time.perf_counter()
+        generate_tokens(gpt, embedding, list(range(rows)), SAMPLING)
+        return time.perf_counter() - start
+
+    return run
+
+
+def uncached(gpt: GPT) -> Contender:
+    """The loop that computes the whole sequence for every token, in float32.
+
+    Timed at SAMPLES lengths evenly spread, once each, and multiplied by the number of tokens: one token costs nearly
+    linearly more the longer the sequence.
+    """
+
+    @torch.inference_mode()
+    def run(rows: int) -> float:
+        batch = min(rows, UNCACHED_ROWS)
+        embedding, total = torch.randn(batch, gpt.config.n_cond), gpt.config.block_size
+        spent = 0.0
+        for i in range(SAMPLES):
+            tokens = torch.randint(0, gpt.config.vocab_size, (batch, int(total * (i + 0.5) / SAMPLES)))
+            start = time.perf_counter()
+            gpt(tokens, embedding)
+            spent += time.perf_counter() - start
+        return spent / SAMPLES * total * rows / batch
+
+    return run
+
+
+def transformers_generate(config: GPTConfig, cache: str) -> Contender:
+    """Hugging Face's generate() with a GPT-2 of the same sizes in bfloat16, from one start token."""
+    from transformers import GPT2Config, GPT2LMHeadModel
+
+    settings = GPT2Config(
+        vocab_size=config.vocab_size,
+        n_positions=config.block_size + 1,
+        n_embd=config.n_embd,
+        n_layer=config.n_layer,
+        n_head=config.n_head,
+        bos_token_id=0,
+        eos_token_id=None,
+        pad_token_id=0,
+    )
+    model = GPT2LMHeadModel(settings).to(torch.bfloat16).eval()
+
+    @torch.inference_mode()
+    def run(rows: int) -> float:
+        start_tokens = torch.zeros(rows, 1, dtype=torch.long)
+        start = time.perf_counter()
+        found = model.generate(
+            start_tokens,
+            attention_mask=torch.ones_like(start_tokens),
+            max_new_tokens=config.block_size,
+            min_new_tokens=config.block_size,
+            do_sample=True,
+            top_k=SAMPLING.top_k,
+            top_p=SAMPLING.top_p,
+            cache_implementation=cache,
+        )
+        spent = time.perf_counter() - start
+        assert found.shape == (rows, config.block_size + 1), found.shape
+        return spent
+
+    return run
+
+
+def contenders(config: GPTConfig, names: Sequence[str]) -> dict[str, Contender]:
+    """Those of `names`, with their models; the names are what the table shows."""
+    with torch.device("meta"):
+        empty = GPT(config)
+    exact: Any = random_weights(empty) if any(name.startswith("ours") for name in names) else None
+    built: dict[str, Contender] = {}
+    for name in names:
+        if name == "ours, uncached float32":
+            built[name] = uncached(exact)
+        elif name.startswith("ours"):
+            gpt = copy.deepcopy(exact).to(torch.bfloat16)
+            built[name] = ours(quantise(gpt) if "int8" in name else gpt.pack(single="single" in name))
+        else:
+            built[name] = transformers_generate(config, name.split()[1])
+        gc.collect()
+    return built
+
+
+NAMES = [
+    "ours, bfloat16",
+    "ours, bfloat16, single",
+    "ours, int8",
+    "ours, uncached float32",
+    "transformers dynamic cache, bfloat16",
+    "transformers static cache, bfloat16",
+]
+
+
+def measure(config: GPTConfig, rows: Sequence[int], repeats: int, names: Sequence[str]) -> list[dict]:
+    """Seconds of every contender at every number of images, in turns."""
+    run = contenders(config, names)
+    results = []
+    for count in rows:
+        # "single" differs from the one before it only for one image.
+        active = [name for name in names if not (name.endswith("single") and count > 1)]
+        times: dict[str, list[float]] = {name: [] for name in active}
+        for turn in range(repeats):
+            for name in active:
+                if name == "ours, uncached float32" and turn:
+                    continue  # long, and its lengths were several measurements
+                times[name].append(run[name](count))
+                print(f"  {count} x {name}: {times[name][-1]:.2f} s", file=sys.stderr, flush=True)
+        results += [{"rows": count, "name": n, "seconds": statistics.median(t), "runs": t} for n, t in times.items()]
+    return results
+
+
+def compare(results: list[dict], config: GPTConfig, machine: dict) -> None:
+    """Add to each result: seconds per image, how often ours is faster, and for ours the share of the floor."""
+    ours_seconds = {r["rows"]: r["seconds"] for r in results if r["name"] == "ours, bfloat16"}
+    for result in results:
+        rows = result["rows"]
+        result["per_image"] = result["seconds"] / rows
+        if rows in ours_seconds:
+            result["ours_faster"] = result["seconds"] / ours_seconds[rows]
+        if result["name"].startswith("ours") and "uncached" not in result["name"]:
+            size = 1 if "int8" in result["name"] else 2
+            floor = floor_seconds(config, rows, size, config.block_size, machine)
+            result["floor"], result["share"] = floor, floor / result["seconds"]
+
+
+def to_table(report: dict) -> str:
+    """Markdown."""
+    lines = [in_words(report["machine"]), ""]
+    what = f"{report['tokens']} tokens, {report['layers']} layers, median of {report['repeats']}"
+    lines += [f"| {what} | images | s | s per image | of ours | of the floor |", "|---|---|---|---|---|---|"]
+    for r in report["results"]:
+        ratio = f"{r['ours_faster']:.2f}x" if "ours_faster" in r else ""
+        share = f"{r['share']:.0%}" if "share" in r else ""
+        note = " (extrapolated)" if "uncached" in r["name"] else ""
+        lines.append(
+            f"| {r['name']}{note} | {r['rows']} | {r['seconds']:.2f} | {r['per_image']:.2f} | {ratio} | {share} |"
+        )
+    if any("uncached" in r["name"] for r in report["results"]):
+        lines += [
+            "",
+            f"The uncached loop is extrapolated: one forward pass at each of {SAMPLES} lengths, of at most "
+            f"{UNCACHED_ROWS} images at once, times the number of tokens and images.",
+        ]
+    return "\n".join(lines)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--rows", type=int, nargs="+", default=[1, 8, 32], help="images at once")
+    parser.add_argument("--tokens", type=int, default=256, help="tokens of an image; fewer make a shorter run")
+    parser.add_argument("--layers", type=int, help="fewer layers than GPT2-medium's 24")
+    parser.add_argument("--repeats", type=int, default=3, help="turns; medians are shown")
+    parser.add_argument("--only", nargs="+", choices=NAMES, help="not all of them")
+    parser.add_argument("--short", action="store_true", help="32 tokens of 1 and 8 images, once")
+    parser.add_argument("--full", action="store_true", help="64 images too")
+    parser.add_argument("--json", action="store_true", help="print JSON")
+    args = parser.parse_args()
+    for name, values in (("tokens", [args.tokens]), ("repeats", [args.repeats]), ("rows", args.rows)):
+        if min(values) < 1 or (name == "tokens" and args.tokens > 1024):
+            parser.error(f"--{name} is {values}; it must be at least 1, and tokens at most 1024")
+    if args.short:
+        args.rows, args.tokens, args.repeats = [1, 8], min(args.tokens, 32), 1
+    config = replace(load_config("coco").model.gpt, block_size=args.tokens)
+    config = replace(config, n_layer=args.layers or config.n_layer)
+    names = args.only or NAMES
+    try:
+        import transformers  # noqa: F401
+    except ImportError:
+        print("transformers is not installed (requirements-dev.txt): left out", file=sys.stderr)
+        names = [name for name in names if not name.startswith("transformers")]
+    rows = [*args.rows, 64] if args.full and 64 not in args.rows else args.rows
+    machine = describe()
+    results = measure(config, rows, args.repeats, names)
+    compare(results, config, machine)
+    report = {"machine": machine, "tokens": args.tokens, "layers": config.n_layer, "repeats": args.repeats}
+    report["results"] = results
+    print(json.dumps(report) if args.json else to_table(report))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,128 @@
+"""The two floors of a decoding step on this machine: bytes to read and products to compute.
+
+    python benchmarks/roofline.py [--json]
+
+A step reads every weight and the cache once, and multiplies every weight with every row. Neither can be done faster
+than memory is read and matrices are multiplied, both measured here, by PyTorch on all its threads.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import platform
+import statistics
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+import torch.nn as nn
+
+from clipgen.config import GPTConfig
+
+LARGE = 400_000_000
+"""Bytes read at a time: several times any cache."""
+
+
+def seconds(call: Callable[[], object], repeats: int = 5) -> float:
+    """Median time of a call on the CPU, after one that does not count."""
+    call()
+    times = []
+    for _ in range(repeats):
+        start = time.perf_counter()
+        call()
+        times.append(time.perf_counter() - start)
+    return statistics.median(times)
+
+
+def read_bandwidth() -> float:
+    """Bytes a second that are read from memory: a sum over numbers that no cache holds."""
+    numbers = torch.ones(LARGE // 4)
+    return LARGE / seconds(numbers.sum)
+
+
+def matrix_rate(dtype: torch.dtype, size: int = 2048) -> float:
+    """Floating-point operations a second of a square matrix product."""
+    a, b = torch.randn(2, size, size).to(dtype)
+    return 2 * size**3 / seconds(lambda: a @ b)
+
+
+def step_bytes(config: GPTConfig, rows: int, weight_size: int, tokens: int) -> float:
+    """Bytes an average step must read: weights of `weight_size` bytes each, and half of a full bfloat16 cache."""
+    return matrix_weights(config) * weight_size + rows * config.n_layer * 2 * config.n_embd * 2 * (tokens + 1) / 2
+
+
+def step_flops(config: GPTConfig, rows: int) -> float:
+    """Operations of a step's products with weights."""
+    return 2.0 * rows * matrix_weights(config)
+
+
+def matrix_weights(config: GPTConfig) -> int:
+    """Weights that every step multiplies with: all but embeddings."""
+    return 12 * config.n_layer * config.n_embd**2 + config.n_embd * config.vocab_size
+
+
+def floor_seconds(config: GPTConfig, rows: int, weight_size: int, tokens: int, machine: dict) -> float:
+    """What `tokens` steps take at least on a machine that `describe` measured: the larger of both floors."""
+    read = step_bytes(config, rows, weight_size, tokens) / machine["read_bytes_per_s"]
+    compute = step_flops(config, rows) / machine["bfloat16_flops"]
+    return tokens * max(read, compute)
+
+
+def describe() -> dict:
+    """What numbers of this machine depend on, and its two rates."""
+    names = [line.split(":")[1].strip() for line in _cpuinfo() if line.startswith("model name")]
+    return {
+        "cpu": names[0] if names else platform.processor(),
+        "cores": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count(),
+        "threads": torch.get_num_threads(),
+        "capability": torch.backends.cpu.get_cpu_capability(),
+        "avx512_bf16": torch.cpu._is_avx512_bf16_supported(),
+        "load_average": round(os.getloadavg()[0], 2),
+        "torch": torch.__version__,
+        "read_bytes_per_s": read_bandwidth(),
+        "float32_flops": matrix_rate(torch.float32),
+        "bfloat16_flops": matrix_rate(torch.bfloat16),
+    }
+
+
+def _cpuinfo() -> list[str]:
+    path = Path("/proc/cpuinfo")
+    return path.read_text().splitlines() if path.exists() else []
+
+
+def in_words(machine: dict) -> str:
+    """One line for people."""
+    return (
+        f"{machine['cpu']}, {machine['cores']} cores, {machine['threads']} threads, {machine['capability']}"
+        f"{' with bf16' if machine['avx512_bf16'] else ''}, torch {machine['torch']}, load {machine['load_average']}; "
+        f"reads {machine['read_bytes_per_s'] / 1e9:.1f} GB/s, multiplies {machine['float32_flops'] / 1e9:.0f} GFLOP/s "
+        f"in float32, {machine['bfloat16_flops'] / 1e9:.0f} in bfloat16"
+    )
+
+
+def random_weights(module: nn.Module) -> nn.Module:
+    """Fill a module built on the meta device with small random numbers, its norms with 1: enough for timing."""
+    module = module.to_empty(device="cpu").eval().requires_grad_(False)
+    noise = torch.randn(1 << 20, generator=torch.Generator().manual_seed(0)) * 0.02
+    for name, parameter in module.named_parameters():
+        if parameter.ndim == 1 and name.endswith("weight"):
+            parameter.fill_(1)
+        else:
+            for part in parameter.view(-1).split(len(noise)):
+                part.copy_(noise[: len(part)])
+    return module
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--json", action="store_true", help="print JSON")
+    args = parser.parse_args()
+    machine = describe()
+    print(json.dumps(machine) if args.json else in_words(machine))
+
+
+if __name__ == "__main__":
+    main()
