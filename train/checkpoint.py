@@ -80,7 +80,6 @@ class Checkpoints:
                 state |= {"fixed": dict(self.fixed), "about": dict(self.about)}
                 (temporary / "state.json").write_text(json.dumps(state, indent=1))
                 _force(temporary)
-                shutil.rmtree(final, ignore_errors=True)  # the same step of a run whose later ones were removed
                 os.replace(temporary, final)
                 _sync(self.folder)
         except (OSError, SafetensorError, RuntimeError) as error:
@@ -88,7 +87,8 @@ class Checkpoints:
             raise self._unsaved(step, error) from error
         if main:
             for _, path in self.complete()[: -self.keep]:
-                shutil.rmtree(path, ignore_errors=True)
+                os.replace(path, path.with_suffix(".tmp"))  # never half of one under its name
+            self._clear()
         wait()
 
     def load(self) -> int:
@@ -119,7 +119,7 @@ class Checkpoints:
         return sorted((int(path.name.removeprefix("step_")), path) for path in paths)
 
     def _clear(self) -> None:
-        """Remove what a run that was killed while it saved has left."""
+        """Remove what is too old, and what a run that was killed while it saved has left."""
         for rest in self.folder.glob("*.tmp"):
             shutil.rmtree(rest, ignore_errors=True)
 

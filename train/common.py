@@ -205,14 +205,13 @@ def check_finite(step: int, values: Mapping[str, float | Tensor]) -> None:
 
 
 def report_failures(accelerator: Accelerator, out: Path, failures: Mapping[str, str]) -> None:
-    """Count the pictures that no process could read, and list them in OUT/skipped.txt. All processes call this."""
-    found: dict[str, str] = {}
-    for part in gather_object([dict(failures)]):
-        found |= part
+    """Count the pictures that could not be read, and add them to OUT/skipped.txt. All processes call this."""
+    found = {f"{name}: {why}" for part in gather_object([dict(failures)]) for name, why in part.items()}
     if found and accelerator.is_main_process:
-        write_text(out / "skipped.txt", "".join(f"{name}: {why}\n" for name, why in sorted(found.items())))
-        first = next(iter(sorted(found.items())))
-        print(f"{len(found)} pictures could not be read, all in {out / 'skipped.txt'}; {first[0]}: {first[1]}")
+        path = out / "skipped.txt"
+        lines = sorted(found | set(path.read_text(encoding="utf-8").splitlines() if path.exists() else ()))
+        write_text(path, "".join(f"{line}\n" for line in lines))
+        print(f"{len(lines)} pictures could not be read, all in {path}; {lines[0]}", flush=True)
 
 
 def write_text(path: Path, text: str) -> None:

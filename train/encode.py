@@ -58,6 +58,10 @@ class Encoders:
     def pictures(self) -> int:
         return len(self.data)
 
+    @property
+    def failures(self) -> dict[str, str]:
+        return self.data.failures
+
     def read(self, rows: Rows) -> tuple[Tensor, Tensor]:
         """Tokens (B, T) int64 and unit-norm embeddings (B, D) float32 of some rows, on the CPU."""
         parts = [
@@ -113,7 +117,7 @@ def load_encoders(
         )
     with accelerator.local_main_process_first():  # remote shards are fetched once
         images = Images(data, config.model.vqgan.image_size, c.min_scale, c.views > 1, clip.image_size)
-    settings = {"precision": c.precision, "views": c.views, "min_scale": c.min_scale, "seed": c.seed}
+    settings = {"views": c.views, "min_scale": c.min_scale, "seed": c.seed}
     names = "\n".join(images.source.names)
     origin = {"pictures": hashlib.sha256(names.encode()).hexdigest(), "settings": settings} | hashes(files)
     return Encoders(accelerator, images, vqgan, clip, c.views, c.seed, origin)
@@ -164,7 +168,7 @@ def write_shards(encoders: Encoders, out: Path) -> None:
     for n in track(own, f"encoding {len(missing)} shards of {ROWS} crops") if shown else own:
         tokens, embeddings = encoders.read(range(n * ROWS, min(total, (n + 1) * ROWS)))
         save_tensors({"tokens": tokens.to(torch.int32), "embeddings": embeddings.half()}, shard_path(out, n))
-    report_failures(accelerator, out, encoders.data.failures)
+    report_failures(accelerator, out, encoders.failures)
     accelerator.wait_for_everyone()
     if accelerator.is_main_process:
         write_text(index, json.dumps(header | {"complete": True}, indent=1))
@@ -198,6 +202,7 @@ class Encoded:
 
     def __init__(self, folder: Path) -> None:
         """Raises: DataError: there is none, or it is not complete."""
+        self.failures: dict[str, str] = {}  # whoever wrote it has told of them
         index = folder / "index.json"
         if not index.is_file():
             raise DataError(f"{folder} holds no index.json; `python train/encode.py --out {folder}` writes one")

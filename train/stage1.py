@@ -149,6 +149,7 @@ def main() -> None:
                     export(average, args.out)
                 checkpoints.save(done)
             if stopping:
+                report_failures(accelerator, args.out, data.failures)
                 stop.leave(f"step {done} of {c.steps} is saved in {args.out}")
     report_failures(accelerator, args.out, data.failures)
 

@@ -138,9 +138,9 @@ def main() -> None:
                     save_tensors(average.state_dict(), args.out / "gpt.safetensors")
                 checkpoints.save(done)
             if stopping:
+                report_failures(accelerator, args.out, data.failures)
                 stop.leave(f"step {done} of {c.steps} is saved in {args.out}")
-    if isinstance(data, Encoders):
-        report_failures(accelerator, args.out, data.data.failures)
+    report_failures(accelerator, args.out, data.failures)
 
 
 def open_data(
