@@ -90,11 +90,14 @@ def transformers_generate(config: GPTConfig, cache: str) -> Contender:
         eos_token_id=None,
         pad_token_id=0,
     )
-    model = GPT2LMHeadModel(settings).to(torch.bfloat16).eval()
+    with torch.device("meta"):
+        model = GPT2LMHeadModel(settings).to(torch.bfloat16)
+    model = random_weights(model)
+    model.tie_weights()
 
     @torch.inference_mode()
     def run(rows: int) -> float:
-        start_tokens = torch.zeros(rows, 1, dtype=torch.long)
+        start_tokens = torch.ones(rows, 1, dtype=torch.long)
         start = time.perf_counter()
         found = model.generate(
             start_tokens,
@@ -120,6 +123,7 @@ def contenders(config: GPTConfig, names: Sequence[str]) -> dict[str, Contender]:
     exact: Any = random_weights(empty) if any(name.startswith("ours") for name in names) else None
     built: dict[str, Contender] = {}
     for name in names:
+        print(f"  building {name}", file=sys.stderr, flush=True)
         if name == "ours, uncached float32":
             built[name] = uncached(exact)
         elif name.startswith("ours"):

@@ -1,0 +1,141 @@
+"""Seconds against tokens: the cached loop grows with their number, the uncached one with its square.
+
+    python benchmarks/scaling.py [--tokens 64 128 256 512 1024] [--layers 6] [--rows 1] [--plot FILE.png] [--json]
+
+Float32 for both, GPT2-medium's width, fewer layers; the uncached loop is timed whole up to --whole tokens and left out
+beyond. The exponent is that of the last doubling: 1 is linear, 2 quadratic.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import math
+import os
+import sys
+import time
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from PIL import Image, ImageDraw
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path[:0] = [str(ROOT)]  # run from anywhere, installed or not
+
+from roofline import describe, in_words, random_weights  # noqa: E402
+
+from clipgen.config import GPTConfig, load_config  # noqa: E402
+from clipgen.gpt import GPT, KVCache  # noqa: E402
+
+COLOURS = {"cached": (30, 100, 200), "uncached": (210, 60, 40)}
+Series = dict[str, list[tuple[int, float]]]
+
+
+@torch.inference_mode()
+def cached(gpt: GPT, rows: int) -> float:
+    """Seconds of all steps of `rows` images; greedy, which costs nothing beside them."""
+    cache = KVCache.allocate(gpt.config, rows)
+    start = time.perf_counter()
+    token = gpt.prefill(torch.zeros(rows, gpt.config.n_cond), cache).argmax(-1)
+    for position in range(1, gpt.config.block_size):
+        token = gpt.step(token, position, cache).argmax(-1)
+    return time.perf_counter() - start
+
+
+@torch.inference_mode()
+def uncached(gpt: GPT, rows: int) -> float:
+    """The same tokens, each from a pass over all before it."""
+    tokens = torch.empty(rows, 0, dtype=torch.long)
+    start = time.perf_counter()
+    for _ in range(gpt.config.block_size):
+        token = gpt(tokens, torch.zeros(rows, gpt.config.n_cond))[:, -1].argmax(-1, keepdim=True)
+        tokens = torch.cat([tokens, token], dim=1)
+    return time.perf_counter() - start
+
+
+def measure(config: GPTConfig, lengths: Sequence[int], rows: int, whole: int) -> Series:
+    """Seconds of both loops at every length."""
+    series: Series = {"cached": [], "uncached": []}
+    for length in sorted(lengths):
+        with torch.device("meta"):
+            empty = GPT(replace(config, block_size=length))
+        gpt: Any = random_weights(empty)
+        for name, loop in (("cached", cached), ("uncached", uncached)):
+            if name == "cached" or length <= whole:
+                series[name].append((length, loop(gpt, rows)))
+                print(f"  {name}, {length} tokens: {series[name][-1][1]:.2f} s", file=sys.stderr, flush=True)
+    return series
+
+
+def exponent(points: list[tuple[int, float]]) -> float | None:
+    """Growth between the last two points: 1 linear, 2 quadratic; None of fewer than two."""
+    if len(points) < 2:
+        return None
+    (n, a), (m, b) = points[-2:]
+    return math.log(b / a) / math.log(m / n)
+
+
+def plot(series: Series, path: Path, size: tuple[int, int] = (640, 440)) -> None:
+    """Seconds against tokens, both axes logarithmic, as a PNG."""
+    image = Image.new("RGB", size, "white")
+    pen, margin = ImageDraw.Draw(image), 60
+    points = [point for line in series.values() for point in line]
+    low = [math.log2(min(p[i] for p in points)) for i in (0, 1)]
+    span = [max(math.log2(max(p[i] for p in points)) - low[i], 1e-9) for i in (0, 1)]
+
+    def place(tokens: int, seconds: float) -> tuple[float, float]:
+        x, y = (math.log2(tokens) - low[0]) / span[0], (math.log2(seconds) - low[1]) / span[1]
+        return margin + x * (size[0] - 2 * margin), size[1] - margin - y * (size[1] - 2 * margin)
+
+    pen.rectangle((margin, margin, size[0] - margin, size[1] - margin), outline=(200, 200, 200))
+    pen.text((margin, 20), "seconds against tokens, both logarithmic", fill="black")
+    for i, (name, line) in enumerate(series.items()):
+        places = [place(*point) for point in line]
+        pen.line(places, fill=COLOURS[name], width=2)
+        pen.text((size[0] - margin - 90, margin + 8 + 14 * i), name, fill=COLOURS[name])
+        for (tokens, seconds), (x, y) in zip(line, places, strict=True):
+            pen.ellipse((x - 3, y - 3, x + 3, y + 3), fill=COLOURS[name])
+            pen.text((x - 12, y - 18), f"{seconds:.3g}", fill=COLOURS[name])
+            pen.text((x - 10, size[1] - margin + 8), str(tokens), fill="black")
+    temporary = path.with_name(f".{path.name}.tmp")
+    image.save(temporary, format="PNG")
+    os.replace(temporary, path)
+
+
+def to_table(report: dict) -> str:
+    """Markdown."""
+    seconds = {name: dict(points) for name, points in report["series"].items()}
+    lines = [in_words(report["machine"]), "", "| tokens | cached, s | uncached, s |", "|---|---|---|"]
+    for tokens in seconds["cached"]:
+        slow = seconds["uncached"].get(tokens)
+        lines.append(f"| {tokens} | {seconds['cached'][tokens]:.2f} | {'' if slow is None else f'{slow:.2f}'} |")
+    found = [f"{name} {value:.2f}" for name, value in report["exponents"].items() if value is not None]
+    return "\n".join([*lines, "", f"Exponents of the last step: {', '.join(found) or 'need two lengths'}."])
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--tokens", type=int, nargs="+", default=[64, 128, 256, 512, 1024], help="lengths")
+    parser.add_argument("--layers", type=int, default=6, help="layers")
+    parser.add_argument("--rows", type=int, default=1, help="images at once")
+    parser.add_argument("--whole", type=int, default=512, help="most tokens of the uncached loop")
+    parser.add_argument("--plot", type=Path, help="PNG to draw")
+    parser.add_argument("--json", action="store_true", help="print JSON")
+    args = parser.parse_args()
+    if min(*args.tokens, args.layers, args.rows) < 1:
+        parser.error("--tokens, --layers and --rows must be at least 1")
+    config = replace(load_config("coco").model.gpt, n_layer=args.layers)
+    machine = describe()
+    series = measure(config, args.tokens, args.rows, args.whole)
+    exponents = {name: exponent(points) for name, points in series.items()}
+    report = {"machine": machine, "rows": args.rows, "layers": args.layers, "series": series, "exponents": exponents}
+    if args.plot:
+        plot(series, args.plot)
+    print(json.dumps(report) if args.json else to_table(report))
+
+
+if __name__ == "__main__":
+    main()
