@@ -7,8 +7,6 @@ the same to the bit whatever the other rows are. Elsewhere activations stay as t
 
 from __future__ import annotations
 
-from typing import cast
-
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
@@ -81,5 +79,5 @@ def quantise(gpt: GPT) -> GPT:
     for module in [m for m in gpt.modules() if not isinstance(m, Linear)]:
         for name, child in list(module.named_children()):
             if isinstance(child, Linear):
-                setattr(module, name, Int8Linear(cast(Linear, child)))
+                setattr(module, name, Int8Linear(child))
     return gpt

@@ -193,7 +193,9 @@ class VQGAN(nn.Module):
     def pack(self) -> VQGAN:
         """Get ready for decoding: channels last in memory, as convolutions in reduced precision read them fastest."""
         if self.post_quant_conv.weight.dtype != torch.float32:
-            self.to(memory_format=torch.channels_last)
+            for parameter in self.parameters():
+                if parameter.ndim == 4:
+                    parameter.data = parameter.data.contiguous(memory_format=torch.channels_last)
         return self
 
     def encode(self, x: Tensor) -> Tensor:
