@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import sys
 from collections.abc import Iterator, Sequence
+from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -16,6 +17,7 @@ from clipgen.terminal import FILES, HOW, WHAT, option
 if TYPE_CHECKING:
     from PIL import Image
 
+    from clipgen.coverage import Coverage, Covered
     from clipgen.pipeline import ClipGen
     from clipgen.receipt import Receipt
     from clipgen.request import Part, Request, Result
@@ -56,7 +58,7 @@ _TOP_P = option(
 _JSON = option(
     FILES,
     "Print a JSON object per prompt, a line each: prompt, seed, files and their clip_scores and seeds (best first), "
-    "the grid of them, seconds.",
+    "the grid of them, seconds, and coverage: how near the prompt is to the training pictures, and to which.",
     "--json",
 )
 
@@ -89,6 +91,7 @@ def generate(
     texts = _texts(prompts, prompts_file, image)
     others = [_weighted(part) for part in mix or []]
     others += [(t.checked_text(text), AWAY) for text in negative or []]
+    from clipgen.coverage import Coverage
     from clipgen.images import load_image
     from clipgen.receipt import receipts
     from clipgen.request import Request
@@ -105,12 +108,27 @@ def generate(
     }
     requests = [Request(prompt=_parts(text, picture, image_weight, others), **settings) for text in texts]
     pipe, digest = t.load(weights, device, dtype)
+    index = Coverage.load(weights)
     for text, result in zip(texts, _draw(pipe, requests), strict=True):
         if result.dropped:
             t.say(f"the prompt is too long for the model, which did not read this part: {result.dropped}")
         stem = t.free_stem(out, text or (image.stem if image else ""), result.seed)
         files, sheet = _write(result, stem, format.value, receipts(pipe, result, digest))
-        _show(text, result, files, sheet, as_json)
+        covered = _covered(index, pipe, result.request)
+        if covered and covered.low:
+            name, near = text or "the image", covered.nearest[0][0]
+            t.say(f"this model has seen little like {name!r}; the nearest of its training pictures is {near}")
+        _show(text, result, files, sheet, covered, as_json)
+
+
+def _covered(index: Coverage | None, pipe: ClipGen, request: Request) -> Covered | None:
+    """How near the prompt is to the training pictures, where the weights have an index of them."""
+    from clipgen.request import parts_of
+
+    if index is None:
+        return None
+    parts = [(isinstance(part, str), abs(weight)) for part, weight in parts_of(request.prompt)]
+    return index.look(pipe.embed(request.prompt), sum(w for is_text, w in parts if is_text) / sum(w for _, w in parts))
 
 
 def _draw(pipe: ClipGen, requests: Sequence[Request]) -> Iterator[Result]:
@@ -181,7 +199,9 @@ def _write(result: Result, stem: Path, suffix: str, records: Sequence[Receipt]) 
     return files, save_image(grid(result.images), sheet, metadata=together(records))
 
 
-def _show(text: str, result: Result, files: list[Path], sheet: Path | None, as_json: bool) -> None:
+def _show(
+    text: str, result: Result, files: list[Path], sheet: Path | None, covered: Covered | None, as_json: bool
+) -> None:
     """Print one prompt's result on stdout."""
     seconds = round(result.seconds["total"], 3)
     if as_json:
@@ -193,6 +213,7 @@ def _show(text: str, result: Result, files: list[Path], sheet: Path | None, as_j
             "seeds": result.seeds,
             "grid": sheet and str(sheet),
             "seconds": seconds,
+            "coverage": covered and asdict(covered),
         }
         print(json.dumps(record), flush=True)
         return

@@ -2,6 +2,7 @@
 
 FOLDER/config.yaml                        the model (`config.ModelConfig`)
        {clip,vqgan,gpt}.safetensors       its tensors; nothing is ever unpickled
+       coverage.safetensors               optional: what the model was trained on (`coverage`)
        manifest.json                      size and SHA-256 of the files above
 """
 
@@ -26,6 +27,8 @@ from clipgen.config import ConfigError, ModelConfig, load_model_config
 
 PARTS = ("clip", "vqgan", "gpt")
 FILES = ("config.yaml", *(f"{part}.safetensors" for part in PARTS))
+EXTRAS = ("coverage.safetensors",)
+"""Files that a folder may have besides; drawing needs none of them."""
 MANIFEST = "manifest.json"
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 """Precisions that a model runs in, by the names that users give them."""
@@ -145,7 +148,7 @@ _FETCH_AGAIN = "fetch the folder again (`git checkout` restores what ships with 
 
 
 def read_manifest(path: Path) -> dict[str, dict[str, Any]]:
-    """Size and SHA-256 of each of `FILES`, as a manifest has them.
+    """Size and SHA-256 of each of `FILES`, and of those of `EXTRAS` that are there, as a manifest has them.
 
     Raises:
         WeightsError: there is none, or it is damaged.
@@ -155,7 +158,8 @@ def read_manifest(path: Path) -> dict[str, dict[str, Any]]:
     try:
         manifest = json.loads(path.read_text(encoding="utf-8"))
         version, files = manifest["version"], manifest["files"]
-        entries = {file: {"size": int(files[file]["size"]), "sha256": str(files[file]["sha256"])} for file in FILES}
+        named = (*FILES, *(file for file in EXTRAS if file in files))
+        entries = {file: {"size": int(files[file]["size"]), "sha256": str(files[file]["sha256"])} for file in named}
     except (ValueError, KeyError, TypeError, RecursionError) as error:
         raise WeightsError(
             f'{path} is no manifest of weights: it must be JSON with "version" and "files", and in those a "size" and '
@@ -164,6 +168,45 @@ def read_manifest(path: Path) -> dict[str, dict[str, Any]]:
     if version != VERSION:
         raise WeightsError(f"{path} has the version {version!r}; this clipgen reads version {VERSION}: upgrade it")
     return entries
+
+
+def add_extra(folder: str | Path, file: str, tensors: Mapping[str, Tensor]) -> Path:
+    """Write one of `EXTRAS` into a folder of weights, and into its manifest; `save_weights` makes it forgotten again.
+
+    Returns:
+        Its path.
+
+    Raises:
+        WeightsError: the folder has no manifest.
+    """
+    folder = Path(folder)
+    manifest = read_manifest(folder / MANIFEST)
+    with tempfile.TemporaryDirectory(prefix=".saving-", dir=folder) as name:
+        temporary = Path(name)
+        save_file({key: tensor.contiguous() for key, tensor in tensors.items()}, temporary / file)
+        shutil.copymode(folder / MANIFEST, temporary / file)
+        text = json.dumps({"version": VERSION, "files": manifest | {file: _fingerprint(temporary / file)}}, indent=2)
+        (temporary / MANIFEST).write_text(text + "\n", encoding="utf-8")
+        os.replace(temporary / file, folder / file)
+        os.replace(temporary / MANIFEST, folder / MANIFEST)
+    return folder / file
+
+
+def load_extra(folder: str | Path, file: str) -> dict[str, Tensor] | None:
+    """The tensors of one of `EXTRAS`; None when the folder's manifest does not name it.
+
+    Raises:
+        WeightsError: it is missing, or not what the manifest says.
+    """
+    folder = Path(folder)
+    expected = read_manifest(folder / MANIFEST).get(file)
+    if expected is None:
+        return None
+    if not (folder / file).is_file():
+        raise WeightsError(f"{folder / file} is missing; {_FETCH_AGAIN}")
+    if _fingerprint(folder / file) != expected:
+        raise WeightsError(f"{folder / file} is damaged or was changed: {MANIFEST} has another SHA-256; {_FETCH_AGAIN}")
+    return _map(folder / file)
 
 
 def _fingerprint(path: Path) -> dict[str, Any]:

@@ -23,6 +23,7 @@ LAYERS = {
     "clipgen.request": 1,
     "clipgen.memory": 1,
     "clipgen.convert": 2,
+    "clipgen.coverage": 2,
     "clipgen.foreign": 2,
     "clipgen.quantise": 2,
     "clipgen.sampling": 2,
@@ -60,7 +61,8 @@ LAYERS = {
     "train.check": 4,
     "train.stage1": 4,
     "train.stage2": 4,
-    "train.export": 4,
+    "train.export": 6,
+    "train.index": 5,
 }
 
 

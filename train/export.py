@@ -1,7 +1,9 @@
 """What the training scripts wrote -> a folder of weights that `clipgen` and `predict.py` serve.
 
     python -m train.export --config mini --clip runs/clip/clip.safetensors --vqgan runs/vqgan --gpt runs/gpt \\
-        --out weights/mini
+        --out weights/mini --data data/emoji/stage2
+
+--data, the pictures of stage 2, adds the index of what the model has seen (train/index.py).
 """
 
 from __future__ import annotations
@@ -14,6 +16,7 @@ from safetensors.torch import load_file
 
 from clipgen.config import load_config
 from clipgen.weights import save_weights
+from train.index import add_index
 
 
 def main() -> None:
@@ -23,6 +26,8 @@ def main() -> None:
     parser.add_argument("--vqgan", type=Path, required=True, help="folder that stage 1 wrote")
     parser.add_argument("--gpt", type=Path, required=True, help="folder that stage 2 wrote")
     parser.add_argument("--out", type=Path, required=True, help="folder of weights to write")
+    parser.add_argument("--data", type=Path, help="pictures that stage 2 was trained on: adds coverage.safetensors")
+    parser.add_argument("--prompts", type=Path, help="sentences about such pictures, one a line; emoji have captions")
     args = parser.parse_args()
     files = {"clip": args.clip, "vqgan": args.vqgan / "vqgan.safetensors", "gpt": args.gpt / "gpt.safetensors"}
     for part, file in files.items():
@@ -31,6 +36,9 @@ def main() -> None:
     try:
         config = load_config(args.config).model
         save_weights(args.out, config, {part: load_file(file) for part, file in files.items()}, torch.float16)
+        if args.data:
+            shards, file = args.gpt / "encoded", args.gpt / "encoded.safetensors"
+            add_index(args.out, file if file.is_file() else shards, args.data, args.prompts)
     except ValueError as error:
         parser.error(str(error))
     size = sum(file.stat().st_size for file in args.out.glob("*.safetensors"))

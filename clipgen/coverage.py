@@ -1,0 +1,131 @@
+"""Coverage: how near a prompt is to what a model was trained on, and to which pictures.
+
+The training pictures' embeddings lie in a small index beside the weights (`train/index.py` makes it). Sentences and
+pictures lie apart on CLIP's sphere (Liang et al. 2022, arXiv 2203.02053), so the mean way from sentences to their
+nearest pictures, measured when the index is made, is taken off a prompt before it is compared.
+"""
+
+from __future__ import annotations
+
+import json
+import zlib
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from clipgen.weights import WeightsError, load_extra
+
+FILE = "coverage.safetensors"
+RANK = 128
+"""Directions of the embeddings that are kept: of 384, they hold 99.4 % of the mini model's training pictures."""
+MOST_PICTURES = 8192
+"""In the index: spread evenly over larger sets."""
+NEAREST = 5
+LOW = 0.05
+"""Share of the sentences measured beneath which a prompt counts as unlike the training pictures."""
+_MOST_NAMES = 8_000_000
+
+
+@dataclass(frozen=True)
+class Covered:
+    """What the index says of one prompt."""
+
+    similarity: float
+    """Mean cosine with the nearest training pictures, the gap taken off: what `percentile` goes by."""
+    percentile: float
+    """Share, 0 to 100, of sentences about training pictures that are farther away than this prompt."""
+    nearest: list[tuple[str, float]]
+    """The nearest pictures' names and cosines, nearest first."""
+
+    @property
+    def low(self) -> bool:
+        """Whether the model has seen little like it."""
+        return self.percentile < 100 * LOW
+
+
+class Coverage:
+    """An index of training pictures, in memory. Make one with `Coverage.load`."""
+
+    def __init__(self, tensors: dict[str, Tensor]) -> None:
+        """Take an index apart; raises WeightsError when it is none."""
+        try:
+            self.basis = tensors["basis"].float()  # (R, D)
+            self.images = tensors["images"].float() * tensors["scale"].float()[:, None]  # (N, R)
+            self.gap = tensors["gap"].float()  # (D,)
+            self.held = tensors["held"].float().sort().values  # (M,)
+            data = zlib.decompressobj().decompress(tensors["names"].numpy().tobytes(), _MOST_NAMES)
+            self.names: list[str] = [str(name) for name in json.loads(data)]
+            fits = len(self.names) == len(self.images) > 0 and self.basis.shape == (self.images.shape[1], len(self.gap))
+        except (KeyError, ValueError, TypeError, RuntimeError, IndexError, zlib.error) as error:
+            raise WeightsError(f"{FILE} is no index of training pictures ({error}); make it again") from error
+        if not fits or not len(self.held):
+            raise WeightsError(f"{FILE} is no index of training pictures: its parts do not fit; make it again")
+
+    @classmethod
+    def load(cls, folder: str | Path) -> Coverage | None:
+        """The index of a folder of weights; None when it has none.
+
+        Raises:
+            WeightsError: it is damaged.
+        """
+        tensors = load_extra(folder, FILE)
+        return None if tensors is None else cls(tensors)
+
+    def look(self, embedding: Tensor, texts: float = 1.0) -> Covered:
+        """Compare a prompt with the training pictures.
+
+        Args:
+            embedding: (D,) unit norm, as `ClipGen.embed` gives it.
+            texts: how much of it comes from sentences, 0 to 1: so much of the gap is taken off.
+        """
+        similar = self._similar(embedding.float().cpu()[None], texts)[0]
+        values, places = similar.topk(min(NEAREST, len(similar)))
+        figure = values.mean().item()
+        percentile = 100 * (self.held < figure).float().mean().item()
+        return Covered(
+            figure, percentile, [(self.names[i], v) for i, v in zip(places.tolist(), values.tolist(), strict=True)]
+        )
+
+    def _similar(self, embeddings: Tensor, texts: float = 1.0) -> Tensor:
+        return _cosines(embeddings - texts * self.gap, self.basis, self.images)
+
+
+def _cosines(embeddings: Tensor, basis: Tensor, images: Tensor) -> Tensor:
+    """(B, N) cosines of embeddings (B, D) and images (N, R) given in `basis`; what lies outside it counts as unlike."""
+    return F.normalize(embeddings, dim=1) @ basis.t() @ images.t()
+
+
+def build_index(images: Tensor, names: Sequence[str], texts: Tensor) -> dict[str, Tensor]:
+    """The tensors of an index.
+
+    Args:
+        images: (N, D) unit norm, the training pictures.
+        names: N of them.
+        texts: (M, D) unit norm, sentences such as users write about such pictures. One half measures the gap, the
+            other how near such sentences are.
+    """
+    kept = torch.linspace(0, len(images) - 1, min(len(images), MOST_PICTURES)).long()
+    images, names = images[kept], [names[i] for i in kept.tolist()]
+    *_, directions = torch.linalg.svd(images, full_matrices=False)
+    basis = directions[:RANK].half()
+    inside = images @ basis.float().t()
+    scale = (inside.abs().amax(dim=1) / 127).clamp(min=1e-8)
+    stored = (inside / scale[:, None]).round().to(torch.int8)
+    there = stored.float() * scale[:, None]
+    measuring, held = texts[::2], texts[1::2]
+    nearest = (measuring @ images.t()).argmax(dim=1)
+    gap = (measuring - images[nearest]).mean(dim=0)
+    figures = _cosines(held - gap, basis.float(), there).topk(min(NEAREST, len(images))).values.mean(dim=1)
+    packed = zlib.compress(json.dumps(list(names), ensure_ascii=False).encode(), 9)
+    return {
+        "basis": basis,
+        "images": stored,
+        "scale": scale.half(),
+        "gap": gap,
+        "held": figures.sort().values,
+        "names": torch.frombuffer(bytearray(packed), dtype=torch.uint8),
+    }

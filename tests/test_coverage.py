@@ -1,0 +1,155 @@
+"""Coverage: what lies among the training pictures is told from what does not, and a damaged index is refused."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+import torch.nn.functional as F
+from PIL import Image
+from safetensors.torch import save_file
+from torch import Tensor
+from typer.testing import CliRunner
+
+from clipgen.cli import app
+from clipgen.coverage import FILE, MOST_PICTURES, Coverage, build_index
+from clipgen.weights import WeightsError, add_extra, load_extra, load_weights, save_weights
+
+D = 64
+
+
+def points(count: int, seed: int, directions: int = D) -> Tensor:
+    """Unit vectors of D numbers, the last of which are zero."""
+    made = torch.zeros(count, D)
+    made[:, :directions] = torch.randn(count, directions, generator=torch.Generator().manual_seed(seed))
+    return F.normalize(made, dim=1)
+
+
+@pytest.fixture(scope="module")
+def world() -> tuple[Tensor, Tensor, Tensor]:
+    """Pictures in half of the directions, the gap, and sentences near pictures, on the other side of the gap."""
+    images = points(300, 0, D // 2)
+    gap = 0.6 * F.normalize(torch.ones(D), dim=0)
+    texts = F.normalize(images[:200] + gap + 0.3 * points(200, 1), dim=1)
+    return images, gap, texts
+
+
+@pytest.fixture(scope="module")
+def index(world: tuple[Tensor, Tensor, Tensor]) -> Coverage:
+    images, _, texts = world
+    return Coverage(build_index(images, [f"picture {i}" for i in range(len(images))], texts))
+
+
+def test_near_and_far(world: tuple[Tensor, Tensor, Tensor], index: Coverage) -> None:
+    images, gap, _ = world
+    near = index.look(F.normalize(images[250] + gap + 0.3 * points(1, 2)[0], dim=0))
+    assert near.nearest[0][0] == "picture 250" and not near.low and 5 < near.percentile < 100
+    assert [value for _, value in near.nearest] == sorted((value for _, value in near.nearest), reverse=True)
+    outside = torch.zeros(D)
+    outside[-1] = 1
+    far = index.look(F.normalize(outside + gap, dim=0))
+    assert far.low and far.percentile < 1 and far.similarity < near.similarity
+
+
+def test_a_training_picture_finds_itself(world: tuple[Tensor, Tensor, Tensor], index: Coverage) -> None:
+    images, *_ = world
+    for i in range(0, 300, 50):
+        name, cosine = index.look(images[i], texts=0).nearest[0]
+        assert name == f"picture {i}" and cosine == pytest.approx(1, abs=0.02)
+
+
+def test_the_gap_is_measured(world: tuple[Tensor, Tensor, Tensor], index: Coverage) -> None:
+    _, gap, _ = world
+    assert F.cosine_similarity(index.gap, gap, dim=0) > 0.8
+
+
+def test_large_sets_are_thinned() -> None:
+    count = MOST_PICTURES + 100
+    made = Coverage(build_index(points(count, 3), [str(i) for i in range(count)], points(40, 4)))
+    assert len(made.names) == MOST_PICTURES and made.names[0] == "0" and made.names[-1] == str(count - 1)
+
+
+@pytest.fixture
+def folder(tiny_weights: Path, tmp_path: Path) -> Path:
+    """The tiny model with an index of 40 pictures."""
+    copy = shutil.copytree(tiny_weights, tmp_path / "tiny")
+    images = F.normalize(torch.randn(40, 32, generator=torch.Generator().manual_seed(0)), dim=1)
+    add_extra(copy, FILE, build_index(images, [f"{i}.png" for i in range(40)], images[:30]))
+    return copy
+
+
+def test_it_travels_with_the_weights(folder: Path, tiny_weights: Path) -> None:
+    assert Coverage.load(tiny_weights) is None
+    found = Coverage.load(folder)
+    assert found is not None and found.names[39] == "39.png"
+    config, parts = load_weights(folder)  # the model loads as before
+    assert not list(folder.glob(".saving-*"))
+    save_weights(folder, config, {part: {k: v.clone() for k, v in tensors.items()} for part, tensors in parts.items()})
+    assert Coverage.load(folder) is None, "an index of other weights must not be believed"
+
+
+def test_a_damaged_index(folder: Path) -> None:
+    data = bytearray((folder / FILE).read_bytes())
+    data[-1] ^= 1
+    (folder / FILE).write_bytes(data)
+    with pytest.raises(WeightsError, match=r"coverage\.safetensors is damaged"):
+        Coverage.load(folder)
+    (folder / FILE).unlink()
+    with pytest.raises(WeightsError, match="missing"):
+        Coverage.load(folder)
+
+
+@pytest.mark.parametrize("change", ["names", "scale", "basis", "held", "bomb", "gone"])
+def test_an_index_that_does_not_fit(folder: Path, change: str) -> None:
+    import zlib
+
+    tensors = {key: tensor.clone() for key, tensor in (load_extra(folder, FILE) or {}).items()}
+    if change == "gone":
+        del tensors["gap"]
+    elif change == "bomb":
+        tensors["names"] = torch.frombuffer(
+            bytearray(zlib.compress(b"[" + b" " * 50_000_000 + b"]")), dtype=torch.uint8
+        )
+    else:
+        tensors[change] = tensors[change][: 0 if change == "held" else 3]
+    add_extra(folder, FILE, tensors)
+    with pytest.raises(WeightsError, match="no index"):
+        Coverage.load(folder)
+
+
+def test_generate_says_so(folder: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.chdir(tmp_path)
+    few = ("--num-outputs", "1", "--candidates", "1", "--device", "cpu", "--dtype", "float32", "--json")
+    result = CliRunner().invoke(app, ["generate", "a lemon", *few, "--weights", str(folder)])
+    assert result.exit_code == 0, result.output
+    covered = json.loads(result.stdout)["coverage"]
+    assert set(covered) == {"similarity", "percentile", "nearest"} and len(covered["nearest"]) == 5
+    assert ("has seen little like 'a lemon'" in result.stderr) == (covered["percentile"] < 5)
+
+
+def test_the_script(root: Path, tiny_weights: Path, tmp_path: Path) -> None:
+    weights = shutil.copytree(tiny_weights, tmp_path / "tiny")
+    data = tmp_path / "emoji" / "stage2"
+    data.mkdir(parents=True)
+    with (data / "metadata.jsonl").open("w") as file:
+        for i in range(24):
+            Image.new("RGB", (8, 8), (i, 0, 0)).save(data / f"{i:02}.png")
+            row = {"file_name": f"{i:02}.png", "objects": ["1f34b"], "style": "line", "background": "red"}
+            file.write(json.dumps(row) + "\n")
+    lemon = {"code": "1f34b", "name": "lemon", "keywords": ["citrus"], "group": 4}
+    (data.parent / "emoji.jsonl").write_text(json.dumps(lemon) + "\n")
+    embeddings = F.normalize(torch.randn(48, 32, generator=torch.Generator().manual_seed(0)), dim=1)  # 2 views
+    save_file({"embeddings": embeddings.half()}, tmp_path / "encoded.safetensors")
+    command = [sys.executable, "-m", "train.index", "--weights", weights, "--data", data, "--encoded"]
+    done = subprocess.run([*command, tmp_path / "encoded.safetensors"], cwd=root, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    found = Coverage.load(weights)
+    assert found is not None and found.names[3] == "03.png: lemon, line on red" and len(found.names) == 24
+    (data / "00.png").unlink()
+    wrong = subprocess.run([*command, tmp_path / "encoded.safetensors"], cwd=root, capture_output=True, text=True)
+    assert wrong.returncode == 2 and "not the same set" in wrong.stderr

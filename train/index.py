@@ -1,0 +1,113 @@
+"""Training pictures -> coverage.safetensors beside the weights: what a model has seen (`clipgen.coverage`).
+
+    python -m train.index --weights weights/mini --encoded runs/gpt/encoded --data data/emoji/stage2
+
+--encoded is what stage 2 or train/encode.py has written for --data: a folder of shards, or one .safetensors file. The
+sentences that prompts are measured against come from --prompts, one a line, or for the emoji from their captions.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import random
+from pathlib import Path
+
+import torch
+from safetensors.torch import load_file
+from torch import Tensor
+
+from clipgen.clip import Clip
+from clipgen.coverage import FILE, build_index
+from clipgen.weights import add_extra, load_weights
+from train.captions import Emoji, caption
+from train.encode import Encoded
+from train.sources import DataError, open_source
+
+SENTENCES = 800
+
+
+def add_index(weights: Path, encoded: Path, data: Path, prompts: Path | None = None) -> Path:
+    """Write the index of a folder of weights, and name it in the manifest.
+
+    Raises:
+        DataError: pictures and embeddings do not belong together, or there are no sentences.
+        WeightsError: the folder of weights cannot be used.
+    """
+    _, parts = load_weights(weights)
+    clip = Clip.from_state_dict(parts["clip"])
+    files = [Path(name) for name in open_source(data).names]
+    embeddings = load_file(encoded)["embeddings"].float() if encoded.is_file() else Encoded(encoded).embeddings()
+    if len(embeddings) % len(files):
+        raise DataError(f"{encoded} holds {len(embeddings)} embeddings, {data} {len(files)} images: not the same set")
+    records = _records(data)
+    names = [_name(file, data, records.get(file.name)) for file in files]
+    sentences = prompts.read_text(encoding="utf-8").split("\n") if prompts else _captions(data, records)
+    sentences = [sentence.strip() for sentence in sentences if sentence.strip()]
+    if len(sentences) < 20:
+        raise DataError(f"{len(sentences)} sentences are too few; give --prompts with at least 20 of them, one a line")
+    with torch.inference_mode():
+        texts = torch.cat([clip.encode_text(sentences[i : i + 64]) for i in range(0, len(sentences), 64)])
+    return add_extra(weights, FILE, build_index(_unit(embeddings[: len(files)]), names, texts.clone()))
+
+
+def _unit(embeddings: Tensor) -> Tensor:
+    """Stored in half precision, they are a little off."""
+    return torch.nn.functional.normalize(embeddings, dim=1)
+
+
+def _records(data: Path) -> dict[str, dict]:
+    """What metadata.jsonl says of each file, with the names of the emoji for their codes; {} without such a file."""
+    if not (data / "metadata.jsonl").is_file():
+        return {}
+    records = [json.loads(line) for line in (data / "metadata.jsonl").read_text().splitlines()]
+    emoji = _emoji(data)
+    return {
+        record["file_name"]: record
+        | {"names": [emoji[code].name if code in emoji else code for code in record.get("objects", [])]}
+        for record in records
+    }
+
+
+def _emoji(data: Path) -> dict[str, Emoji]:
+    path = data.parent / "emoji.jsonl"
+    rows = map(json.loads, path.read_text().splitlines()) if path.is_file() else []
+    return {row["code"]: Emoji(row["code"], row["name"], tuple(row["keywords"]), row["group"]) for row in rows}
+
+
+def _name(path: Path, data: Path, record: dict | None) -> str:
+    file = path.relative_to(data).as_posix() if path.is_relative_to(data) else path.name
+    if not record or not record["names"]:
+        return file
+    look = f"{record.get('style', '')} on {record.get('background', 'white')}"
+    return f"{file}: {' and '.join(record['names'])}, {look}"
+
+
+def _captions(data: Path, records: dict[str, dict]) -> list[str]:
+    """Sentences about some of the pictures, always the same."""
+    emoji, rng = _emoji(data), random.Random(0)
+    known = [record for record in records.values() if record["objects"] and all(c in emoji for c in record["objects"])]
+    return [
+        caption([emoji[code] for code in record["objects"]], record["style"], record["background"], rng)
+        for record in rng.sample(known, min(SENTENCES, len(known)))
+    ]
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--weights", type=Path, required=True, help="folder of weights that gets the index")
+    parser.add_argument(
+        "--encoded", type=Path, required=True, help="embeddings of the pictures that stage 2 trained on"
+    )
+    parser.add_argument("--data", type=Path, required=True, help="folder of those pictures")
+    parser.add_argument("--prompts", type=Path, help="sentences about such pictures, one a line")
+    args = parser.parse_args()
+    try:
+        path = add_index(args.weights, args.encoded, args.data, args.prompts)
+    except (ValueError, OSError) as error:
+        parser.error(str(error))
+    print(f"{path}: {path.stat().st_size / 1e6:.2f} MB")
+
+
+if __name__ == "__main__":
+    main()
