@@ -13,7 +13,7 @@ from typing import Annotated, Any
 import typer
 from typer.core import TyperGroup
 
-from clipgen import __version__, generate_cli, morph_cli, replay_cli, sheet_cli, weights_cli
+from clipgen import __version__, app_cli, doctor_cli, generate_cli, morph_cli, replay_cli, sheet_cli, weights_cli
 from clipgen.terminal import fail
 
 
@@ -50,6 +50,8 @@ app.command(epilog=generate_cli.EXAMPLE)(generate_cli.generate)
 app.command(epilog=replay_cli.EXAMPLE)(replay_cli.replay)
 app.command(epilog=sheet_cli.EXAMPLE)(sheet_cli.sheet)
 app.command(epilog=morph_cli.EXAMPLE)(morph_cli.morph)
+app.command(epilog=doctor_cli.EXAMPLE)(doctor_cli.doctor)
+app.command("app", epilog=app_cli.EXAMPLE)(app_cli.app)
 app.add_typer(weights_cli.app, name="weights")
 
 
