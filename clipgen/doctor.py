@@ -147,7 +147,8 @@ def _time(draw: Callable[[], object]) -> Finding:
     try:
         start = time.perf_counter()
         draw()
-        first, more = time.perf_counter() - start, []
+        first = time.perf_counter() - start
+        more: list[float] = []
         while len(more) < 3 and time.perf_counter() - start < 10:
             begun = time.perf_counter()
             draw()
