@@ -41,6 +41,14 @@ class Predictor(BasePredictor):
 
     def setup(self) -> None:
         """Load the model. Nothing is downloaded unless CLIPGEN_WEIGHTS names a published model in place of a folder."""
+        self.workers = ThreadPoolExecutor(max_workers=16)  # 8 that wait, and those that are just cancelled
+        # On a worker's thread: PyTorch's threads belong to the one that uses it, and a second set slows both down.
+        self.workers.submit(copy_context().run, self.load).result()
+        # Cog sends the files after `predict` has returned and deletes none: a folder lives until 32 newer ones exist.
+        self.folders: deque[tempfile.TemporaryDirectory] = deque(maxlen=32)
+
+    def load(self) -> None:
+        """Make the pipeline and warm it up, so that the first request is not slower than the others."""
         folder = obtain(os.environ.get("CLIPGEN_WEIGHTS") or WEIGHTS, say=print)
         self.weights = weights_digest(folder)
         self.pipe = ClipGen.from_pretrained(
@@ -48,12 +56,7 @@ class Predictor(BasePredictor):
             device=os.environ.get("CLIPGEN_DEVICE") or None,
             dtype=os.environ.get("CLIPGEN_DTYPE") or None,
         )
-        self.pipe("warm up", seed=0)  # so that the first request is not slower than the others
-        self.workers = ThreadPoolExecutor(
-            max_workers=16
-        )  # they wait for the engine; 8, and those that are just cancelled
-        # Cog sends the files after `predict` has returned and deletes none: a folder lives until 32 newer ones exist.
-        self.folders: deque[tempfile.TemporaryDirectory] = deque(maxlen=32)
+        self.pipe("warm up", seed=0)
 
     @streaming
     @concurrent(max=8)
@@ -110,7 +113,7 @@ class Predictor(BasePredictor):
         started = time.perf_counter()
         settings: dict[str, Any] = {"guidance": guidance, "temperature": temperature, "top_k": top_k, "top_p": top_p}
         settings |= {"num_outputs": num_outputs, "candidates": candidates, "seed": seed, "keep_rows": keep_rows}
-        written = {"output_format": output_format, "output_quality": output_quality}
+        written: dict[str, Any] = {"output_format": output_format, "output_quality": output_quality}
         check(prompt=prompt, image=image, previews=previews, **written, **settings)
         stop = threading.Event()
         work = partial(self.draw, prompt, image, settings, previews, stop)

@@ -5,8 +5,9 @@ rows that are free (dynamic thresholds: Choudhury & Hahne 1998). Alone it gets f
 four fifths of the rest: however many candidates the first has, the next one hardly ever waits, and never longer than
 the pictures under way take.
 
-A thread does the steps. It starts with the first call, ends when nothing came for IDLE_SECONDS, and nothing that a
-caller does or that happens in a step ends it otherwise.
+There is no thread of its own: one of the waiting callers does the steps for all until its own call is done, then the
+next one does. So a program with one thread has one pool of OpenMP threads. With a second pool they no longer spin
+between the parts of a step, as they outnumber the cores, and a step takes almost twice as long.
 """
 
 from __future__ import annotations
@@ -19,7 +20,6 @@ from collections.abc import Callable, Iterator, Sequence
 from collections.abc import Set as AbstractSet
 from contextvars import Context, copy_context
 from dataclasses import dataclass, field, replace
-from queue import SimpleQueue
 
 import torch
 from torch import Tensor
@@ -32,7 +32,6 @@ from clipgen.sampling import Cancelled
 SHARE = 4
 BACKLOG = 1024
 """Pictures that may wait for a row before further calls are refused."""
-IDLE_SECONDS = 10.0
 
 log = logging.getLogger(__name__)
 
@@ -61,7 +60,7 @@ class Drawn:
 
 @dataclass(eq=False)
 class _Call:
-    """What one caller wants. Once it is submitted, only the engine's thread changes it, but for `stopped`."""
+    """What one caller wants. Once it is submitted, only who drives changes it, but for `stopped` and `error`."""
 
     pictures: list[Picture]
     progress: Callable[[int, int], None] | None
@@ -76,8 +75,9 @@ class _Call:
     told: int = 0
     tokens: dict[Picture, Tensor] = field(default_factory=dict)
     stopped: bool = False
+    over: bool = False
     error: BaseException | None = None
-    news: SimpleQueue[Tensor | None] = field(default_factory=SimpleQueue)  # snapshots of the tokens; None at the end
+    news: deque[Tensor] = field(default_factory=deque)  # snapshots of the tokens
 
     def ask(self) -> None:
         """Whether to go on, in the caller's context; what its callback raises is the caller's."""
@@ -112,8 +112,12 @@ class Engine:
         self.most = 2 * most * (SHARE + 1) // SHARE  # rows
         self._news = threading.Condition()  # guards what follows
         self._calls: list[_Call] = []  # as they came
-        self._thread: threading.Thread | None = None
+        self._driver: _Call | None = None
         self._closed = False
+        # What follows belongs to the driver.
+        self._batch = Batch(gpt)
+        self._of: dict[Picture, _Call] = {}  # whose the pictures in the batch are
+        self._room = self._limit = 0  # rows; pictures, less after memory ran out
 
     def draw(
         self,
@@ -127,11 +131,11 @@ class Engine:
 
         Args:
             pictures: n of them.
-            progress: called with (tokens done, tokens in all) after each step, on the engine's thread in the caller's
-                context: it must be quick, for everyone waits.
+            progress: called with (tokens done, tokens in all) after each step, in the caller's context but perhaps on
+                another's thread: it must be quick, for everyone waits.
             should_stop: asked before each step, likewise.
             watch: called in the caller's own thread with the tokens so far (n, T), -1 for those not drawn, after every
-                `every` steps.
+                `every` steps until all are drawn; while it runs, steps may have to wait.
 
         Raises:
             Cancelled: `should_stop` said so; the rows were free before the next step.
@@ -146,12 +150,17 @@ class Engine:
             return Drawn(torch.empty(0, self.gpt.config.block_size, dtype=torch.long), 0.0)
         self._submit(call)
         try:
-            for tokens in iter(call.news.get, None):
-                assert watch is not None
-                watch(tokens)
+            while self._wait_or_drive(call):
+                while call.news and watch is not None:
+                    watch(call.news.popleft())
         except BaseException:  # Ctrl-C, or `watch` failed
             call.stopped = True
             raise
+        finally:
+            with self._news:
+                if self._driver is call:
+                    self._driver = None
+                self._news.notify_all()
         if call.error is not None:
             raise call.error
         assert call.begun is not None
@@ -165,14 +174,11 @@ class Engine:
         """
         with self._news:
             self._closed = True
-            calls, thread = list(self._calls), self._thread
-            self._news.notify()
-        if thread is not None:
-            thread.join(seconds)
-            for call in calls:
-                if thread.is_alive() and call.error is None:
-                    call.error = EngineClosed("the engine was closed while this was drawn; ask again elsewhere")
-            thread.join()
+            calls = list(self._calls)
+            self._news.wait_for(lambda: not self._calls, seconds)
+            for call in self._calls:
+                call.error = call.error or EngineClosed("the engine was closed while this was drawn; ask elsewhere")
+            self._news.wait_for(lambda: not self._calls)
         failed = sum(call.error is not None for call in calls)
         if calls:
             log.info("closed: %d calls finished, %d did not", len(calls) - failed, failed)
@@ -186,37 +192,37 @@ class Engine:
             if waiting >= BACKLOG:
                 raise QueueFull(f"{waiting} pictures are waiting to be drawn already; try again in a moment")
             self._calls.append(call)
-            if self._thread is None:
-                self._thread = threading.Thread(target=self._run, name="clipgen-engine", daemon=True)
-                self._thread.start()
-            self._news.notify()
 
-    # --- on the engine's thread ---
-
-    def _run(self) -> None:
-        self._batch = Batch(self.gpt)
-        self._of: dict[Picture, _Call] = {}  # whose the pictures in the batch are
-        each = token_bytes(self.gpt.config, self.gpt.head.weight.dtype, guided=False)
-        self._room = max(2, fitting(each, self.gpt.head.weight.device, self.most))  # rows
-        self._limit = self._room  # pictures; less after memory ran out
-        with torch.inference_mode():
-            while self._work_to_do():
-                try:
-                    self._round()
-                    continue
-                except BaseException as error:
-                    reason, cause = reason_of(error), None if is_out_of_memory(error) else error
-                # Here the exception is gone, and with its traceback the tensors that the failed step held.
-                self._recover(reason, cause)
-
-    def _work_to_do(self) -> bool:
-        """Wait for calls; False when the thread is to end, and the next call has to start another."""
+    def _wait_or_drive(self, call: _Call) -> bool:
+        """Until there is news for a call; False when it is over."""
         with self._news:
-            self._news.wait_for(lambda: self._calls or self._closed, IDLE_SECONDS)
-            if not self._calls:
-                self._thread = None
-                self._batch = Batch(self.gpt)  # lets go of the cache
-            return bool(self._calls)
+            self._news.wait_for(lambda: call.over or call.news or self._driver in (None, call))
+            if call.over or call.news:
+                return not call.over
+            self._driver = call
+        with torch.inference_mode():
+            while not call.over and not call.news:
+                self._drive()
+        return not call.over
+
+    # --- by the driver ---
+
+    def _drive(self) -> None:
+        """One round, whatever happens in it."""
+        if not self._of:  # nothing is under way: plan with the memory that is free now
+            each = token_bytes(self.gpt.config, self.gpt.head.weight.dtype, guided=False)
+            self._room = max(2, fitting(each, self.gpt.head.weight.device, self.most))
+            self._limit = self._limit or self._room
+        try:
+            self._round()
+            return
+        except Exception as error:
+            reason, cause = reason_of(error), None if is_out_of_memory(error) else error
+        except BaseException:  # Ctrl-C in the middle of a step: the others start again
+            self._restart(set(self._of.values()))
+            raise
+        # Here the exception is gone, and with its traceback the tensors that the failed step held.
+        self._recover(reason, cause)
 
     def _round(self) -> None:
         """One step: ask who still wants theirs, let pictures in, draw a token of each, hand over what is finished."""
@@ -259,7 +265,9 @@ class Engine:
             call.steps += 1
             call.tell(length * len(call.tokens) + tokens, length * len(call.pictures))
             if call.every and call.steps % call.every == 0:
-                call.news.put(self._snapshot(call))
+                call.news.append(self._snapshot(call))
+                with self._news:
+                    self._news.notify_all()
 
     def _snapshot(self, call: _Call) -> Tensor:
         """All tokens of a call so far, (n, T), -1 for those not drawn."""
@@ -287,16 +295,16 @@ class Engine:
         self._leave({picture for picture, call in self._of.items() if call in calls})
         with self._news:
             self._calls = [call for call in self._calls if call not in calls]
-        for call in calls:
-            call.news.put(None)
+            if not self._calls:  # let go of the cache
+                self._batch, self._limit = Batch(self.gpt), 0
+            for call in calls:
+                call.over = True
+            self._news.notify_all()
 
     def _recover(self, reason: str, cause: BaseException | None) -> None:
         """After a step that failed: its calls fail too, or, when memory ran out, start what is not finished again."""
         pictures, calls = len(self._of), set(self._of.values()) or set(self._calls)
-        self._batch, self._of = Batch(self.gpt), {}
-        for call in calls:
-            call.waiting = deque(picture for picture in call.pictures if picture not in call.tokens)
-            call.held = 0
+        self._restart(calls)
         if cause is None:
             try:
                 self._limit = halve(pictures, "decoding tokens", reason)
@@ -309,3 +317,10 @@ class Engine:
             failure.__cause__ = cause
             call.error = failure
         self._dismiss(calls)
+
+    def _restart(self, calls: AbstractSet[_Call]) -> None:
+        """Forget what is under way: what these calls still lack starts again."""
+        self._batch, self._of = Batch(self.gpt), {}
+        for call in calls:
+            call.waiting = deque(picture for picture in call.pictures if picture not in call.tokens)
+            call.held = 0

@@ -101,7 +101,7 @@ class ClipGen:
         config, parts = load_weights(folder)
         # Each file is unmapped once its network has been built: what was read of it no longer counts as this process'.
         clip = Clip.from_state_dict(parts.pop("clip"), place, precision)
-        gpt = build(GPT, config.gpt, parts.pop("gpt"), place, precision)
+        gpt = build(GPT, config.gpt, parts.pop("gpt"), place, precision).pack()
         vqgan = build(VQGAN, config.vqgan, parts.pop("vqgan"), place, precision)
         return cls(config, clip, gpt, vqgan)
 

@@ -24,6 +24,7 @@ from clipgen.config import load_config
 from clipgen.engine import Engine
 from clipgen.gpt import KVCache
 from clipgen.memory import MemoryShortage, fitting, in_batches, pixel_bytes, token_bytes
+from clipgen.painter import Painter
 from clipgen.request import Request, Result
 
 CPU = torch.device("cpu")
@@ -50,19 +51,31 @@ def pipe(tiny_weights: Path) -> ClipGen:
 
 
 @contextmanager
-def small_engine(pipe: ClipGen, largest: int) -> Iterator[None]:
-    """A pipeline whose engine's thread has such an allocator."""
-    engine, run = Engine(pipe.gpt), Engine._run
+def small_engine(largest: int) -> Iterator[None]:
+    """Such an allocator for the steps of engines, and for nothing else."""
+    drive = Engine._round
 
     def limited(self: Engine) -> None:
         with SmallDevice(largest):
-            run(self)
+            drive(self)
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(Engine, "_run", limited)
-        patch.setattr(pipe, "engine", engine)
+        patch.setattr(Engine, "_round", limited)
         yield
-    engine.close()
+
+
+@contextmanager
+def small_painter(largest: int) -> Iterator[None]:
+    """Such an allocator for what paints, and for nothing else."""
+    paint = Painter._run
+
+    def limited(self: Painter, items: Sequence[Any]) -> Any:
+        with SmallDevice(largest):
+            return paint(self, items)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Painter, "_run", limited)
+        yield
 
 
 def row_bytes(pipe: ClipGen) -> int:
@@ -84,7 +97,7 @@ def test_running_out_halves_the_batch_says_so_and_changes_nothing(
     assert not caplog.records
     seen: list[tuple[int, int]] = []
     # Eight rows of the cache, which are four pictures with guidance, and 17 KB of activations in CLIP.
-    with small_engine(pipe, 9 * row_bytes(pipe)), SmallDevice(60_000):
+    with small_engine(9 * row_bytes(pipe)), small_painter(60_000):
         result = pipe(
             "a lemon", num_outputs=4, candidates=8, seed=3, progress=lambda done, total: seen.append((done, total))
         )
@@ -103,16 +116,16 @@ def test_requests_that_share_a_call_survive_it_too(pipe: ClipGen) -> None:
         Request("a dog", num_outputs=4, candidates=8, seed=9, guidance=1.0),
     ]
     expected = pipe.generate(requests)
-    with small_engine(pipe, 9 * row_bytes(pipe)), SmallDevice(60_000):
+    with small_engine(9 * row_bytes(pipe)), small_painter(60_000):
         results = pipe.generate(requests)
     assert all(same(a, b) for a, b in zip(results, expected, strict=True))
 
 
 def test_one_picture_that_does_not_fit_is_an_error_that_helps(pipe: ClipGen) -> None:
     match = r"not even one picture fits .* smaller model"
-    with small_engine(pipe, 15_000), pytest.raises(MemoryShortage, match=f"decoding tokens: {match}"):
+    with small_engine(15_000), pytest.raises(MemoryShortage, match=f"decoding tokens: {match}"):
         pipe("a lemon", candidates=4, seed=3)
-    with SmallDevice(15_000), pytest.raises(MemoryShortage, match=f"decoding pixels: {match}"):
+    with small_painter(15_000), pytest.raises(MemoryShortage, match=f"decoding pixels: {match}"):
         pipe("a lemon", candidates=4, seed=3)
     assert pipe("a lemon", seed=3).images
 
@@ -142,8 +155,6 @@ def draw():
     return [result.seeds, [image.tobytes().hex() for image in result.images]]
 
 free = draw()
-pipe.close()  # lets go of the first one's cache
-pipe.engine = type(pipe.engine)(pipe.gpt)
 used = int(next(l for l in Path("/proc/self/status").read_text().splitlines() if l.startswith("VmSize")).split()[1])
 resource.setrlimit(resource.RLIMIT_AS, (used * 1024 + 40 * 2**20,) * 2)  # 64 pictures' keys and values are 67 MB
 print(json.dumps([free, draw()]))
@@ -228,12 +239,10 @@ def test_a_pipeline_plans_with_what_is_free(pipe: ClipGen, monkeypatch: pytest.M
     pictures: list[int] = []
     step = Batch.step
     monkeypatch.setattr(Batch, "step", lambda batch: pictures.append(len(batch.pictures)) or step(batch))
-    monkeypatch.setattr(pipe, "engine", Engine(pipe.gpt))
     room = 3 * token_bytes(pipe.config.gpt, torch.float32, guided=True) / memory.HEADROOM + 1
     monkeypatch.setattr(memory, "free_bytes", lambda device: room)
     assert same(pipe("a lemon", num_outputs=8, seed=3), expected)
     assert pictures == [3] * 16 + [3] * 16 + [2] * 16
-    pipe.close()
 
 
 def test_what_the_full_sizes_need() -> None:
