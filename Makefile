@@ -72,6 +72,16 @@ serve: $(VENV)/.run ## Cog's HTTP server with predict.py [HOST=127.0.0.1 PORT=50
 	@exec env PATH="$(abspath $(BIN)):$$PATH" COG_PREDICT_TYPE_STUB=predict.py:Predictor PORT=$(PORT) \
 		COG_MAX_CONCURRENCY="$${COG_MAX_CONCURRENCY:-$(or $(SLOTS),1)}" python -m cog.server.http --host $(HOST)
 
+$(VENV)/.app: requirements-app.txt $(VENV)/.run
+	@echo "Installing requirements-app.txt into $(VENV) ..."
+	$(call install,--no-deps -r requirements-app.txt)
+	@touch $@
+
+PAGE_PORT := 7860
+
+app: $(VENV)/.app ## the web page [HOST=127.0.0.1 PAGE_PORT=7860 ARGS="--weights DIR"]
+	@exec $(BIN)/python -m clipgen app --host $(HOST) --port $(PAGE_PORT) $(ARGS)
+
 # --- check -----------------------------------------------------------------------------------------------------------------
 
 test: $(VENV)/.dev ## the fast suite: offline, CPU [ARGS="-k gpt"]
@@ -79,6 +89,16 @@ test: $(VENV)/.dev ## the fast suite: offline, CPU [ARGS="-k gpt"]
 
 test-slow: $(VENV)/.dev ## the slow suite
 	@$(BIN)/python -m pytest -m slow $(ARGS)
+
+# Debian's Chromium, where it is missing and may be installed; else the one Playwright finds, or a message.
+test-browser: $(VENV)/.dev $(VENV)/.app ## the web page, in Chromium
+	@command -v chromium >/dev/null || command -v chromium-browser >/dev/null || command -v google-chrome >/dev/null || { \
+		echo "No Chromium here: installing it ..."; \
+		[ "$$(id -u)" = 0 ] && command -v apt-get >/dev/null && apt-get update -qq \
+			&& apt-get install -qq -y --no-install-recommends chromium >/dev/null; \
+	} || $(BIN)/python -m playwright install chromium \
+		|| { echo "These tests need Chromium. On Debian: sudo apt install chromium" >&2; exit 1; }
+	@$(BIN)/python -m pytest -m "not slow" tests/test_app.py tests/test_browser.py $(ARGS)
 
 lint: $(VENV)/.dev ## ruff and mypy, as pre-commit runs them
 	@$(BIN)/ruff check .
@@ -117,4 +137,4 @@ clean: ## remove caches and build products; keeps .venv, data, runs and outputs
 	@rm -rf .pytest_cache .mypy_cache .ruff_cache .hypothesis .cog *.egg-info
 	@find . -name __pycache__ -not -path './$(VENV)/*' -prune -exec rm -rf {} +
 
-.PHONY: help setup predict .prompt serve test test-slow lint format bench emoji mini clean
+.PHONY: help setup predict .prompt serve app test test-slow test-browser lint format bench emoji mini clean
