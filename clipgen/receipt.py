@@ -330,6 +330,8 @@ def _read(record: Any) -> Receipt:
             raise ReceiptError(
                 "its receipt is damaged: a part of the prompt must be a text or an image, and one of them"
             )
+    if bool(record["keep"]) != bool(record["keep_rows"]):
+        raise ReceiptError("its receipt is damaged: keep and keep_rows do not fit together")
     if (
         not 0 <= record["image_seed"] - record["seed"] < record["candidates"]
         or record["index"] >= record["num_outputs"]
