@@ -247,17 +247,13 @@ def device_name(device: torch.device) -> str:
 
 
 def _parse(text: str) -> Any:
-    """JSON without its extras: no NaN, no name twice."""
+    """JSON in which no name stands twice; that NaN is no number is for the rules to see."""
     if len(text) > MAX_READ:
         raise ReceiptError(f"its receipt has {len(text):,} characters; {MAX_READ:,} are allowed")
     try:
-        return json.loads(text, parse_constant=_refuse, object_pairs_hook=_object)
+        return json.loads(text, object_pairs_hook=_object)
     except (ValueError, RecursionError) as error:
         raise ReceiptError(f"its receipt is damaged: no JSON ({error})") from None
-
-
-def _refuse(constant: str) -> None:
-    raise ValueError(f"{constant} is no number")
 
 
 def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
@@ -291,7 +287,7 @@ _PART_RULES: dict[str, Rule] = {
 }
 _RULES: dict[str, Rule] = {
     "version": _whole(VERSION, VERSION),
-    "prompt": lambda value: isinstance(value, list) and 1 <= len(value) <= MAX_PARTS,
+    "prompt": lambda value: type(value) is list and 0 < len(value) <= MAX_PARTS and {*map(type, value)} == {dict},
     "seed": _whole(0, MAX_SEED),
     "image_seed": _whole(0, MAX_SEED + MAX_CANDIDATES),
     "index": _whole(0, MAX_CANDIDATES - 1),
@@ -314,29 +310,27 @@ _RULES: dict[str, Rule] = {
 }
 
 
+def _damaged(what: str) -> ReceiptError:
+    return ReceiptError(f"its receipt is damaged: {what}")
+
+
 def _read(record: Any) -> Receipt:
     """A checked receipt out of any JSON value."""
     if not isinstance(record, dict):
-        raise ReceiptError("its receipt is damaged: no JSON object")
+        raise _damaged("no JSON object")
     version = record.get("version")
     if type(version) is int and version > VERSION:
         raise ReceiptError(f"its receipt has the version {version}; this clipgen reads {VERSION}: upgrade it")
     _check(record, _RULES, "")
     for part in record["prompt"]:
-        if not isinstance(part, dict):
-            raise ReceiptError("its receipt is damaged: a part of the prompt is no JSON object")
         _check(part, _PART_RULES, "prompt's ")
         if bool(part["text"].strip()) == bool(part["image"]):
-            raise ReceiptError(
-                "its receipt is damaged: a part of the prompt must be a text or an image, and one of them"
-            )
+            raise _damaged("a part of the prompt must be a text or an image, and one of them")
     if bool(record["keep"]) != bool(record["keep_rows"]):
-        raise ReceiptError("its receipt is damaged: keep and keep_rows do not fit together")
-    if (
-        not 0 <= record["image_seed"] - record["seed"] < record["candidates"]
-        or record["index"] >= record["num_outputs"]
-    ):
-        raise ReceiptError("its receipt is damaged: seed, candidates and index do not fit together")
+        raise _damaged("keep and keep_rows do not fit together")
+    place = record["image_seed"] - record["seed"]
+    if not 0 <= place < record["candidates"] or record["index"] >= record["num_outputs"]:
+        raise _damaged("seed, candidates and index do not fit together")
     prompt = tuple(PromptPart(**part) for part in record["prompt"])
     return Receipt(**{name: value for name, value in record.items() if name != "version"} | {"prompt": prompt})
 
@@ -345,10 +339,10 @@ def _check(record: Mapping[str, Any], rules: Mapping[str, Rule], where: str) -> 
     if record.keys() != rules.keys():
         odd = sorted(record.keys() ^ rules.keys(), key=str)[0]
         state = "is missing" if odd in rules else "is not known here"
-        raise ReceiptError(f"its receipt is damaged: the field {where}{odd[:50]!r} {state}")
+        raise _damaged(f"the field {where}{odd[:50]!r} {state}")
     for name, rule in rules.items():
         if not rule(record[name]):
-            raise ReceiptError(f"its receipt is damaged: {where}{name} is {_shown(record[name])}, which cannot be")
+            raise _damaged(f"{where}{name} is {_shown(record[name])}, which cannot be")
 
 
 def _shown(value: Any) -> str:
