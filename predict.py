@@ -50,12 +50,12 @@ class Predictor(BasePredictor):
     def load(self) -> None:
         """Make the pipeline and warm it up, so that the first request is not slower than the others."""
         folder = obtain(os.environ.get("CLIPGEN_WEIGHTS") or WEIGHTS, say=print)
-        self.weights = weights_digest(folder)
         self.pipe = ClipGen.from_pretrained(
             folder,
             device=os.environ.get("CLIPGEN_DEVICE") or None,
             dtype=os.environ.get("CLIPGEN_DTYPE") or None,
         )
+        self.weights = weights_digest(folder)
         self.pipe("warm up", seed=0)
 
     @streaming
@@ -152,7 +152,7 @@ class Predictor(BasePredictor):
             [Request(parts, **settings)], should_stop=stop.is_set, preview=show, previews=previews
         )
         if show is not None:
-            self.record_metric("preview", None)
+            self.scope.metrics.delete("preview")  # the outputs are there now
         if result.dropped:
             print(f"The prompt is too long: the model did not read its last {len(result.dropped)} characters.")
         return result

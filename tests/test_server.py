@@ -218,11 +218,18 @@ def test_cancel_frees_the_model_at_once(server: Server) -> None:
     assert "Traceback" not in server.log.read_text()
 
 
+INPUTS = {name: {"type": "integer"} for name in ("num_outputs", "candidates", "seed", "previews")}
+INPUTS["prompt"] = {"type": "string"}
 STREAMING = {
     "openapi": "3.0.2",
     "info": {"title": "Cog", "version": "0.1.0"},
     "paths": {"/predictions": {"post": {"x-cog-streaming": True}}},
-    "components": {"schemas": {"Input": {"type": "object"}, "Output": {"type": "array", "items": {"type": "string"}}}},
+    "components": {
+        "schemas": {
+            "Input": {"type": "object", "properties": INPUTS},
+            "Output": {"type": "array", "items": {"type": "string"}},
+        }
+    },
 }
 
 
@@ -251,7 +258,8 @@ def test_previews_are_streamed_apart_from_the_outputs(root: Path, slow_weights: 
         server.stop()
     shown = [data["value"] for name, data in found if name == "metric" and data["name"] == "preview"]
     shown = [value for value in shown if value is not None]
-    assert 1 <= len(shown) <= 3 and all(value.startswith("data:image/webp") for value in shown)
+    assert 1 <= len(shown) <= 3, [(name, str(data)[:200]) for name, data in found]
+    assert all(value.startswith("data:image/webp") for value in shown)
     name, answer = found[-1]
     assert name == "completed" and len(pictures(answer)) == 2 and "preview" not in answer["metrics"]
     assert [a.tobytes() for a in pictures(answer)] == [b.tobytes() for b in pictures(plain)]
