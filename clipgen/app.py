@@ -33,6 +33,8 @@ CSS = """
 #go, #stop { min-height: 3rem; font-size: 1.05rem; }
 #status { min-height: 1.6rem; overflow-wrap: anywhere; } #status .bad { color: #b3261e; font-weight: 600; }
 .dark #status .bad { color: #ffb4ab; }
+#pictures, #pictures .grid-wrap { min-height: 6rem !important; }
+#pictures .caption-label { max-width: 100%; white-space: normal; overflow: visible; }
 @media (max-width: 640px) {
   .gradio-container { padding: .5rem !important; }
   button.lg { min-height: 3rem; }
@@ -304,12 +306,11 @@ def _status(note: str, bad: bool = False) -> str:
 def launch(page: Page, host: str, port: int, block: bool) -> str:
     """Serve a page; its address. With `block` until Ctrl-C."""
     os.environ.pop("GRADIO_ALLOWED_PATHS", None)  # it would serve more folders than the page's own
-    plain_font, code_font = ["system-ui", "sans-serif"], ["ui-monospace", "monospace"]
     theme = gr.themes.Default(
         primary_hue="amber",
         neutral_hue="stone",
-        font=[gr.themes.Font(name) for name in plain_font],
-        font_mono=[gr.themes.Font(name) for name in code_font],
+        font=[gr.themes.Font(name) for name in ("system-ui", "sans-serif")],
+        font_mono=[gr.themes.Font(name) for name in ("ui-monospace", "monospace")],
     )
     try:
         page.blocks.launch(

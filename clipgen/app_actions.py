@@ -98,8 +98,8 @@ class Drawing:
 
     @property
     def captions(self) -> list[str]:
-        """Score and seed of each picture."""
-        return [f"score {record.score:.3f} · seed {record.image_seed}" for record in self.records]
+        """CLIP score and seed of each picture."""
+        return [f"{record.score:.3f} · seed {record.image_seed}" for record in self.records]
 
 
 @dataclass(frozen=True)

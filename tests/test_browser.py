@@ -118,7 +118,7 @@ def test_generate_then_the_same_seed_again_then_another(page: Any, tmp_path: Pat
     said = generate(page)
     assert said.startswith("2 pictures")
     first = drawn(page)
-    assert len(first) == 2 and all(Image.open(_file(tmp_path, data)).size == (96, 96) for data in first)
+    assert len(first) == 2 and all(Image.open(_file(tmp_path, data)).size == (144, 144) for data in first)
 
     page.locator("#use-seed").click()
     status(page, "is set")
