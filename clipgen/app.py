@@ -132,7 +132,7 @@ class Page:
             buttons=["download", "fullscreen"],
             elem_id="pictures",
         )
-        with gr.Row():
+        with gr.Row(equal_height=True):
             self.use_seed = gr.Button("Use this seed", interactive=False, elem_id="use-seed", min_width=140)
             self.download = gr.DownloadButton("Download", interactive=False, elem_id="download", min_width=140)
         with gr.Row():
