@@ -131,7 +131,7 @@ mini: emoji ## rebuild the mini model from its data (hours); run it again to res
 	$(BIN)/python train/stage2.py --config mini --data data/emoji/stage2 --vqgan runs/vqgan \
 		--clip runs/clip/clip.safetensors --out runs/gpt
 	$(BIN)/python -m train.export --config mini --clip runs/clip/clip.safetensors --vqgan runs/vqgan --gpt runs/gpt \
-		--out weights/mini
+		--data data/emoji/stage2 --out weights/mini
 
 clean: ## remove caches and build products; keeps .venv, data, runs and outputs
 	@rm -rf .pytest_cache .mypy_cache .ruff_cache .hypothesis .cog *.egg-info

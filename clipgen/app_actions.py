@@ -15,7 +15,6 @@ from typing import TYPE_CHECKING, Any
 from PIL import Image
 
 from clipgen import terminal as t
-from clipgen.coverage import Coverage
 from clipgen.generate_cli import AWAY
 from clipgen.images import load_image, save_image
 from clipgen.receipt import Receipt, receipts
@@ -123,7 +122,6 @@ class Studio:
         self.workers = ThreadPoolExecutor(WORKERS)
         # On a worker's thread: PyTorch's threads belong to the one that uses it, and a second set slows both down.
         self.pipe, self.digest = self.workers.submit(t.load, weights, device, dtype).result()
-        self.coverage = Coverage.load(weights)
         self.folder = folder
         self.running: dict[str, set[threading.Event]] = {}
 
@@ -204,10 +202,10 @@ class Studio:
         said = [f"{pictures}, the best of {result.drawn}, in {result.seconds['total']:.1f} s; seed {result.seed}."]
         if result.dropped:
             said.append(f"The prompt is too long, the model did not read: {result.dropped}")
-        if self.coverage is not None:
+        if self.pipe.coverage is not None:
             parts = [(isinstance(part, str), abs(weight)) for part, weight in parts_of(result.request.prompt)]
             texts = sum(weight for is_text, weight in parts if is_text) / sum(weight for _, weight in parts)
-            covered = self.coverage.look(self.pipe.embed(result.request.prompt), texts)
+            covered = self.pipe.coverage.look(self.pipe.embed(result.request.prompt), texts)
             if covered.low:
                 said.append(
                     f"This model has seen little like it; the nearest of its pictures is {covered.nearest[0][0]}."

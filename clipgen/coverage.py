@@ -1,4 +1,4 @@
-"""Coverage: how near a prompt is to what a model was trained on, and to which pictures.
+"""Coverage: how near a prompt is to what a model was trained on, and to which pictures; where those lie.
 
 The training pictures' embeddings lie in a small index beside the weights (`train/index.py` makes it). Sentences and
 pictures lie apart on CLIP's sphere (Liang et al. 2022, arXiv 2203.02053), so the mean way from sentences to their
@@ -27,6 +27,8 @@ MOST_PICTURES = 8192
 NEAREST = 5
 LOW = 0.05
 """Share of the sentences measured beneath which a prompt counts as unlike the training pictures."""
+SHARPNESS = 50
+"""Inverse temperature of `Coverage.project`: a cosine larger by a hundredth counts e^0.5 times as much."""
 _MOST_NAMES = 8_000_000
 
 
@@ -89,6 +91,23 @@ class Coverage:
         return Covered(
             figure, percentile, [(self.names[i], v) for i, v in zip(places.tolist(), values.tolist(), strict=True)]
         )
+
+    def project(self, embedding: Tensor) -> Tensor:
+        """Where the pictures lie that a sentence is about: its place in the GPT's training.
+
+        The mean of the training pictures' embeddings, weighted by the softmax of their cosines with the sentence (Li et
+        al. 2023, "DeCap", arXiv 2303.03032, eq. 5, with sentence and pictures in each other's place). No training, no
+        captions.
+
+        Args:
+            embedding: (D,) unit norm, of a text.
+
+        Returns:
+            (D,) unit norm, on the same device.
+        """
+        cosines = _cosines(embedding.float().cpu()[None], self.basis, self.images)[0]
+        mean = (SHARPNESS * cosines).softmax(dim=0) @ self.images @ self.basis
+        return F.normalize(mean, dim=0).to(embedding.device)
 
     def _similar(self, embeddings: Tensor, texts: float = 1.0) -> Tensor:
         return _cosines(embeddings - texts * self.gap, self.basis, self.images)

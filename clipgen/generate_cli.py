@@ -17,7 +17,7 @@ from clipgen.terminal import FILES, HOW, WHAT, option
 if TYPE_CHECKING:
     from PIL import Image
 
-    from clipgen.coverage import Coverage, Covered
+    from clipgen.coverage import Covered
     from clipgen.pipeline import ClipGen
     from clipgen.receipt import Receipt
     from clipgen.request import Part, Request, Result
@@ -91,7 +91,6 @@ def generate(
     texts = _texts(prompts, prompts_file, image)
     others = [_weighted(part) for part in mix or []]
     others += [(t.checked_text(text), AWAY) for text in negative or []]
-    from clipgen.coverage import Coverage
     from clipgen.images import load_image
     from clipgen.receipt import receipts
     from clipgen.request import Request
@@ -108,27 +107,27 @@ def generate(
     }
     requests = [Request(prompt=_parts(text, picture, image_weight, others), **settings) for text in texts]
     pipe, digest = t.load(weights, device, dtype)
-    index = Coverage.load(weights)
     for text, result in zip(texts, _draw(pipe, requests), strict=True):
         if result.dropped:
             t.say(f"the prompt is too long for the model, which did not read this part: {result.dropped}")
         stem = t.free_stem(out, text or (image.stem if image else ""), result.seed)
         files, sheet = _write(result, stem, format.value, receipts(pipe, result, digest))
-        covered = _covered(index, pipe, result.request)
+        covered = _covered(pipe, result.request)
         if covered and covered.low:
             name, near = text or "the image", covered.nearest[0][0]
             t.say(f"this model has seen little like {name!r}; the nearest of its training pictures is {near}")
         _show(text, result, files, sheet, covered, as_json)
 
 
-def _covered(index: Coverage | None, pipe: ClipGen, request: Request) -> Covered | None:
+def _covered(pipe: ClipGen, request: Request) -> Covered | None:
     """How near the prompt is to the training pictures, where the weights have an index of them."""
     from clipgen.request import parts_of
 
-    if index is None:
+    if pipe.coverage is None:
         return None
     parts = [(isinstance(part, str), abs(weight)) for part, weight in parts_of(request.prompt)]
-    return index.look(pipe.embed(request.prompt), sum(w for is_text, w in parts if is_text) / sum(w for _, w in parts))
+    texts = sum(w for is_text, w in parts if is_text) / sum(w for _, w in parts)
+    return pipe.coverage.look(pipe.embed(request.prompt), texts)
 
 
 def _draw(pipe: ClipGen, requests: Sequence[Request]) -> Iterator[Result]:

@@ -22,6 +22,7 @@ from torch import Tensor
 from clipgen.batch import Picture
 from clipgen.clip import Clip, tokenize
 from clipgen.config import ConfigError, ModelConfig, SamplingConfig
+from clipgen.coverage import Coverage
 from clipgen.engine import Engine
 from clipgen.gpt import GPT
 from clipgen.images import from_pixels, to_clip, to_pixels, to_rgb
@@ -74,11 +75,14 @@ WAVE = 8
 class ClipGen:
     """The three models and how they work together, for any number of threads at once."""
 
-    def __init__(self, config: ModelConfig, clip: Clip, gpt: GPT, vqgan: VQGAN) -> None:
+    def __init__(
+        self, config: ModelConfig, clip: Clip, gpt: GPT, vqgan: VQGAN, coverage: Coverage | None = None
+    ) -> None:
         if clip.embed_dim != config.gpt.n_cond:
             raise ConfigError(f"CLIP embeds in {clip.embed_dim} dimensions, the GPT expects {config.gpt.n_cond}")
         self.config = config
         self.clip, self.gpt, self.vqgan = clip, gpt, vqgan
+        self.coverage = coverage
         self.engine = Engine(gpt)
         self.painter = Painter(vqgan, clip)
 
@@ -103,7 +107,7 @@ class ClipGen:
         clip = Clip.from_state_dict(parts.pop("clip"), place, precision)
         gpt = build(GPT, config.gpt, parts.pop("gpt"), place, precision).pack()
         vqgan = build(VQGAN, config.vqgan, parts.pop("vqgan"), place, precision)
-        return cls(config, clip, gpt, vqgan)
+        return cls(config, clip, gpt, vqgan, Coverage.load(folder))
 
     @property
     def device(self) -> torch.device:
@@ -140,17 +144,32 @@ class ClipGen:
         )
         return self.generate([request], progress, should_stop)[0]
 
-    @torch.inference_mode()
     def embed(self, prompt: Prompt) -> Tensor:
         """The prompt's point on the unit sphere, (D,) float32: the weighted sum of its parts, normalised.
+
+        Candidates are ranked by it.
 
         Raises:
             RequestError: it is empty, or its parts cancel each other out.
         """
+        return self._sum(prompt, lambda embedding: embedding)
+
+    def condition(self, prompt: Prompt) -> Tensor:
+        """What the GPT draws from, (D,) float32, unit norm: as `embed`, but where there is an index of the training
+        pictures, each text takes the place of the pictures it is about (`Coverage.project`).
+
+        The GPT was trained on pictures' embeddings, and a sentence's are elsewhere: of the mini model's pictures of
+        single things, the judge recognises half as many without this.
+        """
+        return self.embed(prompt) if self.coverage is None else self._sum(prompt, self.coverage.project)
+
+    @torch.inference_mode()
+    def _sum(self, prompt: Prompt, place: Callable[[Tensor], Tensor]) -> Tensor:
+        """The normalised sum of a prompt's parts; texts go through `place`."""
         total = torch.zeros(self.clip.embed_dim, device=self.device)
         for part, weight in parts_of(prompt):
             if isinstance(part, str):
-                embedding = self.clip.encode_text([part])[0]
+                embedding = place(self.clip.encode_text([part])[0])
             else:
                 embedding = self.clip.encode_image(to_clip([to_rgb(part)], self.clip.image_size))[0]
             total += weight * embedding
@@ -188,7 +207,7 @@ class ClipGen:
         length, done = self.config.gpt.block_size, 0
         total = length * sum(request.drawn for request in requests)
         while drawing := [(work, seed) for work in works for seed in work.wave(start)]:
-            pictures = [Picture(work.embedding, seed, work.sampling, work.kept) for work, seed in drawing]
+            pictures = [Picture(work.condition, seed, work.sampling, work.kept) for work, seed in drawing]
             report = None if progress is None else _offset(progress, done, total)
             with self._timed(seconds, "decode_tokens"):
                 watch = None if preview is None else self._watch(preview, drawing)
@@ -217,7 +236,8 @@ class ClipGen:
     def _work(self, request: Request) -> _Work:
         seed = secrets.randbelow(MAX_SEED) if request.seed is None else request.seed
         embedding = self.embed(request.prompt)
-        return _Work(request, seed, embedding, request.sampling(self.config.sampling), self._kept(request))
+        condition = self.condition(request.prompt)
+        return _Work(request, seed, embedding, condition, request.sampling(self.config.sampling), self._kept(request))
 
     def _kept(self, request: Request) -> Tensor | None:
         """The tokens of the rows that a request keeps."""
@@ -273,7 +293,8 @@ class _Work:
 
     request: Request
     seed: int
-    embedding: Tensor  # (D,)
+    embedding: Tensor  # (D,), for the ranking
+    condition: Tensor  # (D,), for the GPT
     sampling: SamplingConfig
     kept: Tensor | None
     found: list[tuple[int, Painted]] = field(default_factory=list)  # by seed

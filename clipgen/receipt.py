@@ -20,7 +20,7 @@ from PIL import Image
 from clipgen import __version__
 from clipgen.images import read_metadata, to_rgb
 from clipgen.request import MAX_CANDIDATES, MAX_PARTS, MAX_SEED, Part, Request, Result, parts_of
-from clipgen.weights import FILES, MANIFEST, read_manifest
+from clipgen.weights import MANIFEST, read_manifest
 
 if TYPE_CHECKING:
     from clipgen.pipeline import ClipGen
@@ -230,7 +230,7 @@ def weights_digest(folder: str | Path) -> str:
         WeightsError: there is no manifest, or it is not one.
     """
     files = read_manifest(Path(folder) / MANIFEST)
-    return hashlib.sha256("".join(files[name]["sha256"] for name in FILES).encode()).hexdigest()
+    return hashlib.sha256("".join(entry["sha256"] for entry in files.values()).encode()).hexdigest()
 
 
 def image_digest(image: Image.Image) -> str:

@@ -28,7 +28,7 @@ from clipgen.config import ConfigError, ModelConfig, load_model_config
 PARTS = ("clip", "vqgan", "gpt")
 FILES = ("config.yaml", *(f"{part}.safetensors" for part in PARTS))
 EXTRAS = ("coverage.safetensors",)
-"""Files that a folder may have besides; drawing needs none of them."""
+"""Files that a folder may have besides; drawing works without, but not the same."""
 MANIFEST = "manifest.json"
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 """Precisions that a model runs in, by the names that users give them."""

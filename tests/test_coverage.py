@@ -16,6 +16,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 from typer.testing import CliRunner
 
+from clipgen import ClipGen
 from clipgen.cli import app
 from clipgen.coverage import FILE, MOST_PICTURES, Coverage, build_index
 from clipgen.weights import WeightsError, add_extra, load_extra, load_weights, save_weights
@@ -153,3 +154,28 @@ def test_the_script(root: Path, tiny_weights: Path, tmp_path: Path) -> None:
     (data / "00.png").unlink()
     wrong = subprocess.run([*command, tmp_path / "encoded.safetensors"], cwd=root, capture_output=True, text=True)
     assert wrong.returncode == 2 and "not the same set" in wrong.stderr
+
+
+def test_a_sentence_takes_the_place_of_the_pictures_it_is_about() -> None:
+    generator = torch.Generator().manual_seed(0)
+    images = F.normalize(torch.randn(40, 32, generator=generator), dim=1)
+    index = Coverage(build_index(images, [str(i) for i in range(40)], images[:20]))
+    for i in (0, 7, 39):
+        near = F.normalize(images[i] + 0.4 * F.normalize(torch.randn(32, generator=generator), dim=0), dim=0)
+        moved = index.project(near)
+        assert moved.norm().item() == pytest.approx(1, abs=1e-5)
+        assert moved @ images[i] > 0.99 > near @ images[i]
+    between = F.normalize(images[3] + images[4], dim=0)
+    moved = index.project(between)
+    assert min(moved @ images[3], moved @ images[4]) > 0.3
+
+
+def test_texts_are_moved_for_the_gpt_and_images_and_the_ranking_are_not(root: Path) -> None:
+    pipe = ClipGen.from_pretrained(root / "weights" / "mini", device="cpu")
+    assert pipe.coverage is not None
+    picture = Image.new("RGB", (144, 144), (220, 40, 40))
+    assert torch.equal(pipe.condition(picture), pipe.embed(picture))
+    text, moved = pipe.embed("a red heart"), pipe.condition("a red heart")
+    assert text @ moved < 0.95
+    (name, _), *_ = pipe.coverage.look(moved, texts=0.0).nearest
+    assert "heart" in name
