@@ -6,7 +6,7 @@
 
     renders/STYLE/CODE.png   every emoji in every style, transparent, as the artists drew it
     train/*.png              what CLIP and the VQGAN train on: one or two emoji on plain backgrounds
-    stage2/*.png             what the GPT trains on: single centred emoji in two styles, on white and on colours, no symbols
+    stage2/*.png             what the GPT trains on: single centred emoji in two styles, on white or a colour, no symbols
     heldout/*.png            renders whose emoji the models know only in other styles
     unseen/*.png             emoji that no model has seen in any style
     */metadata.jsonl         file_name, objects, style and background of each picture
@@ -53,8 +53,8 @@ LICENCES = {
     "emojibase-data": "MIT, Miles Johnson",
 }
 _DRAWN = {"3d": 3, "line": 1}
-"""Styles that the GPT learns, and how often each is put on a colour, relative to the other. Two that cannot be taken for
-each other: of four drawings of a rat, a model of this size drew the mean."""
+"""Styles that the GPT learns, and how often each is put on a colour, relative to the other. Two that cannot be taken
+for each other: of four drawings of a rat, a model of this size drew the mean."""
 _SYMBOLS = 8  # arrows, signs, buttons
 _SKIP_GROUPS = {2, 9}  # skin-tone components; flags, which are letters to a model of this size
 
