@@ -21,9 +21,9 @@ from local_server import serving
 from PIL import Image
 
 from clipgen.images import to_clip
+from clipgen.sources import DataError, Files, Shards, open_source
 from train import check
 from train.data import Images, Order, image_batches
-from train.sources import DataError, Files, Shards, open_source
 
 
 def encoded(image: Image.Image, kind: str, **options: object) -> bytes:

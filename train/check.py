@@ -25,8 +25,8 @@ from PIL import Image
 from rich.progress import track
 
 from clipgen.images import ImageError, grid, load_image, save_image
+from clipgen.sources import DataError, Source, open_source
 from train.data import reason
-from train.sources import DataError, Source, open_source
 
 ALIKE = 3
 """Bits of 64 in which the hashes of near-duplicates differ, at most."""

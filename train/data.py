@@ -19,7 +19,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, Sampler
 
 from clipgen.images import ImageError, load_image, to_clip, to_pixels
-from train.sources import DataError, Source, open_source
+from clipgen.sources import DataError, Source, open_source
 
 Key = tuple[int, int]
 """Which picture, and the seed of its crop and flip."""

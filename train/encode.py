@@ -26,11 +26,11 @@ from torch import Tensor
 
 from clipgen.clip import Clip
 from clipgen.config import Config, VQGANConfig
+from clipgen.sources import DataError
 from clipgen.vqgan import VQGAN
 from train.checkpoint import save_tensors
 from train.common import build_accelerator, command, load_weights, own_part, parse_args, report_failures, write_text
 from train.data import Batch, Images, Key, image_batches
-from train.sources import DataError
 
 ROWS = 4096
 """Crops of one shard."""

@@ -19,10 +19,10 @@ from torch import Tensor
 
 from clipgen.clip import Clip
 from clipgen.coverage import FILE, build_index
+from clipgen.sources import DataError, open_source
 from clipgen.weights import add_extra, load_weights
 from train.captions import Emoji, caption
 from train.encode import Encoded
-from train.sources import DataError, open_source
 
 SENTENCES = 800
 
