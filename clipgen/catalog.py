@@ -18,7 +18,7 @@ class File:
 
     Attributes:
         name: what it is called here, in the cache and on mirrors; never taken from a server.
-        part: what it holds: "clip", "vqgan" or "gpt".
+        part: what it holds: "clip", "vqgan" or "gpt" of a model, "inception" or "vgg16" to evaluate one.
         url: where its publisher has it.
         size: bytes, where the publisher states it.
         sha256: lower-case hexadecimal, where the publisher states it.
@@ -95,6 +95,38 @@ CATALOG: dict[str, Entry] = {
                     "vqgan",
                     "https://heibox.uni-heidelberg.de/f/867b05fc8c4841768640/?dl=1",
                     tensors=304_295_436,
+                ),
+            ),
+        ),
+        Entry(
+            name="inception",
+            what="InceptionV3 as FID and Inception Score are defined by, for evaluate",
+            page="https://github.com/toshas/torch-fidelity",
+            licence="Apache 2.0",
+            files=(
+                File(
+                    "weights-inception-2015-12-05-6726825d.pth",
+                    "inception",
+                    # The address is the library's own, the file's name has the first digits of its SHA-256.
+                    "https://github.com/toshas/torch-fidelity/releases/download/v0.2.0/"
+                    "weights-inception-2015-12-05-6726825d.pth",
+                    size=95_628_359,
+                    sha256="6726825d0af5f729cebd5821db510b11b1cfad8faad88a03f1befd49fb9129b2",
+                ),
+            ),
+        ),
+        Entry(
+            name="vgg16",
+            what="torchvision's VGG16 trained on ImageNet: the network under LPIPS, for evaluate and stage 1",
+            page="https://github.com/pytorch/vision",
+            licence="BSD 3-clause, as its code",
+            files=(
+                File(
+                    "vgg16-397923af.pth",
+                    "vgg16",
+                    "https://download.pytorch.org/models/vgg16-397923af.pth",
+                    size=553_433_881,
+                    sha256="397923af8e79cdbb6a7127f12361acd7a2f83e06b05044ddf496e83de57a5bf0",
                 ),
             ),
         ),

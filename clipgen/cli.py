@@ -13,7 +13,17 @@ from typing import Annotated, Any
 import typer
 from typer.core import TyperGroup
 
-from clipgen import __version__, app_cli, doctor_cli, generate_cli, morph_cli, replay_cli, sheet_cli, weights_cli
+from clipgen import (
+    __version__,
+    app_cli,
+    doctor_cli,
+    evaluate_cli,
+    generate_cli,
+    morph_cli,
+    replay_cli,
+    sheet_cli,
+    weights_cli,
+)
 from clipgen.terminal import fail
 
 
@@ -51,6 +61,7 @@ app.command(epilog=replay_cli.EXAMPLE)(replay_cli.replay)
 app.command(epilog=sheet_cli.EXAMPLE)(sheet_cli.sheet)
 app.command(epilog=morph_cli.EXAMPLE)(morph_cli.morph)
 app.command(epilog=doctor_cli.EXAMPLE)(doctor_cli.doctor)
+app.command(epilog=evaluate_cli.EXAMPLE)(evaluate_cli.evaluate)
 app.command("app", epilog=app_cli.EXAMPLE)(app_cli.app)
 app.add_typer(weights_cli.app, name="weights")
 

@@ -142,24 +142,10 @@ def _draw(pipe: ClipGen, requests: Sequence[Request]) -> Iterator[Result]:
 
 def _texts(prompts: Sequence[str] | None, file: Path | None, image: Path | None) -> list[str]:
     """Every prompt of the run, in order; one empty prompt when there is only an image."""
-    texts = [*(prompts or []), *(_read_lines(file) if file else [])]
+    texts = [*(prompts or []), *(t.read_lines(file, "--prompts-file") if file else [])]
     if not texts and image is None:
         raise typer.BadParameter("nothing to draw: give a prompt in quotes, --prompts-file or --image")
     return [t.checked_text(text) for text in texts] or [""]
-
-
-def _read_lines(file: Path) -> list[str]:
-    try:
-        data = sys.stdin.buffer.read() if str(file) == "-" else file.read_bytes()
-        lines = [line.strip() for line in data.decode("utf-8-sig").splitlines()]
-    except OSError as error:
-        raise typer.BadParameter(f"--prompts-file '{file}' cannot be read: {error.strerror}") from None
-    except UnicodeDecodeError:
-        raise typer.BadParameter(f"--prompts-file '{file}' is not UTF-8 text; save it as UTF-8") from None
-    texts = [line for line in lines if line]
-    if not texts:
-        raise typer.BadParameter(f"--prompts-file '{file}' holds no prompt; write one a line")
-    return texts
 
 
 def _weighted(part: str) -> tuple[str, float]:

@@ -107,6 +107,25 @@ def checked_text(text: str) -> str:
     return text
 
 
+def read_lines(file: Path, flag: str) -> list[str]:
+    """The prompts of a text file, or of stdin for "-": its lines that are not empty.
+
+    Raises:
+        BadParameter: it cannot be read, is no UTF-8, or holds none; `flag` is what it was given as.
+    """
+    try:
+        data = sys.stdin.buffer.read() if str(file) == "-" else file.read_bytes()
+        lines = [line.strip() for line in data.decode("utf-8-sig").splitlines()]
+    except OSError as error:
+        raise typer.BadParameter(f"{flag} '{file}' cannot be read: {error.strerror}") from None
+    except UnicodeDecodeError:
+        raise typer.BadParameter(f"{flag} '{file}' is not UTF-8 text; save it as UTF-8") from None
+    texts = [line for line in lines if line]
+    if not texts:
+        raise typer.BadParameter(f"{flag} '{file}' holds no prompt; write one a line")
+    return texts
+
+
 def load(weights: Path, device: str | None, dtype: str | None) -> tuple[ClipGen, str]:
     """The model in a folder, and its `receipt.weights_digest`; says how long that took."""
     from clipgen.pipeline import ClipGen

@@ -319,7 +319,7 @@ def test_the_catalog_holds_together() -> None:
     for name, item in CATALOG.items():
         assert name == item.name and re.fullmatch(r"[a-z0-9-]+", name)
         parts = [file.part for file in item.files]
-        assert len(set(parts)) == len(parts) and set(parts) <= {"clip", "vqgan", "gpt"}
+        assert len(set(parts)) == len(parts) and set(parts) <= {"clip", "vqgan", "gpt", "inception", "vgg16"}
         assert not item.config or set(parts) == {"clip", "vqgan", "gpt"}
         for file in item.files:
             assert re.fullmatch(r"[A-Za-z0-9][\w.-]+", file.name) and urlsplit(file.url).scheme == "https"
@@ -333,3 +333,13 @@ def test_openais_hash_is_the_one_that_its_package_checks() -> None:
 
     (file,) = CATALOG["openai-vit-b32"].files
     assert clip.clip._MODELS["ViT-B/32"] == file.url and file.url.split("/")[-2] == file.sha256
+
+
+def test_the_libraries_own_addresses_and_digits_are_in_the_catalog() -> None:
+    from torch_fidelity.feature_extractor_inceptionv3 import URL_INCEPTION_V3
+    from torchvision.models import VGG16_Weights
+
+    for name, url in (("inception", URL_INCEPTION_V3), ("vgg16", VGG16_Weights.IMAGENET1K_V1.url)):
+        (file,) = CATALOG[name].files
+        assert file.url == url and file.name == url.rsplit("/", 1)[1]
+        assert file.sha256 and url.removesuffix(".pth").endswith(f"-{file.sha256[:8]}")  # torch.hub's convention

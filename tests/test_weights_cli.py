@@ -85,7 +85,7 @@ def test_list_shows_what_there_is(run: Run) -> None:
     for entry in CATALOG.values():
         assert f"{entry.name}: " in result.stdout and entry.licence in result.stdout
         assert all(file.name in result.stdout for file in entry.files)
-    assert "size unknown, more than 1,348 MB" in result.stdout and result.stdout.count("absent") == 5
+    assert "size unknown, more than 1,348 MB" in result.stdout and result.stdout.count("absent") == 7
     assert "present" not in result.stdout
 
 

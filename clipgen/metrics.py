@@ -1,0 +1,145 @@
+"""The arithmetic of evaluation: Frechet distance, Inception Score, R-precision, CLIP score, PSNR.
+
+Everything is added up in float64 and can be summed over processes, so a set of pictures has the same figures however
+it is shared out. No network is called here. Shapes: N pictures, F features, C classes, D embedding.
+"""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Callable, Sequence
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+Sum = Callable[[Tensor], Tensor]
+"""Adds a tensor up over the processes."""
+
+
+class Gaussian:
+    """Mean and covariance of features, gathered batch by batch."""
+
+    def __init__(self, size: int) -> None:
+        self.count = torch.zeros((), dtype=torch.float64)
+        self.total = torch.zeros(size, dtype=torch.float64)
+        self.products = torch.zeros(size, size, dtype=torch.float64)
+
+    def add(self, features: Tensor) -> None:
+        """Take in features (N, F) of some pictures."""
+        x = features.detach().cpu().double()
+        self.count += len(x)
+        self.total += x.sum(0)
+        self.products += x.t() @ x
+
+    def share(self, add_up: Sum) -> None:
+        """Become the statistics of all processes' pictures."""
+        self.count, self.total, self.products = map(add_up, (self.count, self.total, self.products))
+
+    @property
+    def mean(self) -> Tensor:
+        """(F,)."""
+        return self.total / self.count
+
+    @property
+    def covariance(self) -> Tensor:
+        """(F, F), unbiased, as NumPy's `cov`; of a single picture zeros."""
+        mean = self.mean
+        return (self.products - self.count * torch.outer(mean, mean)) / (self.count - 1).clamp(min=1)
+
+
+def frechet_distance(a: Gaussian, b: Gaussian) -> float:
+    """Squared Wasserstein-2 distance of two Gaussians: FID for Inception's features (Heusel et al., arXiv 1706.08500).
+
+    |m_a - m_b|^2 + tr(C_a + C_b - 2 (C_a C_b)^(1/2)), the last trace by the eigenvalues of C_a^(1/2) C_b C_a^(1/2),
+    which are real and not negative even where there are fewer pictures than features.
+    """
+    values, vectors = torch.linalg.eigh(a.covariance)
+    root = vectors * values.clamp(min=0).sqrt() @ vectors.t()
+    shared = torch.linalg.eigvalsh(root @ b.covariance @ root).clamp(min=0).sqrt().sum()
+    distance = (a.mean - b.mean).square().sum() + a.covariance.trace() + b.covariance.trace() - 2 * shared
+    return max(0.0, float(distance))
+
+
+class ClassScore:
+    """Inception Score (Salimans et al., arXiv 1606.03498): exp E KL(p(class | picture) || p(class)), over splits.
+
+    Which split a picture belongs to follows from its number: the order is shuffled with a seed, as torch-fidelity does.
+    """
+
+    def __init__(self, count: int, classes: int, splits: int = 10, seed: int = 2020) -> None:
+        """Args: pictures in all, classes, parts that the mean and deviation are over (at most `count`), the seed."""
+        self.splits = min(splits, count)
+        place = np.empty(count, dtype=np.int64)
+        place[np.random.RandomState(seed).permutation(count)] = np.arange(count)
+        ends = np.array([(i + 1) * count // self.splits for i in range(self.splits)])
+        self._split = torch.from_numpy(np.searchsorted(ends, place, side="right"))
+        self._counts = torch.zeros(self.splits, dtype=torch.float64)
+        self._negentropy = torch.zeros(self.splits, dtype=torch.float64)
+        self._classes = torch.zeros(self.splits, classes, dtype=torch.float64)
+
+    def add(self, numbers: Sequence[int], logits: Tensor) -> None:
+        """Take in pictures by number (0 to count - 1) and their logits (N, C)."""
+        log_p = logits.detach().cpu().double().log_softmax(1)
+        p, split = log_p.exp(), self._split[list(numbers)]
+        self._counts.index_add_(0, split, torch.ones(len(p), dtype=torch.float64))
+        self._negentropy.index_add_(0, split, (p * log_p).sum(1))
+        self._classes.index_add_(0, split, p)
+
+    def share(self, add_up: Sum) -> None:
+        """Become the score of all processes' pictures."""
+        self._counts, self._negentropy, self._classes = map(add_up, (self._counts, self._negentropy, self._classes))
+
+    def result(self) -> tuple[float, float]:
+        """Mean and standard deviation over the splits."""
+        counts = self._counts[:, None]
+        marginal = self._classes / counts
+        kl = self._negentropy / self._counts - torch.special.xlogy(marginal, marginal).sum(1)
+        scores = kl.exp()
+        return float(scores.mean()), float(scores.std(correction=0))
+
+
+def r_precision(images: Tensor, prompts: Tensor, among: int = 100, seed: int = 0) -> tuple[float, int]:
+    """Share of the pictures whose own prompt is the nearest among itself and random other ones (R = 1).
+
+    Xu et al. (AttnGAN, arXiv 1711.10485) with CLIP's embeddings (Park et al., NeurIPS 2021); 99 others by default.
+    Equal prompts count as one: none is another's rival.
+
+    Args:
+        images: (N, D) unit norm; prompts: (N, D) unit norm, in the same order.
+
+    Returns:
+        The share, and among how many prompts each was looked for: fewer where there are not as many different ones.
+    """
+    kinds: dict[bytes, int] = {}
+    kind = [kinds.setdefault(row.numpy().tobytes(), len(kinds)) for row in prompts.cpu().float()]
+    different = torch.stack([prompts[kind.index(i)] for i in range(len(kinds))]).cpu()
+    rivals = min(among, len(kinds)) - 1
+    hits = 0
+    for i, image in enumerate(images.cpu()):
+        others = random.Random(f"{seed}-{i}").sample([k for k in range(len(kinds)) if k != kind[i]], rivals)
+        own = float(different[kind[i]] @ image)
+        hits += not others or own > float((different[others] @ image).max())
+    return hits / len(images), rivals + 1
+
+
+def clip_score(cosines: Tensor) -> float:
+    """CLIPScore, 2.5 * max(cosine, 0), averaged over (N,) pictures (Hessel et al., arXiv 2104.08718)."""
+    return float(2.5 * cosines.double().clamp(min=0).mean())
+
+
+def psnr(a: Tensor, b: Tensor) -> Tensor:
+    """Peak signal-to-noise ratio of pictures (N, C, H, W) in [0, 255], (N,) dB; equal ones get 100."""
+    error = (a.double() - b.double()).square().flatten(1).mean(1)
+    return (10 * torch.log10(255**2 / error)).clamp(max=100)
+
+
+def geometric_mean(log_likelihood: Tensor, counts: Tensor) -> Tensor:
+    """Likelihood of one token of each text, (N,): exp of the mean of its tokens' logarithms, given their sums (N,)."""
+    return (log_likelihood.double() / counts).exp()
+
+
+def cosines(a: Tensor, b: Tensor) -> Tensor:
+    """Of the rows of (N, D) and (N, D)."""
+    return F.cosine_similarity(a.double(), b.double(), dim=1)
