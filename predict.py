@@ -31,7 +31,8 @@ from clipgen.checkpoints import obtain
 from clipgen.images import grid, load_image, save_image
 from clipgen.pipeline import ClipGen
 from clipgen.receipt import receipts, weights_digest
-from clipgen.request import Request, Result
+from clipgen.request import Request, RequestError, Result
+from clipgen.urls import read_url
 
 WEIGHTS = pathlib.Path(__file__).resolve().parent / "weights" / "mini"
 
@@ -44,6 +45,7 @@ class Predictor(BasePredictor):
         self.workers = ThreadPoolExecutor(max_workers=16)  # 8 that wait, and those that are just cancelled
         # On a worker's thread: PyTorch's threads belong to the one that uses it, and a second set slows both down.
         self.workers.submit(copy_context().run, self.load).result()
+        self.decoding = threading.Lock()  # a picture of 64 megapixels takes a gigabyte: one at a time
         # Cog sends the files after `predict` has returned and deletes none: a folder lives until 32 newer ones exist.
         self.folders: deque[tempfile.TemporaryDirectory] = deque(maxlen=32)
 
@@ -136,10 +138,10 @@ class Predictor(BasePredictor):
             yield file
 
     def draw(
-        self, prompt: str, image: Path | None, settings: dict[str, Any], previews: int, stop: threading.Event
+        self, prompt: str, image: str | None, settings: dict[str, Any], previews: int, stop: threading.Event
     ) -> Result:
         """What a prediction waits for, in a thread of its own."""
-        picture = None if image is None else load_image(image)
+        picture = None if image is None else self.read(image, stop)
         if settings["keep_rows"] and picture is None:
             raise ValueError(f"keep_rows is {settings['keep_rows']}; it needs an image to keep them of")
         if settings["keep_rows"]:
@@ -156,6 +158,15 @@ class Predictor(BasePredictor):
         if result.dropped:
             print(f"The prompt is too long: the model did not read its last {len(result.dropped)} characters.")
         return result
+
+    def read(self, url: str, stop: threading.Event) -> Image.Image:
+        """The picture that a URL stands for."""
+        try:
+            data = read_url(url, stop.is_set)
+            with self.decoding:
+                return load_image(data)
+        except ValueError as error:
+            raise RequestError("image", f"cannot be used: {error}") from error
 
     def show(self, pictures: list[Image.Image]) -> None:
         """Send unfinished pictures, side by side, to whoever streams."""
@@ -185,6 +196,9 @@ def log(event: str, started: float, prompt: str, **facts: Any) -> None:
 
 # Read now: when Cog loads the predictor it puts plain values in place of the declarations.
 DECLARED = inspect.signature(Predictor.predict).parameters
+# In the schema the image is a file. To Cog's server it is text, or it would itself fetch whatever the URL names: from
+# this machine and its network too, without a limit, and leave what it could not fetch in the temporary folder.
+Predictor.predict.__annotations__["image"] = str | None
 
 
 def check(**inputs: Any) -> None:
@@ -203,7 +217,8 @@ def check(**inputs: Any) -> None:
 
 
 def _allowed(value: Any, kind: type, field: Any) -> bool:
-    if isinstance(value, bool) or not isinstance(value, (int, float) if kind is float else kind):
+    types: Any = {float: (int, float), Path: str}.get(kind, kind)
+    if isinstance(value, bool) or not isinstance(value, types):
         return False
     if isinstance(value, float) and not math.isfinite(value):
         return False

@@ -16,6 +16,7 @@ LAYERS = {
     "clipgen.config": 0,
     "clipgen.download": 0,
     "clipgen.images": 0,
+    "clipgen.urls": 0,
     "clipgen.figures": 1,
     "clipgen.vqgan": 1,
     "clipgen.gpt": 1,

@@ -9,7 +9,6 @@ import socket
 from pathlib import Path
 from typing import Any
 
-import cog
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -83,11 +82,16 @@ def test_formats(predictor: Predictor, suffix: str, format: str) -> None:
     assert file.suffix == f".{suffix}" and Image.open(file).format == format
 
 
-def test_an_image_and_an_image_with_a_prompt(predictor: Predictor, tmp_path: Path) -> None:
-    path = cog.Path(tmp_path / "photo.jpg")
-    Image.linear_gradient("L").save(path)
-    few = {"candidates": 2, "seed": 1}
-    alone, mixed = draw(predictor, image=path, **few), draw(predictor, image=path, prompt="a lemon", **few)
+def gradient() -> str:
+    """A picture as clients send it."""
+    buffer = io.BytesIO()
+    Image.linear_gradient("L").save(buffer, "PNG")
+    return f"data:image/png;base64,{base64.b64encode(buffer.getvalue()).decode()}"
+
+
+def test_an_image_and_an_image_with_a_prompt(predictor: Predictor) -> None:
+    url, few = gradient(), {"candidates": 2, "seed": 1}
+    alone, mixed = draw(predictor, image=url, **few), draw(predictor, image=url, prompt="a lemon", **few)
     assert Image.open(alone[0]).tobytes() != Image.open(mixed[0]).tobytes()
 
 
@@ -130,14 +134,12 @@ def test_neither_prompt_nor_image(predictor: Predictor) -> None:
         draw(predictor, prompt="  ")
 
 
-def test_rows_to_keep_need_an_image_and_fit_the_model(predictor: Predictor, tmp_path: Path) -> None:
+def test_rows_to_keep_need_an_image_and_fit_the_model(predictor: Predictor) -> None:
     with pytest.raises(ValueError, match="keep_rows is 2; it needs an image"):
         draw(predictor, prompt="a", keep_rows=2)
-    path = cog.Path(tmp_path / "photo.png")
-    Image.linear_gradient("L").save(path)
     with pytest.raises(ValueError, match="keep_rows is 4; this model draws 4 rows"):
-        draw(predictor, image=path, keep_rows=4)
-    (kept,) = draw(predictor, prompt="a", image=path, keep_rows=3, candidates=1, seed=0)
+        draw(predictor, image=gradient(), keep_rows=4)
+    (kept,) = draw(predictor, prompt="a", image=gradient(), keep_rows=3, candidates=1, seed=0)
     (free,) = draw(predictor, prompt="a", candidates=1, seed=0)
     assert Image.open(kept).tobytes() != Image.open(free).tobytes()
 
