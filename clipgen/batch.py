@@ -1,7 +1,8 @@
 """Pictures under way in one KV cache, each at its own position: they join and leave between steps.
 
-A picture holds one row of the cache, or two under guidance, the second without the condition. The rows in use are
-always the first of the cache, so a step works on no others: where rows leave, the last ones move into the gaps.
+A picture holds one row of the cache, or two under guidance: the second has no condition, or a negative one. The rows
+in use are always the first of the cache, so a step works on no others: where rows leave, the last ones move into the
+gaps.
 
 Same seed, same tokens, whoever else is there. On CPUs this holds bit for bit: rows are independent in bfloat16's
 products, in float32's when they come in blocks of BLOCK; sums over keys and over likely tokens run over multiples of
@@ -37,11 +38,18 @@ class Picture:
     sampling: SamplingConfig
     kept: Tensor | None = None
     """(K,) int64, K < T: its first tokens, where they are given."""
+    negative: Tensor | None = None
+    """(D,), unit norm: what guidance moves away from in place of no condition."""
 
     @property
     def width(self) -> int:
         """Rows that it takes."""
         return 1 if self.sampling.guidance == 1 else 2
+
+    @property
+    def other(self) -> Tensor:
+        """(D,), the condition of its second row: the negative one, or zeros, which is none."""
+        return torch.zeros_like(self.condition) if self.negative is None else self.negative
 
 
 class Batch:
@@ -54,7 +62,7 @@ class Batch:
         self.block = BLOCK if weight.device.type == "cpu" and weight.dtype == torch.float32 else 1
         self.pictures: list[Picture] = []
         self.done: list[int] = []  # tokens of each
-        self.rows: list[tuple[Picture, bool]] = []  # whose each row is, and whether it is without the condition
+        self.rows: list[tuple[Picture, bool]] = []  # whose each row is, and whether it is their second
         self.cache = KVCache.allocate(config, 0, weight.device, weight.dtype)
         self.x = torch.empty(0, config.n_embd, device=weight.device, dtype=weight.dtype)  # next input of each row
         self.tokens = torch.empty(0, self.length, dtype=torch.long, device=weight.device)
@@ -67,7 +75,7 @@ class Batch:
         new = [(picture, False) for picture in joining]
         new += [(picture, True) for picture in joining if picture.width == 2]
         self._grow(len(self.rows) + len(new), most)
-        conditions = torch.stack([p.condition.to(self.x) * (not without) for p, without in new])
+        conditions = torch.stack([p.other if is_second else p.condition for p, is_second in new]).to(self.x)
         inputs = self.gpt.cond_proj(_padded(conditions, self.block))[: len(new)]
         self.x = torch.cat([self.x[: len(self.rows)], inputs])
         tokens = torch.zeros(len(joining), self.length, dtype=torch.long, device=self.device)
@@ -135,8 +143,8 @@ class Batch:
         place = {picture: i for i, picture in enumerate(self.pictures)}
         owner = [place[picture] for picture, _ in self.rows]
         first, second = [0] * len(place), [0] * len(place)
-        for row, (picture, without) in enumerate(self.rows):
-            (second if without else first)[place[picture]] = row
+        for row, (picture, is_second) in enumerate(self.rows):
+            (second if is_second else first)[place[picture]] = row
             if picture.width == 1:  # guidance between a row and itself is that row
                 second[place[picture]] = row
         self.first, self.second = self._index(first), self._index(second)

@@ -22,7 +22,7 @@ from torch import Tensor
 from clipgen.batch import Picture
 from clipgen.clip import Clip, tokenize
 from clipgen.config import ConfigError, ModelConfig, SamplingConfig
-from clipgen.coverage import Coverage
+from clipgen.coverage import Coverage, Covered
 from clipgen.engine import Engine
 from clipgen.gpt import GPT
 from clipgen.images import from_pixels, to_clip, to_pixels, to_rgb
@@ -134,13 +134,14 @@ class ClipGen:
         keep_rows: int = 0,
         target_score: float | None = None,
         seconds: float | None = None,
+        negative: Prompt | None = None,
         progress: Callable[[int, int], None] | None = None,
         should_stop: Callable[[], bool] | None = None,
     ) -> Result:
         """Draw pictures of one prompt; `Request` describes the arguments, `generate` the callbacks and errors."""
         request = Request(
             *(prompt, num_outputs, candidates, guidance, temperature, top_k, top_p, seed),
-            *(keep, keep_rows, target_score, seconds),
+            *(keep, keep_rows, target_score, seconds, negative),
         )
         return self.generate([request], progress, should_stop)[0]
 
@@ -161,20 +162,33 @@ class ClipGen:
         The GPT was trained on pictures' embeddings, and a sentence's are elsewhere: of the mini model's pictures of
         single things, the judge recognises half as many without this.
         """
-        return self.embed(prompt) if self.coverage is None else self._sum(prompt, self.coverage.project)
+        return self._condition(prompt, "prompt")
+
+    def _condition(self, prompt: Prompt, field: str) -> Tensor:
+        place = (lambda embedding: embedding) if self.coverage is None else self.coverage.project
+        return self._sum(prompt, place, field)
+
+    def covered(self, prompt: Prompt) -> Covered | None:
+        """How near a prompt is to the training pictures; None where the weights have no index of them."""
+        if self.coverage is None:
+            return None
+        embedding = self.embed(prompt)
+        parts = [(isinstance(part, str), abs(weight)) for part, weight in parts_of(prompt)]
+        texts = sum(weight for is_text, weight in parts if is_text) / sum(weight for _, weight in parts)
+        return self.coverage.look(embedding, texts)
 
     @torch.inference_mode()
-    def _sum(self, prompt: Prompt, place: Callable[[Tensor], Tensor]) -> Tensor:
+    def _sum(self, prompt: Prompt, place: Callable[[Tensor], Tensor], field: str = "prompt") -> Tensor:
         """The normalised sum of a prompt's parts; texts go through `place`."""
         total = torch.zeros(self.clip.embed_dim, device=self.device)
-        for part, weight in parts_of(prompt):
+        for part, weight in parts_of(prompt, field):
             if isinstance(part, str):
                 embedding = place(self.clip.encode_text([part])[0])
             else:
                 embedding = self.clip.encode_image(to_clip([to_rgb(part)], self.clip.image_size))[0]
             total += weight * embedding
         if total.norm() < 1e-4:
-            raise RequestError("prompt", "has parts that cancel each other out; change their weights")
+            raise RequestError(field, "has parts that cancel each other out; change their weights")
         return F.normalize(total, dim=0)
 
     @torch.inference_mode()
@@ -207,7 +221,7 @@ class ClipGen:
         length, done = self.config.gpt.block_size, 0
         total = length * sum(request.drawn for request in requests)
         while drawing := [(work, seed) for work in works for seed in work.wave(start)]:
-            pictures = [Picture(work.condition, seed, work.sampling, work.kept) for work, seed in drawing]
+            pictures = [work.picture(seed) for work, seed in drawing]
             report = None if progress is None else _offset(progress, done, total)
             with self._timed(seconds, "decode_tokens"):
                 watch = None if preview is None else self._watch(preview, drawing)
@@ -235,9 +249,10 @@ class ClipGen:
 
     def _work(self, request: Request) -> _Work:
         seed = secrets.randbelow(MAX_SEED) if request.seed is None else request.seed
-        embedding = self.embed(request.prompt)
-        condition = self.condition(request.prompt)
-        return _Work(request, seed, embedding, condition, request.sampling(self.config.sampling), self._kept(request))
+        sampling = request.sampling(self.config.sampling)
+        negative = None if request.negative is None else self._condition(request.negative, "negative")
+        embedding, condition = self.embed(request.prompt), self.condition(request.prompt)
+        return _Work(request, seed, embedding, condition, negative, sampling, self._kept(request))
 
     def _kept(self, request: Request) -> Tensor | None:
         """The tokens of the rows that a request keeps."""
@@ -265,7 +280,8 @@ class ClipGen:
 
     def _best(self, work: _Work, seconds: dict[str, float]) -> Result:
         best = work.best()
-        texts = [part for part, _ in parts_of(work.request.prompt) if isinstance(part, str)]
+        negative = [] if work.request.negative is None else parts_of(work.request.negative)
+        texts = [part for part, _ in parts_of(work.request.prompt) + negative if isinstance(part, str)]
         _, dropped = tokenize(texts, self.clip.context_length)
         return Result(
             images=from_pixels(torch.stack([picture.pixels for _, picture in best])),
@@ -295,9 +311,14 @@ class _Work:
     seed: int
     embedding: Tensor  # (D,), for the ranking
     condition: Tensor  # (D,), for the GPT
+    negative: Tensor | None  # (D,), likewise
     sampling: SamplingConfig
     kept: Tensor | None
     found: list[tuple[int, Painted]] = field(default_factory=list)  # by seed
+
+    def picture(self, seed: int) -> Picture:
+        """One of its candidates, for the engine."""
+        return Picture(self.condition, seed, self.sampling, self.kept, self.negative)
 
     def wave(self, start: float) -> range:
         """The seeds to draw next: all at once without a budget, else a few, until it is used up or met."""

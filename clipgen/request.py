@@ -53,6 +53,8 @@ class Request:
     """Budget: candidates come in waves, and no further one is begun when the best `num_outputs` all score this much."""
     seconds: float | None = None
     """Budget: nor is one begun after this time, which makes the pictures depend on the machine."""
+    negative: Prompt | None = None
+    """What guidance moves away from, in place of "anything at all"; it needs a guidance above 1."""
 
     def __post_init__(self) -> None:
         _check_whole("num_outputs", self.num_outputs, 1, MAX_CANDIDATES)
@@ -81,6 +83,9 @@ class Request:
                 "keep_rows", f"is {self.keep_rows}; give both a picture to keep and 1 or more rows of it"
             )
         parts_of(self.prompt)
+        if self.negative is not None:
+            parts_of(self.negative, "negative")
+            self._check_guided(self.guidance)
 
     @property
     def drawn(self) -> int:
@@ -88,10 +93,22 @@ class Request:
         return self.candidates or self.num_outputs
 
     def sampling(self, default: SamplingConfig) -> SamplingConfig:
-        """This request's sampling, with the model's defaults where it does not say."""
+        """This request's sampling, with the model's defaults where it does not say.
+
+        Raises:
+            RequestError: there is a negative prompt, and the model's own guidance is off.
+        """
         names = ("temperature", "top_k", "top_p", "guidance")
         given = {name: getattr(self, name) for name in names if getattr(self, name) is not None}
-        return dataclasses.replace(default, **given)
+        sampling = dataclasses.replace(default, **given)
+        self._check_guided(sampling.guidance)
+        return sampling
+
+    def _check_guided(self, guidance: float | None) -> None:
+        if self.negative is not None and guidance is not None and guidance <= 1:
+            raise RequestError(
+                "guidance", f"is {guidance:g}; a negative prompt works through guidance above 1: raise it, say to 2"
+            )
 
 
 @dataclass(frozen=True)
@@ -126,16 +143,20 @@ def _check_number(field: str, value: float | None, low: float, high: float, allo
         raise RequestError(field, f"is {value!r}; it must be {allowed or f'a number from {low:g} to {high:g}'}")
 
 
-def parts_of(prompt: Prompt) -> list[tuple[Part, float]]:
-    """A prompt as weighted parts; refuses empty ones."""
-    raw = [prompt] if isinstance(prompt, (str, Image.Image)) else list(prompt)
+def parts_of(prompt: Prompt, field: str = "prompt") -> list[tuple[Part, float]]:
+    """A prompt as weighted parts.
+
+    Raises:
+        RequestError: it is empty, or not what a prompt can be; `field` is whose prompt it is.
+    """
+    raw = list(prompt) if isinstance(prompt, Sequence) and not isinstance(prompt, str) else [prompt]
     parts = [part if isinstance(part, tuple) else (part, 1.0) for part in raw]
     if not 1 <= len(parts) <= MAX_PARTS:
-        raise RequestError("prompt", f"has {len(parts)} parts; give 1 to {MAX_PARTS}")
+        raise RequestError(field, f"has {len(parts)} parts; give 1 to {MAX_PARTS}")
     for part, weight in parts:
         if isinstance(part, str) and not part.strip():
-            raise RequestError("prompt", "is empty; write what to draw, or give an image")
+            raise RequestError(field, "is empty; write what to draw, or give an image")
         if not isinstance(part, (str, Image.Image)):
-            raise RequestError("prompt", f"has a part of type {type(part).__name__}; give text or a PIL image")
-        _check_number("prompt weight", weight, -100, 100)
+            raise RequestError(field, f"has a part of type {type(part).__name__}; give text or a PIL image")
+        _check_number(f"{field} weight", weight, -100, 100)
     return parts

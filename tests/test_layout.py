@@ -44,6 +44,8 @@ LAYERS = {
     "clipgen": 3.5,
     "clipgen.receipt": 3.6,
     "clipgen.evaluate": 3.6,
+    "clipgen.bulk": 3.7,
+    "clipgen.bulk_cli": 3.74,
     "clipgen.doctor": 3.7,
     "clipgen.terminal": 3.7,
     "clipgen.weights_cli": 3.75,  # parts of the command line, which they do not know
@@ -65,6 +67,7 @@ LAYERS = {
     "train.sharding": 0.5,
     "train.logger": 1.5,
     "train.codes": 2,
+    "train.gan": 3,
     "train.stopping": 1,
     "train.captions": 2,
     "train.data": 2,

@@ -70,7 +70,7 @@ def read(value: Any) -> Receipt:
 def test_a_receipt_covers_every_setting() -> None:
     """A new setting of a request or of the sampling must find its way into receipts, or replaying would lose it."""
     assert {field.name for field in fields(SamplingConfig)} == set(SAMPLING)
-    known = {"prompt", "num_outputs", "candidates", "seed", "keep", "keep_rows", *SAMPLING}
+    known = {"prompt", "negative", "num_outputs", "candidates", "seed", "keep", "keep_rows", *SAMPLING}
     budgets = {"target_score", "seconds"}  # they change how many candidates there are, which the receipt counts
     assert {field.name for field in fields(Request)} - budgets == known <= {field.name for field in fields(Receipt)}
 
@@ -188,6 +188,27 @@ def test_kept_rows_come_back(pipe: ClipGen) -> None:
     assert farthest(again.images[0], result.images[1]) <= 1
 
 
+def test_a_negative_prompt_comes_back(pipe: ClipGen) -> None:
+    photo = Image.linear_gradient("L").convert("RGB")
+    plain = pipe("a lemon", seed=3)
+    result = pipe("a lemon", seed=3, negative=[("a dog", 1.0), (photo, 0.5)])
+    (written,) = receipts(pipe, result, "a" * 64)
+    assert written.negative == (PromptPart(1.0, "a dog"), PromptPart(0.5, image=image_digest(photo)))
+    assert written.text == "a lemon, not a dog + an image (0.5)"
+    with pytest.raises(ReceiptError, match="not here"):
+        written.request()
+    again = pipe.generate([read(json.loads(written.to_metadata()[KEY])).request({image_digest(photo): photo})])[0]
+    assert farthest(again.images[0], result.images[0]) <= 1 < farthest(again.images[0], plain.images[0])
+
+
+def test_receipts_from_before_there_were_negative_prompts() -> None:
+    old = record(version=1)
+    del old["negative"]
+    assert read(old) == a_receipt()
+    with pytest.raises(ReceiptError, match="'negative' is missing"):
+        read(old | {"version": 2})
+
+
 def test_the_digest_of_weights_changes_with_them(tiny_weights: Path, tmp_path: Path) -> None:
     manifest = json.loads((tiny_weights / "manifest.json").read_text())
     (tmp_path / "manifest.json").write_text(json.dumps(manifest))
@@ -217,7 +238,7 @@ def test_many_pictures_in_one_file(tmp_path: Path) -> None:
         ("x" * 300_000, "300,000 characters"),
         ("null", "no JSON object"),
         ("{}", "missing"),
-        (record(version=2), "upgrade"),
+        (record(version=3), "upgrade"),
         (record(version="1"), "version"),
         (record(version=True), "version"),
         (record(extra=1), "'extra' is not known"),
@@ -230,6 +251,10 @@ def test_many_pictures_in_one_file(tmp_path: Path) -> None:
         (record(prompt=[asdict(PromptPart(101.0, "a"))]), "weight"),
         (record(prompt=[asdict(PromptPart(1.0, image="../../etc/passwd"))]), "image"),
         (record(prompt=[asdict(PromptPart(1.0, "a"))] * 65), "prompt"),
+        (record(negative=None), "negative is None"),
+        (record(negative=[asdict(PromptPart(1.0, " "))]), "part of the negative"),
+        (record(negative=[asdict(PromptPart(-101.0, "a"))]), "negative's weight"),
+        (record(negative=[asdict(PromptPart(1.0, "a"))], guidance=1), "negative and guidance"),
         (record(seed=-1), "seed is -1"),
         (record(seed=True), "seed is True"),
         (record(seed=10**400), "seed"),
