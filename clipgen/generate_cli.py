@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import sys
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict
@@ -25,8 +26,6 @@ if TYPE_CHECKING:
 CANDIDATES = 16
 BATCH = 64
 """Candidates drawn together: whole prompts are added to a batch while they fit."""
-AWAY = -0.5
-"""Weight of a negative text."""
 EXAMPLE = "Example: python -m clipgen generate 'a lemon' 'a red heart' --num-outputs 4 --seed 7"
 
 _PROMPTS = typer.Argument(
@@ -43,7 +42,11 @@ _MIX = option(
     "given several times.",
     metavar="TEXT=WEIGHT",
 )
-_NEGATIVE = option(WHAT, f"Move every prompt away from a text: --mix TEXT={AWAY:g}.", metavar="TEXT")
+_NEGATIVE = option(
+    WHAT,
+    "Keep away from a text. The higher --guidance is, the farther; it must be above 1. May be given several times.",
+    metavar="TEXT",
+)
 _CANDIDATES = option(
     HOW,
     "Images to draw per prompt, of which CLIP picks the best. More is better and slower.",
@@ -54,6 +57,12 @@ _TEMPERATURE = option(HOW, "How daring to be, 0 to 10; 0 always takes the likeli
 _TOP_K = option(HOW, "Choose among the K likeliest tokens; 0 is off.", model="the model's")
 _TOP_P = option(
     HOW, "Choose among the likeliest tokens that add up to probability P, above 0 to 1; 1 is off.", model="the model's"
+)
+_SHARDS = option(
+    FILES,
+    "Write WebDataset shards into this folder in place of --out: 64 prompts each, pictures with their receipts. Goes "
+    "on where it was stopped; torchrun shares them among processes.",
+    file_okay=False,
 )
 _JSON = option(
     FILES,
@@ -78,6 +87,7 @@ def generate(
     top_p: Annotated[float | None, _TOP_P] = None,
     seed: t.Seed = None,
     out: t.Out = Path("outputs"),
+    shards: Annotated[Path | None, _SHARDS] = None,
     format: t.FileFormat = t.Format.png,
     as_json: Annotated[bool, _JSON] = False,
     weights: t.Weights = t.MINI,
@@ -90,7 +100,6 @@ def generate(
     """
     texts = _texts(prompts, prompts_file, image)
     others = [_weighted(part) for part in mix or []]
-    others += [(t.checked_text(text), AWAY) for text in negative or []]
     from clipgen.images import load_image
     from clipgen.receipt import receipts
     from clipgen.request import Request
@@ -104,30 +113,26 @@ def generate(
         "top_k": top_k,
         "top_p": top_p,
         "seed": t.new_seed() if seed is None else seed,
+        "negative": [t.checked_text(text) for text in negative] if negative else None,
     }
     requests = [Request(prompt=_parts(text, picture, image_weight, others), **settings) for text in texts]
+    if shards is not None:
+        from clipgen.bulk_cli import write_shards
+
+        write_shards(shards, requests, seed, format.value, as_json, (weights, device, dtype))
+        return
+    if os.environ.get("WORLD_SIZE", "1") != "1":
+        raise typer.BadParameter("several processes share the prompts only with --shards DIR")
     pipe, digest = t.load(weights, device, dtype)
     for text, result in zip(texts, _draw(pipe, requests), strict=True):
         if result.dropped:
             t.say(f"the prompt is too long for the model, which did not read this part: {result.dropped}")
         stem = t.free_stem(out, text or (image.stem if image else ""), result.seed)
         files, sheet = _write(result, stem, format.value, receipts(pipe, result, digest))
-        covered = _covered(pipe, result.request)
+        covered = pipe.covered(result.request.prompt)
         if covered and covered.low:
-            name, near = text or "the image", covered.nearest[0][0]
-            t.say(f"this model has seen little like {name!r}; the nearest of its training pictures is {near}")
+            t.say(covered.warning(repr(text or "the image")))
         _show(text, result, files, sheet, covered, as_json)
-
-
-def _covered(pipe: ClipGen, request: Request) -> Covered | None:
-    """How near the prompt is to the training pictures, where the weights have an index of them."""
-    from clipgen.request import parts_of
-
-    if pipe.coverage is None:
-        return None
-    parts = [(isinstance(part, str), abs(weight)) for part, weight in parts_of(request.prompt)]
-    texts = sum(w for is_text, w in parts if is_text) / sum(w for _, w in parts)
-    return pipe.coverage.look(pipe.embed(request.prompt), texts)
 
 
 def _draw(pipe: ClipGen, requests: Sequence[Request]) -> Iterator[Result]:
@@ -207,4 +212,6 @@ def _show(
         print(f"  {file}  CLIP score {score:.3f}, seed {seed}")
     if sheet:
         print(f"  {sheet}")
+    if covered:
+        print(f"  {covered}")
     sys.stdout.flush()
