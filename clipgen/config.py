@@ -1,4 +1,4 @@
-"""Typed configurations: what a model is, how it samples, how it trains.
+"""Typed configurations: what a model is, how it samples, how it trains (clipgen/training.py).
 
 Every section is a dataclass that OmegaConf checks for names and types and that checks its own values when it is
 built, so a bad configuration never gets as far as a tensor.
@@ -15,28 +15,13 @@ from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 from yaml import YAMLError
 
+from clipgen.checks import ConfigError as ConfigError
+from clipgen.checks import require, require_sizes, require_weights
+from clipgen.training import Stage1Config as Stage1Config
+from clipgen.training import Stage2Config as Stage2Config
+from clipgen.training import TrainConfig as TrainConfig
+
 CONFIGS = Path(__file__).parent / "configs"
-
-
-class ConfigError(ValueError):
-    """A configuration that cannot work; the message names the field, its value and what is allowed."""
-
-
-def _require(condition: bool, message: str) -> None:
-    if not condition:
-        raise ConfigError(message)
-
-
-def _require_sizes(config: object, *names: str, at_least: int = 1, section: str = "") -> None:
-    for name in names:
-        value = getattr(config, name)
-        _require(value >= at_least, f"{section}{name} is {value}; it must be at least {at_least}")
-
-
-def _require_weights(config: object, *names: str, section: str = "") -> None:
-    for name in names:
-        value = getattr(config, name)
-        _require(math.isfinite(value) and value >= 0, f"{section}{name} is {value}; it must be 0 or a positive number")
 
 
 @dataclass
@@ -61,14 +46,14 @@ class VQGANConfig:
 
     def __post_init__(self) -> None:
         sizes = ("image_size", "patch", "ch", "num_res_blocks", "z_channels", "embed_dim")
-        _require_sizes(self, *sizes, section="vqgan.")
-        _require_sizes(self, "codebook_size", at_least=2, section="vqgan.")
-        _require_weights(self, "beta", section="vqgan.")
-        _require(0 < self.norm_eps < 1, f"vqgan.norm_eps is {self.norm_eps}; it must be between 0 and 1")
-        _require(len(self.ch_mult) >= 1, "vqgan.ch_mult is empty; give one multiplier per resolution")
-        _require(min(self.ch_mult) >= 1, f"vqgan.ch_mult is {self.ch_mult}; every multiplier must be at least 1")
-        _require(self.ch % 32 == 0, f"vqgan.ch is {self.ch}; GroupNorm needs a multiple of 32")
-        _require(
+        require_sizes(self, *sizes, section="vqgan.")
+        require_sizes(self, "codebook_size", at_least=2, section="vqgan.")
+        require_weights(self, "beta", section="vqgan.")
+        require(0 < self.norm_eps < 1, f"vqgan.norm_eps is {self.norm_eps}; it must be between 0 and 1")
+        require(len(self.ch_mult) >= 1, "vqgan.ch_mult is empty; give one multiplier per resolution")
+        require(min(self.ch_mult) >= 1, f"vqgan.ch_mult is {self.ch_mult}; every multiplier must be at least 1")
+        require(self.ch % 32 == 0, f"vqgan.ch is {self.ch}; GroupNorm needs a multiple of 32")
+        require(
             self.image_size % self.downsampling == 0,
             f"vqgan.image_size {self.image_size} is no multiple of patch x 2^(levels - 1) = {self.downsampling}",
         )
@@ -104,9 +89,9 @@ class GPTConfig:
     dropout: float = 0.0
 
     def __post_init__(self) -> None:
-        _require_sizes(self, "n_layer", "n_head", "n_embd", "vocab_size", "block_size", "n_cond", section="gpt.")
-        _require(self.n_embd % self.n_head == 0, f"gpt.n_embd {self.n_embd} is not divisible by n_head {self.n_head}")
-        _require(0 <= self.dropout < 1, f"gpt.dropout is {self.dropout}; it must be in [0, 1)")
+        require_sizes(self, "n_layer", "n_head", "n_embd", "vocab_size", "block_size", "n_cond", section="gpt.")
+        require(self.n_embd % self.n_head == 0, f"gpt.n_embd {self.n_embd} is not divisible by n_head {self.n_head}")
+        require(0 <= self.dropout < 1, f"gpt.dropout is {self.dropout}; it must be in [0, 1)")
 
 
 @dataclass
@@ -122,12 +107,12 @@ class SamplingConfig:
     def __post_init__(self) -> None:
         for name, low, high in (("temperature", 0.0, 10.0), ("guidance", 0.0, 30.0)):
             value = getattr(self, name)
-            _require(
+            require(
                 math.isfinite(value) and low <= value <= high,
                 f"{name} is {value}; it must be a number from {low:g} to {high:g}",
             )
-        _require(self.top_k >= 0, f"top_k is {self.top_k}; it must be 0 (off) or a positive whole number")
-        _require(0 < self.top_p <= 1, f"top_p is {self.top_p}; it must be above 0 and at most 1")
+        require(self.top_k >= 0, f"top_k is {self.top_k}; it must be 0 (off) or a positive whole number")
+        require(0 < self.top_p <= 1, f"top_p is {self.top_p}; it must be above 0 and at most 1")
 
 
 @dataclass
@@ -140,122 +125,14 @@ class ModelConfig:
     sampling: SamplingConfig = field(default_factory=SamplingConfig)
 
     def __post_init__(self) -> None:
-        _require(
+        require(
             self.gpt.vocab_size == self.vqgan.codebook_size,
             f"gpt.vocab_size {self.gpt.vocab_size} differs from vqgan.codebook_size {self.vqgan.codebook_size}",
         )
-        _require(
+        require(
             self.gpt.block_size == self.vqgan.num_tokens,
             f"gpt.block_size {self.gpt.block_size} differs from the image's {self.vqgan.num_tokens} tokens",
         )
-
-
-@dataclass
-class TrainConfig:
-    """What both stages share."""
-
-    steps: int = 100_000
-    batch_size: int = 64
-    """Images per step over all processes."""
-    init: str = ""
-    """Weights to start from, a .safetensors file of the same model; empty starts from scratch."""
-    lr: float = 1e-4
-    warmup: int = 500
-    seed: int = 0
-    ema: float = 0.999
-    grad_clip: float = 1.0
-    precision: str = "bf16"
-    workers: int = 2
-    log_every: int = 50
-    sample_every: int = 1000
-    save_every: int = 1000
-    keep: int = 2
-    """Checkpoints that stay, the newest."""
-
-    def __post_init__(self) -> None:
-        _require_sizes(self, "steps", "batch_size", "log_every", "sample_every", "save_every", "keep")
-        _require_sizes(self, "warmup", "seed", "workers", at_least=0)
-        for name in ("lr", "grad_clip"):
-            value = getattr(self, name)
-            _require(math.isfinite(value) and value > 0, f"{name} is {value}; it must be positive")
-        _require(0 <= self.ema < 1, f"ema is {self.ema}; use [0, 1)")
-        _require(self.precision in ("no", "bf16", "fp16"), f"precision is {self.precision!r}; use no, bf16 or fp16")
-
-
-@dataclass
-class Stage1Config(TrainConfig):
-    """Losses of the VQGAN: L1 + perceptual + codebook, then a hinge GAN with an adaptive weight."""
-
-    betas: list[float] = field(default_factory=lambda: [0.5, 0.9])
-    """Adam's, of the generator; the discriminator keeps the paper's (0.5, 0.9)."""
-    min_scale: float = 0.8
-    """Smallest part of the picture that a random crop keeps, along its side."""
-    l2_weight: float = 0.0
-    perceptual: str = "efficientnet"
-    perceptual_weight: float = 1.0
-    perceptual_crop: int = 0
-    """Side of the random crop whose features are compared, px; 0 compares whole pictures."""
-    disc_start: int = 50_000
-    disc_weight: float = 0.8
-    disc_ch: int = 64
-    disc_lr: float = 1e-4
-    revive_every: int = 200
-    """Codes that no latent chose in so many steps move to where latents are; 0 never."""
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        _require(
-            self.disc_ch >= 4 and self.disc_ch % 4 == 0,
-            f"disc_ch is {self.disc_ch}; it must be a positive multiple of 4, for GroupNorm",
-        )
-        _require_sizes(self, "perceptual_crop", "disc_start", "revive_every", at_least=0)
-        _require_weights(self, "l2_weight", "perceptual_weight", "disc_weight")
-        _require(0 < self.min_scale <= 1, f"min_scale is {self.min_scale}; use (0, 1]")
-        _require(
-            len(self.betas) == 2 and all(0 <= beta < 1 for beta in self.betas),
-            f"betas is {self.betas}; use two numbers in [0, 1)",
-        )
-        allowed = ("efficientnet", "lpips", "none")
-        _require(self.perceptual in allowed, f"perceptual is {self.perceptual!r}; use one of {', '.join(allowed)}")
-
-
-@dataclass
-class Stage2Config(TrainConfig):
-    """Loss of the GPT: cross-entropy of the tokens given a perturbed image embedding."""
-
-    optimizer: str = "adamw"
-    """adamw, or muon for the blocks' matrices and AdamW for the rest (one device or DDP: it needs whole matrices)."""
-    weight_decay: float = 0.05
-    condition_dropout: float = 0.1
-    """Share of the pictures whose condition is left out, so that guidance works."""
-    noise_angle: float = 0.0
-    """Largest angle, degrees, by which the embedding is turned in a random direction (arXiv 2111.13792)."""
-    neighbours: int = 0
-    """Each embedding is mixed with one of so many nearest ones: a sentence lies between the pictures it fits."""
-    token_noise: float = 0.0
-    """Largest share of the tokens a picture is continued from that are another picture's, so that the GPT goes by the
-    condition and forgives its own mistakes, and does not recite what it knows by heart (taming's `pkeep`)."""
-    views: int = 1
-    """Crops per image that are turned into tokens."""
-    from_pixels: bool = False
-    """Turn pictures into tokens in every step again, in place of once before training: slower, but nothing to store."""
-    min_scale: float = 1.0
-    """Smallest part of the picture that a crop keeps, along its side."""
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        _require_sizes(self, "views")
-        _require_sizes(self, "neighbours", at_least=0)
-        _require(
-            not (self.from_pixels and self.neighbours),
-            f"neighbours is {self.neighbours}, which needs all embeddings before training; use 0 with from_pixels",
-        )
-        _require(0 <= self.token_noise <= 1, f"token_noise is {self.token_noise}; use [0, 1]")
-        _require(self.optimizer in ("adamw", "muon"), f"optimizer is {self.optimizer!r}; use adamw or muon")
-        _require_weights(self, "weight_decay")
-        _require(0 < self.min_scale <= 1, f"min_scale is {self.min_scale}; use (0, 1]")
-        _require(0 <= self.condition_dropout < 1, f"condition_dropout is {self.condition_dropout}; use [0, 1)")
-        _require(0 <= self.noise_angle < 90, f"noise_angle is {self.noise_angle} degrees; use [0, 90)")
 
 
 @dataclass

@@ -108,7 +108,7 @@ model:
         ("stage1.lr=0", "lr is 0.0; it must be positive"),
         ("stage1.lr=nan", "lr is nan"),
         ("stage1.precision=fp8", "precision is 'fp8'; use no, bf16 or fp16"),
-        ("stage1.perceptual=vgg", "perceptual is 'vgg'; use one of efficientnet, lpips, none"),
+        ("stage1.perceptual=vgg", "perceptual is 'vgg'; use efficientnet, lpips or none"),
         ("stage1.betas=[0.9]", "betas"),
         ("stage1.ema=1", "ema is 1"),
         ("stage1.min_scale=0", "min_scale is 0"),
@@ -133,7 +133,7 @@ def test_a_bad_value_is_named(override: str, message: str, tmp_path: Path) -> No
 
 @pytest.mark.parametrize("name", ["maxi", "nowhere/mine.yaml", "", "mini.yml"])
 def test_no_such_configuration(name: str) -> None:
-    with pytest.raises(ConfigError, match=r"use one of coco, imagenet, mini, or the path of a \.yaml file"):
+    with pytest.raises(ConfigError, match=r"use one of coco, imagenet, mini, photos, or the path of a \.yaml file"):
         load_config(name)
 
 

@@ -20,10 +20,15 @@ from accelerate import Accelerator
 from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import Tensor
+from torch.distributed.checkpoint.api import CheckpointException
 
 from clipgen.config import GPTConfig, TrainConfig, VQGANConfig
+from train.sharding import Sharded
 
-KEPT_TO_THE_END = ("batch_size", "seed", "optimizer", "weight_decay", "betas", "disc_ch", "views", "min_scale")
+KEPT_TO_THE_END = (
+    *("batch_size", "seed", "held_out", "optimizer", "weight_decay", "betas", "views", "min_scale"),
+    *("disc_ch", "disc_regularisation", "codes"),
+)
 """Settings with another value of which it would not be the training that was begun; the others may change."""
 
 
@@ -48,6 +53,7 @@ class Checkpoints:
         keep: how many of the newest stay.
         fixed: what a checkpoint must have in common with the training (`fixed_settings`).
         about: anything else worth knowing, such as the whole configuration; for the reader.
+        sharded: models and an optimizer that Accelerate knows nothing of.
     """
 
     accelerator: Accelerator
@@ -55,6 +61,7 @@ class Checkpoints:
     keep: int = 2
     fixed: Mapping[str, Any] = field(default_factory=dict)
     about: Mapping[str, Any] = field(default_factory=dict)
+    sharded: Sharded | None = None
 
     @property
     def folder(self) -> Path:
@@ -74,6 +81,8 @@ class Checkpoints:
         wait()
         try:
             self.accelerator.save_state(str(temporary))
+            if self.sharded:
+                self.sharded.save(temporary / "sharded")
             wait()
             if main:
                 state = {"step": step, "processes": self.accelerator.num_processes}
@@ -82,7 +91,7 @@ class Checkpoints:
                 _force(temporary)
                 os.replace(temporary, final)
                 _sync(self.folder)
-        except (OSError, SafetensorError, RuntimeError) as error:
+        except (OSError, SafetensorError, RuntimeError, CheckpointException) as error:
             shutil.rmtree(temporary, ignore_errors=True)
             raise self._unsaved(step, error) from error
         if main:
@@ -111,6 +120,8 @@ class Checkpoints:
                 f"{path} was trained with {'; '.join(changed)}. Go on with these, or give a new --out"
             )
         self.accelerator.load_state(str(path))
+        if self.sharded:
+            self.sharded.load(path / "sharded")
         return step
 
     def complete(self) -> list[tuple[int, Path]]:
@@ -123,12 +134,19 @@ class Checkpoints:
         for rest in self.folder.glob("*.tmp"):
             shutil.rmtree(rest, ignore_errors=True)
 
-    def _unsaved(self, step: int, error: Exception) -> CheckpointError:
+    def _unsaved(self, step: int, error: BaseException) -> CheckpointError:
         complete = self.complete()
         rest = f"the checkpoint of step {complete[-1][0]} is intact" if complete else "there is none before it"
         return CheckpointError(
             f"step {step} could not be saved in {self.out}: {_cause(error)}; {rest}: make room, then run it again"
         )
+
+
+def write_text(path: Path, text: str) -> None:
+    """Write a file under a temporary name, then rename."""
+    temporary = path.with_name(f"{path.name}.tmp")
+    temporary.write_text(text, encoding="utf-8")
+    os.replace(temporary, path)
 
 
 def save_tensors(weights: Mapping[str, Tensor], path: Path) -> None:
@@ -146,7 +164,7 @@ def save_tensors(weights: Mapping[str, Tensor], path: Path) -> None:
         raise CheckpointError(f"{path} could not be written: {_cause(error)}") from error
 
 
-def _cause(error: Exception) -> str:
+def _cause(error: BaseException) -> str:
     """What went wrong, in one line: each library says it in its own way that a disk is full."""
     return (error.strerror if isinstance(error, OSError) else None) or str(error).splitlines()[0]
 

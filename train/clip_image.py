@@ -33,7 +33,6 @@ from train.clip_data import (
     recall,
 )
 from train.common import (
-    Logger,
     build_accelerator,
     build_ema,
     command,
@@ -43,6 +42,8 @@ from train.common import (
     save_checkpoint,
     save_tensors,
 )
+from train.health import check_finite
+from train.logger import Logger
 from train.words import read_emoji, read_records
 
 
@@ -128,6 +129,7 @@ def main() -> None:
                     prototypes = F.normalize(accelerator.unwrap_model(heads).prototypes, dim=-1)
                 scalars |= recall(prototypes.cpu(), found.cpu(), present, held_codes)
             log.scalars(done, scalars)
+            check_finite(done, scalars)
         if done % config.save_every == 0 or done == config.steps:
             save_checkpoint(accelerator, out, done, config)
             save_tensors(ema.module.state_dict(), args.out / "image.safetensors")

@@ -35,7 +35,6 @@ from train.clip_data import (
     recall,
 )
 from train.common import (
-    Logger,
     build_accelerator,
     build_ema,
     command,
@@ -45,6 +44,8 @@ from train.common import (
     save_checkpoint,
     save_tensors,
 )
+from train.health import check_finite
+from train.logger import Logger
 from train.words import emoji_words, picture_captions, read_emoji, read_records, read_wordnet, teacher_embeddings
 
 CAPTIONS = 6
@@ -217,6 +218,7 @@ def main() -> None:
                 "relation": relation.detach(),
             }
             log.scalars(done, scalars)
+            check_finite(done, scalars)
         if done % config.save_every == 0 or done == config.steps:
             save_checkpoint(accelerator, out, done, config)
             save_tensors(ema.module.state_dict(), args.out / "text.safetensors")

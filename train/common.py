@@ -1,17 +1,14 @@
-"""What both stages share: the accelerator, the schedule, logs, checkpoints."""
+"""What the training scripts share: flags, the accelerator, parts of batches, schedules, optimizers, averages."""
 
 from __future__ import annotations
 
 import argparse
-import csv
 import errno
 import math
-import os
 import sys
-import time
-from collections.abc import Callable, Mapping
-from dataclasses import asdict, dataclass, field
-from functools import wraps
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import asdict
+from functools import partial, wraps
 from pathlib import Path
 from typing import Any
 
@@ -19,33 +16,41 @@ import torch
 import torch.nn as nn
 from accelerate import Accelerator
 from accelerate.utils import gather_object
-from PIL import Image
 from safetensors.torch import load_file
 from torch import Tensor
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
-from torch.utils.tensorboard import SummaryWriter
+from torch.utils.checkpoint import checkpoint
 
 from clipgen.config import Config, ConfigError, Stage2Config, TrainConfig, load_config
 from clipgen.weights import WeightsError, check_fit
 from train.checkpoint import Checkpoints
 from train.checkpoint import save_tensors as save_tensors
+from train.checkpoint import write_text as write_text
+from train.logger import TRACKERS, check_tracker
 
 
-def parse_args(doc: str, data: str = "pictures", **extra: str) -> tuple[argparse.Namespace, Config]:
+def parse_args(doc: str, tracked: bool = False, **extra: str) -> tuple[argparse.Namespace, Config]:
     """The flags of a training script: --config, --data, --out, then overrides such as stage1.lr=1e-4.
 
-    `extra` adds required paths: name -> help.
+    Args:
+        doc: what the script does.
+        tracked: whether it has curves, so that --tracker says where they go.
+        extra: more required paths, name -> help.
     """
     parser = argparse.ArgumentParser(description=doc, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--config", default="mini", help="mini, coco, imagenet, or the path of a .yaml file")
     kinds = 'folder, .txt list of paths, or .tar shards such as "data/{000000..000127}.tar", also http(s)://'
-    parser.add_argument("--data", required=True, help=f"{data}: {kinds}")
+    parser.add_argument("--data", required=True, help=f"pictures: {kinds}")
     parser.add_argument("--out", type=Path, required=True, help="folder for checkpoints, curves and pictures")
     for name, text in extra.items():
         parser.add_argument(f"--{name}", type=Path, required=True, help=text)
+    if tracked:
+        parser.add_argument("--tracker", choices=TRACKERS, default=TRACKERS[0], help="where curves are shown")
     parser.add_argument("overrides", nargs="*", help="changes to the configuration, such as stage1.batch_size=16")
     args = parser.parse_intermixed_args()  # overrides may stand anywhere
     try:
+        if tracked:
+            check_tracker(args.tracker)
         return args, load_config(args.config, args.overrides)
     except ValueError as error:
         parser.error(str(error))
@@ -76,17 +81,34 @@ def build_accelerator(config: TrainConfig) -> Accelerator:
     """Accelerate with the asked precision, over as many processes as `torchrun` started. Seeds torch.
 
     Raises:
-        ConfigError: the processes cannot have equal parts of a batch.
+        ConfigError: the processes cannot have equal parts of a batch, or half precision is asked for on a CPU.
     """
+    on_cpu = not torch.accelerator.is_available()
+    if on_cpu and config.precision == "fp16":
+        raise ConfigError("precision=fp16 needs a GPU, and there is none; use bf16 or no")
     # Without being told, Accelerate looks for other processes on accelerators only.
-    accelerator = Accelerator(mixed_precision=config.precision, cpu=not torch.accelerator.is_available())
-    if config.batch_size % accelerator.num_processes:
-        raise ConfigError(
-            f"batch_size is {config.batch_size}, for all processes together; "
-            f"it must be a multiple of their number, {accelerator.num_processes}"
-        )
+    accelerator = Accelerator(mixed_precision=config.precision, cpu=on_cpu)
+    check_parts(config, accelerator.num_processes)
     torch.manual_seed(config.seed)  # the same weights everywhere
     return accelerator
+
+
+def check_parts(config: TrainConfig, processes: int) -> None:
+    """Whether a batch can be cut into equal parts.
+
+    Raises:
+        ConfigError: it cannot.
+    """
+    if config.batch_size % processes:
+        raise ConfigError(
+            f"batch_size is {config.batch_size}, for all processes together; "
+            f"it must be a multiple of their number, {processes}"
+        )
+    if config.batch_size % (processes * config.accumulate):
+        raise ConfigError(
+            f"accumulate is {config.accumulate}; it must divide the {config.batch_size // processes} pictures that "
+            f"each process has of a batch of {config.batch_size}"
+        )
 
 
 def seeded(config: TrainConfig, step: int) -> torch.Generator:
@@ -98,6 +120,43 @@ def own_part(accelerator: Accelerator, batch_size: int) -> slice:
     """Which rows of a batch are this process's."""
     size = batch_size // accelerator.num_processes
     return slice(accelerator.process_index * size, (accelerator.process_index + 1) * size)
+
+
+def in_parts(accelerator: Accelerator, model: nn.Module, parts: Sequence[Any]) -> Iterator[Any]:
+    """The parts of a batch; gradients of all of them are exchanged with the other processes after the last."""
+    for part in parts[:-1]:
+        with accelerator.no_sync(model):
+            yield part
+    yield parts[-1]
+
+
+def means(rows: Sequence[Mapping[str, Tensor]]) -> dict[str, Tensor]:
+    """The mean of each scalar over the parts of a batch."""
+    return {name: torch.stack([row[name].float() for row in rows]).mean() for name in rows[0]}
+
+
+def recompute(model: nn.Module, kinds: tuple[type[nn.Module], ...]) -> None:
+    """Keep only the inputs of the modules of these kinds, whose insides the backward pass computes again.
+
+    Chen et al., "Training Deep Nets with Sublinear Memory Cost", arXiv 1604.06174.
+    """
+    for module in model.modules():
+        if isinstance(module, kinds):
+            module.forward = partial(checkpoint, module.forward, use_reentrant=False)
+
+
+def split(pictures: int, most: int) -> tuple[Tensor, Tensor]:
+    """Which pictures to train on, and which to measure with.
+
+    Args:
+        pictures: how many there are.
+        most: how many may be held out, of at most a twentieth, spread evenly; with 0 some of those trained on are
+            measured.
+    """
+    rows = torch.arange(pictures)
+    count = max(1, min(most, pictures // 20)) if most and pictures > 1 else min(64, pictures)
+    held = torch.linspace(0, pictures - 1, count).long()
+    return (rows[~torch.isin(rows, held)] if count < pictures and most else rows), held
 
 
 def set_lr(optimizer: torch.optim.Optimizer, lr: float) -> None:
@@ -118,90 +177,26 @@ def cosine(config: TrainConfig) -> Callable[[int], float]:
     return factor
 
 
+class Best(nn.Module):
+    """The lowest loss of held-out pictures so far; part of a checkpoint."""
+
+    loss: Tensor
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.register_buffer("loss", torch.tensor(float("inf"), dtype=torch.float64))
+
+    def improved(self, loss: float) -> bool:
+        """Note a loss; whether it is the lowest."""
+        better = loss < self.loss.item()
+        if better:
+            self.loss.fill_(loss)
+        return better
+
+
 def build_ema(model: nn.Module, decay: float) -> AveragedModel:
     """Exponential moving average of a model's weights."""
     return AveragedModel(model, multi_avg_fn=get_ema_multi_avg_fn(decay)).eval().requires_grad_(False)
-
-
-class TrainingError(ValueError):
-    """A training that makes no sense to go on with; the message says since when and what to try."""
-
-
-@dataclass
-class Logger:
-    """Scalars as CSV, TensorBoard and a line on the terminal; pictures as PNG and TensorBoard.
-
-    Scalars may be tensors: they are read only when a line is due, so that logging never stalls the device.
-
-    Attributes:
-        start: the step that training goes on from; what a run before it logged of later ones is dropped.
-    """
-
-    out: Path
-    steps: int
-    batch_size: int
-    start: int = 0
-    _board: SummaryWriter = field(init=False, repr=False)
-    _since: tuple[float, int] | None = field(default=None, init=False, repr=False)
-
-    def __post_init__(self) -> None:
-        self.out.mkdir(parents=True, exist_ok=True)
-        self._board = SummaryWriter(str(self.out / "tensorboard"), purge_step=self.start + 1 if self.start else None)
-        path = self.out / "scalars.csv"
-        lines = path.read_text().splitlines(keepends=True) if path.exists() else []
-        kept = [line for line in lines if not line[0].isdigit() or int(line.split(",")[0]) <= self.start]
-        if len(kept) < len(lines):
-            write_text(path, "".join(kept))
-
-    def scalars(self, step: int, values: dict[str, float | Tensor]) -> None:
-        """Write one row.
-
-        Raises:
-            TrainingError: a value is not finite.
-        """
-        now = time.time()
-        if self._since is None:
-            self._since = (now, step)
-        seconds, done = now - self._since[0], step - self._since[1]
-        row = {"step": step, **{k: float(v) for k, v in values.items()}}
-        if done:
-            row["images_per_second"] = done * self.batch_size / seconds
-        for name, value in row.items():
-            self._board.add_scalar(name, value, step)
-        self._append(row)
-        left = f", {(self.steps - step) * seconds / done / 60:.0f} min left" if done else ""
-        text = " ".join(f"{k} {v:.4g}" for k, v in row.items() if k != "step")
-        print(f"step {step}/{self.steps} {text}{left}", flush=True)
-        check_finite(step, values)
-
-    def _append(self, row: dict[str, float]) -> None:
-        path = self.out / "scalars.csv"
-        new = not path.exists()
-        with path.open("a", newline="") as file:
-            writer = csv.writer(file, lineterminator="\n")
-            if new:
-                writer.writerow(["step", "name", "value"])
-            writer.writerows((row["step"], name, value) for name, value in row.items() if name != "step")
-
-    def picture(self, step: int, name: str, image: Image.Image) -> None:
-        """Keep a picture as out/NAME_STEP.png and in TensorBoard."""
-        image.save(self.out / f"{name}_{step:06d}.png")
-        pixels = torch.frombuffer(bytearray(image.tobytes()), dtype=torch.uint8)
-        self._board.add_image(name, pixels.view(image.height, image.width, 3), step, dataformats="HWC")
-
-
-def check_finite(step: int, values: Mapping[str, float | Tensor]) -> None:
-    """Stop a training whose numbers have become NaN or infinite, before it is saved over a good checkpoint.
-
-    Raises:
-        TrainingError: one of the values is not finite.
-    """
-    bad = [name for name, value in values.items() if not math.isfinite(value)]
-    if bad:
-        raise TrainingError(
-            f"step {step}: {', '.join(bad)} not finite, so the weights are lost; the last checkpoint is from before. "
-            "Go on from it with a lower lr, a lower grad_clip, or precision=no"
-        )
 
 
 def report_failures(accelerator: Accelerator, out: Path, failures: Mapping[str, str]) -> None:
@@ -212,13 +207,6 @@ def report_failures(accelerator: Accelerator, out: Path, failures: Mapping[str, 
         lines = sorted(found | set(path.read_text(encoding="utf-8").splitlines() if path.exists() else ()))
         write_text(path, "".join(f"{line}\n" for line in lines))
         print(f"{len(lines)} pictures could not be read, all in {path}; {lines[0]}", flush=True)
-
-
-def write_text(path: Path, text: str) -> None:
-    """Write a file under a temporary name, then rename."""
-    temporary = path.with_name(f"{path.name}.tmp")
-    temporary.write_text(text, encoding="utf-8")
-    os.replace(temporary, path)
 
 
 def load_weights(model: nn.Module, path: str | Path) -> None:

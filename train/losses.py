@@ -1,13 +1,16 @@
-"""Losses of stage 1: perceptual distance, the patch discriminator and its hinge losses, the adaptive weight."""
+"""Losses of stage 1: likeness, the patch discriminator, its losses and regularisers, the adaptive weight."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
 
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
 from torch import Tensor
+
+from clipgen.config import Stage1Config
 
 _IMAGENET_MEAN = (0.485, 0.456, 0.406)
 _IMAGENET_STD = (0.229, 0.224, 0.225)
@@ -68,6 +71,50 @@ def build_perceptual(kind: str) -> nn.Module | None:
     return None
 
 
+@dataclass(frozen=True)
+class Crop:
+    """A square of pictures, by its corner and side, px."""
+
+    top: int
+    left: int
+    side: int
+
+    @classmethod
+    def draw(cls, size: Sequence[int], side: int, generator: torch.Generator) -> Crop | None:
+        """A random one of pictures of `size` (H, W); None, all of them, when `side` is 0 or they are no larger."""
+        if not 0 < side < min(size):
+            return None
+        top, left = (int(torch.randint(limit - side + 1, (), generator=generator)) for limit in size)
+        return cls(top, left, side)
+
+    def of(self, x: Tensor) -> Tensor:
+        """That part of (..., H, W)."""
+        return x[..., self.top : self.top + self.side, self.left : self.left + self.side]
+
+
+class Likeness(nn.Module):
+    """How far reconstructions are from their originals: L1, L2 and perceptual distance, weighted."""
+
+    def __init__(self, config: Stage1Config) -> None:
+        super().__init__()
+        self.config = config
+        self.perceptual = build_perceptual(config.perceptual)
+
+    def forward(self, y: Tensor, x: Tensor, crop: Crop | None = None) -> tuple[Tensor, dict[str, Tensor]]:
+        """Distance of y to x, both (B, 3, H, W) in [-1, 1]: a scalar, and the parts it is made of, without gradients.
+
+        Args:
+            crop: where features are compared; everywhere without one.
+        """
+        y = y.float()
+        l1, c = F.l1_loss(y, x), self.config
+        parts, loss = {"l1": l1.detach()}, l1 + c.l2_weight * F.mse_loss(y, x)
+        if self.perceptual is not None:
+            distance = self.perceptual(*((crop.of(y), crop.of(x)) if crop else (y, x))).mean()
+            parts["perceptual"], loss = distance.detach(), loss + c.perceptual_weight * distance
+        return loss, parts
+
+
 NORM_GROUPS = 8
 
 
@@ -109,16 +156,62 @@ def generator_loss(fake: Tensor) -> Tensor:
     return -fake.mean()
 
 
+def r1_penalty(real: Tensor, x: Tensor) -> Tensor:
+    """Half of the mean of |grad D(x)|^2 over pictures (Mescheder et al., arXiv 1801.04406, eq. 9, gamma = 1).
+
+    D(x) is the mean logit of a picture's patches.
+
+    Args:
+        real: logits (B, 1, h, w) of the pictures.
+        x: the pictures (B, 3, H, W), which require a gradient.
+    """
+    # The sum first: the gradient of a mean is too small for half precision.
+    (gradient,) = torch.autograd.grad(real.sum(), x, create_graph=True)
+    patches = real[0].numel()
+    return 0.5 * (gradient.float() / patches).pow(2).sum((1, 2, 3)).mean()
+
+
+class LeCam(nn.Module):
+    """Keeps logits near what they were for the other side (Tseng et al., arXiv 2104.03310, R_LC); part of a checkpoint.
+
+    E |D(x) - a_F|^2 + E |D(G(z)) - a_R|^2, with a_R and a_F moving averages of the logits of real and generated ones.
+    """
+
+    real: Tensor
+    fake: Tensor
+
+    def __init__(self, decay: float = 0.99) -> None:
+        super().__init__()
+        self.decay = decay
+        self.register_buffer("real", torch.tensor(0.0))
+        self.register_buffer("fake", torch.tensor(0.0))
+
+    def forward(self, real: Tensor, fake: Tensor) -> Tensor:
+        """The penalty of logits of any shape: a scalar."""
+        return (real - self.fake).pow(2).mean() + (fake - self.real).pow(2).mean()
+
+    @torch.no_grad()
+    def update(self, real: Tensor, fake: Tensor) -> None:
+        """Move the averages towards the mean logits of a whole batch."""
+        self.real.lerp_(real, 1 - self.decay)
+        self.fake.lerp_(fake, 1 - self.decay)
+
+
 def adaptive_weight(
-    reconstruction: Tensor,
-    adversarial: Tensor,
+    losses: Iterable[tuple[Tensor, Tensor]],
     last_layer: Tensor,
     mean: Callable[[Tensor], Tensor] = lambda gradient: gradient,
+    scale: float = 1.0,
 ) -> Tensor:
     """Weight that gives both losses gradients of one size at the last layer (arXiv 2012.09841, eq. 7), at most 1e4.
 
-    `mean` averages a gradient over the processes that share the batch.
+    Args:
+        losses: of each part of a batch, how unlike its pictures are and the generator's loss.
+        mean: averages a gradient over the processes that share the batch.
+        scale: what losses are multiplied with on the way back, so that half precision does not round them to 0.
     """
-    (rec,) = torch.autograd.grad(reconstruction, last_layer, retain_graph=True)
-    (adv,) = torch.autograd.grad(adversarial, last_layer, retain_graph=True)
-    return (mean(rec).norm() / (mean(adv).norm() + 1e-4)).clamp(0, 1e4).detach()
+    gradients = [
+        [torch.autograd.grad(loss * scale, last_layer, retain_graph=True)[0] for loss in pair] for pair in losses
+    ]
+    unlike, adversarial = (mean(torch.stack(of_parts).mean(0)) / scale for of_parts in zip(*gradients, strict=True))
+    return (unlike.norm() / (adversarial.norm() + 1e-4)).clamp(0, 1e4).detach()

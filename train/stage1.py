@@ -4,8 +4,9 @@
     torchrun --nproc-per-node 8 train/stage1.py --config coco --data "photos/{000000..000127}.tar" --out runs/vqgan
 
 Stopped by Ctrl-C, SIGTERM or worse, the same command goes on. The weights are in OUT/vqgan.safetensors (the moving
-average), the curves in OUT/scalars.csv and OUT/tensorboard, reconstructions (above: the originals) in
-OUT/reconstruction_*.png, pictures that could not be read in OUT/skipped.txt.
+average; vqgan_best.safetensors where it reconstructs pictures held out best), the curves in OUT/scalars.csv and
+OUT/tensorboard, reconstructions of pictures held out (above: the originals) in OUT/reconstruction_*.png, pictures that
+could not be read in OUT/skipped.txt.
 """
 
 from __future__ import annotations
@@ -16,135 +17,151 @@ from pathlib import Path
 from typing import cast
 
 import torch
-import torch.nn as nn
-import torch.nn.functional as F
 from omegaconf import OmegaConf
 from PIL import Image
 from torch import Tensor
 
 from clipgen.images import from_pixels, grid
-from clipgen.vqgan import VQGAN
+from clipgen.vqgan import VQGAN, AttnBlock, ResBlock
 from train.checkpoint import Checkpoints, fixed_settings, save_tensors
+from train.codes import AverageCodes, Usage, latents, revive_codes
 from train.common import (
-    Logger,
+    Best,
     build_accelerator,
     build_ema,
-    check_finite,
     command,
     cosine,
+    in_parts,
     init_weights,
+    means,
     own_part,
     parse_args,
+    recompute,
     report_failures,
     seeded,
     set_lr,
+    split,
 )
 from train.data import Images, Order, image_batches
-from train.losses import PatchDiscriminator, adaptive_weight, build_perceptual, discriminator_loss, generator_loss
+from train.gan import Gan
+from train.health import Health, check_finite, collapsed_codes, discriminator_wins
+from train.logger import Logger
+from train.losses import Crop, LeCam, Likeness, PatchDiscriminator
 from train.stopping import Stop
+
+MEASURED = 128
+"""Most pictures held out that are measured on the way."""
 
 
 @command
 def main() -> None:
-    args, config = parse_args(__doc__ or "")
+    args, config = parse_args(__doc__ or "", tracked=True)
     c = config.stage1
     accelerator = build_accelerator(c)
     device, mean = accelerator.device, partial(accelerator.reduce, reduction="mean")
+    total = partial(accelerator.reduce, reduction="sum")
     with accelerator.local_main_process_first():  # remote shards are fetched once
         data = Images(args.data, config.model.vqgan.image_size, c.min_scale)
+    rows, held = split(len(data), c.held_out)
 
     model = VQGAN(config.model.vqgan)
     init_weights(model, c)
+    averages = AverageCodes(model.quantizer).to(device) if c.codes == "ema" else None
     discriminator = PatchDiscriminator(c.disc_ch)
-    perceptual = build_perceptual(c.perceptual)
+    likeness = Likeness(c).to(device)
     opt_g = torch.optim.Adam(model.parameters(), c.lr, betas=(c.betas[0], c.betas[1]))
     opt_d = torch.optim.Adam(discriminator.parameters(), c.disc_lr, betas=(0.5, 0.9))
     factor = cosine(c)
     model, discriminator, opt_g, opt_d = accelerator.prepare(model, discriminator, opt_g, opt_d)
     vqgan: VQGAN = accelerator.unwrap_model(model)
-    judge: PatchDiscriminator = accelerator.unwrap_model(discriminator)
     ema = build_ema(vqgan, c.ema)
     average = cast(VQGAN, ema.module)
-    usage = Usage(config.model.vqgan.codebook_size).to(device)
-    accelerator.register_for_checkpointing(ema, usage)
-    if perceptual is not None:
-        perceptual.to(device)
+    if c.recompute:
+        recompute(vqgan, (ResBlock, AttnBlock))
+    usage, best, lecam = Usage(config.model.vqgan.codebook_size).to(device), Best(), LeCam().to(device)
+    accelerator.register_for_checkpointing(ema, usage, best, lecam)
+    if averages is not None:
+        averages.watch(vqgan.quantizer)
+        accelerator.register_for_checkpointing(averages)
 
     fixed = fixed_settings(c, vqgan=config.model.vqgan)
     checkpoints = Checkpoints(accelerator, args.out, c.keep, fixed, asdict(config))
     start = checkpoints.load()
-    order, part = Order(len(data), c.seed), own_part(accelerator, c.batch_size)
-    batches = image_batches(data, lambda step: order.keys(step * c.batch_size, c.batch_size)[part], start, c.workers)
+    order, part = Order(len(rows), c.seed), own_part(accelerator, c.batch_size)
+
+    def keys(step: int) -> list[tuple[int, int]]:
+        return [(int(rows[i]), crop) for i, crop in order.keys(step * c.batch_size, c.batch_size)[part]]
+
+    batches = image_batches(data, keys, start, c.workers)
+    gan = Gan(c, accelerator, vqgan, discriminator, opt_d, likeness, lecam)
+    signs = [collapsed_codes(config.model.vqgan.codebook_size), discriminator_wins()]
+    health = Health(c.patience, signs, accelerator.is_main_process)
     if accelerator.is_main_process:
-        log = Logger(args.out, c.steps, c.batch_size, start)
-        shown = data.batch([(i * len(data) // 16, 0) for i in range(16)]).pixels.to(device)
+        log = Logger(args.out, c.steps, c.batch_size, start, args.tracker, asdict(config))
+        measured = held[:: -(-len(held) // MEASURED)].tolist()
+        shown = data.batch([(row, 0) for row in measured]).pixels.to(device)
 
     with Stop() as stop:
         for step in range(start, c.steps):
             x = next(batches).pixels.to(device)
+            parts = x.chunk(c.accumulate)
             generator = seeded(c, step)
+            crop = Crop.draw(x.shape[-2:], c.perceptual_crop, generator)
+            adversarial_phase = step >= c.disc_start
             set_lr(opt_g, c.lr * factor(step))
             set_lr(opt_d, c.disc_lr * factor(step))
 
             # The VQGAN's step.
-            with accelerator.autocast():
-                reconstruction, codebook, indices = model(x)
-            reconstruction = reconstruction.float()
-            l1 = F.l1_loss(reconstruction, x)
-            similar = l1 + c.l2_weight * F.mse_loss(reconstruction, x)
-            scalars = {"l1": l1.detach(), "codebook": codebook.detach()}
-            if perceptual is not None:
-                with accelerator.autocast():
-                    distance = perceptual(*same_crop(reconstruction, x, c.perceptual_crop, generator)).mean()
-                similar = similar + c.perceptual_weight * distance
-                scalars["perceptual"] = distance.detach()
-            loss = similar + codebook
-            adversarial_phase = step >= c.disc_start
-            if adversarial_phase:
-                judge.requires_grad_(False)
-                with accelerator.autocast():
-                    adversarial = generator_loss(judge(reconstruction))
-                weight = adaptive_weight(similar, adversarial, vqgan.decoder.conv_out.weight, mean)
-                loss = loss + c.disc_weight * weight * adversarial
-                scalars |= {"generator": adversarial.detach(), "adaptive_weight": weight}
+            weight = gan.whole_weight(parts, crop) if adversarial_phase else None
+            found, fakes = [], []
             opt_g.zero_grad()
-            accelerator.backward(loss)
-            accelerator.clip_grad_norm_(model.parameters(), c.grad_clip)
-            opt_g.step()
-            ema.update_parameters(vqgan)
-
-            # The discriminator's step.
-            if adversarial_phase:
-                judge.requires_grad_(True)
+            for some in in_parts(accelerator, model, parts):
                 with accelerator.autocast():
-                    real, fake = discriminator(torch.cat([x, reconstruction.detach()])).float().chunk(2)
-                d_loss = discriminator_loss(real, fake)
-                opt_d.zero_grad()
-                accelerator.backward(d_loss)
-                opt_d.step()
-                scalars |= {
-                    "discriminator": d_loss.detach(),
-                    "real": real.detach().mean(),
-                    "fake": fake.detach().mean(),
-                }
+                    reconstruction, codebook, indices = model(some)
+                    unlike, scalars = likeness(reconstruction, some, crop)
+                loss = unlike + codebook
+                scalars |= {"codebook": codebook.detach(), "loss": loss.detach()}
+                if adversarial_phase:
+                    adversarial, more = gan.loss(unlike, reconstruction, weight)
+                    loss, scalars = loss + adversarial, scalars | more
+                accelerator.backward(loss / len(parts))
+                usage.count(indices)
+                found.append(scalars)
+                fakes.append(reconstruction.detach().float())
+            norm = accelerator.clip_grad_norm_(model.parameters(), c.grad_clip)
+            opt_g.step()
+            if averages is not None:
+                averages.update(total)
+            ema.update_parameters(vqgan)
+            scalars = means(found)
+            if not accelerator.optimizer_step_was_skipped:  # as the scaler of half precision does now and then
+                scalars["grad_norm"] = norm
+
+            if adversarial_phase:
+                scalars |= gan.step(parts, fakes)
 
             done = step + 1
-            usage.count(indices)
             if c.revive_every and done % c.revive_every == 0:
-                counts = accelerator.reduce(usage.counts, "sum")
-                scalars["codes_used"] = (counts > 0).float().mean()
                 if done < c.disc_start:
-                    revive_codes(vqgan, counts, accelerator.gather(latents(vqgan, x)), generator)
+                    z = accelerator.gather(latents(vqgan, x))
+                    moved = revive_codes(vqgan.quantizer, total(usage.counts), z, generator)
+                    if averages is not None:
+                        averages.restart(moved)
                 usage.counts.zero_()
-            if done % c.log_every == 0:
-                scalars = mean(scalars)
+            sampling = done % c.sample_every == 0 or done == c.steps
+            if sampling or done % c.log_every == 0:
+                line = mean(scalars) | usage.report(total)
                 if accelerator.is_main_process:
-                    log.scalars(done, scalars)
-            if accelerator.is_main_process and (done % c.sample_every == 0 or done == c.steps):
-                log.picture(done, "reconstruction", reconstruction_grid(average, shown))
+                    quality = evaluate(average, likeness, shown) if sampling else {}
+                    log.scalars(done, line | quality)
+                    if sampling:
+                        log.picture(done, "reconstruction", reconstruction_grid(average, shown))
+                    if sampling and best.improved(quality["held_loss"]):
+                        save_tensors(average.state_dict(), args.out / "vqgan_best.safetensors")
+                health.check(done, line)
             stopping = stop.requested()
             if done % c.save_every == 0 or done == c.steps or stopping:
-                check_finite(done, {"loss": loss.detach()})
+                check_finite(done, {name: mean(scalars[name]) for name in ("loss", "grad_norm") if name in scalars})
                 if accelerator.is_main_process:
                     export(average, args.out)
                 checkpoints.save(done)
@@ -152,53 +169,27 @@ def main() -> None:
                 report_failures(accelerator, args.out, data.failures)
                 stop.leave(f"step {done} of {c.steps} is saved in {args.out}")
     report_failures(accelerator, args.out, data.failures)
-
-
-class Usage(nn.Module):
-    """How often each code was chosen since the dead ones were last looked for; part of a checkpoint."""
-
-    counts: Tensor
-
-    def __init__(self, codes: int) -> None:
-        super().__init__()
-        self.register_buffer("counts", torch.zeros(codes))
-
-    def count(self, indices: Tensor) -> None:
-        """Add choices of any shape."""
-        self.counts += torch.bincount(indices.flatten(), minlength=len(self.counts))
-
-
-def same_crop(a: Tensor, b: Tensor, side: int, generator: torch.Generator) -> tuple[Tensor, Tensor]:
-    """One random square of both batches (B, C, H, W); the whole of them when `side` is 0 or they are no larger."""
-    height, width = a.shape[-2:]
-    if not 0 < side < min(height, width):
-        return a, b
-    y, x = (int(torch.randint(limit - side + 1, (), generator=generator)) for limit in (height, width))
-    return a[..., y : y + side, x : x + side], b[..., y : y + side, x : x + side]
+    if accelerator.is_main_process:
+        log.close()
 
 
 @torch.no_grad()
-def latents(vqgan: VQGAN, x: Tensor) -> Tensor:
-    """Where images (B, 3, H, W) lie among the codes, (B * T, embed_dim)."""
-    z = vqgan.encode(x).float()
-    if vqgan.quantizer.l2_codes:
-        z = F.normalize(z, dim=1)
-    return z.permute(0, 2, 3, 1).flatten(0, 2)
-
-
-@torch.no_grad()
-def revive_codes(vqgan: VQGAN, usage: Tensor, z: Tensor, generator: torch.Generator) -> None:
-    """Move the codes that no latent chose onto some of the latents z (N, embed_dim); `usage` (V,) counts choices."""
-    dead = (usage == 0).nonzero().flatten()
-    count = min(len(dead), len(z))
-    chosen = torch.randperm(len(z), generator=generator)[:count]
-    vqgan.quantizer.embedding.weight[dead[:count]] = z[chosen.to(z.device)]
+def evaluate(vqgan: VQGAN, likeness: Likeness, x: Tensor, batch_size: int = 16) -> dict[str, float]:
+    """How well pictures (N, 3, H, W) come back: the loss that is trained without a GAN, and PSNR, dB, their means."""
+    loss = psnr = 0.0
+    for some in x.split(batch_size):
+        y = vqgan(some)[0].float()
+        loss += float(likeness(y, some)[0]) * len(some)
+        error = (y.clamp(-1, 1) - some).pow(2).mean((1, 2, 3))
+        psnr += float((10 * torch.log10(4 / error.clamp_min(1e-10))).sum())  # the range is 2 wide
+    return {"held_loss": loss / len(x), "held_psnr": psnr / len(x)}
 
 
 @torch.no_grad()
 def reconstruction_grid(vqgan: VQGAN, x: Tensor) -> Image.Image:
-    """Originals (B, 3, H, W) in the upper rows, their reconstructions below."""
-    return grid(from_pixels(torch.cat([x, vqgan(x)[0].float()])), columns=8)
+    """Sixteen of the originals (N, 3, H, W) in the upper rows, their reconstructions below."""
+    x = x[:: max(1, len(x) // 16)][:16]
+    return grid(from_pixels(torch.cat([x, vqgan(x)[0].float()])), columns=min(8, len(x)))
 
 
 def export(vqgan: VQGAN, out: Path) -> None:

@@ -33,11 +33,9 @@ from clipgen.sampling import generate_tokens
 from clipgen.vqgan import VQGAN
 from train.checkpoint import Checkpoints, fixed_settings, save_tensors
 from train.common import (
-    Logger,
     build_accelerator,
     build_ema,
     build_optimizers,
-    check_finite,
     command,
     cosine,
     init_weights,
@@ -49,6 +47,8 @@ from train.common import (
 )
 from train.data import Order
 from train.encode import Encoded, Encoders, check_origin, hashes, load_encoders, load_vqgan, write_shards
+from train.health import check_finite
+from train.logger import Logger
 from train.stopping import Stop
 
 
@@ -256,7 +256,7 @@ def sample_grid(gpt: GPT, vqgan: VQGAN, tokens: Tensor, embeddings: Tensor, samp
         drawn = generate_tokens(gpt, embeddings, list(range(len(tokens))), replace(sampling, guidance=1.0))
     vqgan = vqgan.to(tokens.device)
     pixels = torch.cat([vqgan.decode_tokens(tokens), vqgan.decode_tokens(drawn.clone())])
-    return grid(from_pixels(pixels.float().clamp(-1, 1)), columns=8)
+    return grid(from_pixels(pixels.float().clamp(-1, 1)), columns=min(8, len(tokens)))
 
 
 if __name__ == "__main__":

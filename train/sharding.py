@@ -1,0 +1,78 @@
+"""A model that no single GPU holds: FSDP2 (`torch.distributed.fsdp.fully_shard`), and its checkpoints.
+
+Every process keeps a part of each tensor, of its gradient and of the optimizer's moments, and gathers a block's weights
+when that block runs. Accelerate's own FSDP refuses CPUs, where this is tested; these are the calls it makes.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import cast
+
+import torch
+import torch.distributed.checkpoint as dcp
+import torch.nn as nn
+from torch import Tensor
+from torch.distributed.checkpoint.state_dict import (
+    StateDictOptions,
+    get_model_state_dict,
+    get_optimizer_state_dict,
+    set_model_state_dict,
+    set_optimizer_state_dict,
+)
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
+
+
+def shard(model: nn.Module, blocks: Iterable[nn.Module], device: torch.device, processes: int, bf16: bool) -> None:
+    """Cut a model's tensors into one part per process, in place. Optimizers are built after that.
+
+    Args:
+        blocks: parts of the model that are gathered one at a time; the rest is gathered as a whole.
+        bf16: whether weights are gathered in bfloat16; they are kept, and gradients added up, in float32.
+    """
+    mesh = init_device_mesh(device.type, (processes,))
+    policy = MixedPrecisionPolicy(torch.bfloat16, torch.float32) if bf16 else MixedPrecisionPolicy()
+    for module in (*blocks, model):
+        fully_shard(module, mesh=mesh, mp_policy=policy)
+
+
+def whole_state(model: nn.Module) -> dict[str, Tensor]:
+    """All of a model's weights. Of a sharded one on the CPU and of the first process; empty on the others.
+
+    All processes call this.
+    """
+    if not isinstance(model, FSDPModule):
+        return model.state_dict()
+    options = StateDictOptions(full_state_dict=True, cpu_offload=True)
+    return cast(dict[str, Tensor], get_model_state_dict(model, options=options))
+
+
+@dataclass(frozen=True)
+class Sharded:
+    """Sharded models and the optimizer of the first of them, as a checkpoint that any number of processes can load."""
+
+    models: Mapping[str, nn.Module]
+    optimizer: torch.optim.Optimizer
+
+    def save(self, folder: Path) -> None:
+        """Write every process's part. All processes call this."""
+        dcp.save(self._state(), checkpoint_id=folder)
+
+    def load(self, folder: Path) -> None:
+        """Read what belongs to this process, whoever wrote it. All processes call this."""
+        state = self._state()
+        dcp.load(state, checkpoint_id=folder)
+        for name, model in self.models.items():
+            set_model_state_dict(model, state[name])
+        set_optimizer_state_dict(self._first, self.optimizer, state["optimizer"])
+
+    @property
+    def _first(self) -> nn.Module:
+        return next(iter(self.models.values()))
+
+    def _state(self) -> dict[str, dict]:
+        moments = get_optimizer_state_dict(self._first, self.optimizer)
+        return {name: get_model_state_dict(model) for name, model in self.models.items()} | {"optimizer": moments}
