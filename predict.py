@@ -21,6 +21,7 @@ from collections import deque
 from collections.abc import AsyncIterator
 from concurrent.futures import ThreadPoolExecutor
 from contextvars import copy_context
+from dataclasses import asdict
 from functools import partial
 from typing import Any, get_args
 
@@ -30,7 +31,7 @@ from PIL import Image
 from clipgen.checkpoints import obtain
 from clipgen.images import grid, load_image, save_image
 from clipgen.pipeline import ClipGen
-from clipgen.receipt import receipts, weights_digest
+from clipgen.receipt import device_name, receipts, weights_digest
 from clipgen.request import Request, RequestError, Result
 from clipgen.urls import read_url
 
@@ -45,12 +46,16 @@ class Predictor(BasePredictor):
         self.workers = ThreadPoolExecutor(max_workers=16)  # 8 that wait, and those that are just cancelled
         # On a worker's thread: PyTorch's threads belong to the one that uses it, and a second set slows both down.
         self.workers.submit(copy_context().run, self.load).result()
+        threading.Thread(target=self.end).start()
         self.decoding = threading.Lock()  # a picture of 64 megapixels takes a gigabyte: one at a time
+        # Freed blocks of Pillow's usual 16 MB stay with the process: gigabytes, after some large pictures at once.
+        Image.core.set_block_size(64 << 20)
         # Cog sends the files after `predict` has returned and deletes none: a folder lives until 32 newer ones exist.
         self.folders: deque[tempfile.TemporaryDirectory] = deque(maxlen=32)
 
     def load(self) -> None:
         """Make the pipeline and warm it up, so that the first request is not slower than the others."""
+        started = time.perf_counter()
         folder = obtain(os.environ.get("CLIPGEN_WEIGHTS") or WEIGHTS, say=print)
         self.pipe = ClipGen.from_pretrained(
             folder,
@@ -58,13 +63,31 @@ class Predictor(BasePredictor):
             dtype=os.environ.get("CLIPGEN_DTYPE") or None,
         )
         self.weights = weights_digest(folder)
+        loaded = time.perf_counter()
         self.pipe("warm up", seed=0)
+        machine: dict[str, Any] = {
+            "device": device_name(self.pipe.device),
+            "dtype": str(self.pipe.dtype).removeprefix("torch."),
+        }
+        log("ready", started, model=self.pipe.config.name, weights=self.weights, **machine, load=loaded - started)
+
+    def end(self) -> None:
+        """Stop drawing when the server stops.
+
+        Cog has then answered those who wait for an answer. What was asked with `Prefer: respond-async` and is not
+        finished has nobody to go to any more: Cog's log names it, and drawing it would only hold up the end.
+        """
+        threading.main_thread().join()
+        self.pipe.close(0)
 
     @streaming
     @concurrent(max=8)
     async def predict(
         self,
         prompt: str = Input(default="", description="What to draw. May be empty when there is an image."),
+        negative_prompt: str = Input(
+            default="", description="What to keep away from: the more guidance, the farther; it must be above 1."
+        ),
         image: Path | None = Input(
             default=None, description="An image to draw variations of. With a prompt, both count alike."
         ),
@@ -111,29 +134,31 @@ class Predictor(BasePredictor):
         output_format: str = Input(default="png", choices=["png", "webp", "jpg"], description="File format."),
         output_quality: int = Input(default=90, ge=1, le=100, description="For webp and jpg; png is lossless."),
     ) -> AsyncIterator[Path]:
-        """Draw images; seed, CLIP scores and timings by stage are in the prediction's metrics."""
+        """Draw images; seed, CLIP scores, coverage and timings by stage are in the prediction's metrics."""
         started = time.perf_counter()
+        private = {"prompt": prompt, "negative_prompt": negative_prompt}
         settings: dict[str, Any] = {"guidance": guidance, "temperature": temperature, "top_k": top_k, "top_p": top_p}
         settings |= {"num_outputs": num_outputs, "candidates": candidates, "seed": seed, "keep_rows": keep_rows}
         written: dict[str, Any] = {"output_format": output_format, "output_quality": output_quality}
-        check(prompt=prompt, image=image, previews=previews, **written, **settings)
         stop = threading.Event()
-        work = partial(self.draw, prompt, image, settings, previews, stop)
         try:  # the context carries the prediction's log and metrics
+            check(image=image, previews=previews, **private, **written, **settings)
+            settings["negative"] = negative_prompt if negative_prompt.strip() else None
+            work = partial(self.draw, prompt, image, settings, previews, stop)
             result = await asyncio.get_running_loop().run_in_executor(self.workers, copy_context().run, work)
             files = await asyncio.to_thread(self.write, result, **written)
         except asyncio.CancelledError:
-            log("canceled", started, prompt)
+            log("canceled", started, private)
             raise
         except Exception as error:
-            log("failed", started, prompt, error=type(error).__name__)
+            log("failed", started, private, error=type(error).__name__)
             raise
         finally:  # canceled: the engine drops its pictures before the next step
             stop.set()
         for name in ("seed", "seeds", "scores", "seconds", "dropped"):
             if getattr(result, name) != "":
                 self.record_metric(name, getattr(result, name))
-        log("succeeded", started, prompt, seed=result.seed, drawn=result.drawn, scores=result.scores, **result.seconds)
+        log("succeeded", started, private, seed=result.seed, drawn=result.drawn, scores=result.scores, **result.seconds)
         for file in files:
             yield file
 
@@ -157,6 +182,11 @@ class Predictor(BasePredictor):
             self.scope.metrics.delete("preview")  # the outputs are there now
         if result.dropped:
             print(f"The prompt is too long: the model did not read its last {len(result.dropped)} characters.")
+        if covered := self.pipe.covered(parts):
+            near = [list(pair) for pair in covered.nearest]
+            self.record_metric("coverage", {**asdict(covered), "nearest": near})
+            if covered.low:  # without a name: the log must not tell what was asked for
+                print("This model has seen little like it: `coverage` in the metrics names the nearest it has seen.")
         return result
 
     def read(self, url: str, stop: threading.Event) -> Image.Image:
@@ -186,11 +216,11 @@ class Predictor(BasePredictor):
         return files
 
 
-def log(event: str, started: float, prompt: str, **facts: Any) -> None:
-    """One JSON line in the prediction's log, which Cog keeps under the prediction's id; without the prompt."""
+def log(event: str, started: float, private: dict[str, str] | None = None, **facts: Any) -> None:
+    """One JSON line in the prediction's log, which Cog keeps under the prediction's id; without what is private."""
     facts = {name: round(value, 4) if isinstance(value, float) else value for name, value in facts.items()}
     if os.environ.get("CLIPGEN_LOG_PROMPTS") == "1":
-        facts["prompt"] = prompt
+        facts |= private or {}
     print(json.dumps({"event": event, "wall": round(time.perf_counter() - started, 4), **facts}), flush=True)
 
 
