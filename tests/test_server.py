@@ -6,11 +6,7 @@ import base64
 import dataclasses
 import io
 import json
-import os
-import socket
 import struct
-import subprocess
-import sys
 import time
 import zlib
 from collections.abc import Iterator
@@ -18,17 +14,15 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
-import httpx
 import pytest
 import torch
+from cog_server import Answer, CogServer
 from PIL import Image
 
 from clipgen.config import ModelConfig
 from clipgen.gpt import GPT
 from clipgen.vqgan import VQGAN
 from clipgen.weights import load_weights, save_weights
-
-Answer = dict[str, Any]
 
 
 @pytest.fixture(scope="module")
@@ -43,64 +37,10 @@ def slow_weights(tiny_config: ModelConfig, tiny_weights: Path, tmp_path_factory:
     return save_weights(tmp_path_factory.mktemp("slow") / "slow", config, {"clip": clip, **networks})
 
 
-class Server:
-    """A running server and the process behind it."""
-
-    def __init__(self, root: Path, log: Path, **environment: str) -> None:
-        with socket.socket() as free:
-            free.bind(("127.0.0.1", 0))
-            self.port = free.getsockname()[1]
-        self.http = httpx.Client(base_url=f"http://127.0.0.1:{self.port}", timeout=120)
-        variables = {
-            "PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}",  # its worker starts `python`
-            "PORT": str(self.port),
-            "COG_PREDICT_TYPE_STUB": "predict.py:Predictor",
-            "COG_MAX_CONCURRENCY": "8",
-            "CLIPGEN_DEVICE": "cpu",
-            "CLIPGEN_DTYPE": "float32",
-            "OMP_NUM_THREADS": "1",
-        }
-        self.log = log
-        with log.open("w") as output:
-            self.process = subprocess.Popen(
-                [sys.executable, "-m", "cog.server.http", "--host", "127.0.0.1"],
-                cwd=root,
-                env={**os.environ, **variables, **environment},
-                stdout=output,
-                stderr=subprocess.STDOUT,
-            )
-
-    def wait(self, seconds: float = 120) -> Answer:
-        """The health check's body once set-up has ended, well or not."""
-        deadline = time.monotonic() + seconds
-        while time.monotonic() < deadline and self.process.poll() is None:
-            try:
-                health = self.http.get("/health-check").json()
-            except httpx.TransportError:
-                health = {"status": "UNKNOWN"}
-            if health["status"] not in ("UNKNOWN", "STARTING"):
-                return health
-            time.sleep(0.1)
-        raise AssertionError(f"no answer from the server:\n{self.log.read_text()[-3000:]}")
-
-    def predict(self, **inputs: Any) -> Answer:
-        """Ask for a prediction and wait for its end."""
-        return self.http.post("/predictions", json={"input": inputs}).json()
-
-    def stop(self) -> None:
-        self.http.close()
-        self.process.terminate()
-        try:
-            self.process.wait(10)
-        except subprocess.TimeoutExpired:
-            self.process.kill()
-            self.process.wait()
-
-
 @pytest.fixture(scope="module")
-def server(root: Path, slow_weights: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
+def server(root: Path, slow_weights: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[CogServer]:
     folder = tmp_path_factory.mktemp("server")
-    server = Server(root, folder / "log", CLIPGEN_WEIGHTS=str(slow_weights), TMPDIR=str(folder))
+    server = CogServer(root, folder / "log", CLIPGEN_WEIGHTS=str(slow_weights), TMPDIR=str(folder))
     try:
         assert server.wait()["status"] == "READY", server.log.read_text()
         yield server
@@ -134,7 +74,7 @@ def huge_png() -> bytes:
 GRADIENT = png(Image.linear_gradient("L"))
 
 
-def test_success(server: Server) -> None:
+def test_success(server: CogServer) -> None:
     answer = server.predict(prompt="a lemon", num_outputs=2, candidates=3, seed=0)
     assert len({image.tobytes() for image in pictures(answer)}) == 2
     assert [url.partition(",")[0] for url in answer["output"]] == ["data:image/png;base64"] * 2
@@ -143,12 +83,12 @@ def test_success(server: Server) -> None:
     assert len(metrics["scores"]) == 2 and metrics["scores"] == sorted(metrics["scores"], reverse=True)
 
 
-def test_an_image_and_another_format(server: Server) -> None:
+def test_an_image_and_another_format(server: CogServer) -> None:
     answer = server.predict(image=url(GRADIENT), candidates=1, output_format="webp", output_quality=50)
     assert pictures(answer)[0].format == "WEBP"
 
 
-def test_a_long_prompt_works_and_the_answer_tells_what_was_dropped(server: Server) -> None:
+def test_a_long_prompt_works_and_the_answer_tells_what_was_dropped(server: CogServer) -> None:
     answer = server.predict(prompt=" ".join(f"word{i}" for i in range(500)), candidates=1)
     assert pictures(answer) and "word499" in answer["metrics"]["dropped"]
     assert "too long" in answer["logs"] and "word" not in answer["logs"]
@@ -177,7 +117,7 @@ def test_a_long_prompt_works_and_the_answer_tells_what_was_dropped(server: Serve
         ({"image": url(b"not an image", "text/plain")}, ["not an image"]),
     ],
 )
-def test_bad_input_fails_with_a_message(server: Server, inputs: Answer, words: list[str]) -> None:
+def test_bad_input_fails_with_a_message(server: CogServer, inputs: Answer, words: list[str]) -> None:
     answer = server.predict(**inputs)
     assert answer["status"] == "failed" and not answer.get("output")
     for word in words:
@@ -185,13 +125,13 @@ def test_bad_input_fails_with_a_message(server: Server, inputs: Answer, words: l
     assert "Traceback" not in answer["error"]
 
 
-def test_nan_which_is_no_json_is_refused(server: Server) -> None:
+def test_nan_which_is_no_json_is_refused(server: CogServer) -> None:
     body = '{"input": {"prompt": "a", "temperature": NaN}}'
     answer = server.http.post("/predictions", content=body, headers={"Content-Type": "application/json"})
     assert answer.status_code == 400 and "temperature" in answer.text
 
 
-def test_two_at_once_both_succeed(server: Server) -> None:
+def test_two_at_once_both_succeed(server: CogServer) -> None:
     with ThreadPoolExecutor() as pool:
         futures = [pool.submit(server.predict, prompt=prompt, candidates=2, seed=5) for prompt in ("a", "b")]
         a, b = (pictures(future.result()) for future in futures)
@@ -199,7 +139,7 @@ def test_two_at_once_both_succeed(server: Server) -> None:
     assert a[0].tobytes() != b[0].tobytes()
 
 
-def test_cancel_frees_the_model_at_once(server: Server) -> None:
+def test_cancel_frees_the_model_at_once(server: CogServer) -> None:
     slow = {"prompt": "a", "candidates": 64, "num_outputs": 1}
     started = time.monotonic()
     assert server.predict(**slow)["status"] == "succeeded"
@@ -233,7 +173,7 @@ STREAMING = {
 }
 
 
-def events(server: Server, **inputs: Any) -> list[tuple[str, Answer]]:
+def events(server: CogServer, **inputs: Any) -> list[tuple[str, Answer]]:
     """A prediction as it is streamed."""
     headers = {"Accept": "text/event-stream"}
     with server.http.stream("POST", "/predictions", json={"input": inputs}, headers=headers) as answer:
@@ -249,7 +189,7 @@ def test_previews_are_streamed_apart_from_the_outputs(root: Path, slow_weights: 
     (tmp_path / ".cog").mkdir()
     (tmp_path / ".cog" / "openapi_schema.json").write_text(json.dumps(STREAMING))
     (tmp_path / "predict.py").symlink_to(root / "predict.py")
-    server = Server(tmp_path, tmp_path / "log", CLIPGEN_WEIGHTS=str(slow_weights), PYTHONPATH=str(root))
+    server = CogServer(tmp_path, tmp_path / "log", CLIPGEN_WEIGHTS=str(slow_weights), PYTHONPATH=str(root))
     try:
         assert server.wait()["status"] == "READY", server.log.read_text()
         found = events(server, prompt="a lemon", candidates=2, num_outputs=2, seed=0, previews=3)
@@ -265,7 +205,7 @@ def test_previews_are_streamed_apart_from_the_outputs(root: Path, slow_weights: 
     assert [a.tobytes() for a in pictures(answer)] == [b.tobytes() for b in pictures(plain)]
 
 
-def test_eight_at_once_share_the_engine_and_get_their_own(server: Server) -> None:
+def test_eight_at_once_share_the_engine_and_get_their_own(server: CogServer) -> None:
     seeds = range(8)
     with ThreadPoolExecutor(8) as pool:
         answers = list(pool.map(lambda seed: server.predict(prompt="a", candidates=1, seed=seed), seeds))
@@ -274,13 +214,13 @@ def test_eight_at_once_share_the_engine_and_get_their_own(server: Server) -> Non
     assert all(answer["metrics"]["seconds"]["queue"] < 1 for answer in answers)
 
 
-def test_cancel_of_the_unknown(server: Server) -> None:
+def test_cancel_of_the_unknown(server: CogServer) -> None:
     assert server.http.post("/predictions/nobody/cancel").status_code == 404
 
 
 @pytest.mark.slow
 def test_broken_weights_fail_the_set_up(root: Path, tmp_path: Path) -> None:
-    server = Server(root, tmp_path / "log", CLIPGEN_WEIGHTS=str(tmp_path / "nowhere"))
+    server = CogServer(root, tmp_path / "log", CLIPGEN_WEIGHTS=str(tmp_path / "nowhere"))
     try:
         health = server.wait()
         assert health["status"] == "SETUP_FAILED"
