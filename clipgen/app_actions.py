@@ -15,10 +15,9 @@ from typing import TYPE_CHECKING, Any
 from PIL import Image
 
 from clipgen import terminal as t
-from clipgen.generate_cli import AWAY
 from clipgen.images import load_image, save_image
 from clipgen.receipt import Receipt, receipts
-from clipgen.request import Part, Request, RequestError, parts_of
+from clipgen.request import Part, Request, RequestError
 from clipgen.sampling import Cancelled
 
 if TYPE_CHECKING:
@@ -61,8 +60,6 @@ class Form:
             parts.append((load_image(self.image), self._given("image_weight")))
         if self.prompt.strip() or not parts:  # an empty prompt is an error, unless there is an image
             parts.append((self.prompt, 1.0))
-        if self.negative.strip():
-            parts.append((self.negative, AWAY))
         return Request(
             parts,
             num_outputs=int(self._given("num_outputs")),
@@ -74,6 +71,7 @@ class Form:
             seed=t.new_seed() if self.random else int(self._given("seed")),
             keep=keep,
             keep_rows=int(keep_rows or 0),
+            negative=self.negative if self.negative.strip() else None,
         )
 
     def again(self, seed: int) -> Form:
@@ -202,14 +200,10 @@ class Studio:
         said = [f"{pictures}, the best of {result.drawn}, in {result.seconds['total']:.1f} s; seed {result.seed}."]
         if result.dropped:
             said.append(f"The prompt is too long, the model did not read: {result.dropped}")
-        if self.pipe.coverage is not None:
-            parts = [(isinstance(part, str), abs(weight)) for part, weight in parts_of(result.request.prompt)]
-            texts = sum(weight for is_text, weight in parts if is_text) / sum(weight for _, weight in parts)
-            covered = self.pipe.coverage.look(self.pipe.embed(result.request.prompt), texts)
-            if covered.low:
-                said.append(
-                    f"This model has seen little like it; the nearest of its pictures is {covered.nearest[0][0]}."
-                )
+        covered = self.pipe.covered(result.request.prompt)
+        if covered:
+            sentence = covered.warning("it") if covered.low else str(covered)
+            said.append(f"{sentence[0].upper()}{sentence[1:]}.")
         return " ".join(said)
 
     def files(self, drawing: Drawing) -> list[Path]:
@@ -236,10 +230,13 @@ def read_receipt(path: str, form: Form) -> tuple[Form, str]:
             left.append(f"add {part.name or 'the image it was drawn from'} under “Start from a picture”")
         elif part.text and part.weight == 1 and not prompt:
             prompt = part.text
-        elif part.text and part.weight == AWAY and not negative:
-            negative = part.text
         else:
             left.append(f"{part.text or part.name or 'another image'} ({part.weight:g}) has no place on this page")
+    for part in record.negative:
+        if part.text and part.weight == 1 and not negative:
+            negative = part.text
+        else:
+            left.append(f"{part.text or part.name or 'an image'} was kept away from too, which has no place on this page")
     if record.keep:
         left.append(f"its top {record.keep_rows} rows were those of another picture")
     settings = {name: getattr(record, name) for name in ("guidance", "temperature", "top_k", "top_p")}

@@ -25,6 +25,8 @@ RANK = 128
 MOST_PICTURES = 8192
 """In the index: spread evenly over larger sets."""
 NEAREST = 5
+SHOWN = 3
+"""Of the nearest, where there is little room."""
 LOW = 0.05
 """Share of the sentences measured beneath which a prompt counts as unlike the training pictures."""
 SHARPNESS = 50
@@ -47,6 +49,15 @@ class Covered:
     def low(self) -> bool:
         """Whether the model has seen little like it."""
         return self.percentile < 100 * LOW
+
+    def warning(self, name: str) -> str:
+        """What to tell whoever asked for `name`, where `low`."""
+        return f"this model has seen little like {name}; the nearest of its training pictures is {self.nearest[0][0]}"
+
+    def __str__(self) -> str:
+        """The figure and the nearest pictures, in a line."""
+        names = "; ".join(name for name, _ in self.nearest[:SHOWN])
+        return f"coverage {self.percentile:.0f} of 100, nearest training pictures: {names}"
 
 
 class Coverage:

@@ -10,7 +10,7 @@ from typing import Annotated, Any
 import typer
 
 from clipgen import terminal as t
-from clipgen.terminal import HOW, option
+from clipgen.terminal import HOW, WHAT, option
 
 MOST_CELLS = 100
 EXAMPLE = "Example: python -m clipgen sheet 'a lemon' --guidance 1,2,4 --temperature 0.7,1,1.3"
@@ -30,6 +30,9 @@ def sheet(
     temperature: Annotated[str | None, _values("How daring to be, 0 to 10")] = None,
     top_k: Annotated[str | None, _values("Choose among the K likeliest tokens; 0 is off")] = None,
     top_p: Annotated[str | None, _values("Choose among the likeliest that add up to P")] = None,
+    negative: Annotated[
+        str | None, option(WHAT, "Keep away from a text; guidance must be above 1.", metavar="TEXT")
+    ] = None,
     candidates: Annotated[int, _CANDIDATES] = 1,
     seed: t.Seed = None,
     out: t.Out = Path("outputs"),
@@ -53,6 +56,7 @@ def sheet(
     (down, rows), (across, columns) = axes(values)
     shared: dict[str, Any] = {name: numbers[0] for name, numbers in values.items() if len(numbers) == 1}
     shared |= {"candidates": candidates, "seed": t.new_seed() if seed is None else seed}
+    shared["negative"] = None if negative is None else t.checked_text(negative)
     requests = [
         Request(t.checked_text(prompt), **(shared | ({down: row} if down else {}) | {across: column}))
         for row, column in itertools.product(rows, columns)
@@ -63,6 +67,7 @@ def sheet(
     title = f"{t.printable(prompt)}, seed {results[0].seed}" + "".join(
         f", {name} {numbers[0]:g}" for name, numbers in values.items() if len(numbers) == 1
     )
+    title += "" if negative is None else f", not {t.printable(negative)}"
     picture = labelled_grid(
         [result.images[0] for result in results],
         [f"{across} {value:g}" for value in columns],

@@ -12,9 +12,12 @@ from pathlib import Path
 import httpx
 import numpy as np
 import pytest
+import torch
+import torch.nn.functional as F
 from PIL import Image
 
 from clipgen.app_actions import Form, Studio, View, hide_folders, plain, read_receipt
+from clipgen.coverage import Coverage, build_index
 from clipgen.images import ImageError, read_metadata, save_image
 from clipgen.receipt import Receipt, ReceiptError
 from clipgen.request import RequestError
@@ -75,13 +78,36 @@ def test_the_top_stays_when_it_is_kept(studio: Studio) -> None:
     assert too_many.failed and "keep_rows" in too_many.note
 
 
-def test_a_negative_prompt_and_an_image_change_the_point_that_is_drawn_from(studio: Studio, tmp_path: Path) -> None:
+def test_a_negative_prompt_is_kept_away_from(studio: Studio) -> None:
+    assert LEMON.request().negative is None and replace(LEMON, negative=" \n").request().negative is None
+    end = last(studio.draw(replace(LEMON, negative="a dog")))
+    assert end.drawing is not None and end.drawing.records[0].text == "a lemon, not a dog"
+    refused = last(studio.draw(replace(LEMON, negative="a dog", guidance=1)))
+    assert refused.failed and "raise it" in refused.note
+
+
+@pytest.mark.parametrize("low", [True, False])
+def test_how_near_it_is_to_the_training_pictures_is_said(
+    studio: Studio, monkeypatch: pytest.MonkeyPatch, low: bool
+) -> None:
+    assert "nearest" not in last(studio.draw(LEMON)).note, "these weights have no index"
+    images = F.normalize(torch.randn(9, 32, generator=torch.Generator().manual_seed(0)), dim=1)
+    index = Coverage(build_index(images, [f"Picture {i}" for i in range(9)], images[:4]))
+    monkeypatch.setattr(studio.pipe, "coverage", index)
+    monkeypatch.setattr("clipgen.coverage.LOW", 1.01 if low else 0)
+    note = last(studio.draw(LEMON)).note
+    if low:
+        assert "This model has seen little like it; the nearest of its training pictures is Picture " in note
+    else:
+        assert re.search(r"Coverage \d+ of 100, nearest training pictures: Picture \d; Picture \d; Picture \d\.", note)
+
+
+def test_an_image_changes_the_point_that_is_drawn_from(studio: Studio, tmp_path: Path) -> None:
     file = save_image(Image.new("RGB", (40, 40), "red"), tmp_path / "red.png")
     points = [
         studio.pipe.embed(form.request().prompt)
         for form in (
             LEMON,
-            replace(LEMON, negative="a dog"),
             replace(LEMON, image=str(file)),
             replace(LEMON, image=str(file), image_weight=0.1),
             replace(LEMON, prompt="", image=str(file)),

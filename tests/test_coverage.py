@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import shutil
 import subprocess
 import sys
@@ -131,6 +132,27 @@ def test_generate_says_so(folder: Path, monkeypatch: pytest.MonkeyPatch, tmp_pat
     covered = json.loads(result.stdout)["coverage"]
     assert set(covered) == {"similarity", "percentile", "nearest"} and len(covered["nearest"]) == 5
     assert ("has seen little like 'a lemon'" in result.stderr) == (covered["percentile"] < 5)
+
+
+@pytest.mark.parametrize("low", [True, False])
+def test_generate_says_it_to_people(folder: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, low: bool) -> None:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("clipgen.coverage.LOW", 1.01 if low else 0)
+    few = ("--num-outputs", "1", "--candidates", "1", "--device", "cpu", "--dtype", "float32")
+    result = CliRunner().invoke(app, ["generate", "a lemon", *few, "--weights", str(folder)])
+    assert re.search(r"coverage \d+ of 100, nearest training pictures: \d+\.png; \d+\.png; \d+\.png\n", result.stdout)
+    warned = re.search(r"little like 'a lemon'; the nearest of its training pictures is \d+\.png", result.stderr)
+    assert bool(warned) == low
+
+
+def test_images_have_no_gap_to_take_off(folder: Path) -> None:
+    pipe = ClipGen.from_pretrained(folder, device="cpu", dtype="float32")
+    image = Image.linear_gradient("L")
+    assert pipe.coverage is not None
+    assert pipe.covered(image) == pipe.coverage.look(pipe.embed(image), texts=0)
+    assert pipe.covered("a") == pipe.coverage.look(pipe.embed("a"), texts=1)
+    mixed = [("a", 1.0), (image, -3.0)]
+    assert pipe.covered(mixed) == pipe.coverage.look(pipe.embed(mixed), texts=0.25)
 
 
 def test_the_script(root: Path, tiny_weights: Path, tmp_path: Path) -> None:

@@ -10,10 +10,14 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
+import torch.nn.functional as F
 from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image
 
+from clipgen.coverage import Coverage, build_index
+from clipgen.painter import Painter
 from clipgen.receipt import Receipt
 from predict import Predictor, check
 
@@ -51,7 +55,18 @@ def draw(predictor: Predictor, **given: Any) -> list[Path]:
 
 def test_the_interface() -> None:
     assert list(PARAMETERS) == [
-        *("prompt", "image", "keep_rows", "num_outputs", "candidates", "guidance", "temperature", "top_k", "top_p"),
+        *(
+            "prompt",
+            "negative_prompt",
+            "image",
+            "keep_rows",
+            "num_outputs",
+            "candidates",
+            "guidance",
+            "temperature",
+            "top_k",
+            "top_p",
+        ),
         *("seed", "previews", "output_format", "output_quality"),
     ]
     assert all(parameter.default.description for parameter in PARAMETERS.values())
@@ -107,6 +122,7 @@ def test_old_folders_are_removed(predictor: Predictor) -> None:
     ("name", "value"),
     [
         *[("prompt", value) for value in (None, 5, ["a"])],
+        *[("negative_prompt", value) for value in (None, 5, ["a"])],
         *[("image", value) for value in ("/etc/hostname", 5)],
         *[("keep_rows", value) for value in (-1, 64, 0.5, None)],
         *[("previews", value) for value in (-1, 9, "1")],
@@ -147,17 +163,70 @@ def test_rows_to_keep_need_an_image_and_fit_the_model(predictor: Predictor) -> N
 def test_the_log_tells_what_happened_but_no_prompt(
     predictor: Predictor, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    draw(predictor, prompt="my secret", candidates=2, seed=5)
-    with pytest.raises(ValueError):
-        draw(predictor, prompt="my secret", keep_rows=2)
+    prompts = {"prompt": "my secret", "negative_prompt": "a secret too"}
+    draw(predictor, **prompts, candidates=2, seed=5)
+    for wrong in ({"keep_rows": 2}, {"candidates": 999}):
+        with pytest.raises(ValueError):
+            draw(predictor, **prompts, **wrong)
     lines = capsys.readouterr().out.splitlines()
-    done, failed = (json.loads(line) for line in lines)
-    assert done["event"] == "succeeded" and done["seed"] == 5 and done["drawn"] == 2 and done["queue"] >= 0
-    assert failed["event"] == "failed" and failed["error"] == "ValueError"
+    done, *failed = (json.loads(line) for line in lines)
+    assert done["event"] == "succeeded" and done["seed"] == 5 and done["drawn"] == 2
+    assert all(done[stage] >= 0 for stage in ("queue", "embed", "decode_tokens", "decode_pixels", "rank", "total"))
+    assert [line["event"] for line in failed] == ["failed"] * 2 and failed[0]["error"] == "ValueError"
     assert "secret" not in "".join(lines)
     monkeypatch.setenv("CLIPGEN_LOG_PROMPTS", "1")
-    draw(predictor, prompt="my secret", candidates=1)
-    assert json.loads(capsys.readouterr().out)["prompt"] == "my secret"
+    draw(predictor, **prompts, candidates=1)
+    assert json.loads(capsys.readouterr().out).items() >= prompts.items()
+
+
+def test_a_negative_prompt_changes_the_picture_and_stands_in_the_receipt(predictor: Predictor) -> None:
+    few = {"prompt": "a lemon", "candidates": 1, "seed": 3}
+    (plain,) = draw(predictor, **few)
+    (moved,) = draw(predictor, **few, negative_prompt="a dog")
+    (blank,) = draw(predictor, **few, negative_prompt=" ")
+    assert Image.open(plain).tobytes() == Image.open(blank).tobytes() != Image.open(moved).tobytes()
+    assert Receipt.from_file(moved).text == "a lemon, not a dog" and not Receipt.from_file(blank).negative
+    with pytest.raises(ValueError, match=r"guidance is 1; .* raise it"):
+        draw(predictor, **few, negative_prompt="a dog", guidance=1)
+
+
+@pytest.mark.parametrize("low", [True, False])
+def test_coverage_is_a_metric_and_a_warning_without_a_name(
+    predictor: Predictor, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], low: bool
+) -> None:
+    metrics: dict[str, Any] = {}
+    monkeypatch.setattr(Predictor, "record_metric", lambda self, name, value: metrics.update({name: value}))
+    draw(predictor, prompt="a", candidates=1)
+    assert "coverage" not in metrics, "these weights have no index"
+    images = F.normalize(torch.randn(9, 32, generator=torch.Generator().manual_seed(0)), dim=1)
+    index = Coverage(build_index(images, [f"secret {i}" for i in range(9)], images[:4]))
+    monkeypatch.setattr(predictor.pipe, "coverage", index)
+    monkeypatch.setattr("clipgen.coverage.LOW", 1.01 if low else 0)
+    capsys.readouterr()
+    draw(predictor, prompt="a", candidates=1)
+    found = metrics["coverage"]
+    assert json.loads(json.dumps(found)) == found and 0 <= found["percentile"] <= 100 and found["similarity"] <= 1
+    assert len(found["nearest"]) == 5 and found["nearest"][0][0].startswith("secret")
+    logged = capsys.readouterr().out
+    assert ("This model has seen little like it" in logged) == low and "secret" not in logged
+
+
+def test_set_up_draws_a_picture_and_says_how_long_that_took(
+    tiny_weights: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    drawn: list[int] = []
+    paint = Painter.paint
+    monkeypatch.setattr(
+        Painter, "paint", lambda self, tokens, *rest: drawn.append(len(tokens)) or paint(self, tokens, *rest)
+    )
+    monkeypatch.setenv("CLIPGEN_WEIGHTS", str(tiny_weights))
+    monkeypatch.setenv("CLIPGEN_DEVICE", "cpu")
+    predictor = Predictor()
+    predictor.setup()
+    assert drawn == [1], "from the prompt to the pixels and their score"
+    said = json.loads(capsys.readouterr().out)
+    assert said["event"] == "ready" and said["model"] == "tiny" and len(said["weights"]) == 64
+    assert said["device"].startswith("cpu") and 0 < said["load"] < said["wall"]
 
 
 def test_previews_go_past_the_outputs(predictor: Predictor, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -55,6 +55,14 @@ def test_every_cell_is_what_generate_draws(run: Run) -> None:
     assert near(sheet.crop((left + 34, top + 34, left + 66, top + 66)), Image.open(file).convert("RGB"))
 
 
+def test_what_every_cell_keeps_away_from(run: Run) -> None:
+    found = record(run("sheet", "a lemon", "--guidance", "2,3", "--negative", "a dog", *HERE))
+    cells = json.loads(read_metadata(found["file"])[KEY])
+    assert [[part["text"] for part in cell["negative"]] for cell in cells] == [["a dog"]] * 2
+    refused = run("sheet", "a lemon", "--guidance", "1,2", "--negative", "a dog", *HERE)
+    assert refused.exit_code == 2 and "guidance is 1" in refused.stderr
+
+
 def test_one_setting_makes_a_row(run: Run) -> None:
     found = record(run("sheet", "a lemon", "--guidance", "1,2,4,8", *HERE))
     assert found["axes"] == {"guidance": [1, 2, 4, 8]}
