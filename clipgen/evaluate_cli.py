@@ -36,6 +36,7 @@ _PROMPTS = option(
     "A text file with one prompt a line. Without it, variations of the reference pictures are drawn.",
     dir_okay=False,
 )
+_LIMIT = option(MEASURE, "Use at most so many of the real pictures, spread evenly.", model="all", min=1)
 _FEATURES = option(
     MEASURE, "inception gives FID and Inception Score (fetched once, 96 MB); the others are for want of it."
 )
@@ -48,6 +49,7 @@ _CANDIDATES = option(HOW, "Pictures drawn for each prompt, of which CLIP's best 
 def evaluate(
     reference: Annotated[str, _REFERENCE],
     prompts: Annotated[Path | None, _PROMPTS] = None,
+    limit: Annotated[int | None, _LIMIT] = None,
     features: Annotated[Features, _FEATURES] = Features.inception,
     captioner: Annotated[Path | None, _CAPTIONER] = None,
     candidates: Annotated[int, _CANDIDATES] = 1,
@@ -74,7 +76,7 @@ def evaluate(
     from clipgen.pipeline import ClipGen
     from clipgen.receipt import weights_digest
 
-    source = _open(reference)
+    source = _open(reference, limit)
     pipe = ClipGen.from_pretrained(weights, processes.device(device), dtype)
     extractor = build_extractor(features.value, pipe.clip, weights / "clip.safetensors", say)
     lpips = build_lpips(fetched("vgg16", say), pipe.device) if is_here("vgg16") else None
@@ -88,12 +90,13 @@ def evaluate(
         _show(result, out)
 
 
-def _open(reference: str) -> Any:
+def _open(reference: str, limit: int | None) -> Any:
     try:
-        from clipgen.sources import open_source
+        from clipgen.sources import Spread, open_source
     except ImportError as error:
         raise typer.BadParameter(f"evaluate needs {error.name}; install requirements-train.txt") from None
-    return open_source(reference)
+    source = open_source(reference)
+    return source if limit is None else Spread(source, limit)
 
 
 def _show(result: dict[str, Any], out: Path | None) -> None:

@@ -55,6 +55,18 @@ class Files:
         return Path(self.names[index]).read_bytes()
 
 
+class Spread:
+    """At most `most` pictures of another source, spread evenly over it."""
+
+    def __init__(self, source: Source, most: int) -> None:
+        count = len(source.names)
+        self._source, self._rows = source, [i * count // min(most, count) for i in range(min(most, count))]
+        self.names: Sequence[str] = [source.names[row] for row in self._rows]
+
+    def read(self, index: int) -> bytes:
+        return self._source.read(self._rows[index])
+
+
 class Shards:
     """Pictures inside tar files: where each one begins is looked up once, when this is made."""
 

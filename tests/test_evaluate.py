@@ -71,8 +71,11 @@ def test_it_tells_figures_settings_hashes_and_what_not_to_make_of_them(run: Run,
 
 
 def test_without_prompts_the_pictures_are_varied(run: Run, pictures: Path) -> None:
-    found = json.loads(run("--reference", pictures, "--features", "clip", "--candidates", 2).stdout)
-    assert found["prompts"]["count"] == 24 and "reference pictures" in found["prompts"]["what"]
+    found = json.loads(run("--reference", pictures, "--features", "clip", "--candidates", 2, "--limit", 9).stdout)
+    assert (
+        found["prompts"]["count"] == found["reference"]["count"] == 9
+        and "reference pictures" in found["prompts"]["what"]
+    )
 
 
 def test_two_processes_find_what_one_does(run: Run, pictures: Path, tmp_path: Path, tiny_weights: Path) -> None:

@@ -83,6 +83,9 @@ LAYERS = {
     "train.stage1": 4,
     "train.stage2": 4,
     "train.export": 6,
+    "train.roundtrip": 5,
+    "train.card": 5,
+    "train.all": 7,
     "train.index": 5,
 }
 

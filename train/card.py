@@ -1,0 +1,146 @@
+"""A folder of weights gets a README.md, which says what it was made of and how good it is, and samples.jpg.
+
+    python -m train.card --weights runs/mine/weights --evaluation runs/mine/evaluation.json --data photos \\
+        --config runs/mine/config.yaml --minutes runs/mine/minutes.json [--prompts prompts.txt]
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+from PIL import Image
+
+from clipgen import ClipGen
+from clipgen.checkpoints import describe
+from clipgen.config import Config, load_config
+from clipgen.figures import labelled_grid
+from clipgen.images import ImageError, from_pixels, load_image, save_image, to_pixels
+from clipgen.request import Request
+from clipgen.sources import Source, Spread, open_source
+from train.common import command, write_text
+
+ROWS, COLUMNS, CANDIDATES = 6, 4, 16
+
+
+def sample_grid(pipe: ClipGen, prompts: Sequence[str], source: Source) -> Image.Image:
+    """The best 4 of 16 candidates, seed 0, for some prompts, or where there are none for some pictures, shown first."""
+    size = pipe.config.vqgan.image_size
+    pictures = [] if prompts else list(_readable(Spread(source, 2 * ROWS), size))[:ROWS]
+    asked: list[str | Image.Image] = [*prompts[:ROWS], *pictures]
+    requests = [Request(prompt, num_outputs=COLUMNS, candidates=CANDIDATES, seed=0) for prompt in asked]
+    cells: list[Image.Image] = []
+    for i, result in enumerate(pipe.generate(requests)):
+        cells += [*pictures[i : i + 1], *result.images]
+    columns = [""] * COLUMNS if prompts else ["given", "drawn from its embedding", "", "", ""]
+    return labelled_grid(cells, columns, [text[:40] for text in prompts[:ROWS]] or [""] * len(pictures))
+
+
+def _readable(source: Source, size: int) -> Iterator[Image.Image]:
+    for index in range(len(source.names)):
+        try:
+            yield from_pixels(to_pixels([load_image(source.read(index))], size))[0]
+        except (ImageError, OSError):
+            continue
+
+
+def card(
+    facts: dict[str, Any], config: Config, data: str, evaluation: dict[str, Any], minutes: dict[str, float]
+) -> str:
+    """README.md of a model.
+
+    Args:
+        facts: what `checkpoints.describe` says of the folder.
+        config: how it was trained.
+        data: what it was trained on, as given.
+        evaluation: what `clipgen evaluate` printed.
+        minutes: by step of the training.
+    """
+    model, one, two = config.model, config.stage1, config.stage2
+    parts = "\n".join(
+        f"| `{name}.safetensors` | {part['parameters'] / 1e6:.1f} M |" for name, part in facts["parts"].items()
+    )
+    spent = "\n".join(f"| {name} | {value:.1f} |" for name, value in minutes.items())
+    reference, prompts = evaluation["reference"], evaluation["prompts"]
+    left_out = "".join(f"- {name}: {why}\n" for name, why in evaluation["left_out"].items())
+    return f"""# {model.name}
+
+A CLIP-GEN model of {model.vqgan.image_size} px pictures in {model.vqgan.grid} x {model.vqgan.grid} tokens of \
+{model.vqgan.codebook_size} codes, trained on pictures alone.
+
+```sh
+python -m clipgen generate "a lemon" --weights THIS_FOLDER
+```
+
+![Samples](samples.jpg)
+
+*The best {COLUMNS} of {CANDIDATES} candidates by CLIP, seed 0, nothing picked by hand.*
+
+| part | parameters |
+|---|---|
+{parts}
+
+## Data
+`{data}`; SHA-256 of the list of pictures used for evaluation: `{reference["sha256"]}`. What may be done with the
+model depends on what may be done with these pictures.
+
+## Training
+| stage | steps | batch | learning rate | other settings |
+|---|---|---|---|---|
+| 1, VQGAN | {one.steps} | {one.batch_size} | {one.lr:g} | perceptual loss: {one.perceptual}, GAN from step \
+{one.disc_start} |
+| 2, GPT | {two.steps} | {two.batch_size} | {two.lr:g} | {two.optimizer}, condition dropout \
+{two.condition_dropout:g}, noise {two.noise_angle:g} degrees |
+
+`config.yaml` holds the model; the training's whole configuration lies beside the checkpoints.
+
+| step | minutes |
+|---|---|
+{spent}
+
+## Figures
+{prompts["count"]} drawn pictures ({prompts["what"]}) against {reference["count"]} real ones, which are among those \
+it was trained on; compared by {evaluation["features"]["what"]}.
+
+| figure | value |
+|---|---|
+{_figures(evaluation["figures"])}
+
+Not measured:
+{left_out}
+{"".join(f"Note: {warning}.{chr(10)}{chr(10)}" for warning in evaluation["warnings"])}"""
+
+
+def _figures(figures: dict[str, Any], prefix: str = "") -> str:
+    rows = []
+    for name, value in figures.items():
+        label = f"{prefix}{name}"
+        rows.append(_figures(value, f"{label}, ") if isinstance(value, dict) else f"| {label} | {value:.4g} |")
+    return "\n".join(rows)
+
+
+@command
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--weights", type=Path, required=True, help="folder of weights that gets them")
+    parser.add_argument("--evaluation", type=Path, required=True, help="what `clipgen evaluate --out` wrote")
+    parser.add_argument("--data", required=True, help="pictures that it was trained on")
+    parser.add_argument("--config", required=True, help="configuration of the training")
+    parser.add_argument("--minutes", type=Path, required=True, help="JSON: step -> minutes")
+    parser.add_argument("--prompts", type=Path, help="sentences to draw, one a line; else variations of the pictures")
+    args = parser.parse_args()
+    lines = args.prompts.read_text(encoding="utf-8").splitlines() if args.prompts else []
+    pipe = ClipGen.from_pretrained(args.weights)
+    picture = sample_grid(pipe, [line.strip() for line in lines if line.strip()], open_source(args.data))
+    save_image(picture, args.weights / "samples.jpg")
+    evaluation, minutes = (json.loads(path.read_text()) for path in (args.evaluation, args.minutes))
+    text = card(describe(args.weights), load_config(args.config), args.data, evaluation, minutes)
+    write_text(args.weights / "README.md", text)
+    print(args.weights / "README.md")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,127 @@
+"""Whether tokens keep what pictures show: before stage 2 learns to write them.
+
+    python -m train.roundtrip --config mini --data photos --vqgan runs/vqgan --out runs/roundtrip
+
+Encodes some pictures, decodes their tokens and compares. Writes OUT/roundtrip.json and OUT/roundtrip.png (originals
+above what their tokens decode to). The exit code is 2 where stage 2 could learn nothing from such tokens.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import torch
+from PIL import Image
+from torch import Tensor
+
+from clipgen.images import ImageError, from_pixels, grid, load_image, save_image, to_pixels
+from clipgen.metrics import psnr
+from clipgen.sources import DataError, Source, Spread, open_source
+from clipgen.vqgan import VQGAN
+from train.common import command, parse_args, write_text
+from train.encode import load_vqgan
+
+PICTURES = 256
+BATCH = 16
+FEWEST = 0.01
+"""Share of the codes that there could be, below which they count as collapsed."""
+
+
+class RoundTripError(ValueError):
+    """Tokens that keep too little; the message says how little and what to do."""
+
+
+@dataclass(frozen=True)
+class RoundTrip:
+    """What the tokens of some pictures keep."""
+
+    pictures: int
+    psnr: float
+    """dB, mean over the pictures."""
+    flat_psnr: float
+    """The same for one flat colour a picture, its mean: what tokens that say nothing would keep."""
+    codes_used: int
+    codes_possible: int
+    """Codes of the codebook, or tokens of the pictures where they are fewer."""
+
+    def check(self) -> None:
+        """Raises: RoundTripError: nothing to learn from."""
+        if self.psnr <= self.flat_psnr + 1:
+            raise RoundTripError(
+                f"the tokens keep no more than a flat colour would ({self.psnr:.1f} dB, {self.flat_psnr:.1f} dB); "
+                "train stage 1 for longer (stage1.steps), or look at its curves for what went wrong"
+            )
+        if self.codes_used < max(2, FEWEST * self.codes_possible):
+            raise RoundTripError(
+                f"only {self.codes_used} of {self.codes_possible} possible codes are in use: they collapsed; train "
+                "stage 1 again with model.vqgan.l2_codes=true or a smaller stage1.revive_every"
+            )
+
+
+@torch.no_grad()
+def measure(vqgan: VQGAN, source: Source) -> tuple[RoundTrip, Image.Image]:
+    """Encode and decode at most `PICTURES` pictures; the figures, and a grid of the first ones and what they become.
+
+    Raises:
+        DataError: none of them can be read.
+    """
+    size, codes = vqgan.config.image_size, torch.zeros(vqgan.config.codebook_size)
+    kept: list[float] = []
+    flat: list[float] = []
+    shown: tuple[Tensor, Tensor] | None = None
+    for x in _batches(Spread(source, PICTURES), size):
+        tokens = vqgan.tokens(x)
+        copy = vqgan.decode_tokens(tokens).clamp(-1, 1)
+        mean = x.mean((2, 3), keepdim=True).expand_as(x)
+        kept += psnr(_levels(copy), _levels(x)).tolist()
+        flat += psnr(_levels(mean), _levels(x)).tolist()
+        codes += torch.bincount(tokens.flatten(), minlength=len(codes))
+        shown = shown or (x[:8], copy[:8])
+    if shown is None:
+        raise DataError(f"none of the {len(source.names)} pictures can be read")
+    possible = min(len(codes), len(kept) * vqgan.config.num_tokens)
+    used = int((codes > 0).sum())
+    found = RoundTrip(len(kept), sum(kept) / len(kept), sum(flat) / len(flat), used, possible)
+    return found, grid(from_pixels(torch.cat(shown)), columns=len(shown[0]))
+
+
+def _levels(x: Tensor) -> Tensor:
+    """[-1, 1] -> [0, 255]."""
+    return (x + 1) * 127.5
+
+
+def _batches(source: Source, size: int) -> Iterator[Tensor]:
+    """What can be read, (B, 3, size, size) in [-1, 1]."""
+    batch: list[Image.Image] = []
+    for index in range(len(source.names)):
+        try:
+            batch.append(load_image(source.read(index)))
+        except (ImageError, OSError):
+            continue
+        if len(batch) == BATCH:
+            yield to_pixels(batch, size)
+            batch = []
+    if batch:
+        yield to_pixels(batch, size)
+
+
+@command
+def main() -> None:
+    args, config = parse_args(__doc__ or "", vqgan="folder of stage 1, with vqgan.safetensors")
+    vqgan = load_vqgan(config.model.vqgan, args.vqgan / "vqgan.safetensors")
+    found, picture = measure(vqgan, open_source(args.data))
+    args.out.mkdir(parents=True, exist_ok=True)
+    save_image(picture, Path(args.out) / "roundtrip.png")
+    write_text(args.out / "roundtrip.json", json.dumps(asdict(found), indent=1) + "\n")
+    print(
+        f"{found.pictures} pictures: {found.psnr:.1f} dB ({found.flat_psnr:.1f} for a flat colour), "
+        f"{found.codes_used} of {found.codes_possible} possible codes"
+    )
+    found.check()
+
+
+if __name__ == "__main__":
+    main()
