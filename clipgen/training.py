@@ -114,6 +114,16 @@ class Stage2Config(TrainConfig):
     token_noise: float = 0.0
     """Largest share of the tokens a picture is continued from that are another picture's, so that the GPT goes by the
     condition and forgives its own mistakes, and does not recite what it knows by heart (taming's `pkeep`)."""
+    clip_weight: float = 0.0
+    """Of the distance between what CLIP sees in the predicted tokens and the condition; 0.2 in the paper (lambda)."""
+    clip_every: int = 1
+    """Steps from one such look to the next; each then counts as often as it stands for steps."""
+    clip_batch: int = 8
+    """Pictures of a step that are looked at, over all processes."""
+    parallel: str = "ddp"
+    """With several processes: ddp, each has the whole model, or fsdp, each has a part of it."""
+    prompts: list[str] = field(default_factory=list)
+    """Sentences to draw on the way, beside the pictures held out."""
     views: int = 1
     """Crops per image that are turned into tokens."""
     from_pixels: bool = False
@@ -131,7 +141,18 @@ class Stage2Config(TrainConfig):
         )
         require(0 <= self.token_noise <= 1, f"token_noise is {self.token_noise}; use [0, 1]")
         require_choice(self, "optimizer", "adamw", "muon")
-        require_weights(self, "weight_decay")
+        require_choice(self, "parallel", "ddp", "fsdp")
+        require(
+            self.parallel == "ddp" or (self.optimizer == "adamw" and self.precision != "fp16"),
+            f"parallel is fsdp with optimizer={self.optimizer} and precision={self.precision}; it needs adamw, which "
+            "takes parts of matrices, and bf16 or no",
+        )
+        require_sizes(self, "clip_every", "clip_batch")
+        require(
+            not self.clip_weight or self.batch_size % self.clip_batch == 0,
+            f"clip_batch is {self.clip_batch}; it must divide batch_size, {self.batch_size}",
+        )
+        require_weights(self, "weight_decay", "clip_weight")
         require(0 < self.min_scale <= 1, f"min_scale is {self.min_scale}; use (0, 1]")
         require(0 <= self.condition_dropout < 1, f"condition_dropout is {self.condition_dropout}; use [0, 1)")
         require(0 <= self.noise_angle < 90, f"noise_angle is {self.noise_angle} degrees; use [0, 90)")

@@ -34,6 +34,7 @@ LAYERS = {
     "clipgen.coverage": 2,
     "clipgen.foreign": 2,
     "clipgen.quantise": 2,
+    "clipgen.precision": 2.5,
     "clipgen.receipt_rules": 2,
     "clipgen.sampling": 2,
     "clipgen.batch": 2.25,  # pictures in one cache, which know nothing of who asked for them
@@ -68,6 +69,7 @@ LAYERS = {
     "train.logger": 1.5,
     "train.codes": 2,
     "train.gan": 3,
+    "train.clip_loss": 2,
     "train.stopping": 1,
     "train.captions": 2,
     "train.data": 2,

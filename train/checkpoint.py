@@ -27,7 +27,7 @@ from train.sharding import Sharded
 
 KEPT_TO_THE_END = (
     *("batch_size", "seed", "held_out", "optimizer", "weight_decay", "betas", "views", "min_scale"),
-    *("disc_ch", "disc_regularisation", "codes"),
+    *("disc_ch", "disc_regularisation", "codes", "parallel"),
 )
 """Settings with another value of which it would not be the training that was begun; the others may change."""
 

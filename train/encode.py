@@ -25,7 +25,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from clipgen.clip import Clip
-from clipgen.config import Config, VQGANConfig
+from clipgen.config import Config, GPTConfig, VQGANConfig
 from clipgen.sources import DataError
 from clipgen.vqgan import VQGAN
 from train.checkpoint import save_tensors
@@ -109,18 +109,26 @@ def load_encoders(
         DataError: no picture there, or a CLIP of another size than the GPT takes.
         FileNotFoundError: weights that are not there.
     """
-    c = config.stage2
-    clip = Clip.from_state_dict(load_file(files["clip"]))
-    if clip.embed_dim != config.model.gpt.n_cond:
-        raise DataError(
-            f"{files['clip']} has embeddings of {clip.embed_dim} numbers, gpt.n_cond is {config.model.gpt.n_cond}"
-        )
+    c, clip = config.stage2, load_clip(config.model.gpt, files["clip"])
     with accelerator.local_main_process_first():  # remote shards are fetched once
         images = Images(data, config.model.vqgan.image_size, c.min_scale, c.views > 1, clip.image_size)
     settings = {"views": c.views, "min_scale": c.min_scale, "seed": c.seed}
     names = "\n".join(images.source.names)
     origin = {"pictures": hashlib.sha256(names.encode()).hexdigest(), "settings": settings} | hashes(files)
     return Encoders(accelerator, images, vqgan, clip, c.views, c.seed, origin)
+
+
+def load_clip(config: GPTConfig, path: Path) -> Clip:
+    """The frozen CLIP.
+
+    Raises:
+        FileNotFoundError: no such file.
+        DataError: its embeddings have another size than the GPT takes.
+    """
+    clip = Clip.from_state_dict(load_file(path))
+    if clip.embed_dim != config.n_cond:
+        raise DataError(f"{path} has embeddings of {clip.embed_dim} numbers, gpt.n_cond is {config.n_cond}")
+    return clip
 
 
 def load_vqgan(config: VQGANConfig, path: Path) -> VQGAN:

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import cast
 
 import torch
+import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
 import torch.nn as nn
 from torch import Tensor
@@ -25,15 +26,22 @@ from torch.distributed.checkpoint.state_dict import (
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 
+from clipgen.config import ConfigError
 
-def shard(model: nn.Module, blocks: Iterable[nn.Module], device: torch.device, processes: int, bf16: bool) -> None:
+
+def shard(model: nn.Module, blocks: Iterable[nn.Module], device: torch.device, bf16: bool) -> None:
     """Cut a model's tensors into one part per process, in place. Optimizers are built after that.
 
     Args:
         blocks: parts of the model that are gathered one at a time; the rest is gathered as a whole.
         bf16: whether weights are gathered in bfloat16; they are kept, and gradients added up, in float32.
+
+    Raises:
+        ConfigError: there are no processes to share it.
     """
-    mesh = init_device_mesh(device.type, (processes,))
+    if not dist.is_initialized():
+        raise ConfigError("parallel=fsdp shares a model among processes: start it with torchrun, or use parallel=ddp")
+    mesh = init_device_mesh(device.type, (dist.get_world_size(),))
     policy = MixedPrecisionPolicy(torch.bfloat16, torch.float32) if bf16 else MixedPrecisionPolicy()
     for module in (*blocks, model):
         fully_shard(module, mesh=mesh, mp_policy=policy)

@@ -8,7 +8,7 @@
 --data is images, which are encoded once to OUT/encoded, or what train/encode.py wrote. Stopped by Ctrl-C, SIGTERM or
 worse, the same command goes on. The weights are in OUT/gpt.safetensors (the moving average; gpt_best.safetensors at its
 lowest loss on pictures held out), the curves in OUT/scalars.csv and OUT/tensorboard, samples (above: the pictures whose
-embeddings they were drawn from) in OUT/samples_*.png.
+embeddings they were drawn from) in OUT/samples_*.png, those of `stage2.prompts` in OUT/prompts_*.png.
 """
 
 from __future__ import annotations
@@ -25,72 +25,110 @@ import torch.nn.functional as F
 from accelerate import Accelerator
 from PIL import Image
 from torch import Tensor
+from torch.distributed.fsdp import FSDPModule
+from torch.distributed.tensor import DTensor
+from torch.optim.swa_utils import AveragedModel
 
-from clipgen.config import Config, SamplingConfig
-from clipgen.gpt import GPT
+from clipgen.config import Config, GPTConfig, SamplingConfig
+from clipgen.gpt import GPT, Block
 from clipgen.images import from_pixels, grid
 from clipgen.sampling import generate_tokens
 from clipgen.vqgan import VQGAN
 from train.checkpoint import Checkpoints, fixed_settings, save_tensors
+from train.clip_loss import EmbeddingLoss, looked_at
 from train.common import (
+    Best,
     build_accelerator,
     build_ema,
     build_optimizers,
     command,
     cosine,
+    in_parts,
     init_weights,
+    means,
     own_part,
     parse_args,
+    recompute,
     report_failures,
     seeded,
     set_lr,
+    split,
 )
 from train.data import Order
-from train.encode import Encoded, Encoders, check_origin, hashes, load_encoders, load_vqgan, write_shards
-from train.health import check_finite
+from train.encode import (
+    Encoded,
+    Encoders,
+    check_origin,
+    hashes,
+    load_clip,
+    load_encoders,
+    load_vqgan,
+    write_shards,
+)
+from train.health import Health, check_finite, worse_than_guessing
 from train.logger import Logger
+from train.sharding import Sharded, shard, whole_state
 from train.stopping import Stop
 
 
 @command
 def main() -> None:
     args, config = parse_args(
-        __doc__ or "", vqgan="folder of stage 1, with vqgan.safetensors", clip="CLIP weights, .safetensors"
+        __doc__ or "",
+        tracked=True,
+        vqgan="folder of stage 1, with vqgan.safetensors",
+        clip="CLIP weights, .safetensors",
     )
     c = config.stage2
     accelerator = build_accelerator(c)
-    device, mean = accelerator.device, partial(accelerator.reduce, reduction="mean")
+    device, mean, is_main = (
+        accelerator.device,
+        partial(accelerator.reduce, reduction="mean"),
+        accelerator.is_main_process,
+    )
 
     files = {"vqgan": args.vqgan / "vqgan.safetensors", "clip": args.clip}
-    vqgan = load_vqgan(config.model.vqgan, files["vqgan"])
+    vqgan = load_vqgan(config.model.vqgan, files["vqgan"]).to(device)
+    clip = load_clip(config.model.gpt, files["clip"]).to(device) if c.clip_weight or c.prompts else None
     data = open_data(config, args.data, args.out, vqgan, files, accelerator)
-    rows, held = split(data.pictures, data.views)
+    pictures, held = split(data.pictures, c.held_out)
+    rows = torch.cat([pictures + view * data.pictures for view in range(data.views)])
     near = None
     if c.neighbours and isinstance(data, Encoded):  # the configuration refuses neighbours from pixels
         every = data.embeddings()[rows]
         near = nearest(every, c.neighbours)
 
-    model = GPT(config.model.gpt)
-    init_weights(model, c)
-    optimizers = build_optimizers(model, c)
-    factor = cosine(c)
-    model = accelerator.prepare(model)
-    optimizers = [accelerator.prepare(optimizer) for optimizer in optimizers]
-    gpt: GPT = accelerator.unwrap_model(model)
-    ema = build_ema(gpt, c.ema)
-    average = cast(GPT, ema.module)
-    best = Best()
-    accelerator.register_for_checkpointing(ema, best)
+    gpt = GPT(config.model.gpt)
+    init_weights(gpt, c)
+    ema = build_ema(gpt.to(device), c.ema)
+    if c.recompute:
+        recompute(gpt, (Block,))
+    if c.parallel == "fsdp":
+        for copy in (gpt, cast(GPT, ema.module)):
+            shard(copy, copy.blocks, device, c.precision == "bf16")
+        model: nn.Module = gpt
+        optimizers = build_optimizers(gpt, c)
+        sharded = Sharded({"model": gpt, "average": ema.module}, optimizers[0])
+    else:
+        model, sharded = accelerator.prepare(gpt), None
+        optimizers = [accelerator.prepare(optimizer) for optimizer in build_optimizers(gpt, c)]
+        accelerator.register_for_checkpointing(ema)
+    best, factor = Best(), cosine(c)
+    accelerator.register_for_checkpointing(best)
+    embedding_loss = EmbeddingLoss(vqgan, clip) if c.clip_weight and clip is not None else None
+    looked = looked_at(c, accelerator.num_processes) if embedding_loss else slice(None)
 
     fixed = fixed_settings(c, gpt=config.model.gpt)
-    checkpoints = Checkpoints(accelerator, args.out, c.keep, fixed, asdict(config))
+    checkpoints = Checkpoints(accelerator, args.out, c.keep, fixed, asdict(config), sharded)
     start = checkpoints.load()
     order, part = Order(len(rows), c.seed), own_part(accelerator, c.batch_size)
     chosen = partial(step_rows, order, c.batch_size)
     batches = data.batches(lambda step: rows[chosen(step)].tolist(), start, c.workers)
-    if accelerator.is_main_process:
-        log = Logger(args.out, c.steps, c.batch_size, start)
+    health = Health(c.patience, [worse_than_guessing(config.model.gpt.vocab_size)], is_main)
+    if is_main:
+        log = Logger(args.out, c.steps, c.batch_size, start, args.tracker, asdict(config))
         held_tokens, held_embeddings = (t.to(device) for t in data.read(held.tolist()))
+        asked = clip.encode_text(c.prompts) if clip is not None and c.prompts else None
 
     with Stop() as stop:
         for step in range(start, c.steps):
@@ -99,48 +137,66 @@ def main() -> None:
             generator = seeded(c, step)
             if near is not None:
                 embedding = mix(every, chosen(step), near, generator)
-            condition = perturb(embedding, c.noise_angle, c.condition_dropout, generator)[part].to(device)
-            previous = corrupt(target[:, :-1], c.token_noise, generator)[part].to(device)
-            target = target[part].to(device)
+            condition = perturb(embedding, c.noise_angle, c.condition_dropout, generator)
+            previous = corrupt(target[:, :-1], c.token_noise, generator)
+            cut = [whole[part].to(device).chunk(c.accumulate) for whole in (previous, condition, target)]
             for optimizer in optimizers:
                 set_lr(optimizer, c.lr * factor(step))
+                optimizer.zero_grad()
 
-            with accelerator.autocast():
-                logits = model(previous, condition)
-            loss = F.cross_entropy(logits.float().flatten(0, 1), target.flatten())
-            model.zero_grad()
-            accelerator.backward(loss)
-            accelerator.clip_grad_norm_(model.parameters(), c.grad_clip)
+            done = step + 1
+            found = []
+            for before, given, tokens in in_parts(accelerator, model, list(zip(*cut, strict=True))):
+                with accelerator.autocast():
+                    logits = model(before, given)
+                loss = F.cross_entropy(logits.float().flatten(0, 1), tokens.flatten())
+                scalars = {"loss": loss.detach()}
+                if embedding_loss and done % c.clip_every == 0:
+                    with accelerator.autocast():
+                        distance = embedding_loss(logits[looked], given[looked])
+                    loss = loss + c.clip_weight * c.clip_every * distance
+                    scalars["clip_distance"] = distance.detach()
+                accelerator.backward(loss / c.accumulate)
+                found.append(scalars)
+            norm = accelerator.clip_grad_norm_(model.parameters(), c.grad_clip)
             for optimizer in optimizers:
                 optimizer.step()
             ema.update_parameters(gpt)
+            scalars = means(found)
+            if not accelerator.optimizer_step_was_skipped:  # as the scaler of half precision does now and then
+                scalars["grad_norm"] = norm.full_tensor() if isinstance(norm, DTensor) else norm
 
-            done = step + 1
             sampling = done % c.sample_every == 0 or done == c.steps
-            if sampling or done % c.log_every == 0:
-                scalars = {"loss": mean(loss.detach()), "lr": c.lr * factor(step)}
-                if accelerator.is_main_process:
-                    if sampling:
-                        scalars["held_loss"] = evaluate(average, held_tokens, held_embeddings)
-                    log.scalars(done, scalars)
-            if sampling and accelerator.is_main_process:
-                some = slice(None, None, max(1, len(held) // 16))
-                picture = sample_grid(
-                    average, vqgan, held_tokens[some][:16], held_embeddings[some][:16], config.model.sampling
-                )
-                log.picture(done, "samples", picture)
-                if best.improved(scalars["held_loss"]):
-                    save_tensors(average.state_dict(), args.out / "gpt_best.safetensors")
             stopping = stop.requested()
-            if done % c.save_every == 0 or done == c.steps or stopping:
-                check_finite(done, {"loss": loss.detach()})
-                if accelerator.is_main_process:
+            saving = done % c.save_every == 0 or done == c.steps or stopping
+            if sampling or saving:
+                average = average_model(ema, config.model.gpt, is_main)
+            if sampling or done % c.log_every == 0:
+                line = mean(scalars) | {"lr": torch.tensor(c.lr * factor(step))}
+                if is_main:
+                    quality = evaluate(average, held_tokens, held_embeddings) if sampling else {}
+                    log.scalars(done, line | quality)
+                    if sampling:
+                        few = slice(None, None, max(1, len(held) // 16))
+                        shown = held_tokens[few][:16], held_embeddings[few][:16]
+                        log.picture(done, "samples", sample_grid(average, vqgan, *shown, config.model.sampling))
+                        if asked is not None:
+                            drawn = draw(average, asked, config.model.sampling)
+                            log.picture(done, "prompts", token_grid(vqgan, drawn))
+                    if sampling and best.improved(quality["held_loss"]):
+                        save_tensors(average.state_dict(), args.out / "gpt_best.safetensors")
+                health.check(done, line)
+            if saving:
+                check_finite(done, {name: mean(scalars[name]) for name in ("loss", "grad_norm") if name in scalars})
+                if is_main:
                     save_tensors(average.state_dict(), args.out / "gpt.safetensors")
                 checkpoints.save(done)
             if stopping:
                 report_failures(accelerator, args.out, data.failures)
                 stop.leave(f"step {done} of {c.steps} is saved in {args.out}")
     report_failures(accelerator, args.out, data.failures)
+    if is_main:
+        log.close()
 
 
 def open_data(
@@ -161,33 +217,9 @@ def open_data(
     return Encoded(out / "encoded")
 
 
-def split(pictures: int, views: int) -> tuple[Tensor, Tensor]:
-    """Rows to train on, and those of one crop of each picture that is never trained on: a twentieth, spread evenly."""
-    held = torch.linspace(0, pictures - 1, max(1, min(512, pictures // 20))).long()
-    rows = torch.arange(pictures * views)
-    return rows[~torch.isin(rows % pictures, held)], held
-
-
 def step_rows(order: Order, batch_size: int, step: int) -> Tensor:
     """Which of the rows to train on make up the batch of a step, (B,)."""
     return torch.tensor([index for index, _ in order.keys(step * batch_size, batch_size)])
-
-
-class Best(nn.Module):
-    """The lowest loss of held-out pictures so far; part of a checkpoint."""
-
-    loss: Tensor
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.register_buffer("loss", torch.tensor(float("inf"), dtype=torch.float64))
-
-    def improved(self, loss: float) -> bool:
-        """Note a loss; whether it is the lowest."""
-        better = loss < self.loss.item()
-        if better:
-            self.loss.fill_(loss)
-        return better
 
 
 def nearest(embeddings: Tensor, count: int) -> Tensor:
@@ -238,25 +270,50 @@ def perturb(embeddings: Tensor, angle: float, dropout: float, generator: torch.G
     return torch.where(torch.rand(shape, generator=generator) < dropout, 0.0, turned)
 
 
+def average_model(ema: AveragedModel, config: GPTConfig, is_main: bool) -> GPT:
+    """The moving average as a model that one process can run. All processes call this.
+
+    Of a sharded one it is a copy, of which only the main process has the weights.
+    """
+    if not isinstance(ema.module, FSDPModule):
+        return cast(GPT, ema.module)
+    weights = whole_state(ema.module)
+    device = next(ema.parameters()).device
+    with torch.device("meta"):
+        gpt = GPT(config).eval().requires_grad_(False)
+    if is_main:
+        gpt.to_empty(device=device).load_state_dict(weights)
+    return gpt
+
+
 @torch.no_grad()
-def evaluate(gpt: GPT, tokens: Tensor, embeddings: Tensor, batch_size: int = 64) -> float:
+def evaluate(gpt: GPT, tokens: Tensor, embeddings: Tensor, batch_size: int = 64) -> dict[str, float]:
     """Mean cross-entropy, nats per token, of (N, T) tokens given their unperturbed embeddings (N, D)."""
     total = 0.0
     for t, e in zip(tokens.split(batch_size), embeddings.split(batch_size), strict=True):
         with torch.autocast(t.device.type, torch.bfloat16):
             logits = gpt(t[:, :-1], e)
         total += F.cross_entropy(logits.float().flatten(0, 1), t.flatten()).item() * len(t)
-    return total / len(tokens)
+    return {"held_loss": total / len(tokens)}
 
 
 @torch.no_grad()
 def sample_grid(gpt: GPT, vqgan: VQGAN, tokens: Tensor, embeddings: Tensor, sampling: SamplingConfig) -> Image.Image:
-    """Reconstructions of held-out pictures (upper rows) and samples given their embeddings (lower rows)."""
-    with torch.autocast(tokens.device.type, torch.bfloat16):
-        drawn = generate_tokens(gpt, embeddings, list(range(len(tokens))), replace(sampling, guidance=1.0))
-    vqgan = vqgan.to(tokens.device)
-    pixels = torch.cat([vqgan.decode_tokens(tokens), vqgan.decode_tokens(drawn.clone())])
-    return grid(from_pixels(pixels.float().clamp(-1, 1)), columns=min(8, len(tokens)))
+    """Reconstructions of pictures' tokens (N, T), eight in a row, and below them samples given their embeddings."""
+    drawn = draw(gpt, embeddings, replace(sampling, guidance=1.0))
+    return token_grid(vqgan, torch.cat([tokens, drawn]), columns=min(8, len(tokens)))
+
+
+def draw(gpt: GPT, embeddings: Tensor, sampling: SamplingConfig) -> Tensor:
+    """Tokens (N, T) of one sample of each embedding (N, D)."""
+    with torch.autocast(embeddings.device.type, torch.bfloat16):
+        return generate_tokens(gpt, embeddings, list(range(len(embeddings))), sampling).clone()
+
+
+@torch.no_grad()
+def token_grid(vqgan: VQGAN, tokens: Tensor, columns: int = 8) -> Image.Image:
+    """The pictures of tokens (N, T), so many in a row."""
+    return grid(from_pixels(vqgan.decode_tokens(tokens)), columns)
 
 
 if __name__ == "__main__":
