@@ -14,6 +14,9 @@ from torch import Tensor
 from clipgen.config import SamplingConfig
 from clipgen.gpt import GPT, KVCache
 
+_COLDEST = 1e-6
+"""Logits divided by less become infinite."""
+
 
 class Cancelled(Exception):
     """Generation was asked to stop; nothing of it is kept."""
@@ -59,7 +62,7 @@ class Knobs:
             return torch.tensor(values, dtype=torch.float32).to(device)
 
         return cls(
-            temperature=column([s.temperature or 1.0 for s in samplings]),
+            temperature=column([max(s.temperature, _COLDEST) if s.temperature else 1.0 for s in samplings]),
             top_k=torch.tensor(limits).to(device),
             top_p=column([s.top_p for s in samplings]),
             guidance=column([s.guidance for s in samplings]),

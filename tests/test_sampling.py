@@ -53,6 +53,13 @@ def test_filtered_tokens_are_never_drawn_even_at_the_ends() -> None:
     assert drawn[0] == 1 and drawn[2] == 2
 
 
+@pytest.mark.parametrize("temperature", [5e-324, 1e-38, 1e-7])
+def test_next_to_no_temperature_is_as_good_as_none(temperature: float) -> None:
+    logits = torch.randn(4, 30, generator=torch.Generator().manual_seed(2)) * 9
+    drawn = choose(logits, torch.rand(4), knobs(temperature=temperature, top_k=0, top_p=1.0, vocab_size=30))
+    assert torch.equal(drawn, logits.argmax(-1))
+
+
 def test_temperature_zero_is_greedy() -> None:
     logits = torch.randn(4, 30)
     assert torch.equal(choose(logits, torch.rand(4), knobs(temperature=0.0, vocab_size=30)), logits.argmax(-1))
