@@ -37,7 +37,7 @@ class Usage(nn.Module):
 
     def report(self, total: Sum) -> dict[str, Tensor]:
         """Of the steps since the last report: the share of the codes that are used, and their perplexity, 1 to V."""
-        counts = total(self.recent)
+        counts = total(self.recent.clone())
         self.recent.zero_()
         return {"codes_used": (counts > 0).float().mean(), "perplexity": perplexity(counts)}
 
