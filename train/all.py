@@ -30,7 +30,7 @@ from typing import Any
 from omegaconf import OmegaConf
 from safetensors import SafetensorError, safe_open
 
-from clipgen.config import Config, load_config
+from clipgen.config import Config, ConfigError, load_config
 from clipgen.features import KINDS, fetched
 from clipgen.fetch import FetchError
 from clipgen.sources import open_source
@@ -42,10 +42,6 @@ ON_WEIGHTS = ("export", "index", "evaluate", "card")
 """Steps that make the folder of weights and what is in it."""
 SENTENCES = 20
 """Fewest that the index can be made with."""
-
-
-class AllError(ValueError):
-    """A training that cannot begin or go on; the message says what to change."""
 
 
 @dataclass(frozen=True)
@@ -112,7 +108,7 @@ def check_inputs(paths: Paths, config: Config, features: str, processes: int) ->
         What the training is made from, as JSON: another one does not go on in the same folder.
 
     Raises:
-        AllError: a file is missing or does not fit.
+        ConfigError: a file is missing or does not fit.
         DataError: no pictures.
     """
     names = open_source(paths.data).names
@@ -120,29 +116,29 @@ def check_inputs(paths: Paths, config: Config, features: str, processes: int) ->
         with safe_open(paths.clip, framework="pt") as file:
             width = file.get_slice("text_projection").get_shape()[1]
     except (OSError, SafetensorError) as error:
-        raise AllError(f"--clip {paths.clip}: no CLIP under OpenAI's names in .safetensors ({error})") from error
+        raise ConfigError(f"--clip {paths.clip}: no CLIP under OpenAI's names in .safetensors ({error})") from error
     if width != config.model.gpt.n_cond:
-        raise AllError(
+        raise ConfigError(
             f"--clip {paths.clip} has embeddings of {width} numbers, model.gpt.n_cond is {config.model.gpt.n_cond}; "
             f"add model.gpt.n_cond={width}, or give the CLIP that belongs to the configuration"
         )
     for name, size in (("stage1", config.stage1.batch_size), ("stage2", config.stage2.batch_size)):
         if size % processes:
-            raise AllError(f"{name}.batch_size is {size}; it must be a multiple of --processes, {processes}")
+            raise ConfigError(f"{name}.batch_size is {size}; it must be a multiple of --processes, {processes}")
     if paths.prompts:
         try:
             lines = [line for line in paths.prompts.read_text(encoding="utf-8").splitlines() if line.strip()]
         except (OSError, UnicodeDecodeError) as error:
-            raise AllError(f"--prompts {paths.prompts} cannot be read: {error}") from error
+            raise ConfigError(f"--prompts {paths.prompts} cannot be read: {error}") from error
         if len(lines) < SENTENCES:
-            raise AllError(
+            raise ConfigError(
                 f"--prompts {paths.prompts} has {len(lines)} sentences; give at least {SENTENCES}, one a line"
             )
     if features == "inception":
         try:
             fetched("inception", print)
         except FetchError as error:
-            raise AllError(f"{error}. Or give --features clip or efficientnet") from error
+            raise ConfigError(f"{error}. Or give --features clip or efficientnet") from error
     return {
         "pictures": hashlib.sha256("\n".join(names).encode()).hexdigest(),
         "clip": _sha256(paths.clip),
@@ -156,16 +152,16 @@ def begin(paths: Paths, config: Config, made_from: dict[str, Any]) -> None:
     """Make the folder of work this training's own, or see that it is.
 
     Raises:
-        AllError: it belongs to another one, or the place for the weights is taken.
+        ConfigError: it belongs to another one, or the place for the weights is taken.
     """
     settings = paths.work / "settings.json"
     if settings.is_file():
         before = json.loads(settings.read_text())
         other = [f"{k} ({before.get(k)}, not {v})" for k, v in made_from.items() if before.get(k) != v]
         if other:
-            raise AllError(f"{paths.work} was begun with another {', '.join(other)}; give another --work")
+            raise ConfigError(f"{paths.work} was begun with another {', '.join(other)}; give another --work")
     elif paths.out.exists():
-        raise AllError(f"{paths.out} exists; give another --out, or move it away")
+        raise ConfigError(f"{paths.out} exists; give another --out, or move it away")
     else:
         paths.work.mkdir(parents=True, exist_ok=True)
         OmegaConf.save(OmegaConf.structured(config), paths.config)

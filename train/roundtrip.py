@@ -23,15 +23,12 @@ from clipgen.sources import DataError, Source, Spread, open_source
 from clipgen.vqgan import VQGAN
 from train.common import command, parse_args, write_text
 from train.encode import load_vqgan
+from train.health import TrainingError
 
 PICTURES = 256
 BATCH = 16
 FEWEST = 0.01
 """Share of the codes that there could be, below which they count as collapsed."""
-
-
-class RoundTripError(ValueError):
-    """Tokens that keep too little; the message says how little and what to do."""
 
 
 @dataclass(frozen=True)
@@ -48,14 +45,14 @@ class RoundTrip:
     """Codes of the codebook, or tokens of the pictures where they are fewer."""
 
     def check(self) -> None:
-        """Raises: RoundTripError: nothing to learn from."""
+        """Raises: TrainingError: nothing to learn from."""
         if self.psnr <= self.flat_psnr + 1:
-            raise RoundTripError(
+            raise TrainingError(
                 f"the tokens keep no more than a flat colour would ({self.psnr:.1f} dB, {self.flat_psnr:.1f} dB); "
                 "train stage 1 for longer (stage1.steps), or look at its curves for what went wrong"
             )
         if self.codes_used < max(2, FEWEST * self.codes_possible):
-            raise RoundTripError(
+            raise TrainingError(
                 f"only {self.codes_used} of {self.codes_possible} possible codes are in use: they collapsed; train "
                 "stage 1 again with model.vqgan.l2_codes=true or a smaller stage1.revive_every"
             )
