@@ -128,7 +128,7 @@ def contenders(config: GPTConfig, names: Sequence[str]) -> dict[str, Contender]:
             built[name] = uncached(exact)
         elif name.startswith("ours"):
             gpt = copy.deepcopy(exact).to(torch.bfloat16)
-            built[name] = ours(quantise(gpt) if "int8" in name else gpt.pack(single="single" in name))
+            built[name] = ours(quantise(gpt) if "int8" in name else gpt.pack())
         else:
             built[name] = transformers_generate(config, name.split()[1])
         gc.collect()
@@ -137,7 +137,6 @@ def contenders(config: GPTConfig, names: Sequence[str]) -> dict[str, Contender]:
 
 NAMES = [
     "ours, bfloat16",
-    "ours, bfloat16, single",
     "ours, int8",
     "ours, uncached float32",
     "transformers dynamic cache, bfloat16",
@@ -150,11 +149,9 @@ def measure(config: GPTConfig, rows: Sequence[int], repeats: int, names: Sequenc
     run = contenders(config, names)
     results = []
     for count in rows:
-        # "single" differs from the one before it only for one image.
-        active = [name for name in names if not (name.endswith("single") and count > 1)]
-        times: dict[str, list[float]] = {name: [] for name in active}
+        times: dict[str, list[float]] = {name: [] for name in names}
         for turn in range(repeats):
-            for name in active:
+            for name in names:
                 if name == "ours, uncached float32" and turn:
                     continue  # long, and its lengths were several measurements
                 times[name].append(run[name](count))

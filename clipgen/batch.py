@@ -4,11 +4,11 @@ A picture holds one row of the cache, or two under guidance: the second has no c
 in use are always the first of the cache, so a step works on no others: where rows leave, the last ones move into the
 gaps.
 
-Same seed, same tokens, whoever else is there. On CPUs this holds bit for bit: rows are independent in bfloat16's
-products, in float32's when they come in blocks of BLOCK; sums over keys and over likely tokens run over multiples of
-CHUNK and WIDTH, where what is masked adds exact zeros. The limits: GPUs choose kernels by the size of the batch, and
-with several threads attention in float32 rounds by where its scratch memory lies; a draw within that rounding comes
-out as another token.
+Same seed, same tokens, whoever else is there. On CPUs this holds bit for bit: a step of `GPT.advance`
+gives a row the same whatever the others are; sums over keys and over likely tokens run over multiples of CHUNK and
+WIDTH, where what is masked adds exact zeros. The limits: GPUs choose kernels by the size of the batch, and with several
+threads attention in float32 rounds by where its scratch memory lies; a draw within that rounding comes out as another
+token.
 
 Shapes: n pictures, R rows, T tokens of a picture, V codebook size, D embedding, C n_embd.
 """
@@ -22,10 +22,10 @@ import torch
 from torch import Tensor
 
 from clipgen.config import SamplingConfig
-from clipgen.gpt import GPT, KVCache
+from clipgen.gpt import GPT
 from clipgen.sampling import Knobs, choose, draw_uniforms, guide
 
-BLOCK, CHUNK, WIDTH = 8, 16, 64
+CHUNK, WIDTH = 16, 64
 
 
 @dataclass(frozen=True, eq=False)
@@ -59,11 +59,10 @@ class Batch:
         self.gpt = gpt
         weight, config = gpt.head.weight, gpt.config
         self.device, self.length, self.vocab_size = weight.device, config.block_size, config.vocab_size
-        self.block = BLOCK if weight.device.type == "cpu" and weight.dtype == torch.float32 else 1
         self.pictures: list[Picture] = []
         self.done: list[int] = []  # tokens of each
         self.rows: list[tuple[Picture, bool]] = []  # whose each row is, and whether it is their second
-        self.cache = KVCache.allocate(config, 0, weight.device, weight.dtype)
+        self.cache = gpt.allocate(0)
         self.x = torch.empty(0, config.n_embd, device=weight.device, dtype=weight.dtype)  # next input of each row
         self.tokens = torch.empty(0, self.length, dtype=torch.long, device=weight.device)
         self.uniforms = torch.empty(0, self.length, device=weight.device)
@@ -76,7 +75,7 @@ class Batch:
         new += [(picture, True) for picture in joining if picture.width == 2]
         self._grow(len(self.rows) + len(new), most)
         conditions = torch.stack([p.other if is_second else p.condition for p, is_second in new]).to(self.x)
-        inputs = self.gpt.cond_proj(_padded(conditions, self.block))[: len(new)]
+        inputs = self.gpt.start(conditions)
         self.x = torch.cat([self.x[: len(self.rows)], inputs])
         tokens = torch.zeros(len(joining), self.length, dtype=torch.long, device=self.device)
         for row, picture in zip(tokens, joining, strict=True):
@@ -130,11 +129,9 @@ class Batch:
         return {self.pictures[i]: self.tokens[i].clone() for i in complete}
 
     def _grow(self, rows: int, most: int) -> None:
-        have, need = self.cache.data.shape[2], _rounded(rows, self.block)
-        if need > have:
-            size = max(need, min(2 * have, _rounded(most, self.block)))
-            weight, used = self.gpt.head.weight, len(self.rows)
-            cache = KVCache.allocate(self.gpt.config, size, weight.device, weight.dtype)
+        have, used = self.cache.data.shape[2], len(self.rows)
+        if rows > have:
+            cache = self.gpt.allocate(max(rows, min(2 * have, most)))
             cache.data[:, :, :used] = self.cache.data[:, :, :used]
             self.cache = cache
 
@@ -148,8 +145,7 @@ class Batch:
             if picture.width == 1:  # guidance between a row and itself is that row
                 second[place[picture]] = row
         self.first, self.second = self._index(first), self._index(second)
-        self.owner = self._index(owner + [owner[0]] * (_rounded(len(owner), self.block) - len(owner)))
-        self.x = torch.cat([self.x, self.x[:1].expand(len(self.owner) - len(self.x), -1)])
+        self.owner = self._index(owner)
         self.at = self._index(self.done)
         self.kept = self._index([0 if p.kept is None else len(p.kept) for p in self.pictures])
         self.keeps = any(p.kept is not None for p in self.pictures)
@@ -163,8 +159,3 @@ class Batch:
 
 def _rounded(count: int, multiple: int) -> int:
     return -(-count // multiple) * multiple
-
-
-def _padded(x: Tensor, multiple: int) -> Tensor:
-    """Rows of zeros after the last, up to a multiple."""
-    return torch.cat([x, x.new_zeros(_rounded(len(x), multiple) - len(x), *x.shape[1:])])

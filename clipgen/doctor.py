@@ -130,7 +130,7 @@ def _coverage(weights: Path) -> Finding:
 def _device(pipe: ClipGen) -> Finding:
     from clipgen.receipt import device_name
 
-    precision = str(pipe.dtype).removeprefix("torch.")
+    precision = pipe.precision
     text = f"{device_name(pipe.device)}, {precision}"
     if pipe.device.type == "cpu" and torch.cuda.is_available():
         return Finding("device", "warning", f"{text}, though there is a GPU: leave --device and CLIPGEN_DEVICE out")

@@ -210,7 +210,7 @@ class Engine:
     def _drive(self) -> None:
         """One round, whatever happens in it."""
         if not self._of:  # nothing is under way: plan with the memory that is free now
-            each = token_bytes(self.gpt.config, self.gpt.head.weight.dtype, guided=False)
+            each = token_bytes(self.gpt.config, self._batch.cache.data.dtype, guided=False)
             self._room = max(2, fitting(each, self.gpt.head.weight.device, self.most))
             self._limit = self._limit or self._room
         try:

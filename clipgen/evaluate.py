@@ -258,7 +258,7 @@ def evaluate(
             **asdict(sampling),
             "blur_radii": list(RADII),
             "device": str(pipe.device),
-            "dtype": str(pipe.dtype).removeprefix("torch."),
+            "dtype": pipe.precision,
             "processes": processes.count,
             "torch": torch.__version__,
         },

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from dataclasses import dataclass
-from typing import cast
+from typing import Literal, cast
 
 import torch
 import torch.nn as nn
@@ -19,6 +19,12 @@ from clipgen.config import GPTConfig
 
 SEGMENT = 128
 """Most positions of a cache that lie together on a CPU: a step reads whole segments, as few as it needs."""
+LEAST_ROWS = 5
+"""Packed weights are read fastest for five or six rows, a fifth faster than for one or two, so a step of fewer gets
+rows of zeros. (One row alone would also be summed in halves by two threads, and so differ from that row among others.)
+"""
+BLOCK = 8
+"""Where weights are not packed, float32's products give a row the same bits only in blocks of so many."""
 
 
 class Linear(nn.Linear):
@@ -29,36 +35,19 @@ class Linear(nn.Linear):
 
     packed: Tensor | None = None
 
-    def pack(self, single: bool = False) -> None:
-        """Lay the weight out as oneDNN multiplies it, which else is done again at every call.
-
-        The original goes, unless rows that come `single` are to be multiplied with it.
-        """
+    def pack(self) -> None:
+        """Lay the weight out as oneDNN multiplies it, which else is done again at every call; the original goes."""
         self.packed = torch.ops.mkldnn._reorder_linear_weight(self.weight.detach())
-        if not single:
-            self.weight = nn.Parameter(self.weight.new_empty(0), requires_grad=False)
+        self.weight = nn.Parameter(self.weight.new_empty(0), requires_grad=False)
 
     def forward(self, x: Tensor, gelu: bool = False) -> Tensor:
         """x W' + b, through exact GELU where asked for; (..., in_features) -> (..., out_features)."""
         if self.packed is None:
             y = super().forward(x)
             return F.gelu(y) if gelu else y
-        if len(x) == 1 and self.weight.numel():
-            return self._single(x, gelu)
-        if len(x) == 1 and self.in_features > self.out_features:
-            # One row alone would be summed in halves by two threads, and so differ from that row among others.
-            return self(x.expand(2, -1), gelu)[:1]
-        return torch.ops.mkldnn._linear_pointwise(x, self.packed, self.bias, "gelu" if gelu else "none", [], "none")
-
-    def _single(self, x: Tensor, gelu: bool) -> Tensor:
-        # ATen's own product with a vector reads at the speed of the memory, oneDNN's at two thirds of it.
-        before = torch._C._get_mkldnn_enabled()
-        torch._C._set_mkldnn_enabled(False)
-        try:
-            y = F.linear(x, self.weight, self.bias)
-        finally:
-            torch._C._set_mkldnn_enabled(before)
-        return F.gelu(y) if gelu else y
+        return torch.ops.mkldnn._linear_pointwise.default(
+            x, self.packed, self.bias, "gelu" if gelu else "none", [], "none"
+        )
 
 
 @dataclass
@@ -90,22 +79,29 @@ class Window:
         _, _, slots, _, heads, size, _ = data.shape
         if rows > slots:
             raise ValueError(f"{rows} rows for a cache of {slots}; allocate one for at least as many")
+        self.rows, self.dtype = rows, data.dtype
         self.whole = device.type != "cpu"  # one segment, of which a part can be read
         length = longest if self.whole else -(-longest // size) * size
         seen = torch.arange(length, device=device) <= (positions if isinstance(positions, int) else positions[:, None])
-        self.mask = torch.zeros(seen.shape, dtype=data.dtype, device=device).masked_fill_(~seen, -torch.inf)
-        self.mask = self.mask.view(-1, 1, length)  # (1 or B, 1, L)
-        # (n_layer, 2, segments, B, n_head, S, head)
-        self.read = data[:, :, :rows, : -(-longest // size)].transpose(2, 3)
-        self.longest = longest
+        mask = torch.zeros(seen.shape, dtype=data.dtype, device=device).masked_fill_(~seen, -torch.inf)
+        if self.whole:
+            self.mask = None if isinstance(positions, int) else mask[:, None, None]
+            self.read = data[:, :, :rows, 0, :, :longest].unbind(0)  # (2, B, n_head, longest, head) of each layer
+        else:
+            mask = mask.view(-1, 1, length).expand(rows, heads, length).reshape(rows * heads, 1, length)
+            self.masks = mask.split(size, dim=-1)
+            segments = [s.flatten(2, 3) for s in data[:, :, :rows, : length // size].unbind(3)]
+            # Of each segment the layers': keys (B * n_head, head, S), values (B * n_head, S, head).
+            self.keys = [segment[:, 0].transpose(-1, -2).unbind(0) for segment in segments]
+            self.values = [segment[:, 1].unbind(0) for segment in segments]
         self.index: Tensor | None = None
         if isinstance(positions, int):
-            self.write = data[:, :, :rows, positions // size, :, positions % size]  # (n_layer, 2, B, n_head, head)
+            self.write = data[:, :, :rows, positions // size, :, positions % size].unbind(0)  # (2, B, n_head, head)
         else:
             place = positions.repeat_interleave(heads)
             row = torch.arange(rows * heads, device=device) + place // size * slots * heads
             self.index = row * size + place % size
-            self.write = data.transpose(2, 3).flatten(2, 5)  # (n_layer, 2, segments * slots * n_head * S, head)
+            self.write = data.transpose(2, 3).flatten(2, 5).unbind(0)  # (2, segments * slots * n_head * S, head)
 
     def attend(self, layer: int, qkv: Tensor) -> Tensor:
         """Keep the keys and values of this step and look at all; qkv (B, 3, n_head, head) -> (B, n_head, head)."""
@@ -115,19 +111,21 @@ class Window:
         else:
             self.write[layer].index_copy_(1, self.index, new.flatten(1, 2))
         if self.whole:
-            k, v = self.read[layer, :, 0, :, :, : self.longest].unbind(0)
-            mask = None if self.index is None else self.mask[:, None]
-            return F.scaled_dot_product_attention(q[:, :, None], k, v, attn_mask=mask)[:, :, 0]
+            k, v = self.read[layer].unbind(0)
+            return F.scaled_dot_product_attention(q[:, :, None], k, v, attn_mask=self.mask)[:, :, 0]
         # A query each: products of whole segments run at the speed of the memory, the fused kernel at a fifth of it.
-        keys, values = (segments.unbind(0) for segments in self.read[layer].flatten(2, 3).unbind(0))
-        query = (q * q.shape[-1] ** -0.5).flatten(0, 1)[:, None]  # (B * n_head, 1, head)
-        scores = [torch.bmm(query, k.transpose(1, 2)) for k in keys]
-        score = (scores[0] if len(scores) == 1 else torch.cat(scores, dim=-1)).view(*q.shape[:2], -1)
+        query, scale = q.reshape(-1, 1, q.shape[-1]), q.shape[-1] ** -0.5
+        scores = [
+            torch.baddbmm(mask, query, keys[layer], alpha=scale)
+            for mask, keys in zip(self.masks, self.keys, strict=True)
+        ]
         # In reduced precision softmax computes in float32 and rounds at the end.
-        parts = (score + self.mask).softmax(-1).flatten(0, 1)[:, None].split(keys[0].shape[1], dim=-1)
-        y = torch.bmm(parts[0], values[0])
-        for part, v in zip(parts[1:], values[1:], strict=True):
-            y.baddbmm_(part, v)
+        if len(scores) == 1:
+            return torch.bmm(scores[0].softmax(-1), self.values[0][layer]).view(q.shape)
+        parts = torch.cat(scores, dim=-1).softmax(-1).split(scores[0].shape[-1], dim=-1)
+        y = torch.bmm(parts[0], self.values[0][layer])
+        for part, values in zip(parts[1:], self.values[1:], strict=True):
+            y.baddbmm_(part, values[layer])
         return y.view(q.shape)
 
 
@@ -140,6 +138,11 @@ def causal_attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     mask = torch.full((length, length), float("-inf"), dtype=q.dtype).triu(1).expand(b * heads, length, length)
     scores = torch.baddbmm(mask, q.flatten(0, 1), k.flatten(0, 1).transpose(1, 2), alpha=size**-0.5)
     return (scores.softmax(-1).to(v.dtype) @ v.flatten(0, 1)).view(b, heads, length, size)
+
+
+def pad_rows(x: Tensor, rows: int) -> Tensor:
+    """Rows of zeros after the last of (B, C), up to `rows`."""
+    return x if len(x) >= rows else F.pad(x, (0, 0, 0, rows - len(x)))
 
 
 class Block(nn.Module):
@@ -167,10 +170,11 @@ class Block(nn.Module):
         return x + self._drop(self.fc2(self._drop(F.gelu(self.fc1(self.norm2(x))))))
 
     def advance(self, x: Tensor, window: Window, layer: int) -> Tensor:
-        """One position of each row (B, C), which sees those before it in the cache."""
-        b, c = x.shape
-        qkv = self.qkv(self.norm1(x)).view(b, 3, self.n_head, c // self.n_head)
-        x = x + self.proj(window.attend(layer, qkv).reshape(b, c))
+        """One position of each row (B, C), which sees those before it in the cache; rows beyond the window's idle."""
+        rows, c = window.rows, x.shape[1]
+        qkv = self.qkv(self.norm1(x))[:rows].view(rows, 3, self.n_head, c // self.n_head)
+        y = window.attend(layer, qkv.to(window.dtype)).reshape(rows, c).to(x.dtype)
+        x = x + self.proj(pad_rows(y, len(x)))
         return x + self.fc2(self.fc1(self.norm2(x), gelu=True))
 
     def _drop(self, x: Tensor) -> Tensor:
@@ -179,6 +183,11 @@ class Block(nn.Module):
 
 class GPT(nn.Module):
     """The decoder. An embedding of zeros means "no condition": stage 2 trains it, guidance uses it."""
+
+    quantised: Literal["int8", "float16"] | None = None
+    """What the large weights are, where `clipgen.quantise` has replaced them."""
+    cache_as: torch.dtype | None = None
+    """Precision of keys and values, where it is not that of everything else."""
 
     def __init__(self, config: GPTConfig) -> None:
         super().__init__()
@@ -219,24 +228,29 @@ class GPT(nn.Module):
             x = block(x)
         return self.head(self.norm(x))
 
-    def pack(self, single: bool = False) -> GPT:
-        """Get ready for decoding on a CPU in bfloat16; elsewhere nothing happens. It cannot be trained after that.
-
-        Args:
-            single: a step of one row takes a third less time, but is rounded otherwise than among other rows, so that a
-                seed may give another image alone; the weights are kept twice; and oneDNN is off, for the whole process,
-                while that row is multiplied: nothing else should run beside it.
-        """
+    def pack(self) -> GPT:
+        """Get ready for decoding on a CPU; elsewhere nothing happens. It cannot be trained after that."""
         weight = self.head.weight
-        if weight.device.type == "cpu" and weight.dtype == torch.bfloat16 and torch.backends.mkldnn.is_available():
+        ready = weight.dtype in (torch.bfloat16, torch.float32) and torch.backends.mkldnn.is_available()
+        if weight.device.type == "cpu" and ready:
             for module in self.modules():
                 if isinstance(module, Linear):
-                    module.pack(single)
+                    module.pack()
         return self
+
+    def allocate(self, rows: int) -> KVCache:
+        """A cache for so many sequences, where the model is."""
+        weight = self.head.weight
+        return KVCache.allocate(self.config, rows, weight.device, self.cache_as or weight.dtype)
+
+    def start(self, embedding: Tensor) -> Tensor:
+        """The inputs at position 0, (B, C), of unit-norm embeddings (B, D); they depend on no other row."""
+        rows = -(-len(embedding) // BLOCK) * BLOCK
+        return self.cond_proj(pad_rows(embedding, rows))[: len(embedding)]
 
     def prefill(self, embedding: Tensor, cache: KVCache) -> Tensor:
         """Start sequences in a cache: embeddings (B, D) -> logits of token 0, (B, V)."""
-        return self.advance(self.cond_proj(embedding), 0, cache)
+        return self.advance(self.start(embedding), 0, cache)
 
     def step(self, tokens: Tensor, position: int, cache: KVCache) -> Tensor:
         """Append token `position - 1` (B,), 0 < position < T; returns the logits of token `position`, (B, V)."""
@@ -246,7 +260,7 @@ class GPT(nn.Module):
         """One step of every row, each at its own place: rows join and leave between steps.
 
         Args:
-            x: (B, C), `cond_proj(embedding)` at position 0, `tok_emb(token)` of the token before at later ones.
+            x: (B, C), `start(embedding)` at position 0, `tok_emb(token)` of the token before at later ones.
             positions: where all rows are, from 0 to T - 1, or (B,) int64 on the device, where each row is.
             cache: of at least B rows; the first B are used, and what others left in them is not seen.
             longest: with a tensor, its largest value + 1 as the host knows it, or any more, up to T, which is what
@@ -264,6 +278,15 @@ class GPT(nn.Module):
             raise ValueError(f"a step up to position {longest - 1}; there are {length} positions, from 0")
         window = Window(cache, positions, len(x), longest)
         x = x + self.pos_emb[0, positions]
+        x = pad_rows(x, self._idle(len(x)))
         for layer, block in enumerate(cast(Iterable[Block], self.blocks)):
             x = block.advance(x, window, layer)
-        return self.head(self.norm(x))
+        return self.head(self.norm(x))[: window.rows]
+
+    def _idle(self, rows: int) -> int:
+        """How many rows a step multiplies, those included that nobody wants, so that no row depends on the others."""
+        if not isinstance(self.head, Linear) or self.head.bias.device.type != "cpu":
+            return rows
+        if self.head.packed is not None:
+            return max(rows, LEAST_ROWS)
+        return -(-rows // BLOCK) * BLOCK if self.head.weight.dtype == torch.float32 else rows

@@ -27,46 +27,10 @@ from clipgen.engine import Engine
 from clipgen.gpt import GPT
 from clipgen.images import from_pixels, to_clip, to_pixels, to_rgb
 from clipgen.painter import Painted, Painter
+from clipgen.precision import pick_device, pick_precision
 from clipgen.request import MAX_SEED, Prompt, Request, RequestError, Result, parts_of
 from clipgen.vqgan import VQGAN
-from clipgen.weights import DTYPES, build, load_weights
-
-
-def pick_device(device: str | None) -> torch.device:
-    """The asked device, or the GPU where there is one, else the CPU.
-
-    Raises:
-        RequestError: no such device here.
-    """
-    if device is None:
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    try:
-        torch.empty(1, device=device)
-        return torch.device(device)
-    except (RuntimeError, AssertionError) as error:
-        reason = str(error).splitlines()[0]
-        raise RequestError("device", f"is {device!r}, which cannot be used here ({reason}); try cpu") from error
-
-
-def pick_dtype(dtype: str | None, device: torch.device) -> torch.dtype:
-    """The asked precision, or the fastest that is safe.
-
-    bf16 where the hardware has it (Ampere GPUs on, CPUs with AVX512-BF16 or AMX), fp16 on older GPUs, else fp32.
-
-    Raises:
-        RequestError: an unknown name, or float16 on a CPU, which is hundreds of times slower than float32.
-    """
-    if dtype is not None and dtype not in DTYPES:
-        raise RequestError("dtype", f"is {dtype!r}; use one of {', '.join(DTYPES)}")
-    if dtype == "float16" and device.type == "cpu":
-        raise RequestError("dtype", "is 'float16', which CPUs have no arithmetic for; use bfloat16 or float32")
-    if dtype is not None:
-        return DTYPES[dtype]
-    if device.type == "cuda":
-        return torch.bfloat16 if torch.cuda.get_device_capability(device)[0] >= 8 else torch.float16
-    has_bf16 = device.type == "cpu" and torch.cpu._is_avx512_bf16_supported()
-    return torch.bfloat16 if has_bf16 else torch.float32
-
+from clipgen.weights import build, load_weights
 
 WAVE = 8
 """Candidates that are drawn and ranked before a request with a budget is asked whether it wants more."""
@@ -93,7 +57,7 @@ class ClipGen:
         Args:
             folder: config.yaml, clip.safetensors, vqgan.safetensors, gpt.safetensors, manifest.json.
             device: "cpu", "cuda", "cuda:1"; the GPU by default where there is one.
-            dtype: "float32", "bfloat16", "float16"; by default what is fastest on the device.
+            dtype: "float32", "bfloat16", "float16", "int8" (`pick_precision`); by default the fastest that is safe.
 
         Raises:
             WeightsError: something is missing, damaged or does not fit.
@@ -101,12 +65,12 @@ class ClipGen:
             RequestError: no such device or dtype.
         """
         place = pick_device(device)
-        precision = pick_dtype(dtype, place)
+        precision = pick_precision(dtype, place)
         config, parts = load_weights(folder)
         # Each file is unmapped once its network has been built: what was read of it no longer counts as this process'.
-        clip = Clip.from_state_dict(parts.pop("clip"), place, precision)
-        gpt = build(GPT, config.gpt, parts.pop("gpt"), place, precision).pack()
-        vqgan = build(VQGAN, config.vqgan, parts.pop("vqgan"), place, precision)
+        clip = Clip.from_state_dict(parts.pop("clip"), place, precision.compute)
+        gpt = precision.build_gpt(config.gpt, parts.pop("gpt"), place)
+        vqgan = build(VQGAN, config.vqgan, parts.pop("vqgan"), place, precision.compute).pack()
         return cls(config, clip, gpt, vqgan, Coverage.load(folder))
 
     @property
@@ -116,8 +80,13 @@ class ClipGen:
 
     @property
     def dtype(self) -> torch.dtype:
-        """Precision of the GPT and the VQGAN."""
-        return self.gpt.head.weight.dtype
+        """In what CLIP and the VQGAN compute."""
+        return self.vqgan.post_quant_conv.weight.dtype
+
+    @property
+    def precision(self) -> str:
+        """The GPT's: one of `PRECISIONS`."""
+        return self.gpt.quantised or str(self.gpt.head.weight.dtype).removeprefix("torch.")
 
     def __call__(
         self,

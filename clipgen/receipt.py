@@ -159,7 +159,7 @@ def receipts(pipe: ClipGen, result: Result, weights: str) -> list[Receipt]:
         **{name: getattr(sampling, name) for name in SAMPLING},
         "model": pipe.config.name,
         "weights": weights,
-        "dtype": str(pipe.dtype).removeprefix("torch."),
+        "dtype": pipe.precision,
         "device": device_name(pipe.device),
         "torch": torch.__version__,
         "software": __version__,

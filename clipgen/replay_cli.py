@@ -76,10 +76,7 @@ def _machine(receipt: Receipt, device: str | None, dtype: str | None) -> tuple[s
     kind = receipt.device.split(" ")[0]
     if device is None and (kind == "cpu" or (kind == "cuda" and torch.cuda.is_available())):
         device = kind
-    on_cpu = device == "cpu" or (device is None and not torch.cuda.is_available())
-    if dtype is None and not (receipt.dtype == "float16" and on_cpu):  # CPUs have no float16 arithmetic
-        dtype = receipt.dtype
-    return device, dtype
+    return device, dtype or receipt.dtype
 
 
 def compare(a: Image.Image, b: Image.Image) -> dict[str, float] | None:

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from clipgen.config import SamplingConfig
-from clipgen.gpt import GPT, KVCache
+from clipgen.gpt import GPT
 
 _COLDEST = 1e-6
 """Logits divided by less become infinite."""
@@ -149,7 +149,7 @@ def generate_tokens(
     condition = embedding.to(weight)
     if guided:  # the lower half of the rows is the same images without the condition
         condition = torch.cat([condition, torch.zeros_like(condition)])
-    cache = KVCache.allocate(config, len(condition), weight.device, weight.dtype)
+    cache = gpt.allocate(len(condition))
     knobs = Knobs.of([sampling], config.vocab_size, weight.device)
     uniforms = draw_uniforms(seeds, config.block_size).to(weight.device)
     tokens = torch.empty(batch, config.block_size, dtype=torch.long, device=weight.device)

@@ -80,7 +80,7 @@ Dtype = Annotated[
     str | None,
     option(
         MACHINE,
-        "Precision: float32, bfloat16 or float16.",
+        "Precision: float32, bfloat16, float16 or int8.",
         envvar="CLIPGEN_DTYPE",
         model="what suits the device",
     ),

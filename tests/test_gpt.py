@@ -172,13 +172,10 @@ def test_packed_weights_give_what_plain_ones_give(packed: GPT) -> None:
     plain = GPT(packed.config).to(torch.bfloat16).eval().requires_grad_(False)
     exact = GPT(packed.config).eval().requires_grad_(False)
     exact.load_state_dict(plain.state_dict())
-    single = copy.deepcopy(plain).pack(single=True)
     reference = exact(tokens, embedding)
     noise = (plain(tokens, embedding.bfloat16()) - reference).abs().max()
-    for gpt in (packed, plain, single):
+    for gpt in (packed, plain):
         assert (steps(gpt, tokens, embedding.bfloat16()) - reference).abs().max() < 2 * noise
-    assert (steps(single, tokens[:1], embedding[:1].bfloat16()) - reference[:1]).abs().max() < 2 * noise
-    assert torch.backends.mkldnn.enabled
     torch.testing.assert_close(packed(tokens, embedding.bfloat16()), plain(tokens, embedding.bfloat16()))
 
 

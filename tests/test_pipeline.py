@@ -11,8 +11,10 @@ import torch.nn.functional as F
 from PIL import Image
 
 from clipgen import ClipGen
+from clipgen.gpt import Linear
 from clipgen.images import clip_from_pixels, to_clip, to_pixels
-from clipgen.pipeline import pick_dtype
+from clipgen.precision import Precision, pick_precision
+from clipgen.quantise import has_half_products
 from clipgen.request import Request, RequestError
 from clipgen.sampling import Cancelled
 
@@ -149,11 +151,37 @@ def test_a_device_that_is_not_there(tiny_weights: Path, device: str) -> None:
 
 def test_precision_on_a_cpu() -> None:
     cpu = torch.device("cpu")
-    assert pick_dtype(None, cpu) in (torch.float32, torch.bfloat16)
-    assert pick_dtype("float32", cpu) is torch.float32
-    for bad in ("float16", "int7"):
-        with pytest.raises(RequestError, match="dtype"):
-            pick_dtype(bad, cpu)
+    assert pick_precision("float32", cpu) == Precision("float32", torch.float32)
+    with pytest.raises(RequestError, match="dtype is 'int7'; use one of float32, bfloat16, float16, int8"):
+        pick_precision("int7", cpu)
+
+
+@pytest.mark.parametrize("has_bf16", [False, True])
+@pytest.mark.parametrize("has_half", [False, True])
+def test_precision_on_any_cpu(has_bf16: bool, has_half: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cpu, "_is_avx512_bf16_supported", lambda: has_bf16)
+    monkeypatch.setattr("clipgen.precision.has_half_products", lambda: has_half)
+    cpu, compute = torch.device("cpu"), torch.bfloat16 if has_bf16 else torch.float32
+    default = "bfloat16" if has_bf16 else "float16" if has_half else "float32"
+    assert pick_precision(None, cpu) == Precision(default, compute)
+    assert pick_precision("int8", cpu) == Precision("int8", compute)
+    if has_half:
+        assert pick_precision("float16", cpu) == Precision("float16", compute)
+    else:
+        with pytest.raises(RequestError, match="use bfloat16 or float32"):
+            pick_precision("float16", cpu)
+
+
+@pytest.mark.parametrize("dtype", ["float16", "int8"])
+def test_large_weights_in_fewer_bytes(tiny_weights: Path, dtype: str) -> None:
+    """The pictures are drawn, the same alone and among others; in float16 nearly always those of float32."""
+    if dtype == "float16" and not has_half_products():
+        pytest.skip("this PyTorch has no products with float16")
+    pipe = ClipGen.from_pretrained(tiny_weights, device="cpu", dtype=dtype)
+    assert pipe.precision == dtype and not any(isinstance(m, Linear) for m in pipe.gpt.modules())
+    among = pipe("a lemon", num_outputs=4, seed=3, guidance=2.0)
+    alone = pipe("a lemon", num_outputs=1, seed=among.seeds[1], guidance=2.0)
+    assert alone.images[0].tobytes() == among.images[1].tobytes()
 
 
 def test_ranking_sees_pixels_as_clip_does() -> None:
