@@ -36,6 +36,8 @@ from clipgen.request import Request, RequestError, Result
 from clipgen.urls import read_url
 
 WEIGHTS = pathlib.Path(__file__).resolve().parent / "weights" / "mini"
+DROPPED = 2000
+"""Characters of what the model did not read that go back to the client, who has them already."""
 
 
 class Predictor(BasePredictor):
@@ -46,7 +48,6 @@ class Predictor(BasePredictor):
         self.workers = ThreadPoolExecutor(max_workers=16)  # 8 that wait, and those that are just cancelled
         # On a worker's thread: PyTorch's threads belong to the one that uses it, and a second set slows both down.
         self.workers.submit(copy_context().run, self.load).result()
-        threading.Thread(target=self.end).start()
         self.decoding = threading.Lock()  # a picture of 64 megapixels takes a gigabyte: one at a time
         # Freed blocks of Pillow's usual 16 MB stay with the process: gigabytes, after some large pictures at once.
         Image.core.set_block_size(64 << 20)
@@ -70,15 +71,6 @@ class Predictor(BasePredictor):
             "dtype": str(self.pipe.dtype).removeprefix("torch."),
         }
         log("ready", started, model=self.pipe.config.name, weights=self.weights, **machine, load=loaded - started)
-
-    def end(self) -> None:
-        """Stop drawing when the server stops.
-
-        Cog has then answered those who wait for an answer. What was asked with `Prefer: respond-async` and is not
-        finished has nobody to go to any more: Cog's log names it, and drawing it would only hold up the end.
-        """
-        threading.main_thread().join()
-        self.pipe.close(0)
 
     @streaming
     @concurrent(max=8)
@@ -155,9 +147,10 @@ class Predictor(BasePredictor):
             raise
         finally:  # canceled: the engine drops its pictures before the next step
             stop.set()
-        for name in ("seed", "seeds", "scores", "seconds", "dropped"):
-            if getattr(result, name) != "":
-                self.record_metric(name, getattr(result, name))
+        for name in ("seed", "seeds", "scores", "seconds"):
+            self.record_metric(name, getattr(result, name))
+        if result.dropped:
+            self.record_metric("dropped", result.dropped[:DROPPED])
         log("succeeded", started, private, seed=result.seed, drawn=result.drawn, scores=result.scores, **result.seconds)
         for file in files:
             yield file

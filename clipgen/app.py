@@ -10,6 +10,7 @@ import os
 import re
 import tempfile
 from collections.abc import Iterator
+from contextlib import closing
 from dataclasses import asdict, fields
 from pathlib import Path
 from typing import Any
@@ -87,11 +88,7 @@ class Page:
                 1, 8, default.num_outputs, step=1, precision=0, label="Pictures", elem_id="num-outputs"
             )
             self.candidates = gr.Slider(
-                *(1, 64, default.candidates),
-                step=1,
-                precision=0,
-                label="Best of",
-                elem_id="candidates",
+                1, 64, default.candidates, step=1, precision=0, label="Best of", elem_id="candidates"
             )
         with gr.Row(equal_height=True):
             self.random = gr.Checkbox(True, label="Random seed", elem_id="random", min_width=120)
@@ -346,4 +343,5 @@ def serve(weights: Path, host: str, port: int, device: str | None, dtype: str | 
     """Load a model and serve the page until Ctrl-C; then nothing of it is left on the disk."""
     with tempfile.TemporaryDirectory(prefix="clipgen-app-") as folder:
         os.environ |= {"GRADIO_TEMP_DIR": folder, "GRADIO_ANALYTICS_ENABLED": "False", "HF_HUB_OFFLINE": "1"}
-        launch(Page(Studio(weights, Path(folder), device, dtype)), host, port, block=True)
+        with closing(Studio(weights, Path(folder), device, dtype)) as studio:
+            launch(Page(studio), host, port, block=True)

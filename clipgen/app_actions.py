@@ -173,6 +173,12 @@ class Studio:
         self.cancel(visitor)
         self.running.pop(visitor, None)
 
+    def close(self) -> None:
+        """Stop all drawings, which end within one step, and begin no more."""
+        for visitor in list(self.running):
+            self.cancel(visitor)
+        self.pipe.close()
+
     def _work(
         self,
         form: Form,
@@ -236,7 +242,9 @@ def read_receipt(path: str, form: Form) -> tuple[Form, str]:
         if part.text and part.weight == 1 and not negative:
             negative = part.text
         else:
-            left.append(f"{part.text or part.name or 'an image'} was kept away from too, which has no place on this page")
+            left.append(
+                f"{part.text or part.name or 'an image'} was kept away from too, which has no place on this page"
+            )
     if record.keep:
         left.append(f"its top {record.keep_rows} rows were those of another picture")
     settings = {name: getattr(record, name) for name in ("guidance", "temperature", "top_k", "top_p")}

@@ -136,6 +136,17 @@ def test_a_page_that_is_closed_stops_its_drawing(studio: Studio) -> None:
     views.close()
 
 
+def test_closing_stops_what_is_under_way_and_begins_no_more(tiny_weights: Path, tmp_path: Path) -> None:
+    studio = Studio(tiny_weights, tmp_path, device="cpu", dtype="float32")
+    views = studio.draw(replace(LEMON, num_outputs=8, candidates=64), "me")
+    next(views)
+    ending = threading.Timer(0.05, studio.close)
+    ending.start()
+    assert last(views).note in ("Cancelled.", "the engine is closed; nothing more is drawn by it")
+    ending.join()
+    assert last(studio.draw(LEMON, "me")).note == "the engine is closed; nothing more is drawn by it"
+
+
 def test_visitors_at_once_get_their_own_pictures(studio: Studio) -> None:
     alone = {seed: last(studio.draw(replace(LEMON, seed=seed))).drawing for seed in (1, 2, 3)}
     found: dict[int, View] = {}

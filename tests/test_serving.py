@@ -1,0 +1,174 @@
+"""Cog's real server from its start to its end: cold and warm, webhooks, and what becomes of what runs when it stops."""
+
+from __future__ import annotations
+
+import base64
+import contextlib
+import json
+import os
+import signal
+import socket
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Iterator
+from http.server import BaseHTTPRequestHandler, HTTPServer
+from pathlib import Path
+from typing import Any
+
+import httpx
+import pytest
+from cog_server import Answer, CogServer
+
+pytestmark = pytest.mark.slow
+SHORT = {"prompt": "a lemon", "candidates": 1, "seed": 1}
+LONG = SHORT | {"candidates": 64}
+"""Some seconds of drawing with the mini model on one thread."""
+
+
+def logged(log: Path) -> list[dict[str, Any]]:
+    """Cog's log: a JSON object a line."""
+    return [json.loads(line) for line in log.read_text().splitlines() if line.startswith("{")]
+
+
+def said_of(log: Path, prediction: str) -> list[str]:
+    """What the log says under a prediction's id."""
+    return [line["fields"]["message"] for line in logged(log) if line["fields"].get("prediction_id") == prediction]
+
+
+def test_cold_until_a_picture_was_drawn_then_warm(root: Path, tmp_path: Path) -> None:
+    server = CogServer(root, tmp_path / "log")
+    try:
+        while not (health := ask(server)):
+            time.sleep(0.05)
+        assert health["status"] == "STARTING" and "completed_at" not in health["setup"]
+        refused = server.http.post("/predictions", json={"input": {"prompt": "a"}})
+        assert refused.status_code == 503 and "Setup has not finished" in refused.text
+        health = server.wait()
+        assert health["status"] == "READY" and health["setup"]["status"] == "succeeded"
+        (ready,) = [json.loads(line["fields"]["message"]) for line in logged(server.log) if '"ready"' in str(line)]
+        assert ready["event"] == "ready" and ready["model"] == "mini" and ready["load"] < ready["wall"]
+        times = [server.predict(prompt="a lemon", candidates=1)["metrics"]["seconds"]["total"] for _ in range(4)]
+        assert times[0] < 3 * min(times[1:]) + 0.3, "the first one had to warm something up"
+    finally:
+        server.stop()
+
+
+def ask(server: CogServer) -> Answer | None:
+    try:
+        return server.http.get("/health-check").json()
+    except httpx.TransportError:
+        return None
+
+
+class Ears(threading.Thread):
+    """Receives webhooks."""
+
+    def __init__(self) -> None:
+        super().__init__(daemon=True)
+        heard = self.heard = []
+
+        class Handler(BaseHTTPRequestHandler):
+            def do_POST(self) -> None:
+                heard.append(json.loads(self.rfile.read(int(self.headers["Content-Length"]))))
+                self.send_response(200)
+                self.end_headers()
+
+            def log_message(self, *_: object) -> None:
+                pass
+
+        self.server = HTTPServer(("127.0.0.1", 0), Handler)
+        self.url = f"http://127.0.0.1:{self.server.server_port}/done"
+
+    def run(self) -> None:
+        self.server.serve_forever(poll_interval=0.05)
+
+
+@pytest.fixture
+def ears() -> Iterator[Ears]:
+    ears = Ears()
+    ears.start()
+    yield ears
+    ears.server.shutdown()
+
+
+def test_webhooks_tell_how_it_ended(root: Path, tiny_weights: Path, tmp_path: Path, ears: Ears) -> None:
+    server = CogServer(root, tmp_path / "log", CLIPGEN_WEIGHTS=str(tiny_weights))
+    try:
+        assert server.wait()["status"] == "READY"
+        for name, inputs in (("good", {"prompt": "a", "seed": 3}), ("bad", {"prompt": " "})):
+            body = {"input": inputs, "webhook": ears.url, "webhook_events_filter": ["completed"]}
+            answer = server.http.put(f"/predictions/{name}", json=body, headers={"Prefer": "respond-async"})
+            assert answer.status_code == 202 and answer.json()["status"] in ("starting", "processing")
+        deadline = time.monotonic() + 60
+        while len(ears.heard) < 2 and time.monotonic() < deadline:
+            time.sleep(0.05)
+        ends = {event["id"]: event for event in ears.heard}
+        assert len(ears.heard) == 2 and ends["good"]["status"] == "succeeded" and ends["bad"]["status"] == "failed"
+        assert base64.b64decode(ends["good"]["output"][0].partition(",")[2]).startswith(b"\x89PNG")
+        metrics = ends["good"]["metrics"]
+        stages = {"embed", "decode_tokens", "queue", "decode_pixels", "rank", "total"}
+        assert metrics["seed"] == 3 and set(metrics["seconds"]) == stages
+        assert "prompt is empty" in ends["bad"]["error"]
+    finally:
+        server.stop()
+
+
+def test_at_sigterm_who_waits_is_answered_and_the_log_names_who_is_not(root: Path, tmp_path: Path) -> None:
+    server = CogServer(root, tmp_path / "log")
+    answers: dict[str, Answer] = {}
+
+    def wait_for(name: str, inputs: dict[str, Any]) -> None:
+        answers[name] = server.http.put(f"/predictions/{name}", json={"input": inputs}).json()
+
+    try:
+        assert server.wait()["status"] == "READY"
+        waiting = [threading.Thread(target=wait_for, args=(name, SHORT)) for name in ("one", "two")]
+        for thread in waiting:
+            thread.start()
+        for name in ("later", "later still", "last of all"):  # more than can be drawn at once
+            asked = {"json": {"input": LONG}, "headers": {"Prefer": "respond-async"}}
+            assert server.http.put(f"/predictions/{name}", **asked).status_code == 202
+        time.sleep(0.5)
+        server.process.terminate()
+        time.sleep(0.3)
+        with pytest.raises(httpx.ConnectError):
+            httpx.get(f"http://127.0.0.1:{server.port}/health-check")
+        for thread in waiting:
+            thread.join()
+        assert server.process.wait(30) == 0, "Cog gives what nobody waits for ten seconds more"
+    finally:
+        server.stop()
+    for name in ("one", "two"):
+        assert answers[name]["status"] == "succeeded" and len(answers[name]["output"]) == 1
+        assert any('"event": "succeeded"' in said for said in said_of(server.log, name))
+    assert "Slot dropped while InUse with non-terminal prediction" in said_of(server.log, "last of all")
+    assert "Traceback" not in server.log.read_text()
+
+
+def test_ctrl_c_in_the_terminal_of_make_serve(root: Path, tiny_weights: Path, tmp_path: Path) -> None:
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    stamp = f"{sys.prefix}/.run"  # -o: this environment is up to date
+    command = ["make", "-o", stamp, f"VENV={sys.prefix}", f"PORT={port}", "serve"]
+    environment = {key: value for key, value in os.environ.items() if not key.startswith(("MAKE", "MFLAGS"))}
+    environment |= {"CLIPGEN_WEIGHTS": str(tiny_weights), "CLIPGEN_DEVICE": "cpu", "OMP_NUM_THREADS": "1"}
+    with (tmp_path / "log").open("w") as log:
+        server = subprocess.Popen(
+            command, cwd=root, env=environment, stdout=log, stderr=subprocess.STDOUT, start_new_session=True
+        )
+    deadline = time.monotonic() + 120
+    status = ""
+    while status != "READY" and server.poll() is None and time.monotonic() < deadline:
+        time.sleep(0.1)
+        with contextlib.suppress(httpx.TransportError):
+            status = httpx.get(f"http://127.0.0.1:{port}/health-check").json()["status"]
+    assert status == "READY", (tmp_path / "log").read_text()
+    os.killpg(server.pid, signal.SIGINT)  # as a terminal does: make, Cog and Cog's worker
+    begun = time.monotonic()
+    server.wait(60)
+    said = (tmp_path / "log").read_text()
+    assert time.monotonic() - begun < 6, "Cog waits ten seconds for a worker that hangs"
+    assert "Server shutdown complete" in said and "Traceback" not in said, said
