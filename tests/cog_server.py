@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
+import json
 import os
 import socket
 import subprocess
 import sys
 import time
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import httpx
+from cog import Path as CogPath
+
+from predict import DECLARED
 
 Answer = dict[str, Any]
 
@@ -76,6 +80,38 @@ class CogServer:
         """Megabytes of memory in use, by all its processes."""
         pages = (int(Path(f"/proc/{pid}/statm").read_text().split()[1]) for pid in self.processes())
         return sum(pages) * os.sysconf("SC_PAGE_SIZE") / 2**20
+
+
+def input_schema() -> dict[str, Any]:
+    """The inputs as `cog build` writes them down: JSON schema by name."""
+    kinds = {str: {"type": "string"}, int: {"type": "integer"}, float: {"type": "number"}}
+    kinds[CogPath] = {"type": "string", "format": "uri"}
+    found = {}
+    for name, parameter in DECLARED.items():
+        if name == "self":
+            continue
+        kind, *others = get_args(parameter.annotation) or [parameter.annotation]
+        field = parameter.default
+        found[name] = {"title": name, "description": field.description, **kinds[kind]}
+        limits = {"minimum": field.ge, "maximum": field.le, "enum": field.choices, "default": field.default}
+        found[name] |= {word: value for word, value in limits.items() if value is not None}
+        found[name] |= {"nullable": True} if others else {}
+    return found
+
+
+def write_schema(folder: Path) -> None:
+    """Put the file that `cog build` makes where the server looks for it: from now on it refuses by itself."""
+    operation = {"x-cog-streaming": True, "responses": {"200": {"description": "done"}}}
+    schemas = {"Input": {"type": "object", "title": "Input", "properties": input_schema()}}
+    schemas["Output"] = {"type": "array", "items": {"type": "string", "format": "uri"}}
+    document = {
+        "openapi": "3.0.2",
+        "info": {"title": "Cog", "version": "0.1.0"},
+        "paths": {"/predictions": {"post": operation}},
+        "components": {"schemas": schemas},
+    }
+    (folder / ".cog").mkdir()
+    (folder / ".cog" / "openapi_schema.json").write_text(json.dumps(document))
 
 
 def _children(pid: int) -> list[int]:

@@ -1,0 +1,106 @@
+"""Thousands of hostile requests against Cog's real server: each is answered, and nothing is left behind.
+
+A few hundred of them are in test_server.py.
+"""
+
+from __future__ import annotations
+
+import base64
+import json
+import shutil
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from pathlib import Path
+
+import pytest
+from cog_server import CogServer, write_schema
+from hostile import Attack, Target, attack, encoded, url
+from local_server import serving
+from PIL import Image
+
+GROWTH = 100
+"""Megabytes by which the memory of a warm server may grow in thousands of requests."""
+COGS_FOLDERS = Path("/tmp/coglet/predictions")
+
+
+@contextmanager
+def attacked(root: Path, weights: Path, folder: Path, schema: bool) -> Iterator[Target]:
+    """A server in a folder of its own, warm; fails afterwards if anything was left behind."""
+    (folder / "predict.py").symlink_to(root / "predict.py")
+    (folder / "tmp").mkdir()
+    if schema:
+        write_schema(folder)
+    places = {"CLIPGEN_WEIGHTS": str(weights), "PYTHONPATH": str(root), "TMPDIR": str(folder / "tmp")}
+    cog = CogServer(folder, folder / "log", **places)
+    with serving() as canary:
+        target = Target(cog, folder, canary)
+        try:
+            assert cog.wait()["status"] == "READY", cog.log.read_text()
+            yield target
+            assert not canary.requests, "the server fetched from its own machine"
+        finally:
+            cog.stop()
+            for name in target.ids:  # Cog makes these and leaves them
+                assert not [path for path in (COGS_FOLDERS / name).rglob("*") if path.is_file()]
+                shutil.rmtree(COGS_FOLDERS / name, ignore_errors=True)
+    assert not list((folder / "tmp").glob("clipgen-*"))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("schema", "count"), [(False, 5000), (True, 1500)])
+def test_thousands_of_them_leave_nothing_behind(
+    root: Path, tiny_weights: Path, tmp_path: Path, schema: bool, count: int
+) -> None:
+    with attacked(root, tiny_weights, tmp_path, schema) as target:
+        before = target.picture()
+        attack(target, 300)
+        large(target)
+        files, processes, memory = target.files(), target.cog.processes(), target.cog.memory()
+        attack(target, count)
+        large(target)
+        grown = target.cog.memory() - memory
+        print(
+            f"\n{sum(target.answers.values())} answers {dict(target.answers)}, memory {memory:.0f} MB {grown:+.0f} MB"
+        )
+        assert sum(target.answers.values()) >= count and target.answers["succeeded"] > 50
+        assert target.files() == files and target.cog.processes() == processes
+        assert target.picture() == before
+        assert grown < GROWTH
+
+
+def large(target: Target) -> None:
+    """Prompts of 10 MB, a value that long where it does not belong, and a file of 20 MB."""
+    noise = base64.b64encode(bytes(range(256)) * 40_000).decode()
+    for inputs in (
+        {"prompt": "é " * 3_300_000},
+        {"prompt": noise},
+        {"output_format": noise},
+        {"image": url(bytes(20 << 20))},
+    ):
+        inputs = {"prompt": "a", "candidates": 1} | inputs
+        target.send(Attack(json.dumps({"input": inputs}).encode(), frozenset(inputs)))
+
+
+@pytest.mark.slow
+def test_eight_pictures_of_64_megapixels_at_once(root: Path, tiny_weights: Path, tmp_path: Path) -> None:
+    bomb = encoded(Image.new("RGBA", (8000, 8000)), "PNG")
+    body = json.dumps({"input": {"image": url(bomb), "candidates": 1}}).encode()
+    with attacked(root, tiny_weights, tmp_path, schema=False) as target:
+        target.send(Attack(body))
+        memory = target.cog.memory()
+        with ThreadPoolExecutor(8) as pool:
+            list(pool.map(target.send, [Attack(body)] * 8))
+        assert target.answers["succeeded"] == 9
+        assert target.cog.memory() - memory < 500
+
+
+def test_outputs_lie_in_a_folder_of_their_own_and_few_stay(root: Path, tiny_weights: Path, tmp_path: Path) -> None:
+    with attacked(root, tiny_weights, tmp_path, schema=False) as target:
+        for seed in range(40):
+            target.cog.predict(prompt="a", num_outputs=2, candidates=2, seed=seed)
+        folders = list((tmp_path / "tmp").glob("clipgen-*"))
+        assert len(folders) == 32
+        for folder in folders:
+            assert folder.stat().st_mode & 0o777 == 0o700
+            assert {path.name for path in folder.iterdir()} == {"1.png", "2.png"}
