@@ -1,0 +1,150 @@
+"""Many clients for many minutes, some of them badly behaved, and a worker that is killed half-way.
+
+    python benchmarks/soak.py [--weights weights/mini] [--clients 16] [--minutes 10] [--json]
+
+First the latency of well-behaved clients against their number. Then the soak: pictures are asked for, cancelled, left
+by a client that hangs up, asked for with a webhook, and asked for wrongly; refusals (409) are tried again later, as
+`soak_client.backoff` says. In the middle the server's worker gets a SIGKILL. Every picture that comes back must carry
+the receipt of its request, every webhook must be called once, and the log must show one end of each prediction.
+Ends with status 1 when anything was lost, swapped, answered twice or wrongly.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import statistics
+import sys
+import tempfile
+import threading
+import time
+from collections import Counter
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+from end_to_end import ROOT, describe_machine
+from soak_client import Client, Soak, receive
+from soak_server import Supervised, slope
+
+
+def drive(soak: Soak, clients: int, seconds: float, kinds: dict[str, int], first: int = 0) -> None:
+    """Run clients side by side for some seconds; those that wait for an answer then get it."""
+    end = time.monotonic() + seconds
+    with ThreadPoolExecutor(clients) as pool:
+        list(pool.map(lambda number: Client(soak, first + number).run(end, kinds), range(1, clients + 1)))
+
+
+def percentiles(times: list[float]) -> dict[str, float]:
+    cuts = statistics.quantiles(times, n=100, method="inclusive") if len(times) > 1 else times * 99
+    return {"requests": len(times), "p50": cuts[49], "p95": cuts[94], "p99": cuts[98], "most": max(times)}
+
+
+def ladder(address: str, clients: int, seconds: float) -> dict[str, dict[str, float]]:
+    """Latency of well-behaved clients, waiting after refusals included, by their number."""
+    rows = {}
+    for step, number in enumerate(sorted({1, 4, 8, clients})):
+        soak = Soak(address)
+        drive(soak, number, seconds, {"plain": 1}, first=100 * (step + 1))
+        if soak.problems:
+            raise ValueError(soak.problems[0])
+        tries = {"refusals": soak.counts["409, tried again"], "most_tries": max(soak.tries)}
+        rows[str(number)] = percentiles(soak.times["plain"]) | tries
+    return rows
+
+
+KINDS = {"plain": 50, "bad": 15, "cancel": 12, "hang up": 12, "webhook": 11}
+
+
+def measure(weights: Path, clients: int, minutes: float) -> dict[str, Any]:
+    """The ladder, then the soak with the worker killed in the middle."""
+    with tempfile.TemporaryDirectory() as folder:
+        server = Supervised(weights, Path(folder))
+        soak = Soak(server.address)
+        hooks = receive(soak)
+        try:
+            server.wait()
+            rows = ladder(server.address, clients, minutes * 1.5)
+            started = time.monotonic()
+            fault = threading.Timer(minutes * 30, lambda: deaths.append(server.kill_worker()))
+            deaths: list[float] = []
+            fault.start()
+            drive(soak, clients, minutes * 60, KINDS)
+            lasted = time.monotonic() - started
+            time.sleep(2)  # for webhooks that come twice
+        finally:
+            server.stop()
+            hooks.shutdown()
+        endings = server.endings()
+        twice = [name for name, calls in soak.hooks.items() if len(calls) != 1]
+        wrong = {name: count for name, count in endings.items() if count != 1}
+        left = [path.name for path in Path(folder).iterdir() if path.name != "log"]
+        back = [(when - deaths[0], status) for when, status in server.history if when > deaths[0] - 1]
+        return {
+            "ladder": rows,
+            "seconds": lasted,
+            "counts": dict(soak.counts),
+            "plain": percentiles(soak.times["plain"]),
+            "tries": dict(sorted(Counter(soak.tries).items())),
+            "predictions": {"in_the_log": len(endings), "not_ended_once": wrong, "webhooks_not_called_once": twice},
+            "memory": slope(server.memory, warm=min(60.0, minutes * 10)),
+            "after_the_kill": [{"seconds": round(when, 1), "health": status} for when, status in back],
+            "starts": len(server.starts),
+            "left_in_tmp": left,
+            "tracebacks": server.log().count("Traceback"),
+            "problems": soak.problems,
+        }
+
+
+def to_text(report: dict[str, Any]) -> str:
+    """The report as Markdown."""
+    lines = [
+        f"machine: {json.dumps(report['machine'])}",
+        "",
+        "| clients | requests | p50 s | p95 s | p99 s | 409s | most tries |",
+    ]
+    lines.append("|---" * 7 + "|")
+    for clients, row in report["ladder"].items():
+        latency = f"{row['p50']:.2f} | {row['p95']:.2f} | {row['p99']:.2f}"
+        lines.append(f"| {clients} | {row['requests']} | {latency} | {row['refusals']} | {row['most_tries']} |")
+    lines += ["", f"soak: {report['seconds']:.0f} s"]
+    lines += [f"- {what}: {count}" for what, count in sorted(report["counts"].items())]
+    for name in (
+        "plain",
+        "tries",
+        "predictions",
+        "memory",
+        "after_the_kill",
+        "starts",
+        "left_in_tmp",
+        "tracebacks",
+        "problems",
+    ):
+        lines.append(f"- {name}: {json.dumps(report[name])}")
+    return "\n".join(lines)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--weights", type=Path, default=ROOT / "weights" / "mini", help="folder of weights")
+    parser.add_argument("--clients", type=int, default=16, help="side by side; Cog takes 8 at once")
+    parser.add_argument("--minutes", type=float, default=10, help="of the soak, at least 1")
+    parser.add_argument("--json", action="store_true", help="print JSON")
+    args = parser.parse_args()
+    if args.clients < 1 or args.minutes < 1:
+        parser.error(f"--clients {args.clients} --minutes {args.minutes}: give 1 or more of both")
+    try:
+        report = {"machine": describe_machine()} | measure(args.weights, args.clients, args.minutes)
+    except ValueError as error:
+        sys.exit(f"error: {error}")
+    print(json.dumps(report) if args.json else to_text(report))
+    if (
+        report["problems"]
+        or report["predictions"]["not_ended_once"]
+        or report["predictions"]["webhooks_not_called_once"]
+    ):
+        sys.exit(1)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,176 @@
+"""Cog's server under a supervisor that restarts it as an orchestrator would, and what it does to memory and the log."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import signal
+import socket
+import subprocess
+import sys
+import threading
+import time
+from collections import Counter
+from pathlib import Path
+from urllib import request as http
+
+from end_to_end import ROOT
+
+PROBE = 1.0
+"""Seconds between two looks at the health, and at the memory."""
+FAILURES = 3
+"""Bad looks in a row before the server is started anew."""
+SOUND = {"READY", "BUSY", "STARTING"}
+FINAL = {
+    "Prediction worker completed",
+    "Prediction cancelled",
+    "Prediction failed",
+    "Failing prediction due to worker crash",
+}
+"""What Cog logs when a prediction has ended."""
+
+
+class Supervised:
+    """The server: started, watched, and started anew when /health-check says that it is no good any more."""
+
+    def __init__(self, weights: Path, folder: Path) -> None:
+        with socket.socket() as free:
+            free.bind(("127.0.0.1", 0))
+            self.port = free.getsockname()[1]
+        self.address = f"http://127.0.0.1:{self.port}"
+        self.weights, self.folder = weights.resolve(), folder
+        self.starts: list[float] = []
+        self.history: list[tuple[float, str]] = []
+        """When the health changed, and to what."""
+        self.memory: list[tuple[int, float, float]] = []
+        """Of which start, when, megabytes."""
+        self.ended = threading.Event()
+        self.process = self._start()
+        self.thread = threading.Thread(target=self._watch, daemon=True)
+        self.thread.start()
+
+    def _start(self) -> subprocess.Popen[bytes]:
+        slots = re.search(r"@concurrent\(max=(\d+)\)", (ROOT / "predict.py").read_text())
+        variables = {
+            "PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}",
+            "PORT": str(self.port),
+            "COG_PREDICT_TYPE_STUB": "predict.py:Predictor",
+            "COG_MAX_CONCURRENCY": slots[1] if slots else "1",
+            "CLIPGEN_WEIGHTS": str(self.weights),
+            "CLIPGEN_DEVICE": os.environ.get("CLIPGEN_DEVICE", "cpu"),
+            "TMPDIR": str(self.folder),
+        }
+        self.starts.append(time.monotonic())
+        command = [sys.executable, "-m", "cog.server.http", "--host", "127.0.0.1"]
+        with (self.folder / "log").open("ab") as log:
+            return subprocess.Popen(command, cwd=ROOT, env={**os.environ, **variables}, stdout=log, stderr=log)
+
+    def health(self) -> str:
+        """What /health-check says; "NONE" when there is no answer."""
+        try:
+            with http.urlopen(f"{self.address}/health-check", timeout=5) as answer:
+                return json.load(answer)["status"]
+        except OSError:
+            return "NONE"
+
+    def wait(self, seconds: float = 300) -> None:
+        """Until it is ready.
+
+        Raises:
+            ValueError: it is not, in time.
+        """
+        end = time.monotonic() + seconds
+        while (status := self.health()) != "READY":
+            if status == "SETUP_FAILED" or self.process.poll() is not None or time.monotonic() > end:
+                raise ValueError(f"the server did not get ready ({status}):\n{self.log()[-2000:]}")
+            time.sleep(0.1)
+
+    def _watch(self) -> None:
+        bad = 0
+        while not self.ended.wait(PROBE):
+            status = self.health()
+            now = time.monotonic()
+            if not self.history or self.history[-1][1] != status:
+                self.history.append((now, status))
+            self.memory.append((len(self.starts), now, sum(map(_megabytes, self.processes()))))
+            bad = 0 if status in SOUND else bad + 1
+            if bad >= FAILURES and now - self.starts[-1] > 20:  # a server that is being started does not answer yet
+                self.stop_process()
+                self.process, bad = self._start(), 0
+
+    def processes(self) -> list[int]:
+        """The server's process id, and its worker's."""
+        return [self.process.pid, *_children(self.process.pid)]
+
+    def kill_worker(self) -> float:
+        """SIGKILL, as the system's out-of-memory killer sends it; returns when."""
+        os.kill(self.processes()[-1], signal.SIGKILL)
+        return time.monotonic()
+
+    def stop_process(self) -> None:
+        self.process.terminate()
+        try:
+            self.process.wait(30)
+        except subprocess.TimeoutExpired:
+            self.process.kill()
+            self.process.wait()
+
+    def stop(self) -> None:
+        self.ended.set()
+        self.thread.join()
+        self.stop_process()
+
+    def log(self) -> str:
+        return (self.folder / "log").read_text(errors="replace")
+
+    def endings(self) -> Counter[str]:
+        """How often Cog's log says that a prediction has ended, by its id; those begun but not ended have 0."""
+        found: Counter[str] = Counter()
+        for line in self.log().splitlines():
+            try:
+                fields = json.loads(line)["fields"]
+            except (ValueError, KeyError, TypeError):
+                continue
+            if name := fields.get("prediction_id"):
+                found[name] += fields.get("message") in FINAL
+        return found
+
+
+def slope(memory: list[tuple[int, float, float]], warm: float) -> list[dict[str, float]]:
+    """Of each start: seconds, megabytes when warm, at the end and at most, and the slope of the line through them.
+
+    Args:
+        memory: as `Supervised.memory`.
+        warm: seconds after the first sample that are left out.
+    """
+    rows = []
+    for start in sorted({sample[0] for sample in memory}):
+        own = [(when, size) for number, when, size in memory if number == start]
+        kept = [(when - own[0][0], size) for when, size in own if when - own[0][0] >= warm]
+        if len(kept) < 10:
+            continue
+        mean_x, mean_y = (sum(column) / len(kept) for column in zip(*kept, strict=True))
+        square = sum((x - mean_x) ** 2 for x, _ in kept)
+        rise = sum((x - mean_x) * (y - mean_y) for x, y in kept) / square
+        sizes = [size for _, size in kept]
+        row = {"seconds": kept[-1][0] - kept[0][0], "first": sizes[0], "last": sizes[-1], "most": max(sizes)}
+        rows.append(row | {"per_minute": rise * 60})
+    return rows
+
+
+def _children(pid: int) -> list[int]:
+    found: list[int] = []
+    for task in Path(f"/proc/{pid}/task").glob("*/children"):
+        try:
+            found += map(int, task.read_text().split())
+        except OSError:  # it has just ended
+            continue
+    return found
+
+
+def _megabytes(pid: int) -> float:
+    try:
+        return int(Path(f"/proc/{pid}/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE") / 2**20
+    except OSError:
+        return 0.0
