@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import html
 import os
-import re
 import tempfile
 from collections.abc import Iterator
 from contextlib import closing
@@ -18,11 +17,10 @@ from typing import Any
 import gradio as gr
 from PIL import Image
 from starlette.middleware import Middleware
-from starlette.responses import PlainTextResponse
-from starlette.types import ASGIApp, Receive, Scope, Send
 
 from clipgen import terminal as t
 from clipgen.app_actions import HISTORY, WORKERS, Drawing, Form, Studio, View, plain, read_receipt
+from clipgen.app_guard import LocalOnly
 from clipgen.images import load_image
 
 KEPT_SECONDS = 3600
@@ -42,20 +40,6 @@ CSS = """
   input, textarea { font-size: 16px !important; } /* smaller, and iPhones zoom into what is typed in */
 }
 """
-
-
-class LocalOnly:
-    """Refuses Gradio's routes that fetch an address on the internet for whoever asks."""
-
-    def __init__(self, app: ASGIApp) -> None:
-        self.app = app
-
-    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        """Pass a request on, or answer 403."""
-        if scope["type"] == "http" and re.search(r"/(file|proxy)=\s*\w+:", scope["path"]):
-            await PlainTextResponse("Only files of this page are served.", 403)(scope, receive, send)
-        else:
-            await self.app(scope, receive, send)
 
 
 class Page:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 import socket
 import threading
+import uuid
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -14,6 +15,7 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+from local_server import serving
 from PIL import Image
 
 from clipgen.app_actions import Form, Studio, View, hide_folders, plain, read_receipt
@@ -308,6 +310,73 @@ def test_no_other_file_is_served(url: str, route: str, path: str) -> None:
     answer = httpx.get(url + route + path, follow_redirects=False)
     assert answer.status_code in (400, 403, 404, 307) and "root:" not in answer.text
     assert "location" not in answer.headers or "example.com" not in answer.headers["location"].split("/")[:3]
+
+
+def crafted(url: str, path: str, box: str = "image", event: str = "upload") -> httpx.Response | str:
+    """Tell the page that a file with this path was uploaded; its refusal, or all that its server says to that."""
+    config = httpx.get(f"{url}/config").json()
+    (target,) = [part["id"] for part in config["components"] if part["props"].get("elem_id") == box]
+    (call,) = [made for made in config["dependencies"] if [target, event] in made["targets"]]
+    file = {"path": path, "url": path, "orig_name": "a.png", "meta": {"_type": "gradio.FileData"}}
+    data = [file if place == target or box == "go" else None for place in call["inputs"]]
+    body = {"data": data, "fn_index": call["id"], "session_hash": uuid.uuid4().hex}
+    asked = httpx.post(f"{url}/gradio_api/queue/join", json=body)
+    if asked.status_code != 200:
+        return asked
+    return httpx.get(f"{url}/gradio_api/queue/data", params={"session_hash": body["session_hash"]}, timeout=30).text
+
+
+@pytest.mark.parametrize(("box", "event"), [("image", "upload"), ("receipt", "upload"), ("go", "click")])
+@pytest.mark.parametrize(
+    "path", ["/etc/passwd", "pyproject.toml", "{outside}", "{folder}/../passwd.png", "/proc/self/environ"]
+)
+def test_a_crafted_request_reads_no_file_that_was_not_uploaded(
+    url: str, studio: Studio, tmp_path: Path, box: str, event: str, path: str
+) -> None:
+    outside = save_image(Image.new("RGB", (9, 9)), tmp_path / "secret.png", metadata={"clipgen": "secret"})
+    path = path.format(outside=outside, folder=studio.folder)
+    before = set(studio.folder.rglob("*"))
+    said = crafted(url, path, box, event)
+    assert isinstance(said, str) and '"success":false' in said, said
+    assert (
+        not re.search("root:|dependencies|secret", said.replace(path, "")) and set(studio.folder.rglob("*")) == before
+    )
+
+
+def test_what_was_uploaded_is_read(url: str, tmp_path: Path) -> None:
+    with save_image(Image.new("RGB", (9, 9)), tmp_path / "a.png").open("rb") as file:
+        [path] = httpx.post(f"{url}/gradio_api/upload", files={"files": file}).json()
+    said = crafted(url, path)
+    assert isinstance(said, str) and '"success":true' in said
+
+
+@pytest.mark.parametrize(("box", "event"), [("image", "upload"), ("go", "click")])
+@pytest.mark.parametrize("scheme", ["http", "HTTP", "ftp"])
+def test_a_crafted_request_makes_the_page_fetch_nothing(url: str, box: str, event: str, scheme: str) -> None:
+    with serving() as inside, pytest.MonkeyPatch.context() as patch:
+        import gradio.processing_utils as gradio
+
+        fetched: list[str] = []
+        patch.setattr(gradio.sh, "get", lambda address, **_: fetched.append(address))  # whatever protection there is
+        address = inside.put("/secret.png", b"secret").replace("http", scheme, 1)
+        said = crafted(url, address, box, event)
+        assert not isinstance(said, str) and said.status_code == 403 and "not fetched" in said.text
+        for place in ("file=", "proxy="):
+            assert httpx.get(f"{url}/gradio_api/{place}{address}").status_code in (403, 404)
+        assert inside.requests == [] and fetched == []
+
+
+def test_addresses_are_found_at_any_depth_and_however_they_are_written() -> None:
+    guard = pytest.importorskip("clipgen.app_guard", exc_type=ImportError)
+    assert guard.names_address(b'{"data": [[{"a": {"path": "http://x/"}}]]}')
+    assert guard.names_address(b'{"path": "\\u0068ttps://x/"}') and guard.names_address(b'{"path": " HTTP://x"}')
+    assert not guard.names_address(b'{"path": "/tmp/a.png", "url": "http://127.0.0.1:7860/file=/tmp/a.png"}')
+    assert not guard.names_address(b"[" * 100_000) and not guard.names_address(b"\xff")
+
+
+def test_endless_requests_are_refused(url: str) -> None:
+    answer = httpx.post(f"{url}/gradio_api/queue/join", content=b" " * (2 << 20))
+    assert answer.status_code == 413
 
 
 def test_a_drawn_picture_is_served_as_it_was_written(url: str, studio: Studio) -> None:

@@ -57,6 +57,7 @@ LAYERS = {
     "clipgen.replay_cli": 3.75,
     "clipgen.sheet_cli": 3.75,
     "clipgen.app_actions": 3.8,
+    "clipgen.app_guard": 3.8,
     "clipgen.app": 3.85,
     "clipgen.app_cli": 3.9,
     "clipgen.cli": 4,
