@@ -22,13 +22,10 @@ PROBE = 1.0
 FAILURES = 3
 """Bad looks in a row before the server is started anew."""
 SOUND = {"READY", "BUSY", "STARTING"}
-FINAL = {
-    "Prediction worker completed",
-    "Prediction cancelled",
-    "Prediction failed",
-    "Failing prediction due to worker crash",
-}
-"""What Cog logs when a prediction has ended."""
+FINAL = {"Prediction worker completed", "Prediction cancelled", "Prediction failed"}
+"""What Cog logs when a prediction has ended ..."""
+CRASH = "Failing prediction due to worker crash"
+"""... but for this, where it leaves the id out."""
 
 
 class Supervised:
@@ -93,7 +90,8 @@ class Supervised:
             now = time.monotonic()
             if not self.history or self.history[-1][1] != status:
                 self.history.append((now, status))
-            self.memory.append((len(self.starts), now, sum(map(_megabytes, self.processes()))))
+            if status in ("READY", "BUSY"):
+                self.memory.append((len(self.starts), now, sum(map(_megabytes, self.processes()))))
             bad = 0 if status in SOUND else bad + 1
             if bad >= FAILURES and now - self.starts[-1] > 20:  # a server that is being started does not answer yet
                 self.stop_process()
