@@ -26,7 +26,7 @@ import torch
 ROOT = Path(__file__).resolve().parent.parent
 sys.path[:0] = [str(ROOT)]  # run from anywhere, installed or not
 
-from roofline import describe, floor_seconds, in_words, random_weights  # noqa: E402
+from roofline import describe, floor_seconds, in_words, random_weights, read_bandwidth  # noqa: E402
 
 from clipgen.config import GPTConfig, SamplingConfig, load_config  # noqa: E402
 from clipgen.gpt import GPT  # noqa: E402
@@ -36,6 +36,7 @@ from clipgen.sampling import generate_tokens  # noqa: E402
 SAMPLING = SamplingConfig(temperature=1.0, top_k=500, top_p=0.95)
 UNCACHED_ROWS = 8
 """The published demo's batches; the uncached loop is timed with no more, and time per image does not fall beyond."""
+CACHE = torch.bfloat16
 SAMPLES = 4
 """Lengths at which the uncached loop is timed."""
 
@@ -127,8 +128,9 @@ def contenders(config: GPTConfig, names: Sequence[str]) -> dict[str, Contender]:
         if name == "ours, uncached float32":
             built[name] = uncached(exact)
         elif name.startswith("ours"):
-            gpt = copy.deepcopy(exact).to(torch.bfloat16)
-            built[name] = ours(quantise(gpt) if "int8" in name else gpt.pack())
+            gpt = copy.deepcopy(exact)
+            kind = name.removeprefix("ours, ")
+            built[name] = ours(gpt.to(torch.bfloat16).pack() if kind == "bfloat16" else quantise(gpt, kind, CACHE))
         else:
             built[name] = transformers_generate(config, name.split()[1])
         gc.collect()
@@ -137,6 +139,7 @@ def contenders(config: GPTConfig, names: Sequence[str]) -> dict[str, Contender]:
 
 NAMES = [
     "ours, bfloat16",
+    "ours, float16",
     "ours, int8",
     "ours, uncached float32",
     "transformers dynamic cache, bfloat16",
@@ -144,20 +147,23 @@ NAMES = [
 ]
 
 
-def measure(config: GPTConfig, rows: Sequence[int], repeats: int, names: Sequence[str]) -> list[dict]:
-    """Seconds of every contender at every number of images, in turns."""
+def measure(
+    config: GPTConfig, rows: Sequence[int], repeats: int, names: Sequence[str]
+) -> tuple[list[dict], list[float]]:
+    """Seconds of every contender at every number of images, in turns, and what memory gave, bytes/s, in each turn."""
     run = contenders(config, names)
-    results = []
+    results, bandwidth = [], []
     for count in rows:
         times: dict[str, list[float]] = {name: [] for name in names}
         for turn in range(repeats):
+            bandwidth.append(read_bandwidth())
             for name in names:
                 if name == "ours, uncached float32" and turn:
                     continue  # long, and its lengths were several measurements
                 times[name].append(run[name](count))
                 print(f"  {count} x {name}: {times[name][-1]:.2f} s", file=sys.stderr, flush=True)
         results += [{"rows": count, "name": n, "seconds": statistics.median(t), "runs": t} for n, t in times.items()]
-    return results
+    return results, bandwidth
 
 
 def compare(results: list[dict], config: GPTConfig, machine: dict) -> None:
@@ -221,7 +227,8 @@ def main() -> None:
         names = [name for name in names if not name.startswith("transformers")]
     rows = [*args.rows, 64] if args.full and 64 not in args.rows else args.rows
     machine = describe()
-    results = measure(config, rows, args.repeats, names)
+    results, bandwidth = measure(config, rows, args.repeats, names)
+    machine["read_bytes_per_s"] = statistics.median([machine["read_bytes_per_s"], *bandwidth])
     compare(results, config, machine)
     report = {"machine": machine, "tokens": args.tokens, "layers": config.n_layer, "repeats": args.repeats}
     report["results"] = results

@@ -119,7 +119,7 @@ def write_text(text: str, path: Path) -> None:
     os.replace(temporary, path)
 
 
-def run(weights: Path, data: Path, out: Path, prompts_file: Path = PROMPTS) -> dict:
+def run(weights: Path, data: Path, out: Path, prompts_file: Path = PROMPTS, dtype: str | None = None) -> dict:
     """Measure everything and write the grid and the reports.
 
     Raises:
@@ -131,7 +131,7 @@ def run(weights: Path, data: Path, out: Path, prompts_file: Path = PROMPTS) -> d
         seconds[stage] = round(time.perf_counter() - start - sum(seconds.values()), 1)
 
     prompts = read_prompts(prompts_file)
-    pipe = ClipGen.from_pretrained(weights, device="cpu")
+    pipe = ClipGen.from_pretrained(weights, device="cpu", dtype=dtype)
     exact = ClipGen.from_pretrained(weights, device="cpu", dtype="float32")
     judge, training = Judge(), TrainingPictures(data)
     gallery = load_gallery(data, judge)
@@ -162,10 +162,11 @@ def main() -> None:
     parser.add_argument("--data", type=Path, default=ROOT / "data" / "emoji", help="what `make emoji` wrote")
     parser.add_argument("--out", type=Path, default=Path("outputs/quality"), help="folder for grid and reports")
     parser.add_argument("--prompts", type=Path, default=PROMPTS, help="other prompts, in the same form")
+    parser.add_argument("--dtype", help="precision that is drawn in; by default what suits the CPU")
     parser.add_argument("--json", action="store_true", help="print the report as JSON instead of tables")
     args = parser.parse_args()
     try:
-        report = run(args.weights, args.data, args.out, args.prompts)
+        report = run(args.weights, args.data, args.out, args.prompts, args.dtype)
     except (ValueError, OSError) as error:
         sys.exit(f"error: {error}")
     print(json.dumps(report) if args.json else to_markdown(report))

@@ -72,7 +72,7 @@ def floor_seconds(config: GPTConfig, rows: int, weight_size: int, tokens: int, m
 
 
 def describe() -> dict:
-    """What numbers of this machine depend on, and its two rates."""
+    """What numbers of this machine depend on, and its two rates; `read_bandwidth` varies where others share the bus."""
     names = [line.split(":")[1].strip() for line in _cpuinfo() if line.startswith("model name")]
     return {
         "cpu": names[0] if names else platform.processor(),

@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 import decode
+import precision
 import pytest
 import roofline
 import scaling
@@ -43,8 +44,8 @@ def test_the_floor_counts_every_weight_that_a_step_multiplies_with() -> None:
 
 def test_all_contenders_run_and_the_table_compares_them() -> None:
     pytest.importorskip("transformers")
-    results = decode.measure(TINY, [1, 2], 1, decode.NAMES)
-    assert len(results) == 2 * len(decode.NAMES)
+    results, bandwidth = decode.measure(TINY, [1, 2], 1, decode.NAMES)
+    assert len(results) == 2 * len(decode.NAMES) and len(bandwidth) == 2
     assert all(r["seconds"] > 0 for r in results)
     decode.compare(results, TINY, MACHINE)
     report = {"machine": MACHINE, "tokens": 12, "layers": 2, "repeats": 1, "results": results}
@@ -70,3 +71,11 @@ def test_both_loops_are_timed_and_drawn(tmp_path: Path) -> None:
     assert not list(tmp_path.glob(".*"))
     exponents = {name: scaling.exponent(points) for name, points in series.items()}
     assert "| 8 |" in scaling.to_table({"machine": MACHINE, "series": series, "exponents": exponents})
+
+
+def test_precisions_are_compared_on_the_same_tokens(tiny_weights: Path) -> None:
+    rows = {row["precision"]: row for row in precision.measure(tiny_weights, ["bfloat16"], ["a lemon", "a red heart"])}
+    assert list(rows) == ["float32", "bfloat16"]
+    assert rows["float32"]["same_likeliest"] == 1 and rows["float32"]["divergence"] == 0
+    assert 0.8 < rows["bfloat16"]["same_likeliest"] <= 1 and 0 < rows["bfloat16"]["divergence"] < 0.05
+    assert "| bfloat16 |" in precision.to_table(list(rows.values()))

@@ -1,0 +1,101 @@
+"""What fewer bits cost: the mini model's logits, tokens and CLIP scores in each precision against float32's.
+
+    python benchmarks/precision.py [--weights weights/mini] [--precisions bfloat16 float16 int8] [--json]
+
+The float32 model draws pictures of the prompts of `mini_quality.py`; every other one is shown the same tokens and asked
+what it would draw next: the share of positions where the likeliest token is the same, and the mean Kullback-Leibler
+divergence. Then each draws the same seeds itself: the CLIP score of the best. `mini_quality.py --dtype int8` asks the
+judge.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+import time
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+from prompts import read_prompts
+from torch import Tensor
+
+from clipgen.batch import Picture
+from clipgen.pipeline import ClipGen
+from clipgen.precision import PRECISIONS
+from clipgen.request import Request
+
+ROOT = Path(__file__).resolve().parent.parent
+EXACT = "float32"
+CANDIDATES = 4
+
+
+@torch.inference_mode()
+def next_logits(pipe: ClipGen, conditions: Tensor, tokens: Tensor) -> Tensor:
+    """Logits of every position given the tokens before it, (n, T, V) float32, by the steps that decoding takes."""
+    gpt, cache = pipe.gpt, pipe.gpt.allocate(len(tokens))
+    steps = [gpt.prefill(conditions.to(gpt.cond_proj.weight), cache)]
+    steps += [gpt.step(tokens[:, t - 1], t, cache) for t in range(1, tokens.shape[1])]
+    return torch.stack(steps, dim=1).float()
+
+
+def draw(pipe: ClipGen, prompts: Sequence[str]) -> tuple[float, float]:
+    """Mean CLIP score of each prompt's best candidate, and seconds."""
+    start = time.perf_counter()
+    results = pipe.generate([Request(text, 1, CANDIDATES, seed=0) for text in prompts])
+    spent = time.perf_counter() - start
+    return sum(result.scores[0] for result in results) / len(results), spent
+
+
+def measure(weights: Path, names: Sequence[str], prompts: Sequence[str]) -> list[dict]:
+    """A row for each precision; the first is the exact one."""
+    exact = ClipGen.from_pretrained(weights, device="cpu", dtype=EXACT)
+    conditions = torch.stack([exact.condition(text) for text in prompts])
+    pictures = [Picture(condition, seed, exact.config.sampling) for seed, condition in enumerate(conditions)]
+    tokens = exact.engine.draw(pictures).tokens
+    expected = next_logits(exact, conditions, tokens).log_softmax(-1)
+    rows = []
+    for name in [EXACT, *(n for n in names if n != EXACT)]:
+        pipe = exact if name == EXACT else ClipGen.from_pretrained(weights, device="cpu", dtype=name)
+        found = next_logits(pipe, conditions, tokens).log_softmax(-1)
+        score, seconds = draw(pipe, prompts)
+        rows.append(
+            {
+                "precision": name,
+                "same_likeliest": (found.argmax(-1) == expected.argmax(-1)).float().mean().item(),
+                "divergence": (expected.exp() * (expected - found)).sum(-1).mean().item(),
+                "clip_score": score,
+                "seconds": seconds,
+            }
+        )
+    return rows
+
+
+def to_table(rows: list[dict]) -> str:
+    """Markdown."""
+    head = ["precision", "likeliest token the same", "divergence, nats", f"CLIP score, best of {CANDIDATES}", "s"]
+    lines = [f"| {' | '.join(head)} |", "|---|---|---|---|---|"]
+    for r in rows:
+        agreement = f"{r['same_likeliest']:.2%} | {r['divergence']:.5f} | {r['clip_score']:.4f}"
+        lines.append(f"| {r['precision']} | {agreement} | {r['seconds']:.1f} |")
+    return "\n".join(lines)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--weights", type=Path, default=ROOT / "weights" / "mini", help="folder of weights")
+    parser.add_argument(
+        "--precisions", nargs="+", choices=PRECISIONS, default=["bfloat16", "float16", "int8"], help="besides float32"
+    )
+    parser.add_argument("--json", action="store_true", help="print JSON")
+    args = parser.parse_args()
+    try:
+        rows = measure(args.weights, args.precisions, [p.text for p in read_prompts()])
+    except ValueError as error:
+        sys.exit(f"error: {error}")
+    print(json.dumps(rows) if args.json else to_table(rows))
+
+
+if __name__ == "__main__":
+    main()
