@@ -2,20 +2,33 @@
 
 from __future__ import annotations
 
-import math
 import shutil
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
-from training_kit import draw_pictures, finish, same_weights, scalars, start, start_together, write_config
+import torch
+from safetensors.torch import load_file
+from training_kit import (
+    draw_pictures,
+    finish,
+    run,
+    same_curves,
+    same_weights,
+    scalars,
+    start,
+    start_together,
+    write_config,
+)
 
 from clipgen.config import ModelConfig
+from train import stage2
 from train.encode import Encoded
 
 SCRIPTS = {"vqgan": "train.stage1", "gpt": "train.stage2", "pixels": "train.stage2"}
 PIXELS = ["stage2.from_pixels=true", "stage2.neighbours=0"]
+SHARDED = ["stage2.optimizer=adamw", "stage2.parallel=fsdp", "stage2.save_every=2"]
 
 
 @pytest.fixture(scope="module")
@@ -49,13 +62,9 @@ def test_several_processes_train_as_one(name: str, processes: int, flags, parts,
     arguments = [*flags, "--out", tmp_path / name, *more]
     together = start_together(SCRIPTS[name], arguments, tmp_path / "log", processes)
     assert [finish(p) for p in together] == [0] * processes, (tmp_path / "log").read_text()
-    one, several = scalars(alone / name), scalars(tmp_path / name)
-    compared = [key for key in one if key[1] != "images_per_second"]
-    assert len(compared) > 12 and one.keys() - several.keys() <= one.keys() - set(compared)
-    for key in compared:
-        assert math.isclose(several[key], one[key], rel_tol=1e-4, abs_tol=1e-4), key
+    same_curves(alone / name, tmp_path / name, (1, "loss"), (6, "grad_norm"))
     if name == "vqgan":
-        assert {(4, "discriminator"), (4, "adaptive_weight"), (2, "codes_used")} <= set(compared)
+        assert {(4, "discriminator"), (4, "adaptive_weight"), (2, "codes_used")} <= scalars(alone / name).keys()
         assert "broken.jpg" in (tmp_path / name / "skipped.txt").read_text()
 
 
@@ -68,6 +77,45 @@ def test_several_processes_go_on_from_what_one_saved(flags, alone: Path, tmp_pat
     one, several = scalars(alone / "vqgan"), scalars(tmp_path / "vqgan")
     assert several[(6, "l1")] == pytest.approx(one[(6, "l1")], abs=1e-4)
     assert several[(6, "discriminator")] == pytest.approx(one[(6, "discriminator")], abs=1e-4)
+
+
+@pytest.fixture(scope="module")
+def sharded(flags, parts, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The GPT in two halves, each in a process."""
+    out = tmp_path_factory.mktemp("sharded") / "gpt"
+    together = start_together("train.stage2", [*flags, "--out", out, *parts, *SHARDED], out.with_suffix(".log"), 2)
+    assert [finish(p) for p in together] == [0, 0], out.with_suffix(".log").read_text()
+    return out
+
+
+def test_a_sharded_gpt_trains_as_a_whole_one(sharded: Path, flags, parts, tmp_path: Path) -> None:
+    arguments = [*flags, "--out", tmp_path / "gpt", *parts, "stage2.optimizer=adamw"]
+    assert finish(start("train.stage2", arguments, tmp_path / "log")) == 0, (tmp_path / "log").read_text()
+    same_curves(tmp_path / "gpt", sharded, (6, "loss"), (6, "grad_norm"), (6, "held_loss"))
+    whole, cut = (load_file(out / "gpt.safetensors") for out in (tmp_path / "gpt", sharded))
+    assert whole.keys() == cut.keys() and all(torch.allclose(whole[name], cut[name], atol=1e-4) for name in whole)
+    step = sharded / "checkpoints" / "step_000006" / "sharded"
+    assert {path.name for path in step.iterdir()} == {".metadata", "__0_0.distcp", "__1_0.distcp"}
+
+
+def test_a_sharded_gpt_needs_processes_to_share_it(flags, parts, tmp_path: Path, monkeypatch, capsys) -> None:
+    with pytest.raises(SystemExit) as stop:
+        run(stage2, monkeypatch, *flags, "--out", tmp_path / "gpt", *parts, *SHARDED)
+    assert stop.value.code == 2
+    assert "start it with torchrun, or use parallel=ddp" in capsys.readouterr().err
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("processes", [1, 4])
+def test_another_number_of_processes_goes_on_with_a_sharded_gpt(
+    processes: int, sharded: Path, flags, parts, tmp_path: Path
+) -> None:
+    out = shutil.copytree(sharded, tmp_path / "gpt", ignore=shutil.ignore_patterns("step_000006"))
+    together = start_together("train.stage2", [*flags, "--out", out, *parts, *SHARDED], tmp_path / "log", processes)
+    assert [finish(p) for p in together] == [0] * processes, (tmp_path / "log").read_text()
+    same_curves(sharded, out, (5, "loss"), (6, "grad_norm"), (6, "held_loss"))
+    whole, cut = (load_file(folder / "gpt.safetensors") for folder in (sharded, out))
+    assert all(torch.allclose(whole[name], cut[name], atol=1e-4) for name in whole)
 
 
 def test_shards_are_shared_out(flags, parts, tmp_path: Path) -> None:

@@ -100,6 +100,8 @@ def test_stopped_and_resumed_is_bit_for_bit_as_if_never_stopped(
     assert [path.name for path in (out / "checkpoints").iterdir()] == ["step_000004"]
     training.finish(out)
     assert same_weights(out / training.weights, whole / name / training.weights)
+    best = training.weights.replace(".", "_best.")
+    assert same_weights(out / best, whole / name / best)
     rest = {key: value for key, value in scalars(whole / name).items() if key[0] > 4 and key[1] != "images_per_second"}
     assert rest and rest.items() <= scalars(out).items()
 

@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 import torch.nn.functional as F
+from accelerate.state import AcceleratorState
 from PIL import Image
 from safetensors.torch import load_file
 from training_kit import draw_pictures, run, scalars, write_config
@@ -51,6 +52,11 @@ def test_stages_leave_weights_curves_and_pictures(trained: Path) -> None:
     for picture in ("vqgan/reconstruction_000003.png", "gpt/samples_000006.png"):
         assert Image.open(trained / picture).height > 60  # above the one that was held out, below its reconstruction
     assert list(trained.glob("*/tensorboard/events*"))
+    assert {"held_loss", "held_psnr", "perplexity", "grad_norm"} <= {name for _, name in rows}
+    lowest = min((value, step) for (step, name), value in rows.items() if name == "held_loss")[1]
+    best, last = (load_file(trained / "vqgan" / f"{name}.safetensors") for name in ("vqgan_best", "vqgan"))
+    assert all(torch.equal(best[name], last[name]) for name in last) == (lowest == 6)
+    assert (trained / "gpt" / "gpt_best.safetensors").is_file()
 
 
 def test_exported_weights_generate(
@@ -98,6 +104,31 @@ def test_numbers_that_are_not_finite_stop_the_training(
     assert [p.name for p in sorted((tmp_path / "run" / "checkpoints").iterdir())] == ["step_000002", "step_000003"]
 
 
+STEPS = ["log_every=2", "patience=3", "warmup=0", "save_every=5"]
+GONE_WRONG = {
+    "explodes": (stage1, ["lr=1e12", "steps=20"], "not finite, so the weights are lost"),
+    "collapses": (stage1, ["lr=0.3", "revive_every=0", "codes=gradient", "steps=60"], "the codes collapse"),
+    "loses": (stage1, ["disc_start=0", "disc_lr=1e-2", "disc_weight=0", "steps=400"], "the discriminator wins"),
+    "diverges": (stage2, ["lr=1.0", "steps=40"], "the GPT does worse than guessing"),
+}
+
+
+@pytest.mark.parametrize("how", ["explodes", "collapses", "diverges", pytest.param("loses", marks=pytest.mark.slow)])
+def test_a_training_that_goes_wrong_stops_and_says_so(
+    how: str, pictures: Path, config: Path, tiny_weights: Path, tmp_path: Path, monkeypatch, capsys
+) -> None:
+    script, changes, message = GONE_WRONG[how]
+    name = script.__name__.removeprefix("train.")
+    flags = ["--config", config, "--data", pictures, "--out", tmp_path]
+    flags += ["--vqgan", tiny_weights, "--clip", tiny_weights / "clip.safetensors"] if script is stage2 else []
+    with pytest.raises(SystemExit) as stop:
+        run(script, monkeypatch, *flags, *(f"{name}.{change}" for change in STEPS + changes))
+    said = capsys.readouterr().err
+    assert stop.value.code == 2 and message in said and "o on from" in said
+    for path in tmp_path.glob("checkpoints/*/model*.safetensors"):  # what was saved can be gone on from
+        assert all(tensor.isfinite().all() for tensor in load_file(path).values())
+
+
 @pytest.mark.slow
 def test_stage1_learns_with_every_loss(pictures: Path, config: Path, tmp_path: Path, monkeypatch) -> None:
     more = ["stage1.steps=400", "stage1.lr=3e-3", "stage1.disc_start=360", "stage1.log_every=10", "stage1.batch_size=8"]
@@ -108,6 +139,43 @@ def test_stage1_learns_with_every_loss(pictures: Path, config: Path, tmp_path: P
         early, late = (sum(rows[(step, name)] for step in steps) for steps in ((10, 20, 30), (340, 350, 360)))
         assert late < most * early
     assert (400, "discriminator") in rows
+
+
+def test_half_precision_needs_a_gpu(
+    pictures: Path, config: Path, tmp_path: Path, monkeypatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr("torch.accelerator.is_available", lambda: False)
+    with pytest.raises(SystemExit) as stop:
+        run(stage1, monkeypatch, "--config", config, "--data", pictures, "--out", tmp_path, "stage1.precision=fp16")
+    assert stop.value.code == 2 and "precision=fp16 needs a GPU" in capsys.readouterr().err
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("scale", [2.0**16, 2.0**40])
+def test_half_precision_scales_both_optimizers(
+    scale: float, pictures: Path, config: Path, tmp_path: Path, monkeypatch
+) -> None:
+    """As on a GPU, with torch's scaler for CPUs, which Accelerate does not offer."""
+    flags = ["--config", config, "--data", pictures, "stage1.steps=60", "stage1.lr=1e-4", "stage1.sample_every=60"]
+    flags += ["stage1.disc_regularisation=r1", "stage1.disc_regularisation_weight=0.1", "stage1.accumulate=2"]
+    run(stage1, monkeypatch, *flags, "--out", tmp_path / "whole")
+    build = stage1.build_accelerator
+
+    def half(config):
+        accelerator = build(config)
+        accelerator.scaler = torch.amp.GradScaler("cpu", init_scale=scale)
+        accelerator.native_amp, accelerator.state._mixed_precision = True, "fp16"
+        return accelerator
+
+    monkeypatch.setattr(stage1, "build_accelerator", half)
+    try:
+        run(stage1, monkeypatch, *flags, "--out", tmp_path / "half")
+    finally:
+        AcceleratorState._reset_state(True)
+    whole, halved = scalars(tmp_path / "whole"), scalars(tmp_path / "half")
+    assert (4, "grad_norm") not in halved  # scaled up too far, so that this step was left out
+    for name in ("l1", "discriminator", "disc_penalty"):
+        assert halved[(60, name)] == pytest.approx(whole[(60, name)], rel=0.25), name
 
 
 @pytest.mark.parametrize("bad", ["stage1.lr=fast", "stage1.stpes=3", "stage1.batch_size=0", "model.vqgan.ch=33"])

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import importlib
+import math
 import multiprocessing
 import os
 import random
@@ -64,6 +65,14 @@ def scalars(out: Path) -> dict[tuple[int, str], float]:
     """(step, name) -> value, of what a training logged."""
     with (out / "scalars.csv").open() as file:
         return {(int(r["step"]), r["name"]): float(r["value"]) for r in csv.DictReader(file)}
+
+
+def same_curves(one: Path, other: Path, *must: tuple[int, str]) -> None:
+    """Whether two trainings logged the same, to 1e-4, `must` among it; what takes time may take another."""
+    first, second = ({k: v for k, v in scalars(out).items() if k[1] != "images_per_second"} for out in (one, other))
+    assert set(must) <= first.keys() and first.keys() == second.keys()
+    for key, value in first.items():
+        assert math.isclose(second[key], value, rel_tol=1e-4, abs_tol=1e-4), key
 
 
 def same_weights(a: Path, b: Path) -> bool:

@@ -134,7 +134,11 @@ def main() -> None:
                 averages.update(total)
             ema.update_parameters(vqgan)
             scalars = means(found)
-            if not accelerator.optimizer_step_was_skipped:  # as the scaler of half precision does now and then
+            if (
+                accelerator.optimizer_step_was_skipped
+            ):  # half precision: gradients were scaled up too far, and less so next
+                scalars.pop("adaptive_weight", None)
+            else:
                 scalars["grad_norm"] = norm
 
             if adversarial_phase:

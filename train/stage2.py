@@ -108,7 +108,7 @@ def main() -> None:
             shard(copy, copy.blocks, device, c.precision == "bf16")
         model: nn.Module = gpt
         optimizers = build_optimizers(gpt, c)
-        sharded = Sharded({"model": gpt, "average": ema.module}, optimizers[0])
+        sharded = Sharded({"model": gpt, "average": ema}, optimizers[0])
     else:
         model, sharded = accelerator.prepare(gpt), None
         optimizers = [accelerator.prepare(optimizer) for optimizer in build_optimizers(gpt, c)]
@@ -163,7 +163,7 @@ def main() -> None:
                 optimizer.step()
             ema.update_parameters(gpt)
             scalars = means(found)
-            if not accelerator.optimizer_step_was_skipped:  # as the scaler of half precision does now and then
+            if not accelerator.optimizer_step_was_skipped:  # half precision: gradients were scaled up too far
                 scalars["grad_norm"] = norm.full_tensor() if isinstance(norm, DTensor) else norm
 
             sampling = done % c.sample_every == 0 or done == c.steps
