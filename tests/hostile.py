@@ -284,7 +284,7 @@ def attack(target: Target, count: int) -> None:
         schema = answer.json()["components"]["schemas"]["Input"]["properties"]
     health = [HealthCheck.too_slow, HealthCheck.data_too_large, HealthCheck.large_base_example]
 
-    @settings(max_examples=count, deadline=None, database=None, suppress_health_check=health)
+    @settings(max_examples=count, deadline=None, derandomize=True, suppress_health_check=health)
     @given(attacks(schema, target.canary.address))
     def run(attack: Attack) -> None:
         target.send(attack)

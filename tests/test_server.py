@@ -203,6 +203,6 @@ def test_hostile_requests_are_refused_by_name(server: CogServer) -> None:
             target.send(Attack(json.dumps({"input": {"image": url(data)}}).encode(), frozenset({"image"})))
         attack(target, 150)
         assert not canary.requests, "the server fetched from its own machine"
-    assert target.answers["failed"] > 50 and target.answers["400"] > 2, target.answers
+    assert target.answers["failed"] > 50 and target.answers["400"] > 0, target.answers
     assert target.files() == files and server.processes() == processes
     assert target.picture() == before
