@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import html
 import os
+import signal
 import tempfile
 from collections.abc import Iterator
 from contextlib import closing
@@ -324,7 +325,8 @@ class PageError(ValueError):
 
 
 def serve(weights: Path, host: str, port: int, device: str | None, dtype: str | None) -> None:
-    """Load a model and serve the page until Ctrl-C; then nothing of it is left on the disk."""
+    """Load a model and serve the page until Ctrl-C or SIGTERM; then nothing of it is left on the disk."""
+    signal.signal(signal.SIGTERM, signal.default_int_handler)
     with tempfile.TemporaryDirectory(prefix="clipgen-app-") as folder:
         os.environ |= {"GRADIO_TEMP_DIR": folder, "GRADIO_ANALYTICS_ENABLED": "False", "HF_HUB_OFFLINE": "1"}
         with closing(Studio(weights, Path(folder), device, dtype)) as studio:

@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+import os
 import re
+import signal
 import socket
+import subprocess
+import sys
 import threading
 import uuid
 from collections.abc import Iterator
@@ -15,7 +19,7 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from local_server import serving
+from local_server import serving, wait_until
 from PIL import Image
 
 from clipgen.app_actions import Form, Studio, View, hide_folders, plain, read_receipt
@@ -377,6 +381,38 @@ def test_addresses_are_found_at_any_depth_and_however_they_are_written() -> None
 def test_endless_requests_are_refused(url: str) -> None:
     answer = httpx.post(f"{url}/gradio_api/queue/join", content=b" " * (2 << 20))
     assert answer.status_code == 413
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("sign", [signal.SIGINT, signal.SIGTERM])
+def test_nothing_is_left_when_it_is_stopped(url: str, tiny_weights: Path, tmp_path: Path, sign: signal.Signals) -> None:
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    command = [sys.executable, "-m", "clipgen", "app", "--port", str(port), "--weights", str(tiny_weights)]
+    environment = {**os.environ, "TMPDIR": str(tmp_path), "CLIPGEN_DEVICE": "cpu"}
+    with (tmp_path / "log").open("w") as log:
+        server = subprocess.Popen(command, env=environment, stdout=log, stderr=log)
+    try:
+        there = f"http://127.0.0.1:{port}"
+        wait_until(lambda: server.poll() is not None or answers(there))
+        [folder] = tmp_path.glob("clipgen-app-*")
+        with save_image(Image.new("RGB", (9, 9)), tmp_path / "a.png").open("rb") as file:
+            [path] = httpx.post(f"{there}/gradio_api/upload", files={"files": file}).json()
+        assert Path(path).is_relative_to(folder)
+        server.send_signal(sign)
+        server.wait(30)
+    finally:
+        server.kill()
+    assert not list(tmp_path.glob("clipgen-app-*"))
+    assert "Traceback" not in (tmp_path / "log").read_text()
+
+
+def answers(url: str) -> bool:
+    try:
+        return httpx.get(url).is_success
+    except httpx.TransportError:
+        return False
 
 
 def test_a_drawn_picture_is_served_as_it_was_written(url: str, studio: Studio) -> None:
