@@ -1,0 +1,315 @@
+"""How fast both stages train here, and what share of the machine's matrix rate that is.
+
+    python benchmarks/training.py [--config mini] [--steps 5] [--batch 16] [--recipes plain bf16 channels-last] [--json]
+
+Stage 1: pictures a second of whole steps with the script's own losses, from files, by recipe: plain (float32), bf16,
+channels-last with it, and compiled as well. Stage 2: tokens a second from pixels and from extracted tokens. Each is
+measured in a fresh process, after steps that do not count. Operations are counted on the meta device (stage 1) or by
+formula (GPT: 6 a weight and token, 12 * layers * tokens * width for attention), so recomputing is not counted as work.
+The share is of a square matrix product of the same precision, measured in the same process. Weights are random.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path[:0] = [str(ROOT)]  # run from anywhere, installed or not
+
+import torch  # noqa: E402
+import torch.nn.functional as F  # noqa: E402
+from accelerate import Accelerator  # noqa: E402
+from clip.model import CLIP  # noqa: E402
+from PIL import Image  # noqa: E402
+from roofline import describe, in_words, matrix_weights, seconds  # noqa: E402
+from safetensors.torch import load_file  # noqa: E402
+from torch import Tensor  # noqa: E402
+from torch.utils.flop_counter import FlopCounterMode  # noqa: E402
+
+from clipgen.clip import Clip  # noqa: E402
+from clipgen.config import Config, GPTConfig, load_config  # noqa: E402
+from clipgen.gpt import GPT  # noqa: E402
+from clipgen.vqgan import VQGAN  # noqa: E402
+from train.common import build_ema, build_optimizers  # noqa: E402
+from train.data import Images, image_batches  # noqa: E402
+from train.encode import Encoded, Encoders, write_shards  # noqa: E402
+from train.gan import Gan  # noqa: E402
+from train.losses import Crop, LeCam, Likeness, PatchDiscriminator  # noqa: E402
+
+WARM_UP = 2
+PICTURES = 64
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """How stage 1 is computed."""
+
+    precision: str = "bf16"
+    channels_last: bool = False
+    compiled: bool = False
+
+
+RECIPES = {
+    "plain": Recipe("no"),
+    "bf16": Recipe(),
+    "channels-last": Recipe(channels_last=True),
+    "compiled": Recipe(channels_last=True, compiled=True),
+}
+PARTS = (*(f"stage 1, {name}" for name in RECIPES), "stage 2, from pixels", "stage 2, from tokens")
+
+
+class Stage1:
+    """The step of train/stage1.py on one device."""
+
+    def __init__(self, config: Config, recipe: Recipe, device: torch.device) -> None:
+        c = config.stage1
+        self.config, self.gan_on = c, c.disc_start < c.steps
+        self.accelerator = Accelerator(mixed_precision=recipe.precision, cpu=device.type != "cuda")
+        with device:
+            self.vqgan, judge = VQGAN(config.model.vqgan), PatchDiscriminator(c.disc_ch)
+        # LPIPS with random weights costs what it costs with its own.
+        self.likeness = Likeness(replace(c, perceptual="none" if c.perceptual == "lpips" else c.perceptual))
+        if c.perceptual == "lpips":
+            from lpips import LPIPS
+
+            self.likeness.perceptual = LPIPS(net="vgg", pnet_rand=True, verbose=False).eval().requires_grad_(False)
+        self.likeness.to(device)
+        self.opt_g = torch.optim.Adam(self.vqgan.parameters(), c.lr)
+        opt_d = torch.optim.Adam(judge.parameters(), c.disc_lr)
+        self.gan = Gan(c, self.accelerator, self.vqgan, judge, opt_d, self.likeness, LeCam().to(device))
+        if recipe.channels_last:
+            for module in (self.vqgan, judge, self.likeness):
+                module.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+        self.layout = torch.channels_last if recipe.channels_last else torch.contiguous_format
+        self.model = torch.compile(self.vqgan) if recipe.compiled else self.vqgan
+        self.ema = build_ema(self.vqgan, c.ema)
+
+    def backward(self, x: Tensor) -> Tensor:
+        """The VQGAN's losses and gradients; returns its reconstructions."""
+        x = x.contiguous(memory_format=self.layout)
+        crop = Crop.draw(x.shape[-2:], self.config.perceptual_crop, torch.Generator().manual_seed(0))
+        self.opt_g.zero_grad()
+        with self.accelerator.autocast():
+            y, codebook, _ = self.model(x)
+            unlike, _ = self.likeness(y, x, crop)
+        loss = unlike + codebook
+        if self.gan_on:
+            loss = loss + self.gan.loss(unlike, y, None)[0]
+        self.accelerator.backward(loss)
+        return y.detach().float()
+
+    def step(self, x: Tensor) -> None:
+        """One whole step."""
+        y = self.backward(x)
+        self.accelerator.clip_grad_norm_(self.vqgan.parameters(), self.config.grad_clip)
+        self.opt_g.step()
+        self.ema.update_parameters(self.vqgan)
+        if self.gan_on:
+            self.gan.step([x], [y])
+
+
+def stage1_flops(config: Config) -> float:
+    """Operations of a step of stage 1 a picture, without the optimizers'."""
+    trainer = Stage1(config, RECIPES["plain"], torch.device("meta"))
+    size = config.model.vqgan.image_size
+    x = torch.empty(2, 3, size, size, device="meta")
+    trainer.gan.optimizer.step = lambda *_: None  # type: ignore[method-assign, assignment]
+    with FlopCounterMode(display=False) as counter:
+        y = trainer.backward(x)
+        if trainer.gan_on:
+            trainer.gan.step([x], [y])
+    return counter.get_total_flops() / len(x)
+
+
+def gpt_flops(config: GPTConfig) -> float:
+    """Operations of a step of stage 2 a picture: forward and backward, attention not halved for being causal."""
+    length = config.block_size
+    return length * (6.0 * matrix_weights(config) + 12.0 * config.n_layer * length * config.n_embd)
+
+
+def matrix_rate(precision: str, device: torch.device) -> float:
+    """Operations a second of a square matrix product here."""
+    size, times = (8192, 8) if device.type == "cuda" else (2048, 1)
+    dtype = torch.float32 if precision == "no" else torch.bfloat16
+    a, b = torch.randn(2, size, size, device=device).to(dtype)
+
+    def product() -> None:
+        for _ in range(times):
+            a @ b
+        synchronize(device)
+
+    return times * 2 * size**3 / seconds(product)
+
+
+def synchronize(device: torch.device) -> None:
+    """Wait until the device has done what it was given."""
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+
+
+def timed(step: Callable[[], object], steps: int, device: torch.device) -> float:
+    """Seconds of a step, mean over `steps` after those that warm up."""
+    for _ in range(WARM_UP):
+        step()
+    synchronize(device)
+    start = time.perf_counter()
+    for _ in range(steps):
+        step()
+    synchronize(device)
+    return (time.perf_counter() - start) / steps
+
+
+def made_up_pictures(folder: Path, size: int) -> Path:
+    """JPEG files of soft noise, somewhat larger than the model's pictures."""
+    folder.mkdir()
+    generator = torch.Generator().manual_seed(0)
+    for i in range(PICTURES):
+        noise = torch.rand(8, 8, 3, generator=generator).mul(255).byte().numpy()
+        Image.fromarray(noise).resize((size * 9 // 8,) * 2, Image.Resampling.BICUBIC).save(folder / f"{i}.jpg")
+    return folder
+
+
+def keys(batch: int) -> Callable[[int], list[tuple[int, int]]]:
+    """Which pictures a step reads: all in turn."""
+    return lambda step: [(i % PICTURES, i) for i in range(step * batch, (step + 1) * batch)]
+
+
+def measure_stage1(config: Config, name: str, steps: int, pictures: Path, device: torch.device) -> dict[str, Any]:
+    """Pictures a second of one recipe."""
+    c, recipe = config.stage1, RECIPES[name]
+    rate = matrix_rate(recipe.precision, device)
+    trainer = Stage1(config, recipe, device)
+    data = Images(pictures, config.model.vqgan.image_size, c.min_scale)
+    batches = image_batches(data, keys(c.batch_size), 0, c.workers)
+    spent = timed(lambda: trainer.step(next(batches).pixels.to(device)), steps, device)
+    return {"batch": c.batch_size, "seconds": spent, "images_per_s": c.batch_size / spent, "matrix_flops": rate}
+
+
+def build_clip(config: Config) -> Clip:
+    """ViT-B/32 of random weights where embeddings have 512 numbers, else the mini model's."""
+    if config.model.gpt.n_cond == 512:
+        return Clip(CLIP(512, 224, 12, 768, 32, 77, 49408, 512, 8, 12))
+    return Clip.from_state_dict(load_file(ROOT / "weights" / "mini" / "clip.safetensors"))
+
+
+def measure_stage2(config: Config, source: str, steps: int, pictures: Path, device: torch.device) -> dict[str, Any]:
+    """Tokens a second from pixels, encoded in every step, or from an encoded set."""
+    c = config.stage2
+    rate = matrix_rate(c.precision, device)
+    accelerator = Accelerator(mixed_precision=c.precision, cpu=device.type != "cuda")
+    clip = build_clip(config)
+    images = Images(pictures, config.model.vqgan.image_size, c.min_scale, clip_size=clip.image_size)
+    vqgan = VQGAN(config.model.vqgan).requires_grad_(False).eval()
+    read: Encoders | Encoded = Encoders(accelerator, images, vqgan, clip, 1, 0, {"settings": {"views": 1}})
+    if source == "tokens":
+        write_shards(read, pictures / "encoded")  # type: ignore[arg-type]
+        read = Encoded(pictures / "encoded")
+        del vqgan, clip
+    batches: Iterator[tuple[Tensor, Tensor]] = read.batches(lambda s: [row for row, _ in keys(c.batch_size)(s)], 0, 0)
+    gpt = GPT(config.model.gpt).to(device)
+    optimizers, ema = build_optimizers(gpt, c), build_ema(gpt, c.ema)
+
+    def step() -> None:
+        tokens, condition = (t.to(device) for t in next(batches))
+        for optimizer in optimizers:
+            optimizer.zero_grad()
+        with accelerator.autocast():
+            logits = gpt(tokens[:, :-1], condition)
+        accelerator.backward(F.cross_entropy(logits.float().flatten(0, 1), tokens.flatten()))
+        accelerator.clip_grad_norm_(gpt.parameters(), c.grad_clip)
+        for optimizer in optimizers:
+            optimizer.step()
+        ema.update_parameters(gpt)
+
+    spent = timed(step, steps, device)
+    images_per_s = c.batch_size / spent
+    tokens = images_per_s * config.model.gpt.block_size
+    return {
+        "batch": c.batch_size,
+        "seconds": spent,
+        "images_per_s": images_per_s,
+        "tokens_per_s": tokens,
+        "matrix_flops": rate,
+    }
+
+
+def run_part(part: str, config: Config, steps: int) -> dict[str, Any]:
+    """Measure one of `PARTS` in this process."""
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    stage, how = part.split(", ")
+    with tempfile.TemporaryDirectory(prefix="training-") as name:
+        pictures = made_up_pictures(Path(name) / "pictures", config.model.vqgan.image_size)
+        if stage == "stage 1":
+            found = measure_stage1(config, how, steps, pictures, device)
+        else:
+            found = measure_stage2(config, how.removeprefix("from "), steps, pictures, device)
+    gpu = torch.cuda.max_memory_allocated() / 1e9 if device.type == "cuda" else None
+    return found | {"part": part, "gpu_peak_gb": gpu}
+
+
+def to_table(report: dict[str, Any]) -> str:
+    """Markdown."""
+    plain = {r["part"]: r["images_per_s"] for r in report["results"]}.get("stage 1, plain")
+    head = "| part | batch | images/s | tokens/s | GFLOP/image | share of the matrix rate | against plain |"
+    lines = [in_words(report["machine"]), report["gpu"] or "no GPU", "", head, "|---|---|---|---|---|---|---|"]
+    for r in report["results"]:
+        tokens = f"{r['tokens_per_s']:.0f}" if "tokens_per_s" in r else ""
+        faster = f"{r['images_per_s'] / plain:.2f}x" if plain and r["part"].startswith("stage 1") else ""
+        rate = f"{r['share']:.0%} of {r['matrix_flops'] / 1e9:.0f} GFLOP/s"
+        cells = (r["part"], r["batch"], f"{r['images_per_s']:.2f}", tokens, f"{r['flops_per_image'] / 1e9:.1f}", rate)
+        lines.append(f"| {' | '.join(map(str, cells))} | {faster} |")
+    return "\n".join(lines)
+
+
+def in_fresh_process(arguments: list[str]) -> dict[str, Any]:
+    """Measure one part in a new Python: nothing of the ones before is in its memory or its caches."""
+    done = subprocess.run([sys.executable, __file__, *arguments], stdout=subprocess.PIPE, text=True, check=True)
+    return json.loads(done.stdout.splitlines()[-1])
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--config", default="mini", help="mini, coco, imagenet, or a .yaml file")
+    parser.add_argument("--steps", type=int, default=5, help="steps that count")
+    parser.add_argument("--batch", type=int, help="pictures of a step, of both stages; the configuration's otherwise")
+    parser.add_argument("--recipes", nargs="*", choices=RECIPES, help="of stage 1; compiled by default on GPUs only")
+    parser.add_argument("--json", action="store_true", help="print JSON")
+    parser.add_argument("--part", choices=PARTS, help=argparse.SUPPRESS)
+    parser.add_argument("overrides", nargs="*", help="changes to the configuration, such as stage1.disc_start=0")
+    args = parser.parse_intermixed_args()
+    if args.steps < 1 or (args.batch is not None and args.batch < 1):
+        parser.error("--steps and --batch must be at least 1")
+    sizes = [f"stage{i}.batch_size={args.batch}" for i in (1, 2)] if args.batch else []
+    try:
+        config = load_config(args.config, [*args.overrides, *sizes])
+    except ValueError as error:
+        parser.error(str(error))
+    if args.part:
+        print(json.dumps(run_part(args.part, config, args.steps)))
+        return
+    default = [name for name in RECIPES if name != "compiled" or torch.cuda.is_available()]
+    parts = [f"stage 1, {name}" for name in (default if args.recipes is None else args.recipes)] + list(PARTS[-2:])
+    flops = {"stage 1": stage1_flops(config), "stage 2": gpt_flops(config.model.gpt)}
+    results = []
+    for part in parts:
+        print(f"  {part} ...", file=sys.stderr, flush=True)
+        common = ["--config", args.config, "--steps", str(args.steps), "--part", part, *args.overrides, *sizes]
+        found, counted = in_fresh_process(common), flops[part.split(",")[0]]
+        share = counted * found["images_per_s"] / found["matrix_flops"]
+        results.append(found | {"flops_per_image": counted, "share": share})
+    gpu = torch.cuda.get_device_name() if torch.cuda.is_available() else None
+    report = {"machine": describe(), "gpu": gpu, "config": asdict(config), "steps": args.steps, "results": results}
+    print(json.dumps(report) if args.json else to_table(report))
+
+
+if __name__ == "__main__":
+    main()
