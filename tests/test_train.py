@@ -151,10 +151,7 @@ def test_half_precision_needs_a_gpu(
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("scale", [2.0**16, 2.0**40])
-def test_half_precision_scales_both_optimizers(
-    scale: float, pictures: Path, config: Path, tmp_path: Path, monkeypatch
-) -> None:
+def test_half_precision_scales_both_optimizers(pictures: Path, config: Path, tmp_path: Path, monkeypatch) -> None:
     """As on a GPU, with torch's scaler for CPUs, which Accelerate does not offer."""
     flags = ["--config", config, "--data", pictures, "stage1.steps=60", "stage1.lr=1e-4", "stage1.sample_every=60"]
     flags += ["stage1.disc_regularisation=r1", "stage1.disc_regularisation_weight=0.1", "stage1.accumulate=2"]
@@ -163,7 +160,7 @@ def test_half_precision_scales_both_optimizers(
 
     def half(config):
         accelerator = build(config)
-        accelerator.scaler = torch.amp.GradScaler("cpu", init_scale=scale)
+        accelerator.scaler = torch.amp.GradScaler("cpu", init_scale=2.0**16)
         accelerator.native_amp, accelerator.state._mixed_precision = True, "fp16"
         return accelerator
 

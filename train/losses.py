@@ -11,6 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from clipgen.config import Stage1Config
+from clipgen.features import build_lpips, fetched
 
 _IMAGENET_MEAN = (0.485, 0.456, 0.406)
 _IMAGENET_STD = (0.229, 0.224, 0.225)
@@ -61,14 +62,14 @@ class EfficientNetPerceptual(nn.Module):
 
 
 def build_perceptual(kind: str) -> nn.Module | None:
-    """The perceptual distance called `kind`: "efficientnet", "lpips" (VGG16, downloads its weights) or "none"."""
+    """The perceptual distance called `kind`: "efficientnet", "lpips" (VGG16, fetched and verified) or "none".
+
+    Raises:
+        FetchError: VGG16 is not here and cannot be had.
+    """
     if kind == "efficientnet":
         return EfficientNetPerceptual()
-    if kind == "lpips":
-        from lpips import LPIPS
-
-        return LPIPS(net="vgg", verbose=False).eval().requires_grad_(False)
-    return None
+    return build_lpips(fetched("vgg16", print)) if kind == "lpips" else None
 
 
 @dataclass(frozen=True)
