@@ -52,12 +52,17 @@ class Covered:
 
     def warning(self, name: str) -> str:
         """What to tell whoever asked for `name`, where `low`."""
-        return f"this model has seen little like {name}; the nearest of its training pictures is {self.nearest[0][0]}"
+        [nearest, *_] = self._captions()
+        return f"this model has seen little like {name}; the nearest of its training pictures is {nearest}"
 
     def __str__(self) -> str:
         """The figure and the nearest pictures, in a line."""
-        names = "; ".join(name for name, _ in self.nearest[:SHOWN])
-        return f"coverage {self.percentile:.0f} of 100, nearest training pictures: {names}"
+        nearest = "; ".join(self._captions()[:SHOWN])
+        return f"coverage {self.percentile:.0f} of 100, nearest training pictures: {nearest}"
+
+    def _captions(self) -> list[str]:
+        """Names as far as they are for people: "002439.png: red heart" has its file in front."""
+        return [name.partition(": ")[2] or name for name, _ in self.nearest]
 
 
 class Coverage:

@@ -19,7 +19,7 @@ from typer.testing import CliRunner
 
 from clipgen import ClipGen
 from clipgen.cli import app
-from clipgen.coverage import FILE, MOST_PICTURES, Coverage, build_index
+from clipgen.coverage import FILE, MOST_PICTURES, Coverage, Covered, build_index
 from clipgen.weights import WeightsError, add_extra, load_extra, load_weights, save_weights
 
 D = 64
@@ -143,6 +143,12 @@ def test_generate_says_it_to_people(folder: Path, monkeypatch: pytest.MonkeyPatc
     assert re.search(r"coverage \d+ of 100, nearest training pictures: \d+\.png; \d+\.png; \d+\.png\n", result.stdout)
     warned = re.search(r"little like 'a lemon'; the nearest of its training pictures is \d+\.png", result.stderr)
     assert bool(warned) == low
+
+
+def test_people_read_captions_not_files() -> None:
+    covered = Covered(0.5, 3.0, [("7.png: red heart", 0.6), ("8.png", 0.5)])
+    assert str(covered) == "coverage 3 of 100, nearest training pictures: red heart; 8.png"
+    assert covered.warning("it").endswith("little like it; the nearest of its training pictures is red heart")
 
 
 def test_images_have_no_gap_to_take_off(folder: Path) -> None:
