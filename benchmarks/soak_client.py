@@ -32,6 +32,8 @@ BAD: list[tuple[dict[str, Any], str]] = [
 ]
 CRASHED = ("Worker crashed", "Failed to send request")
 """What Cog answers when its worker has died."""
+PAUSE = 1.0
+"""Seconds at most between an answer and the next request."""
 PATIENCE = 180.0
 """Seconds after which a request counts as lost."""
 
@@ -59,8 +61,12 @@ class Soak:
 
 
 def backoff(attempt: int, dice: random.Random) -> float:
-    """Seconds to wait before trying again: 0.1, doubled each time up to 5, and up to half as much on top."""
-    return min(5.0, 0.1 * 2**attempt) * dice.uniform(1.0, 1.5)
+    """Seconds to wait before trying again: 0.1, doubled each time up to 1, and up to half as much on top.
+
+    Cog has no queue: a place that is free goes to whoever asks first. Who waits much longer between two tries than
+    others between two requests gets none.
+    """
+    return min(1.0, 0.1 * 2**attempt) * dice.uniform(1.0, 1.5)
 
 
 class Client:
@@ -95,6 +101,7 @@ class Client:
                 acts[kind]()
             except Exception as error:
                 self.soak.problem(f"{kind}: {type(error).__name__}: {error}")
+            time.sleep(self.dice.uniform(0.0, PAUSE))
         self.http.close()
 
     def send(self, inputs: dict[str, Any], name: str = "", **more: Any) -> dict[str, Any]:

@@ -7,12 +7,14 @@ import os
 import re
 import signal
 import socket
+import statistics
 import subprocess
 import sys
 import threading
 import time
 from collections import Counter
 from pathlib import Path
+from typing import Any
 from urllib import request as http
 
 from end_to_end import ROOT
@@ -39,7 +41,7 @@ class Supervised:
         self.weights, self.folder = weights.resolve(), folder
         self.starts: list[float] = []
         self.history: list[tuple[float, str]] = []
-        """When the health changed, and to what."""
+        """When the health changed, and to what; BUSY counts as READY."""
         self.memory: list[tuple[int, float, float]] = []
         """Of which start, when, megabytes."""
         self.ended = threading.Event()
@@ -88,8 +90,9 @@ class Supervised:
         while not self.ended.wait(PROBE):
             status = self.health()
             now = time.monotonic()
-            if not self.history or self.history[-1][1] != status:
-                self.history.append((now, status))
+            shown = "READY" if status == "BUSY" else status
+            if not self.history or self.history[-1][1] != shown:
+                self.history.append((now, shown))
             if status in ("READY", "BUSY"):
                 self.memory.append((len(self.starts), now, sum(map(_megabytes, self.processes()))))
             bad = 0 if status in SOUND else bad + 1
@@ -135,8 +138,8 @@ class Supervised:
         return found
 
 
-def slope(memory: list[tuple[int, float, float]], warm: float) -> list[dict[str, float]]:
-    """Of each start: seconds, megabytes when warm, at the end and at most, and the slope of the line through them.
+def slope(memory: list[tuple[int, float, float]], warm: float) -> list[dict[str, Any]]:
+    """Of each start: seconds, megabytes at most and by minute (medians), and the slope of the line through them.
 
     Args:
         memory: as `Supervised.memory`.
@@ -151,8 +154,9 @@ def slope(memory: list[tuple[int, float, float]], warm: float) -> list[dict[str,
         mean_x, mean_y = (sum(column) / len(kept) for column in zip(*kept, strict=True))
         square = sum((x - mean_x) ** 2 for x, _ in kept)
         rise = sum((x - mean_x) * (y - mean_y) for x, y in kept) / square
-        sizes = [size for _, size in kept]
-        row = {"seconds": kept[-1][0] - kept[0][0], "first": sizes[0], "last": sizes[-1], "most": max(sizes)}
+        minutes = [[size for x, size in kept if (x - kept[0][0]) // 60 == n] for n in range(int(kept[-1][0] // 60) + 1)]
+        medians = [round(statistics.median(sizes)) for sizes in minutes if len(sizes) > 10]
+        row = {"seconds": kept[-1][0] - kept[0][0], "most": max(size for _, size in kept), "by_minute": medians}
         rows.append(row | {"per_minute": rise * 60})
     return rows
 

@@ -41,7 +41,7 @@ def attacked(root: Path, weights: Path, folder: Path, schema: bool) -> Iterator[
             assert not canary.requests, "the server fetched from its own machine"
         finally:
             cog.stop()
-            for name in target.ids:  # Cog makes these and leaves them
+            for name in (name for name in target.ids if name.startswith("pred_")):  # Cog makes these and leaves them
                 assert not [path for path in (COGS_FOLDERS / name).rglob("*") if path.is_file()]
                 shutil.rmtree(COGS_FOLDERS / name, ignore_errors=True)
     assert not list((folder / "tmp").glob("clipgen-*"))
