@@ -112,15 +112,15 @@ def r_precision(images: Tensor, prompts: Tensor, among: int = 100, seed: int = 0
     Returns:
         The share, and among how many prompts each was looked for: fewer where there are not as many different ones.
     """
-    kinds: dict[bytes, int] = {}
-    kind = [kinds.setdefault(row.numpy().tobytes(), len(kinds)) for row in prompts.cpu().float()]
-    different = torch.stack([prompts[kind.index(i)] for i in range(len(kinds))]).cpu()
-    rivals = min(among, len(kinds)) - 1
+    different, kinds = torch.unique(prompts.cpu().float(), dim=0, return_inverse=True)
+    rivals = min(among, len(different)) - 1
     hits = 0
-    for i, image in enumerate(images.cpu()):
-        others = random.Random(f"{seed}-{i}").sample([k for k in range(len(kinds)) if k != kind[i]], rivals)
-        own = float(different[kind[i]] @ image)
-        hits += not others or own > float((different[others] @ image).max())
+    for rows in torch.arange(len(images)).split(256):
+        places = [random.Random(f"{seed}-{i}").sample(range(len(different) - 1), rivals) for i in rows.tolist()]
+        own, others = kinds[rows, None], torch.tensor(places, dtype=torch.long).view(len(rows), rivals)
+        others = others + (others >= own)  # all but its own
+        near = images[rows].cpu().float() @ different.t()
+        hits += int((near.gather(1, own) > near.gather(1, others)).all(1).sum())
     return hits / len(images), rivals + 1
 
 

@@ -22,6 +22,7 @@ from clipgen.cli import app
 from clipgen.clip import Clip
 from clipgen.features import KINDS, build_extractor, build_lpips
 from clipgen.images import to_pixels
+from clipgen.processes import Processes
 
 Run = Callable[..., RunResult]
 PROMPTS = "a lemon\na dog\n\na red heart\na blue square\na cat\n"
@@ -68,6 +69,14 @@ def test_it_tells_figures_settings_hashes_and_what_not_to_make_of_them(run: Run,
     assert all(len(text) == 64 for text in (*hashes, found["features"]["sha256"]))
     again = json.loads(run("--prompts", "prompts.txt", "--reference", pictures, "--features", "clip").stdout)
     assert again["figures"] == figures
+
+
+def test_a_process_knows_its_part_and_its_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    third = Processes.from_environment({"RANK": "2", "WORLD_SIZE": "4", "LOCAL_RANK": "1"})
+    assert list(third.own(11)) == [2, 6, 10] and list(Processes.from_environment({}).own(3)) == [0, 1, 2]
+    assert third.device(None) is None and third.device("cpu") == "cpu"
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    assert (third.device(None), third.device("cuda:3"), Processes().device(None)) == ("cuda:1", "cuda:3", None)
 
 
 def test_without_prompts_the_pictures_are_varied(run: Run, pictures: Path) -> None:
