@@ -28,7 +28,8 @@ from train.encode import Encoded
 
 SCRIPTS = {"vqgan": "train.stage1", "gpt": "train.stage2", "pixels": "train.stage2"}
 PIXELS = ["stage2.from_pixels=true", "stage2.neighbours=0"]
-SHARDED = ["stage2.optimizer=adamw", "stage2.parallel=fsdp", "stage2.save_every=2"]
+SHARDED = ["stage2.optimizer=adamw", "stage2.parallel=fsdp", "stage2.save_every=2", "stage2.recompute=true"]
+SHARDED += ["stage2.accumulate=2", "stage2.clip_weight=0.2", "stage2.clip_batch=4"]
 
 
 @pytest.fixture(scope="module")
@@ -68,6 +69,17 @@ def test_several_processes_train_as_one(name: str, processes: int, flags, parts,
         assert "broken.jpg" in (tmp_path / name / "skipped.txt").read_text()
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", ["lecam", "r1"])
+def test_what_is_averaged_is_averaged_over_all_processes(kind: str, flags, tmp_path: Path) -> None:
+    more = ["stage1.codes=ema", f"stage1.disc_regularisation={kind}", "stage1.disc_regularisation_weight=0.1"]
+    for processes in (1, 2):
+        arguments = [*flags, *more, f"stage1.accumulate={processes}", "--out", tmp_path / str(processes)]
+        together = start_together("train.stage1", arguments, tmp_path / "log", processes)
+        assert [finish(p) for p in together] == [0] * processes, (tmp_path / "log").read_text()
+    same_curves(tmp_path / "1", tmp_path / "2", (6, "disc_penalty"), (6, "perplexity"), (6, "held_loss"))
+
+
 def test_several_processes_go_on_from_what_one_saved(flags, alone: Path, tmp_path: Path) -> None:
     shutil.copytree(alone / "vqgan", tmp_path / "vqgan")
     shutil.rmtree(tmp_path / "vqgan" / "checkpoints" / "step_000006")
@@ -90,8 +102,9 @@ def sharded(flags, parts, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def test_a_sharded_gpt_trains_as_a_whole_one(sharded: Path, flags, parts, tmp_path: Path) -> None:
     arguments = [*flags, "--out", tmp_path / "gpt", *parts, "stage2.optimizer=adamw"]
+    arguments += ["stage2.clip_weight=0.2", "stage2.clip_batch=4"]
     assert finish(start("train.stage2", arguments, tmp_path / "log")) == 0, (tmp_path / "log").read_text()
-    same_curves(tmp_path / "gpt", sharded, (6, "loss"), (6, "grad_norm"), (6, "held_loss"))
+    same_curves(tmp_path / "gpt", sharded, (6, "loss"), (6, "grad_norm"), (6, "held_loss"), (6, "clip_distance"))
     whole, cut = (load_file(out / "gpt.safetensors") for out in (tmp_path / "gpt", sharded))
     assert whole.keys() == cut.keys() and all(torch.allclose(whole[name], cut[name], atol=1e-4) for name in whole)
     step = sharded / "checkpoints" / "step_000006" / "sharded"
@@ -111,7 +124,8 @@ def test_another_number_of_processes_goes_on_with_a_sharded_gpt(
     processes: int, sharded: Path, flags, parts, tmp_path: Path
 ) -> None:
     out = shutil.copytree(sharded, tmp_path / "gpt", ignore=shutil.ignore_patterns("step_000006"))
-    together = start_together("train.stage2", [*flags, "--out", out, *parts, *SHARDED], tmp_path / "log", processes)
+    arguments = [*flags, "--out", out, *parts, *SHARDED, "stage2.accumulate=1"]
+    together = start_together("train.stage2", arguments, tmp_path / "log", processes)
     assert [finish(p) for p in together] == [0] * processes, (tmp_path / "log").read_text()
     same_curves(sharded, out, (5, "loss"), (6, "grad_norm"), (6, "held_loss"))
     whole, cut = (load_file(folder / "gpt.safetensors") for folder in (sharded, out))
