@@ -26,7 +26,7 @@ def main() -> None:
     parser.add_argument("--vqgan", type=Path, required=True, help="folder that stage 1 wrote")
     parser.add_argument("--gpt", type=Path, required=True, help="folder that stage 2 wrote")
     parser.add_argument("--out", type=Path, required=True, help="folder of weights to write")
-    parser.add_argument("--data", type=Path, help="pictures that stage 2 was trained on: adds coverage.safetensors")
+    parser.add_argument("--data", help="pictures that stage 2 was trained on: adds coverage.safetensors")
     parser.add_argument("--prompts", type=Path, help="sentences about such pictures, one a line; emoji have captions")
     args = parser.parse_args()
     files = {"clip": args.clip, "vqgan": args.vqgan / "vqgan.safetensors", "gpt": args.gpt / "gpt.safetensors"}

@@ -27,8 +27,10 @@ from train.encode import Encoded
 SENTENCES = 800
 
 
-def add_index(weights: Path, encoded: Path, data: Path, prompts: Path | None = None) -> Path:
+def add_index(weights: Path, encoded: Path, data: str | Path, prompts: Path | None = None) -> Path:
     """Write the index of a folder of weights, and name it in the manifest.
+
+    Pictures that could not be read are left out: the encoded set holds others in their places, and says so beside it.
 
     Raises:
         DataError: pictures and embeddings do not belong together, or there are no sentences.
@@ -36,7 +38,7 @@ def add_index(weights: Path, encoded: Path, data: Path, prompts: Path | None = N
     """
     _, parts = load_weights(weights)
     clip = Clip.from_state_dict(parts["clip"])
-    files = [Path(name) for name in open_source(data).names]
+    files, data = [Path(name) for name in open_source(data).names], Path(data)
     embeddings = load_file(encoded)["embeddings"].float() if encoded.is_file() else Encoded(encoded).embeddings()
     if len(embeddings) % len(files):
         raise DataError(f"{encoded} holds {len(embeddings)} embeddings, {data} {len(files)} images: not the same set")
@@ -48,7 +50,11 @@ def add_index(weights: Path, encoded: Path, data: Path, prompts: Path | None = N
         raise DataError(f"{len(sentences)} sentences are too few; give --prompts with at least 20 of them, one a line")
     with torch.inference_mode():
         texts = torch.cat([clip.encode_text(sentences[i : i + 64]) for i in range(0, len(sentences), 64)])
-    return add_extra(weights, FILE, build_index(_unit(embeddings[: len(files)]), names, texts.clone()))
+    skipped = encoded / "skipped.txt"
+    lines = skipped.read_text(encoding="utf-8").splitlines() if skipped.is_file() else []
+    rows = [i for i, file in enumerate(files) if not any(line.startswith(f"{file}: ") for line in lines)]
+    index = build_index(_unit(embeddings[rows]), [names[i] for i in rows], texts.clone())
+    return add_extra(weights, FILE, index)
 
 
 def _unit(embeddings: Tensor) -> Tensor:
@@ -99,7 +105,7 @@ def main() -> None:
     parser.add_argument(
         "--encoded", type=Path, required=True, help="embeddings of the pictures that stage 2 trained on"
     )
-    parser.add_argument("--data", type=Path, required=True, help="folder of those pictures")
+    parser.add_argument("--data", required=True, help="those pictures, as they were given to stage 2")
     parser.add_argument("--prompts", type=Path, help="sentences about such pictures, one a line")
     args = parser.parse_args()
     try:
