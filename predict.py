@@ -81,7 +81,13 @@ class Predictor(BasePredictor):
             default="", description="What to keep away from: the more guidance, the farther; it must be above 1."
         ),
         image: Path | None = Input(
-            default=None, description="An image to draw variations of. With a prompt, both count alike."
+            default=None, description="An image to draw variations of, or to mix with the prompt."
+        ),
+        image_weight: float = Input(
+            default=1.0,
+            ge=-100,
+            le=100,
+            description="How much the image counts, where the prompt counts 1. Below 0 moves away from it.",
         ),
         keep_rows: int = Input(
             default=0,
@@ -134,9 +140,9 @@ class Predictor(BasePredictor):
         written: dict[str, Any] = {"output_format": output_format, "output_quality": output_quality}
         stop = threading.Event()
         try:  # the context carries the prediction's log and metrics
-            check(image=image, previews=previews, **private, **written, **settings)
+            check(image=image, image_weight=image_weight, previews=previews, **private, **written, **settings)
             settings["negative"] = negative_prompt if negative_prompt.strip() else None
-            work = partial(self.draw, prompt, image, settings, previews, stop)
+            work = partial(self.draw, prompt, image, image_weight, settings, previews, stop)
             result = await asyncio.get_running_loop().run_in_executor(self.workers, copy_context().run, work)
             files = await asyncio.to_thread(self.write, result, **written)
         except asyncio.CancelledError:
@@ -156,7 +162,13 @@ class Predictor(BasePredictor):
             yield file
 
     def draw(
-        self, prompt: str, image: str | None, settings: dict[str, Any], previews: int, stop: threading.Event
+        self,
+        prompt: str,
+        image: str | None,
+        image_weight: float,
+        settings: dict[str, Any],
+        previews: int,
+        stop: threading.Event,
     ) -> Result:
         """What a prediction waits for, in a thread of its own."""
         picture = None if image is None else self.read(image, stop)
@@ -164,9 +176,9 @@ class Predictor(BasePredictor):
             raise ValueError(f"keep_rows is {settings['keep_rows']}; it needs an image to keep them of")
         if settings["keep_rows"]:
             settings["keep"] = picture
-        parts: list[Any] = [prompt] if prompt.strip() or picture is None else []
+        parts: list[Any] = [(prompt, 1.0)] if prompt.strip() or picture is None else []
         if picture is not None and not (parts and settings["keep_rows"]):
-            parts.append(picture)
+            parts.append((picture, image_weight))
         show = self.show if previews else None
         [result] = self.pipe.generate(
             [Request(parts, **settings)], should_stop=stop.is_set, preview=show, previews=previews

@@ -36,6 +36,11 @@ _PROMPTS = typer.Argument(
 _PROMPTS_FILE = option(WHAT, "A text file with one prompt a line; - reads stdin.")
 _IMAGE = option(WHAT, "An image to draw variations of, or to mix into every prompt.")
 _IMAGE_WEIGHT = option(WHAT, "How much the image counts; a prompt counts 1.")
+_KEEP_ROWS = option(
+    WHAT,
+    "Keep so many rows of the image's tokens, from the top, and draw the rest anew: what the prompt says, or the image "
+    "where there is none.",
+)
 _MIX = option(
     WHAT,
     "Mix a text into every prompt, which counts 1: --mix 'a dog=0.5'. A negative weight moves away from it. May be "
@@ -64,6 +69,11 @@ _SHARDS = option(
     "on where it was stopped; torchrun shares them among processes.",
     file_okay=False,
 )
+_PREVIEWS = option(
+    FILES,
+    "While drawing, write the unfinished images to preview-SEED.png in the folder, at most so often; 0 does not.",
+    min=0,
+)
 _JSON = option(
     FILES,
     "Print a JSON object per prompt, a line each: prompt, seed, files and their clip_scores and seeds (best first), "
@@ -77,6 +87,7 @@ def generate(
     prompts_file: Annotated[Path | None, _PROMPTS_FILE] = None,
     image: Annotated[Path | None, _IMAGE] = None,
     image_weight: Annotated[float, _IMAGE_WEIGHT] = 1.0,
+    keep_rows: Annotated[int, _KEEP_ROWS] = 0,
     mix: Annotated[list[str] | None, _MIX] = None,
     negative: Annotated[list[str] | None, _NEGATIVE] = None,
     num_outputs: Annotated[int, option(HOW, "Images to keep per prompt.")] = 4,
@@ -89,6 +100,7 @@ def generate(
     out: t.Out = Path("outputs"),
     shards: Annotated[Path | None, _SHARDS] = None,
     format: t.FileFormat = t.Format.png,
+    previews: Annotated[int, _PREVIEWS] = 0,
     as_json: Annotated[bool, _JSON] = False,
     weights: t.Weights = t.MINI,
     device: t.Device = None,
@@ -100,6 +112,8 @@ def generate(
     """
     texts = _texts(prompts, prompts_file, image)
     others = [_weighted(part) for part in mix or []]
+    if keep_rows and image is None:
+        raise typer.BadParameter("--keep-rows needs --image: the picture whose rows stay")
     from clipgen.images import load_image
     from clipgen.receipt import receipts
     from clipgen.request import Request
@@ -114,8 +128,13 @@ def generate(
         "top_p": top_p,
         "seed": t.new_seed() if seed is None else seed,
         "negative": [t.checked_text(text) for text in negative] if negative else None,
+        "keep": picture if keep_rows else None,
+        "keep_rows": keep_rows,
     }
-    requests = [Request(prompt=_parts(text, picture, image_weight, others), **settings) for text in texts]
+    requests = [
+        Request(prompt=_parts(text, None if keep_rows and text.strip() else picture, image_weight, others), **settings)
+        for text in texts
+    ]
     if shards is not None:
         from clipgen.bulk_cli import write_shards
 
@@ -124,7 +143,7 @@ def generate(
     if os.environ.get("WORLD_SIZE", "1") != "1":
         raise typer.BadParameter("several processes share the prompts only with --shards DIR")
     pipe, digest = t.load(weights, device, dtype)
-    for text, result in zip(texts, _draw(pipe, requests), strict=True):
+    for text, result in zip(texts, _draw(pipe, requests, out, previews), strict=True):
         if result.dropped:
             t.say(f"the prompt is too long for the model, which did not read this part: {result.dropped}")
         stem = t.free_stem(out, text or (image.stem if image else ""), result.seed)
@@ -135,13 +154,26 @@ def generate(
         _show(text, result, files, sheet, covered, as_json)
 
 
-def _draw(pipe: ClipGen, requests: Sequence[Request]) -> Iterator[Result]:
+def _draw(pipe: ClipGen, requests: Sequence[Request], out: Path, previews: int) -> Iterator[Result]:
     """Batch by batch, so that the first files are there early and memory does not grow with the number of prompts."""
+    from clipgen.images import grid, save_image
+
+    file = out / f"preview-{requests[0].seed}.png"
+
+    def show(pictures: list[Image.Image]) -> None:
+        save_image(grid(pictures), file)
+
     size = max(1, BATCH // requests[0].drawn)
     for start in range(0, len(requests), size):
         stop = min(start + size, len(requests))
         with t.progress(f"{stop} of {len(requests)} prompts") as report:
-            results = pipe.generate(requests[start:stop], progress=report)
+            try:
+                results = pipe.generate(
+                    requests[start:stop], report, preview=show if previews > 0 else None, previews=previews
+                )
+            finally:
+                if previews > 0:
+                    file.unlink(missing_ok=True)
         yield from results
 
 

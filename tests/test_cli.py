@@ -11,6 +11,7 @@ import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 from hypothesis import given
@@ -22,6 +23,7 @@ from typer.testing import Result as RunResult
 
 from clipgen.cli import app
 from clipgen.config import ModelConfig
+from clipgen.images import save_image
 from clipgen.receipt import Receipt
 from clipgen.terminal import free_stem, printable
 from clipgen.weights import load_weights, save_weights
@@ -188,6 +190,31 @@ def test_mixes(run: Run, photo: Path) -> None:
     assert receipt.text == "My Photo.png (0.25) + a lemon + a dog (0.5) + green (-1)"
 
 
+def test_the_top_of_a_picture_is_kept(run: Run, photo: Path) -> None:
+    """What the prompt says below it; without one, what the picture says."""
+    for prompt in (["a lemon"], []):
+        keep = ("--image", photo, "--keep-rows", 3)
+        (kept,) = records(run("generate", *prompt, *QUICK, "--json", *keep))
+        receipt = Receipt.from_file(kept["files"][0])
+        assert receipt.keep_rows == 3 and receipt.text == (prompt or ["My Photo.png"])[0]
+        assert run("replay", kept["files"][0], "--image", photo).exit_code == 0
+
+
+def test_previews_are_written_while_it_draws_and_gone_at_the_end(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+    written: list[tuple[str, tuple[int, int]]] = []
+
+    def save(image: Image.Image, path: Path, *more: Any, **named: Any) -> Path:
+        written.append((path.name, image.size))
+        return save_image(image, path, *more, **named)
+
+    monkeypatch.setattr("clipgen.images.save_image", save)
+    (record,) = records(run("generate", "a lemon", *QUICK, "--previews", 3, "--json"))
+    previews = [size for name, size in written if name == "preview-7.png"]
+    assert len(previews) == 3 and len(set(previews)) == 1 and previews[0][0] > previews[0][1]
+    files = [Path(file).name for file in [*record["files"], record["grid"]]]
+    assert sorted(path.name for path in Path("outputs").iterdir()) == sorted(files)
+
+
 def test_negative_prompts(run: Run) -> None:
     keep_away = (["--negative", "green"], ["--negative", "green", "--negative", "a dog"])
     plain, one, two = (
@@ -236,6 +263,7 @@ def wrong(result: RunResult, *words: str) -> None:
         (["a", "--mix", "b=nan"], ["weight", "nan"]),
         (["a", "--mix", "=1"], ["empty"]),
         (["a", "--mix", "\udcff=1"], ["UTF-8"]),
+        (["a", "--keep-rows", "2"], ["--keep-rows", "--image"]),
         (["a", "--negative", " "], ["negative", "empty"]),
         (["a", "--negative", "\udcff"], ["UTF-8"]),
         (["a", "--negative", "b", "--guidance", "1"], ["guidance is 1", "above 1", "raise it"]),

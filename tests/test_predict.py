@@ -55,19 +55,8 @@ def draw(predictor: Predictor, **given: Any) -> list[Path]:
 
 def test_the_interface() -> None:
     assert list(PARAMETERS) == [
-        *(
-            "prompt",
-            "negative_prompt",
-            "image",
-            "keep_rows",
-            "num_outputs",
-            "candidates",
-            "guidance",
-            "temperature",
-            "top_k",
-            "top_p",
-        ),
-        *("seed", "previews", "output_format", "output_quality"),
+        *("prompt", "negative_prompt", "image", "image_weight", "keep_rows", "num_outputs", "candidates"),
+        *("guidance", "temperature", "top_k", "top_p", "seed", "previews", "output_format", "output_quality"),
     ]
     assert all(parameter.default.description for parameter in PARAMETERS.values())
     bounds = {name: (p.default.default, p.default.ge, p.default.le) for name, p in PARAMETERS.items()}
@@ -108,6 +97,9 @@ def test_an_image_and_an_image_with_a_prompt(predictor: Predictor) -> None:
     url, few = gradient(), {"candidates": 2, "seed": 1}
     alone, mixed = draw(predictor, image=url, **few), draw(predictor, image=url, prompt="a lemon", **few)
     assert Image.open(alone[0]).tobytes() != Image.open(mixed[0]).tobytes()
+    (away,) = draw(predictor, image=url, prompt="a lemon", image_weight=-0.5, **few)
+    assert Receipt.from_file(away).text == "a lemon + an image (-0.5)"
+    assert Receipt.from_file(mixed[0]).text == "a lemon + an image"
 
 
 def test_old_folders_are_removed(predictor: Predictor) -> None:
@@ -124,6 +116,7 @@ def test_old_folders_are_removed(predictor: Predictor) -> None:
         *[("prompt", value) for value in (None, 5, ["a"])],
         *[("negative_prompt", value) for value in (None, 5, ["a"])],
         *[("image", value) for value in ("/etc/hostname", 5)],
+        *[("image_weight", value) for value in (-101, 101, None, "1", float("nan"))],
         *[("keep_rows", value) for value in (-1, 64, 0.5, None)],
         *[("previews", value) for value in (-1, 9, "1")],
         *[("num_outputs", value) for value in (0, 9, 1.5, "2", True, None)],
