@@ -183,6 +183,8 @@ class Client:
             other.join()
         if answer["status"] == "canceled":
             self.soak.count("cancelled, answered so")
+        elif "CancelationException" in str(answer.get("error")):  # Cog's, once in hundreds
+            self.soak.count("cancelled, answered failed")
         else:
             self.check(inputs, answer)
             self.soak.count("cancelled too late, right pictures came")
