@@ -143,9 +143,13 @@ class Stage2Config(TrainConfig):
         require_choice(self, "optimizer", "adamw", "muon")
         require_choice(self, "parallel", "ddp", "fsdp")
         require(
-            self.parallel == "ddp" or (self.optimizer == "adamw" and self.precision != "fp16"),
-            f"parallel is fsdp with optimizer={self.optimizer} and precision={self.precision}; it needs adamw, which "
-            "takes parts of matrices, and bf16 or no",
+            self.optimizer == "adamw" or (self.parallel == "ddp" and self.precision != "fp16"),
+            f"optimizer is {self.optimizer} with parallel={self.parallel} and precision={self.precision}; it needs "
+            "whole matrices, and fp16 scales for one optimizer: use parallel=ddp and precision=bf16, or adamw",
+        )
+        require(
+            self.parallel == "ddp" or self.precision != "fp16",
+            f"precision is {self.precision} with parallel={self.parallel}; use bf16 or no",
         )
         require_sizes(self, "clip_every", "clip_batch")
         require(

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from dataclasses import asdict
 from pathlib import Path
+from typing import Any
 
 import pytest
 from hypothesis import given
@@ -113,6 +114,12 @@ model:
         ("stage1.ema=1", "ema is 1"),
         ("stage1.min_scale=0", "min_scale is 0"),
         ("stage1.warmup=-1", "warmup is -1"),
+        ("stage1.disc_regularisation=r1", "disc_regularisation_weight is 0.0 with disc_regularisation=r1; use a pos"),
+        ("stage1.disc_regularisation_weight=1", "use 0 without one"),
+        ("stage1.codes=kmeans", "codes is 'kmeans'; use gradient or ema"),
+        ("stage1.accumulate=0", "accumulate is 0; it must be at least 1"),
+        ("stage2.parallel=fsdp2", "parallel is 'fsdp2'; use ddp or fsdp"),
+        ("stage2.clip_weight=-1", "clip_weight is -1.0"),
         ("stage2.batch_size=0", "batch_size is 0; it must be at least 1"),
         ("stage2.condition_dropout=1", "condition_dropout is 1.0; use [0, 1)"),
         ("stage2.noise_angle=90", "noise_angle is 90.0 degrees; use [0, 90)"),
@@ -183,3 +190,17 @@ def test_a_valid_vqgan_covers_its_image(patch: int, levels: int, size: int, code
 )
 def test_defaults_are_valid(kind: type) -> None:
     kind()
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"optimizer": "muon", "parallel": "fsdp"}, "optimizer is muon with parallel=fsdp and precision=bf16"),
+        ({"optimizer": "muon", "precision": "fp16"}, "optimizer is muon with parallel=ddp and precision=fp16"),
+        ({"parallel": "fsdp", "precision": "fp16"}, "precision is fp16 with parallel=fsdp; use bf16 or no"),
+        ({"clip_weight": 0.2, "clip_batch": 7}, "clip_batch is 7; it must divide batch_size, 64"),
+    ],
+)
+def test_settings_of_stage2_that_do_not_go_together(settings: dict[str, Any], message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        Stage2Config(**settings)

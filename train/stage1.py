@@ -134,9 +134,7 @@ def main() -> None:
                 averages.update(total)
             ema.update_parameters(vqgan)
             scalars = means(found)
-            if (
-                accelerator.optimizer_step_was_skipped
-            ):  # half precision: gradients were scaled up too far, and less so next
+            if accelerator.optimizer_step_was_skipped:  # in half precision, when gradients were scaled up too far
                 scalars.pop("adaptive_weight", None)
             else:
                 scalars["grad_norm"] = norm

@@ -73,19 +73,12 @@ from train.stopping import Stop
 
 @command
 def main() -> None:
-    args, config = parse_args(
-        __doc__ or "",
-        tracked=True,
-        vqgan="folder of stage 1, with vqgan.safetensors",
-        clip="CLIP weights, .safetensors",
-    )
+    paths = {"vqgan": "folder of stage 1, with vqgan.safetensors", "clip": "CLIP weights, .safetensors"}
+    args, config = parse_args(__doc__ or "", tracked=True, **paths)
     c = config.stage2
     accelerator = build_accelerator(c)
-    device, mean, is_main = (
-        accelerator.device,
-        partial(accelerator.reduce, reduction="mean"),
-        accelerator.is_main_process,
-    )
+    device, is_main = accelerator.device, accelerator.is_main_process
+    mean = partial(accelerator.reduce, reduction="mean")
 
     files = {"vqgan": args.vqgan / "vqgan.safetensors", "clip": args.clip}
     vqgan = load_vqgan(config.model.vqgan, files["vqgan"]).to(device)
@@ -163,7 +156,7 @@ def main() -> None:
                 optimizer.step()
             ema.update_parameters(gpt)
             scalars = means(found)
-            if not accelerator.optimizer_step_was_skipped:  # half precision: gradients were scaled up too far
+            if not accelerator.optimizer_step_was_skipped:  # in half precision, when gradients were scaled up too far
                 scalars["grad_norm"] = norm.full_tensor() if isinstance(norm, DTensor) else norm
 
             sampling = done % c.sample_every == 0 or done == c.steps
@@ -306,8 +299,7 @@ def sample_grid(gpt: GPT, vqgan: VQGAN, tokens: Tensor, embeddings: Tensor, samp
 
 def draw(gpt: GPT, embeddings: Tensor, sampling: SamplingConfig) -> Tensor:
     """Tokens (N, T) of one sample of each embedding (N, D)."""
-    with torch.autocast(embeddings.device.type, torch.bfloat16):
-        return generate_tokens(gpt, embeddings, list(range(len(embeddings))), sampling).clone()
+    return generate_tokens(gpt, embeddings, list(range(len(embeddings))), sampling).clone()
 
 
 @torch.no_grad()
