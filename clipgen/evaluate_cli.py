@@ -65,6 +65,7 @@ def evaluate(
     the work among processes.
     """
     texts = t.read_lines(prompts, "--prompts") if prompts else None
+    source = _open(reference, limit)
     from clipgen.processes import Processes
 
     processes = Processes.from_environment()
@@ -76,7 +77,6 @@ def evaluate(
     from clipgen.pipeline import ClipGen
     from clipgen.receipt import weights_digest
 
-    source = _open(reference, limit)
     pipe = ClipGen.from_pretrained(weights, processes.device(device), dtype)
     extractor = build_extractor(features.value, pipe.clip, weights / "clip.safetensors", say)
     lpips = build_lpips(fetched("vgg16", say), pipe.device) if is_here("vgg16") else None

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import re
+import sys
 from collections.abc import Callable
 from pathlib import Path
 
@@ -115,6 +116,17 @@ def test_mistakes_are_one_line(run: Run, pictures: Path, arguments: tuple[str, .
     assert result.exit_code == 2 and not result.stdout
     assert re.search(message, result.stderr.replace("\n", " ")), result.stderr
     assert "Traceback" not in result.stderr
+
+
+@pytest.mark.parametrize("package", ["webdataset.shardlists", "efficientnet_lite_pytorch"])
+def test_what_is_not_installed_is_named(
+    package: str, run: Run, pictures: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for module in ("clipgen.sources", "clipgen.evaluate"):
+        monkeypatch.delitem(sys.modules, module, raising=False)
+    monkeypatch.setitem(sys.modules, package, None)
+    result = run("--reference", pictures, "--features", "efficientnet")
+    assert result.exit_code == 2 and "install requirements-train.txt" in result.stderr and package in result.stderr
 
 
 def test_efficientnet_names_itself_and_has_classes(tiny_weights: Path, pictures: Path) -> None:

@@ -97,7 +97,7 @@ model depends on what may be done with these pictures.
 
 `config.yaml` holds the model; the training's whole configuration lies beside the checkpoints.
 
-| step | minutes |
+| step | minutes, since it was last begun |
 |---|---|
 {spent}
 
