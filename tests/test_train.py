@@ -13,7 +13,7 @@ from safetensors.torch import load_file
 from training_kit import draw_pictures, run, scalars, write_config
 
 from clipgen import ClipGen
-from clipgen.config import ModelConfig, Stage2Config
+from clipgen.config import GPTConfig, ModelConfig, SamplingConfig, Stage2Config
 from clipgen.gpt import GPT
 from train import export, gan, stage1, stage2
 from train.common import build_optimizers
@@ -139,6 +139,27 @@ def test_stage1_learns_with_every_loss(pictures: Path, config: Path, tmp_path: P
         early, late = (sum(rows[(step, name)] for step in steps) for steps in ((10, 20, 30), (340, 350, 360)))
         assert late < most * early
     assert (400, "discriminator") in rows
+
+
+def test_reduced_precision_learns_about_the_same(
+    pictures: Path, config: Path, tiny_config: ModelConfig, tiny_weights: Path, trained: Path, tmp_path, monkeypatch
+) -> None:
+    flags = ["--config", config, "--data", pictures, "stage1.precision=bf16", "stage2.precision=bf16"]
+    parts = ["--vqgan", trained / "vqgan", "--clip", tiny_weights / "clip.safetensors", "stage2.clip_weight=0.2"]
+    AcceleratorState._reset_state(True)
+    try:
+        run(stage1, monkeypatch, *flags, "--out", tmp_path / "vqgan")
+        run(stage2, monkeypatch, *flags, "--out", tmp_path / "gpt", *parts, "stage2.clip_batch=4")
+    finally:
+        AcceleratorState._reset_state(True)
+    for name, key in (("vqgan", "l1"), ("gpt", "loss")):
+        assert scalars(tmp_path / name)[(6, key)] == pytest.approx(scalars(trained / name)[(6, key)], rel=0.05)
+
+
+def test_samples_of_many_tokens() -> None:
+    gpt = GPT(GPTConfig(n_layer=1, n_head=1, n_embd=8, vocab_size=8, block_size=300, n_cond=4)).eval()
+    tokens = stage2.draw(gpt, F.normalize(torch.ones(2, 4), dim=1), SamplingConfig(top_k=0, guidance=2.0))
+    assert tokens.shape == (2, 300) and tokens.min() >= 0 and tokens.max() < 8
 
 
 def test_half_precision_needs_a_gpu(

@@ -38,7 +38,7 @@ def parse_args(doc: str, tracked: bool = False, **extra: str) -> tuple[argparse.
         extra: more required paths, name -> help.
     """
     parser = argparse.ArgumentParser(description=doc, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--config", default="mini", help="mini, coco, imagenet, or the path of a .yaml file")
+    parser.add_argument("--config", default="mini", help="mini, photos, coco, imagenet, or the path of a .yaml file")
     kinds = 'folder, .txt list of paths, or .tar shards such as "data/{000000..000127}.tar", also http(s)://'
     parser.add_argument("--data", required=True, help=f"pictures: {kinds}")
     parser.add_argument("--out", type=Path, required=True, help="folder for checkpoints, curves and pictures")

@@ -21,7 +21,7 @@ from train.index import add_index
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--config", default="mini", help="mini, coco, imagenet, or the path of a .yaml file")
+    parser.add_argument("--config", default="mini", help="mini, photos, coco, imagenet, or the path of a .yaml file")
     parser.add_argument("--clip", type=Path, required=True, help="CLIP weights, .safetensors")
     parser.add_argument("--vqgan", type=Path, required=True, help="folder that stage 1 wrote")
     parser.add_argument("--gpt", type=Path, required=True, help="folder that stage 2 wrote")
