@@ -100,6 +100,7 @@ def sharded(flags, parts, tmp_path_factory: pytest.TempPathFactory) -> Path:
     return out
 
 
+@pytest.mark.slow
 def test_a_sharded_gpt_trains_as_a_whole_one(sharded: Path, flags, parts, tmp_path: Path) -> None:
     arguments = [*flags, "--out", tmp_path / "gpt", *parts, "stage2.optimizer=adamw"]
     arguments += ["stage2.clip_weight=0.2", "stage2.clip_batch=4"]
