@@ -46,8 +46,7 @@ class Predictor(BasePredictor):
     def setup(self) -> None:
         """Load the model. Nothing is downloaded unless CLIPGEN_WEIGHTS names a published model in place of a folder."""
         self.workers = ThreadPoolExecutor(max_workers=16)  # 8 that wait, and those that are just cancelled
-        # On a worker's thread: PyTorch's threads belong to the one that uses it, and a second set slows both down.
-        self.workers.submit(copy_context().run, self.load).result()
+        self.load()
         self.decoding = threading.Lock()  # a picture of 64 megapixels takes a gigabyte: one at a time
         # Freed blocks of Pillow's usual 16 MB stay with the process: gigabytes, after some large pictures at once.
         Image.core.set_block_size(64 << 20)
@@ -68,7 +67,7 @@ class Predictor(BasePredictor):
         self.pipe("warm up", seed=0)
         machine: dict[str, Any] = {
             "device": device_name(self.pipe.device),
-            "dtype": str(self.pipe.dtype).removeprefix("torch."),
+            "dtype": self.pipe.precision,
         }
         log("ready", started, model=self.pipe.config.name, weights=self.weights, **machine, load=loaded - started)
 

@@ -118,8 +118,7 @@ class Studio:
 
     def __init__(self, weights: Path, folder: Path, device: str | None = None, dtype: str | None = None) -> None:
         self.workers = ThreadPoolExecutor(WORKERS)
-        # On a worker's thread: PyTorch's threads belong to the one that uses it, and a second set slows both down.
-        self.pipe, self.digest = self.workers.submit(t.load, weights, device, dtype).result()
+        self.pipe, self.digest = t.load(weights, device, dtype)
         self.folder = folder
         self.running: dict[str, set[threading.Event]] = {}
 

@@ -28,6 +28,7 @@ from clipgen.batch import Batch, Picture
 from clipgen.gpt import GPT
 from clipgen.memory import MOST_ROWS, MemoryShortage, fitting, halve, is_out_of_memory, reason_of, token_bytes
 from clipgen.sampling import Cancelled
+from clipgen.worker import Worker
 
 SHARE = 4
 BACKLOG = 1024
@@ -105,10 +106,12 @@ class Engine:
     Args:
         gpt: the network, in eval mode; it is only read.
         most: pictures under guidance that one call can have under way at once, if memory allows.
+        worker: the thread that takes the steps.
     """
 
-    def __init__(self, gpt: GPT, most: int = MOST_ROWS) -> None:
+    def __init__(self, gpt: GPT, most: int = MOST_ROWS, worker: Worker | None = None) -> None:
         self.gpt = gpt
+        self._worker = worker or Worker()
         self.most = 2 * most * (SHARE + 1) // SHARE  # rows
         self._news = threading.Condition()  # guards what follows
         self._calls: list[_Call] = []  # as they came
@@ -131,8 +134,8 @@ class Engine:
 
         Args:
             pictures: n of them.
-            progress: called with (tokens done, tokens in all) after each step, in the caller's context but perhaps on
-                another's thread: it must be quick, for everyone waits.
+            progress: called with (tokens done, tokens in all) after each step, in the caller's context but on the
+                worker's thread: it must be quick, for everyone waits.
             should_stop: asked before each step, likewise.
             watch: called in the caller's own thread with the tokens so far (n, T), -1 for those not drawn, after every
                 `every` steps until all are drawn; while it runs, steps may have to wait.
@@ -200,9 +203,8 @@ class Engine:
             if call.over or call.news:
                 return not call.over
             self._driver = call
-        with torch.inference_mode():
-            while not call.over and not call.news:
-                self._drive()
+        while not call.over and not call.news:  # others' work has its turn between rounds
+            self._worker.run(self._drive)
         return not call.over
 
     # --- by the driver ---
@@ -218,7 +220,7 @@ class Engine:
             return
         except Exception as error:
             reason, cause = reason_of(error), None if is_out_of_memory(error) else error
-        except BaseException:  # Ctrl-C in the middle of a step: the others start again
+        except BaseException:  # the others start again
             self._restart(set(self._of.values()))
             raise
         # Here the exception is gone, and with its traceback the tensors that the failed step held.

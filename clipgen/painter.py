@@ -20,6 +20,7 @@ from clipgen.images import clip_from_pixels, from_pixels
 from clipgen.memory import MOST_PICTURES, fitting, in_batches, pixel_bytes
 from clipgen.sampling import Cancelled
 from clipgen.vqgan import VQGAN
+from clipgen.worker import Worker
 
 
 @dataclass(frozen=True)
@@ -45,8 +46,9 @@ class _Item:
 class Painter:
     """The VQGAN's decoder and CLIP's image tower, for any number of threads at once, in batches that fit."""
 
-    def __init__(self, vqgan: VQGAN, clip: Clip) -> None:
+    def __init__(self, vqgan: VQGAN, clip: Clip, worker: Worker | None = None) -> None:
         self.vqgan, self.clip = vqgan, clip
+        self._worker = worker or Worker()
         self._turn = threading.Lock()  # held by the thread that paints
         self._waiting: deque[_Item] = deque()  # as they came; its single operations are thread-safe
 
@@ -67,7 +69,7 @@ class Painter:
                 while any(item.result is None and item.error is None for item in own):
                     if should_stop is not None and should_stop():
                         raise Cancelled
-                    self._paint_next()
+                    self._worker.run(self._paint_next)
             except BaseException:
                 for item in own:  # whoever comes to it passes it over
                     item.error = Cancelled()
@@ -77,17 +79,18 @@ class Painter:
                 raise item.error
         return [item.result for item in own if item.result is not None]
 
-    @torch.inference_mode()
     def preview(self, tokens: Tensor) -> list[Image.Image]:
         """Unfinished pictures: whole rows of tokens (n, T) are painted, what has -1 is neutral grey."""
+        return self._worker.run(self._preview, tokens)
+
+    def _preview(self, tokens: Tensor) -> list[Image.Image]:
         grid = self.vqgan.config.grid
         rows = [int((row >= 0).sum()) // grid for row in tokens]
         filled = tokens.clamp(min=0).unflatten(1, (grid, grid)).clone()
         for image, count in zip(filled, rows, strict=True):
             image[count:] = image[max(count - 1, 0)]  # the decoder looks across the border
-        with self._turn:
-            device = self.vqgan.post_quant_conv.weight.device
-            pixels = self.vqgan.decode_tokens(filled.flatten(1).to(device)).float().clamp(-1, 1).cpu()
+        device = self.vqgan.post_quant_conv.weight.device
+        pixels = self.vqgan.decode_tokens(filled.flatten(1).to(device)).float().clamp(-1, 1).cpu()
         side = self.vqgan.config.image_size // grid
         for image, count in zip(pixels, rows, strict=True):
             image[:, count * side :] = 0
@@ -111,7 +114,6 @@ class Painter:
             for item in left:
                 item.error = error
 
-    @torch.inference_mode()
     def _run(self, items: Sequence[_Item]) -> list[Painted]:
         started = time.perf_counter()
         images = self.vqgan.decode_tokens(torch.stack([item.tokens for item in items])).float().clamp(-1, 1)

@@ -31,6 +31,7 @@ from clipgen.precision import pick_device, pick_precision
 from clipgen.request import MAX_SEED, Prompt, Request, RequestError, Result, parts_of
 from clipgen.vqgan import VQGAN
 from clipgen.weights import build, load_weights
+from clipgen.worker import Worker
 
 WAVE = 8
 """Candidates that are drawn and ranked before a request with a budget is asked whether it wants more."""
@@ -40,15 +41,22 @@ class ClipGen:
     """The three models and how they work together, for any number of threads at once."""
 
     def __init__(
-        self, config: ModelConfig, clip: Clip, gpt: GPT, vqgan: VQGAN, coverage: Coverage | None = None
+        self,
+        config: ModelConfig,
+        clip: Clip,
+        gpt: GPT,
+        vqgan: VQGAN,
+        coverage: Coverage | None = None,
+        worker: Worker | None = None,
     ) -> None:
         if clip.embed_dim != config.gpt.n_cond:
             raise ConfigError(f"CLIP embeds in {clip.embed_dim} dimensions, the GPT expects {config.gpt.n_cond}")
         self.config = config
         self.clip, self.gpt, self.vqgan = clip, gpt, vqgan
         self.coverage = coverage
-        self.engine = Engine(gpt)
-        self.painter = Painter(vqgan, clip)
+        self.worker = worker or Worker()
+        self.engine = Engine(gpt, worker=self.worker)
+        self.painter = Painter(vqgan, clip, self.worker)
 
     @classmethod
     def from_pretrained(cls, folder: str | Path, device: str | None = None, dtype: str | None = None) -> ClipGen:
@@ -64,6 +72,11 @@ class ClipGen:
             ConfigError: the folder's configuration cannot work.
             RequestError: no such device or dtype.
         """
+        worker = Worker()
+        return worker.run(cls._load, folder, device, dtype, worker)
+
+    @classmethod
+    def _load(cls, folder: str | Path, device: str | None, dtype: str | None, worker: Worker) -> ClipGen:
         place = pick_device(device)
         precision = pick_precision(dtype, place)
         config, parts = load_weights(folder)
@@ -71,7 +84,7 @@ class ClipGen:
         clip = Clip.from_state_dict(parts.pop("clip"), place, precision.compute)
         gpt = precision.build_gpt(config.gpt, parts.pop("gpt"), place)
         vqgan = build(VQGAN, config.vqgan, parts.pop("vqgan"), place, precision.compute).pack()
-        return cls(config, clip, gpt, vqgan, Coverage.load(folder))
+        return cls(config, clip, gpt, vqgan, Coverage.load(folder), worker)
 
     @property
     def device(self) -> torch.device:
@@ -122,7 +135,7 @@ class ClipGen:
         Raises:
             RequestError: it is empty, or its parts cancel each other out.
         """
-        return self._sum(prompt, lambda embedding: embedding)
+        return self.worker.run(self._sum, prompt, lambda embedding: embedding)
 
     def condition(self, prompt: Prompt) -> Tensor:
         """What the GPT draws from, (D,) float32, unit norm: as `embed`, but where there is an index of the training
@@ -135,7 +148,7 @@ class ClipGen:
 
     def _condition(self, prompt: Prompt, field: str) -> Tensor:
         place = (lambda embedding: embedding) if self.coverage is None else self.coverage.project
-        return self._sum(prompt, place, field)
+        return self.worker.run(self._sum, prompt, place, field)
 
     def covered(self, prompt: Prompt) -> Covered | None:
         """How near a prompt is to the training pictures; None where the weights have no index of them."""
@@ -144,9 +157,8 @@ class ClipGen:
         embedding = self.embed(prompt)
         parts = [(isinstance(part, str), abs(weight)) for part, weight in parts_of(prompt)]
         texts = sum(weight for is_text, weight in parts if is_text) / sum(weight for _, weight in parts)
-        return self.coverage.look(embedding, texts)
+        return self.worker.run(self.coverage.look, embedding, texts)
 
-    @torch.inference_mode()
     def _sum(self, prompt: Prompt, place: Callable[[Tensor], Tensor], field: str = "prompt") -> Tensor:
         """The normalised sum of a prompt's parts; texts go through `place`."""
         total = torch.zeros(self.clip.embed_dim, device=self.device)
@@ -160,7 +172,6 @@ class ClipGen:
             raise RequestError(field, "has parts that cancel each other out; change their weights")
         return F.normalize(total, dim=0)
 
-    @torch.inference_mode()
     def generate(
         self,
         requests: Sequence[Request],
@@ -186,7 +197,7 @@ class ClipGen:
         seconds: dict[str, float] = {}
         start = time.perf_counter()
         with self._timed(seconds, "embed"):
-            works = [self._work(request) for request in requests]
+            works = self.worker.run(lambda: [self._work(request) for request in requests])
         length, done = self.config.gpt.block_size, 0
         total = length * sum(request.drawn for request in requests)
         while drawing := [(work, seed) for work in works for seed in work.wave(start)]:
@@ -210,7 +221,7 @@ class ClipGen:
         if progress is not None and done < total:  # a budget ended it early
             progress(total, total)
         seconds["total"] = time.perf_counter() - start
-        return [self._best(work, seconds) for work in works]
+        return self.worker.run(lambda: [self._best(work, seconds) for work in works])
 
     def close(self, seconds: float | None = None) -> tuple[int, int]:
         """Draw nothing more; see `Engine.close`."""
