@@ -95,6 +95,7 @@ def test_eight_pictures_of_64_megapixels_at_once(root: Path, tiny_weights: Path,
         assert target.cog.memory() - memory < 500
 
 
+@pytest.mark.slow
 def test_outputs_lie_in_a_folder_of_their_own_and_few_stay(root: Path, tiny_weights: Path, tmp_path: Path) -> None:
     with attacked(root, tiny_weights, tmp_path, schema=False) as target:
         for seed in range(40):
