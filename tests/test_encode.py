@@ -13,6 +13,7 @@ from training_kit import draw_pictures, run, same_weights, scalars, write_config
 
 from clipgen.config import ModelConfig
 from train import encode, stage2
+from train.common import split
 
 
 @pytest.fixture(scope="module")
@@ -122,6 +123,7 @@ def test_neighbours_need_tokens(flags, tmp_path: Path, monkeypatch, capsys) -> N
 
 
 def test_held_out_pictures_are_held_out_in_every_crop() -> None:
-    rows, held = stage2.split(100, 3)
-    assert len(held) == 5 and len(rows) == 285
+    pictures, held = split(100, 512)
+    rows = stage2.every_crop(pictures, 100, 3)
+    assert len(held) == 5 and len(rows) == 285 and rows.max() < 300
     assert not set((rows % 100).tolist()) & set(held.tolist())

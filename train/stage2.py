@@ -85,7 +85,7 @@ def main() -> None:
     clip = load_clip(config.model.gpt, files["clip"]).to(device) if c.clip_weight or c.prompts else None
     data = open_data(config, args.data, args.out, vqgan, files, accelerator)
     pictures, held = split(data.pictures, c.held_out)
-    rows = torch.cat([pictures + view * data.pictures for view in range(data.views)])
+    rows = every_crop(pictures, data.pictures, data.views)
     near = None
     if c.neighbours and isinstance(data, Encoded):  # the configuration refuses neighbours from pixels
         every = data.embeddings()[rows]
@@ -208,6 +208,11 @@ def open_data(
         return encoders
     write_shards(encoders, out / "encoded")
     return Encoded(out / "encoded")
+
+
+def every_crop(pictures: Tensor, count: int, views: int) -> Tensor:
+    """Rows of an encoded set of `count` pictures that are crops of some of them: (P,) -> (P * views,)."""
+    return torch.cat([pictures + view * count for view in range(views)])
 
 
 def step_rows(order: Order, batch_size: int, step: int) -> Tensor:
