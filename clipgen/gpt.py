@@ -125,7 +125,7 @@ class Window:
         parts = torch.cat(scores, dim=-1).softmax(-1).split(scores[0].shape[-1], dim=-1)
         y = torch.bmm(parts[0], self.values[0][layer])
         for part, values in zip(parts[1:], self.values[1:], strict=True):
-            y.baddbmm_(part, values[layer])
+            y = torch.baddbmm(y, part, values[layer])
         return y.view(q.shape)
 
 

@@ -19,10 +19,13 @@ R = TypeVar("R")
 
 
 class Worker:
-    """A thread; what is run by it runs one after the other, in inference mode."""
+    """A thread; what is run by it runs one after the other, in inference mode.
+
+    It has as many of PyTorch's threads as whoever makes it (`torch.set_num_threads` is for the calling thread alone).
+    """
 
     def __init__(self) -> None:
-        self._pool = ThreadPoolExecutor(1, "clipgen")
+        self._pool = ThreadPoolExecutor(1, "clipgen", torch.set_num_threads, (torch.get_num_threads(),))
         self._thread = self._pool.submit(threading.get_ident).result()
 
     def run(self, work: Callable[P, R], *args: P.args, **kwargs: P.kwargs) -> R:

@@ -34,6 +34,16 @@ def test_work_is_done_by_one_thread_in_its_callers_context() -> None:
     assert not torch.is_inference_mode_enabled()
 
 
+def test_it_has_its_makers_number_of_threads() -> None:
+    before = torch.get_num_threads()
+    try:
+        for count in (1, 3):
+            torch.set_num_threads(count)
+            assert Worker().run(torch.get_num_threads) == count
+    finally:
+        torch.set_num_threads(before)
+
+
 def test_what_goes_wrong_is_the_callers() -> None:
     worker = Worker()
     with pytest.raises(ZeroDivisionError):
