@@ -57,7 +57,16 @@ def alone(flags, parts, tmp_path_factory: pytest.TempPathFactory) -> Path:
     return out
 
 
-@pytest.mark.parametrize(("name", "processes"), [("vqgan", 2), ("vqgan", 4), ("gpt", 2), ("gpt", 4), ("pixels", 2)])
+@pytest.mark.parametrize(
+    ("name", "processes"),
+    [
+        ("vqgan", 2),
+        ("gpt", 2),
+        ("pixels", 2),
+        pytest.param("vqgan", 4, marks=pytest.mark.slow),
+        pytest.param("gpt", 4, marks=pytest.mark.slow),
+    ],
+)
 def test_several_processes_train_as_one(name: str, processes: int, flags, parts, alone: Path, tmp_path: Path) -> None:
     more = [] if name == "vqgan" else parts + (PIXELS if name == "pixels" else [])
     arguments = [*flags, "--out", tmp_path / name, *more]
