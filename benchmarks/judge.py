@@ -25,14 +25,13 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
+from clipgen.features import IMAGENET_MEAN, IMAGENET_STD
 from clipgen.images import load_image, to_pixels
 
 SIZE = 128
 """Side of the judge's input, px. It recognises real renders no better at 160."""
 TOLERANCE = 24
 """Largest difference of a channel, of 255, at which a pixel still belongs to the background."""
-_IMAGENET_MEAN = (0.485, 0.456, 0.406)
-_IMAGENET_STD = (0.229, 0.224, 0.225)
 
 
 def border_colour(image: Image.Image) -> tuple[np.ndarray, float]:
@@ -109,8 +108,8 @@ class Judge(nn.Module):
         self.net = EfficientNet.from_name("efficientnet-lite2")
         self.net.load_state_dict(torch.load(path, map_location="cpu", weights_only=True))
         self.taps = (len(self.net._blocks) * 3 // 4, len(self.net._blocks) - 1)
-        self.register_buffer("mean", torch.tensor(_IMAGENET_MEAN).view(1, 3, 1, 1))
-        self.register_buffer("std", torch.tensor(_IMAGENET_STD).view(1, 3, 1, 1))
+        self.register_buffer("mean", torch.tensor(IMAGENET_MEAN).view(1, 3, 1, 1))
+        self.register_buffer("std", torch.tensor(IMAGENET_STD).view(1, 3, 1, 1))
         self.eval().requires_grad_(False).to(memory_format=torch.channels_last)
 
     def features(self, images: Sequence[Image.Image], batch_size: int = 32) -> Tensor:

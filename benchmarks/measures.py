@@ -15,6 +15,7 @@ from torch import Tensor
 
 from clipgen.clip import Clip
 from clipgen.images import clip_from_pixels, from_pixels, load_image, to_pixels
+from clipgen.metrics import psnr
 from clipgen.vqgan import VQGAN
 from train.captions import COLOURS, article
 from train.clip_data import recall
@@ -113,12 +114,6 @@ def reconstruct(vqgan: VQGAN, pixels: Tensor, batch_size: int = 32) -> tuple[Ten
     return torch.cat(out), torch.cat(tokens)
 
 
-def psnr(x: Tensor, y: Tensor) -> Tensor:
-    """Peak signal-to-noise ratio, dB, of each pair of images (N, 3, H, W) in [-1, 1], on the scale [0, 1]: (N,)."""
-    error = ((x - y) / 2).pow(2).mean((1, 2, 3))
-    return -10 * torch.log10(error.clamp(min=1e-10))
-
-
 def load_lpips() -> torch.nn.Module | None:
     """LPIPS with VGG16 where its ImageNet weights lie in torch's cache; None elsewhere: nothing is downloaded."""
     if not (Path(torch.hub.get_dir()) / "checkpoints" / _LPIPS_BACKBONE).is_file():
@@ -139,7 +134,7 @@ def measure_reconstruction(vqgan: VQGAN, data: Path, train_pictures: int = 1000)
         counts += tokens.flatten().bincount(minlength=len(counts))
         found[split] = {
             "pictures": len(pixels),
-            "psnr": psnr(again, pixels).mean().item(),
+            "psnr": psnr(again, pixels, 2).mean().item(),
             "lpips": None if lpips is None else _mean_lpips(lpips, again, pixels),
         }
     paths = sorted((data / "train").glob("*.png"))

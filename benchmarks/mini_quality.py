@@ -13,7 +13,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
 import sys
 import time
 from collections.abc import Sequence
@@ -37,6 +36,7 @@ from rich.console import Console
 from rich.progress import track
 from sheets import draw_failures, draw_grid
 
+from clipgen.files import write_text
 from clipgen.images import save_image
 from clipgen.pipeline import ClipGen
 from clipgen.request import Request
@@ -112,13 +112,6 @@ def to_markdown(report: dict) -> str:
     return "\n".join(lines) + "\n"
 
 
-def write_text(text: str, path: Path) -> None:
-    """Write under a temporary name, then rename."""
-    temporary = path.with_suffix(f".{os.getpid()}.tmp")
-    temporary.write_text(text, encoding="utf-8")
-    os.replace(temporary, path)
-
-
 def run(weights: Path, data: Path, out: Path, prompts_file: Path = PROMPTS, dtype: str | None = None) -> dict:
     """Measure everything and write the grid and the reports.
 
@@ -151,8 +144,8 @@ def run(weights: Path, data: Path, out: Path, prompts_file: Path = PROMPTS, dtyp
     save_image(draw_grid(drawn), out / "grid.png")
     if (failures := draw_failures(drawn)) is not None:
         save_image(failures, out / "failures.png")
-    write_text(json.dumps(report, indent=1) + "\n", out / "report.json")
-    write_text(to_markdown(report), out / "report.md")
+    write_text(out / "report.json", json.dumps(report, indent=1) + "\n")
+    write_text(out / "report.md", to_markdown(report))
     return report
 
 

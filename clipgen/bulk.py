@@ -23,6 +23,7 @@ from typing import Any
 from filelock import FileLock
 from PIL import Image
 
+from clipgen.files import write_text
 from clipgen.images import save_image
 from clipgen.pipeline import ClipGen
 from clipgen.receipt import KEY, image_digest, receipts
@@ -74,7 +75,7 @@ def claim(
             before = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else None
             if before is None:
                 before = _about(requests, weights, suffix) | {"seed": new_seed() if seed is None else seed}
-                _write(path, json.dumps(before, indent=1) + "\n")
+                write_text(path, json.dumps(before, indent=1) + "\n")
     except (OSError, ValueError) as error:
         raise BulkError(f"--shards '{folder}' cannot be used: {error}") from error
     now = _about(requests, weights, suffix) | {"seed": before.get("seed") if seed is None else seed}
@@ -192,9 +193,3 @@ def _plain(value: Any) -> Any:
     if isinstance(value, Image.Image):
         return image_digest(value)
     return [_plain(item) for item in value] if isinstance(value, (list, tuple)) else value
-
-
-def _write(path: Path, text: str) -> None:
-    temporary = path.with_name(f"{path.name}.tmp")
-    temporary.write_text(text, encoding="utf-8")
-    os.replace(temporary, path)

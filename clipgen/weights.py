@@ -8,7 +8,6 @@ FOLDER/config.yaml                        the model (`config.ModelConfig`)
 
 from __future__ import annotations
 
-import hashlib
 import json
 import os
 import shutil
@@ -24,6 +23,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from clipgen.config import ConfigError, ModelConfig, load_model_config
+from clipgen.files import sha256
 
 PARTS = ("clip", "vqgan", "gpt")
 FILES = ("config.yaml", *(f"{part}.safetensors" for part in PARTS))
@@ -210,8 +210,7 @@ def load_extra(folder: str | Path, file: str) -> dict[str, Tensor] | None:
 
 
 def _fingerprint(path: Path) -> dict[str, Any]:
-    with path.open("rb") as file:
-        return {"size": path.stat().st_size, "sha256": hashlib.file_digest(file, "sha256").hexdigest()}
+    return {"size": path.stat().st_size, "sha256": sha256(path)}
 
 
 def _map(path: Path) -> dict[str, Tensor]:

@@ -183,7 +183,7 @@ def test_without_renders_the_message_says_how_to_make_them(tmp_path: Path, judge
 def test_psnr_is_on_the_scale_of_one() -> None:
     x = torch.zeros(2, 3, 4, 4)
     y = x + torch.tensor([0.2, 0.02]).view(2, 1, 1, 1)  # 0.1 and 0.01 of the range
-    assert measures.psnr(x, y).tolist() == pytest.approx([20.0, 40.0], abs=1e-3)
+    assert measures.psnr(x, y, 2).tolist() == pytest.approx([20.0, 40.0], abs=1e-3)
 
 
 def test_looks_are_checked_only_where_they_are_asked_for() -> None:

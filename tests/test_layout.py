@@ -36,6 +36,7 @@ LAYERS = {
     "clipgen.quantise": 2,
     "clipgen.precision": 2.5,
     "clipgen.worker": 0,
+    "clipgen.files": 0,
     "clipgen.receipt_rules": 2,
     "clipgen.sampling": 2,
     "clipgen.batch": 2.25,  # pictures in one cache, which know nothing of who asked for them

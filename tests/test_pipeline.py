@@ -174,7 +174,7 @@ def test_precision_on_any_cpu(has_bf16: bool, has_half: bool, monkeypatch: pytes
 
 @pytest.mark.parametrize("dtype", ["float16", "int8"])
 def test_large_weights_in_fewer_bytes(tiny_weights: Path, dtype: str) -> None:
-    """The pictures are drawn, the same alone and among others; in float16 nearly always those of float32."""
+    """The same picture alone and among others."""
     if dtype == "float16" and not has_half_products():
         pytest.skip("this PyTorch has no products with float16")
     pipe = ClipGen.from_pretrained(tiny_weights, device="cpu", dtype=dtype)

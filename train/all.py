@@ -33,8 +33,9 @@ from safetensors import SafetensorError, safe_open
 from clipgen.config import Config, ConfigError, load_config
 from clipgen.features import KINDS, fetched
 from clipgen.fetch import FetchError
+from clipgen.files import sha256, write_text
 from clipgen.sources import open_source
-from train.common import command, write_text
+from train.common import command
 
 MOST = 5000
 """Real pictures to evaluate against, and without sentences also pictures to draw."""
@@ -141,8 +142,8 @@ def check_inputs(paths: Paths, config: Config, features: str, processes: int) ->
             raise ConfigError(f"{error}. Or give --features clip or efficientnet") from error
     return {
         "pictures": hashlib.sha256("\n".join(names).encode()).hexdigest(),
-        "clip": _sha256(paths.clip),
-        "prompts": _sha256(paths.prompts) if paths.prompts else None,
+        "clip": sha256(paths.clip),
+        "prompts": sha256(paths.prompts) if paths.prompts else None,
         "features": features,
         **_flat(asdict(config)),
     }
@@ -226,11 +227,6 @@ def _flat(value: Any, name: str = "") -> dict[str, Any]:
     if not isinstance(value, dict):
         return {name: value}
     return {k: v for key, inner in value.items() for k, v in _flat(inner, f"{name}.{key}" if name else key).items()}
-
-
-def _sha256(path: Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def parse() -> tuple[Paths, Config, str, int]:

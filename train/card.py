@@ -18,10 +18,11 @@ from clipgen import ClipGen
 from clipgen.checkpoints import describe
 from clipgen.config import Config, load_config
 from clipgen.figures import labelled_grid
+from clipgen.files import write_text
 from clipgen.images import ImageError, from_pixels, load_image, save_image, to_pixels
 from clipgen.request import Request
 from clipgen.sources import Source, Spread, open_source
-from train.common import command, write_text
+from train.common import command
 
 ROWS, COLUMNS, CANDIDATES = 6, 4, 16
 

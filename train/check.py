@@ -24,6 +24,7 @@ import numpy as np
 from PIL import Image
 from rich.progress import track
 
+from clipgen.files import write_text
 from clipgen.images import ImageError, grid, load_image, save_image
 from clipgen.sources import DataError, Source, open_source
 from train.data import reason
@@ -157,19 +158,13 @@ def write_report(
 ) -> None:
     """Write everything that was found into a folder."""
     good = [i for i, p in enumerate(pictures) if not p.problem]
-    _write(out / "report.json", json.dumps({"summary": lines, "pictures": [asdict(p) for p in pictures]}, indent=1))
-    _write(out / "unreadable.txt", "".join(f"{p.name}: {p.problem}\n" for p in pictures if p.problem))
+    out.mkdir(parents=True, exist_ok=True)
+    write_text(out / "report.json", json.dumps({"summary": lines, "pictures": [asdict(p) for p in pictures]}, indent=1))
+    write_text(out / "unreadable.txt", "".join(f"{p.name}: {p.problem}\n" for p in pictures if p.problem))
     paragraphs = ["".join(f"{pictures[good[row]].name}\n" for row in group) for group in groups]
-    _write(out / "duplicates.txt", "\n".join(paragraphs))
+    write_text(out / "duplicates.txt", "\n".join(paragraphs))
     if good:
         save_image(contact_sheet(source, good), out / "contact.png")
-
-
-def _write(path: Path, text: str) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f"{path.name}.tmp")
-    temporary.write_text(text, encoding="utf-8")
-    os.replace(temporary, path)
 
 
 def main() -> None:

@@ -142,13 +142,6 @@ class Checkpoints:
         )
 
 
-def write_text(path: Path, text: str) -> None:
-    """Write a file under a temporary name, then rename."""
-    temporary = path.with_name(f"{path.name}.tmp")
-    temporary.write_text(text, encoding="utf-8")
-    os.replace(temporary, path)
-
-
 def save_tensors(weights: Mapping[str, Tensor], path: Path) -> None:
     """Write safetensors under a temporary name, then rename.
 

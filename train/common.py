@@ -22,10 +22,10 @@ from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 from torch.utils.checkpoint import checkpoint
 
 from clipgen.config import Config, ConfigError, Stage2Config, TrainConfig, load_config
+from clipgen.files import write_text
 from clipgen.weights import WeightsError, check_fit
 from train.checkpoint import Checkpoints
 from train.checkpoint import save_tensors as save_tensors
-from train.checkpoint import write_text as write_text
 from train.logger import TRACKERS, check_tracker
 
 

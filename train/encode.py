@@ -26,10 +26,11 @@ from torch import Tensor
 
 from clipgen.clip import Clip
 from clipgen.config import Config, GPTConfig, VQGANConfig
+from clipgen.files import sha256, write_text
 from clipgen.sources import DataError
 from clipgen.vqgan import VQGAN
 from train.checkpoint import save_tensors
-from train.common import build_accelerator, command, load_weights, own_part, parse_args, report_failures, write_text
+from train.common import build_accelerator, command, load_weights, own_part, parse_args, report_failures
 from train.data import Batch, Images, Key, image_batches
 
 ROWS = 4096
@@ -145,12 +146,7 @@ def load_vqgan(config: VQGANConfig, path: Path) -> VQGAN:
 
 def hashes(files: Mapping[str, Path]) -> dict[str, str]:
     """SHA-256 of each file."""
-    return {name: _sha256(path) for name, path in files.items()}
-
-
-def _sha256(path: Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
+    return {name: sha256(path) for name, path in files.items()}
 
 
 def write_shards(encoders: Encoders, out: Path) -> None:

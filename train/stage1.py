@@ -22,6 +22,7 @@ from PIL import Image
 from torch import Tensor
 
 from clipgen.images import from_pixels, grid
+from clipgen.metrics import psnr
 from clipgen.vqgan import VQGAN, AttnBlock, ResBlock
 from train.checkpoint import Checkpoints, fixed_settings, save_tensors
 from train.codes import AverageCodes, Usage, latents, revive_codes
@@ -178,13 +179,12 @@ def main() -> None:
 @torch.no_grad()
 def evaluate(vqgan: VQGAN, likeness: Likeness, x: Tensor, batch_size: int = 16) -> dict[str, float]:
     """How well pictures (N, 3, H, W) come back: the loss that is trained without a GAN, and PSNR, dB, their means."""
-    loss = psnr = 0.0
+    loss = decibels = 0.0
     for some in x.split(batch_size):
         y = vqgan(some)[0].float()
         loss += float(likeness(y, some)[0]) * len(some)
-        error = (y.clamp(-1, 1) - some).pow(2).mean((1, 2, 3))
-        psnr += float((10 * torch.log10(4 / error.clamp_min(1e-10))).sum())  # the range is 2 wide
-    return {"held_loss": loss / len(x), "held_psnr": psnr / len(x)}
+        decibels += float(psnr(y.clamp(-1, 1), some, 2).sum())
+    return {"held_loss": loss / len(x), "held_psnr": decibels / len(x)}
 
 
 @torch.no_grad()
