@@ -11,7 +11,6 @@ from __future__ import annotations
 import argparse
 import json
 import math
-import os
 import sys
 import time
 from collections.abc import Sequence
@@ -20,17 +19,16 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from PIL import Image, ImageDraw
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path[:0] = [str(ROOT)]  # run from anywhere, installed or not
 
+from plot import plot  # noqa: E402
 from roofline import describe, in_words, random_weights  # noqa: E402
 
 from clipgen.config import GPTConfig, load_config  # noqa: E402
 from clipgen.gpt import GPT, KVCache  # noqa: E402
 
-COLOURS = {"cached": (30, 100, 200), "uncached": (210, 60, 40)}
 Series = dict[str, list[tuple[int, float]]]
 
 
@@ -78,33 +76,6 @@ def exponent(points: list[tuple[int, float]]) -> float | None:
     return math.log(b / a) / math.log(m / n)
 
 
-def plot(series: Series, path: Path, size: tuple[int, int] = (640, 440)) -> None:
-    """Seconds against tokens, both axes logarithmic, as a PNG."""
-    image = Image.new("RGB", size, "white")
-    pen, margin = ImageDraw.Draw(image), 60
-    points = [point for line in series.values() for point in line]
-    low = [math.log2(min(p[i] for p in points)) for i in (0, 1)]
-    span = [max(math.log2(max(p[i] for p in points)) - low[i], 1e-9) for i in (0, 1)]
-
-    def place(tokens: int, seconds: float) -> tuple[float, float]:
-        x, y = (math.log2(tokens) - low[0]) / span[0], (math.log2(seconds) - low[1]) / span[1]
-        return margin + x * (size[0] - 2 * margin), size[1] - margin - y * (size[1] - 2 * margin)
-
-    pen.rectangle((margin, margin, size[0] - margin, size[1] - margin), outline=(200, 200, 200))
-    pen.text((margin, 20), "seconds against tokens, both logarithmic", fill="black")
-    for i, (name, line) in enumerate(series.items()):
-        places = [place(*point) for point in line]
-        pen.line(places, fill=COLOURS[name], width=2)
-        pen.text((size[0] - margin - 90, margin + 8 + 14 * i), name, fill=COLOURS[name])
-        for (tokens, seconds), (x, y) in zip(line, places, strict=True):
-            pen.ellipse((x - 3, y - 3, x + 3, y + 3), fill=COLOURS[name])
-            pen.text((x - 12, y - 18), f"{seconds:.3g}", fill=COLOURS[name])
-            pen.text((x - 10, size[1] - margin + 8), str(tokens), fill="black")
-    temporary = path.with_name(f".{path.name}.tmp")
-    image.save(temporary, format="PNG")
-    os.replace(temporary, path)
-
-
 def to_table(report: dict) -> str:
     """Markdown."""
     seconds = {name: dict(points) for name, points in report["series"].items()}
@@ -133,7 +104,7 @@ def main() -> None:
     exponents = {name: exponent(points) for name, points in series.items()}
     report = {"machine": machine, "rows": args.rows, "layers": args.layers, "series": series, "exponents": exponents}
     if args.plot:
-        plot(series, args.plot)
+        plot(series, "seconds against tokens, both logarithmic", args.plot, logarithmic=True)
     print(json.dumps(report) if args.json else to_table(report))
 
 

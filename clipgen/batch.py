@@ -23,6 +23,7 @@ from torch import Tensor
 
 from clipgen.config import SamplingConfig
 from clipgen.gpt import GPT
+from clipgen.graphs import Graphs
 from clipgen.sampling import Knobs, choose, draw_uniforms, guide
 
 CHUNK, WIDTH = 16, 64
@@ -55,14 +56,15 @@ class Picture:
 class Batch:
     """The pictures under way. The host counts their tokens itself and never waits for the device."""
 
-    def __init__(self, gpt: GPT) -> None:
+    def __init__(self, gpt: GPT, graphs: Graphs | None = None) -> None:
         self.gpt = gpt
+        self.advance = gpt.advance if graphs is None else graphs.advance
         weight, config = gpt.head.weight, gpt.config
         self.device, self.length, self.vocab_size = weight.device, config.block_size, config.vocab_size
         self.pictures: list[Picture] = []
         self.done: list[int] = []  # tokens of each
         self.rows: list[tuple[Picture, bool]] = []  # whose each row is, and whether it is their second
-        self.cache = gpt.allocate(0)
+        self.cache = gpt.allocate(0) if graphs is None else graphs.cache
         self.x = torch.empty(0, config.n_embd, device=weight.device, dtype=weight.dtype)  # next input of each row
         self.tokens = torch.empty(0, self.length, dtype=torch.long, device=weight.device)
         self.uniforms = torch.empty(0, self.length, device=weight.device)
@@ -111,7 +113,7 @@ class Batch:
         """Draw the next token of every picture; there must be one."""
         longest = min(-(-(max(self.done) + 1) // CHUNK) * CHUNK, self.length)
         at = self.at[:, None]
-        logits = self.gpt.advance(self.x, self.at[self.owner], self.cache, longest).float()
+        logits = self.advance(self.x, self.at[self.owner], self.cache, longest).float()
         guided = logits[self.first]
         if self.guided:
             guided = guide(guided, logits[self.second], self.knobs.guidance[:, None])

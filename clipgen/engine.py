@@ -25,6 +25,7 @@ from torch import Tensor
 
 from clipgen.batch import Batch, Picture
 from clipgen.gpt import GPT
+from clipgen.graphs import Graphs, build_graphs
 from clipgen.memory import MOST_ROWS, MemoryShortage, fitting, halve, is_out_of_memory, reason_of, token_bytes
 from clipgen.sampling import Cancelled
 from clipgen.worker import Worker
@@ -120,6 +121,8 @@ class Engine:
         self._batch = Batch(gpt)
         self._of: dict[Picture, _Call] = {}  # whose the pictures in the batch are
         self._room = self._limit = 0  # rows; pictures, less after memory ran out
+        self._graphs: Graphs | None = None
+        self._planned = False
 
     def draw(
         self,
@@ -210,10 +213,8 @@ class Engine:
 
     def _drive(self) -> None:
         """One round, whatever happens in it."""
-        if not self._of:  # nothing is under way: plan with the memory that is free now
-            each = token_bytes(self.gpt.config, self._batch.cache.data.dtype, guided=False)
-            self._room = max(2, fitting(each, self.gpt.head.weight.device, self.most))
-            self._limit = self._limit or self._room
+        if not self._of:
+            self._plan()
         try:
             self._round()
             return
@@ -224,6 +225,20 @@ class Engine:
             raise
         # Here the exception is gone, and with its traceback the tensors that the failed step held.
         self._recover(reason, cause)
+
+    def _plan(self) -> None:
+        """Before the first picture of several: rows for the memory that is free now, or those of the graphs."""
+        if self._graphs is None:
+            device = self.gpt.head.weight.device
+            each = token_bytes(self.gpt.config, self._batch.cache.data.dtype, guided=False)
+            self._room = max(2, fitting(each, device, self.most))
+            if device.type == "cuda" and not self._planned:
+                # Their cache stays, so it gets half of what would be taken otherwise.
+                self._graphs = build_graphs(self.gpt, max(2, fitting(2 * each, device, self.most)))
+                self._room = self._room if self._graphs is None else len(self._graphs.x)
+                self._batch = Batch(self.gpt, self._graphs)
+            self._planned = True
+        self._limit = self._limit or self._room
 
     def _round(self) -> None:
         """One step: ask who still wants theirs, let pictures in, draw a token of each, hand over what is finished."""
@@ -297,7 +312,7 @@ class Engine:
         with self._news:
             self._calls = [call for call in self._calls if call not in calls]
             if not self._calls:  # let go of the cache
-                self._batch, self._limit = Batch(self.gpt), 0
+                self._batch, self._limit = Batch(self.gpt, self._graphs), 0
             for call in calls:
                 call.over = True
             self._news.notify_all()
@@ -321,7 +336,7 @@ class Engine:
 
     def _restart(self, calls: AbstractSet[_Call]) -> None:
         """Forget what is under way: what these calls still lack starts again."""
-        self._batch, self._of = Batch(self.gpt), {}
+        self._batch, self._of = Batch(self.gpt, self._graphs), {}
         for call in calls:
             call.waiting = deque(picture for picture in call.pictures if picture not in call.tokens)
             call.held = 0

@@ -98,7 +98,7 @@ class Window:
         if isinstance(positions, int):
             self.write = data[:, :, :rows, positions // size, :, positions % size].unbind(0)  # (2, B, n_head, head)
         else:
-            place = positions.repeat_interleave(heads)
+            place = positions[:, None].expand(rows, heads).flatten()
             row = torch.arange(rows * heads, device=device) + place // size * slots * heads
             self.index = row * size + place % size
             self.write = data.transpose(2, 3).flatten(2, 5).unbind(0)  # (2, segments * slots * n_head * S, head)

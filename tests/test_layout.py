@@ -39,6 +39,7 @@ LAYERS = {
     "clipgen.files": 0,
     "clipgen.receipt_rules": 2,
     "clipgen.sampling": 2,
+    "clipgen.graphs": 2.2,
     "clipgen.batch": 2.25,  # pictures in one cache, which know nothing of who asked for them
     "clipgen.engine": 2.5,
     "clipgen.painter": 2.5,

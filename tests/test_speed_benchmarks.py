@@ -11,6 +11,7 @@ import roofline
 import scaling
 import torch
 from PIL import Image
+from plot import COLOURS, plot
 
 from clipgen.config import GPTConfig
 from clipgen.gpt import GPT, Linear
@@ -66,8 +67,8 @@ def test_the_exponent_tells_linear_from_quadratic() -> None:
 def test_both_loops_are_timed_and_drawn(tmp_path: Path) -> None:
     series = scaling.measure(TINY, [8, 4], 1, whole=4)
     assert [n for n, _ in series["cached"]] == [4, 8] and [n for n, _ in series["uncached"]] == [4]
-    scaling.plot(series, tmp_path / "plot.png")
-    assert set(scaling.COLOURS.values()) <= {c for _, c in Image.open(tmp_path / "plot.png").getcolors(1 << 16)}
+    plot(series, "seconds", tmp_path / "plot.png", logarithmic=True)
+    assert set(COLOURS[:2]) <= {c for _, c in Image.open(tmp_path / "plot.png").getcolors(1 << 16)}
     assert not list(tmp_path.glob(".*"))
     exponents = {name: scaling.exponent(points) for name, points in series.items()}
     assert "| 8 |" in scaling.to_table({"machine": MACHINE, "series": series, "exponents": exponents})
