@@ -163,7 +163,7 @@ class Predictor(BasePredictor):
     def draw(
         self,
         prompt: str,
-        image: str | None,
+        image: str | os.PathLike[str] | None,
         image_weight: float,
         settings: dict[str, Any],
         previews: int,
@@ -193,13 +193,13 @@ class Predictor(BasePredictor):
                 print("This model has seen little like it: `coverage` in the metrics names the nearest it has seen.")
         return result
 
-    def read(self, url: str, stop: threading.Event) -> Image.Image:
-        """The picture that a URL stands for."""
+    def read(self, image: str | os.PathLike[str], stop: threading.Event) -> Image.Image:
+        """The picture that a URL stands for, or a file that Cog has fetched already, which no request can name."""
         try:
-            data = read_url(url, stop.is_set)
+            data = read_url(image, stop.is_set) if isinstance(image, str) else pathlib.Path(image).read_bytes()
             with self.decoding:
                 return load_image(data)
-        except ValueError as error:
+        except (OSError, ValueError) as error:
             raise RequestError("image", f"cannot be used: {error}") from error
 
     def show(self, pictures: list[Image.Image]) -> None:
@@ -251,7 +251,7 @@ def check(**inputs: Any) -> None:
 
 
 def _allowed(value: Any, kind: type, field: Any) -> bool:
-    types: Any = {float: (int, float), Path: str}.get(kind, kind)
+    types: Any = {float: (int, float), Path: (str, os.PathLike)}.get(kind, kind)
     if isinstance(value, bool) or not isinstance(value, types):
         return False
     if isinstance(value, float) and not math.isfinite(value):

@@ -102,6 +102,16 @@ def test_an_image_and_an_image_with_a_prompt(predictor: Predictor) -> None:
     assert Receipt.from_file(mixed[0]).text == "a lemon + an image"
 
 
+def test_a_file_that_cog_has_fetched_is_the_same_as_its_url(predictor: Predictor, tmp_path: Path) -> None:
+    file = tmp_path / "fetched"
+    file.write_bytes(base64.b64decode(gradient().split(",")[1]))
+    few = {"candidates": 1, "seed": 1}
+    (by_url,), (by_file,) = draw(predictor, image=gradient(), **few), draw(predictor, image=file, **few)
+    assert Image.open(by_url).tobytes() == Image.open(by_file).tobytes()
+    with pytest.raises(ValueError, match="image cannot be used"):
+        draw(predictor, image=tmp_path / "gone", **few)
+
+
 def test_old_folders_are_removed(predictor: Predictor) -> None:
     first = draw(predictor, prompt="a", candidates=1)[0]
     for _ in range(predictor.folders.maxlen or 0):
