@@ -22,17 +22,23 @@ log = logging.getLogger(__name__)
 Run = Callable[[], None]
 
 
-def record_cuda(run: Run) -> Run:
-    """A recording of `run`, which must neither wait for the device nor allocate outside of it."""
-    stream = torch.cuda.Stream()
-    stream.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(stream):  # kernels are loaded and workspaces made before anything is recorded
-        run()
-    torch.cuda.current_stream().wait_stream(stream)
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph, capture_error_mode="thread_local"):
-        run()
-    return graph.replay
+class Recorder:
+    """Makes CUDA graphs that share their memory: no two of them run at the same time."""
+
+    def __init__(self) -> None:
+        self.pool = torch.cuda.graph_pool_handle()
+
+    def __call__(self, run: Run) -> Run:
+        """A recording of `run`, which must neither wait for the device nor give out memory that it allocates."""
+        stream = torch.cuda.Stream()
+        stream.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(stream):  # kernels are loaded and workspaces made before anything is recorded
+            run()
+        torch.cuda.current_stream().wait_stream(stream)
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph, pool=self.pool, capture_error_mode="thread_local"):
+            run()
+        return graph.replay
 
 
 class Graphs:
@@ -45,7 +51,7 @@ class Graphs:
     """
 
     @torch.inference_mode()
-    def __init__(self, gpt: GPT, rows: int, record: Callable[[Run], Run] = record_cuda) -> None:
+    def __init__(self, gpt: GPT, rows: int, record: Callable[[Run], Run]) -> None:
         self.gpt, self.cache = gpt, gpt.allocate(rows)
         weight, config = gpt.head.weight, gpt.config
         self.x = torch.zeros(rows, config.n_embd, device=weight.device, dtype=weight.dtype)
@@ -53,7 +59,8 @@ class Graphs:
         self.logits = torch.empty(rows, config.vocab_size, device=weight.device, dtype=weight.dtype)
         self.rows = [2**k for k in range((rows - 1).bit_length())] + [rows]
         self.spans = [*range(SPAN, config.block_size, SPAN), config.block_size]
-        self.replays = {(n, span): record(self._run(n, span)) for n in self.rows for span in self.spans}
+        sizes = [(n, span) for n in reversed(self.rows) for span in reversed(self.spans)]  # the largest makes room
+        self.replays = {size: record(self._run(*size)) for size in sizes}
 
     def advance(self, x: Tensor, positions: Tensor, cache: KVCache, longest: int) -> Tensor:
         """As `GPT.advance`, on this cache only. The logits (B, V) are overwritten by the next step."""
@@ -81,7 +88,7 @@ def build_graphs(gpt: GPT, rows: int) -> Graphs | None:
         return None
     try:
         with torch.cuda.device(device):
-            graphs = Graphs(gpt, rows)
+            graphs = Graphs(gpt, rows, Recorder())
             agree = _agree(graphs)
     except RuntimeError as error:  # out of memory, too
         log.warning("no CUDA graphs, so decoding is slower: %s", str(error).splitlines()[0])

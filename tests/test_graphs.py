@@ -79,7 +79,7 @@ def test_a_step_takes_the_smallest_graph_that_holds_it(gpt: GPT) -> None:
     recorded: list[Run] = []
     graphs = Graphs(gpt, 6, counted)
     sizes = list(graphs.replays)
-    assert sizes == [(n, span) for n in (1, 2, 4, 6) for span in (SPAN, SPAN + 9)]
+    assert sizes == [(n, span) for n in (6, 4, 2, 1) for span in (SPAN + 9, SPAN)]
     with torch.inference_mode():
         for rows, longest in [(1, 1), (2, SPAN), (3, SPAN + 1), (5, SPAN + 9)]:
             at = torch.full((rows,), longest - 1)
