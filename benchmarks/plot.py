@@ -45,8 +45,10 @@ def plot(series: Series, title: str, path: Path, logarithmic: bool = False, size
             x, y = place(point)
             pen.ellipse((x - 3, y - 3, x + 3, y + 3), fill=colour)
             pen.text((x - 12, y - 18), f"{point[1]:.3g}", fill=colour)
-            pen.text((x - 10, frame[3] + 8), f"{point[0]:g}", fill="black")
-    if not logarithmic:
+    if logarithmic:
+        for value in {point[0] for point in points}:
+            pen.text((place((value, points[0][1]))[0] - 10, frame[3] + 8), f"{value:g}", fill="black")
+    else:
         for y, value in ((frame[1], low[1] + span[1]), (frame[3], low[1])):
             pen.text((8, y - 6), f"{value:.3g}", fill="black")
         for x, value in ((frame[0], low[0]), (frame[2], low[0] + span[0])):
