@@ -3,7 +3,8 @@
     python benchmarks/scaling.py [--tokens 64 128 256 512 1024] [--layers 6] [--rows 1] [--plot FILE.png] [--json]
 
 Float32 for both, the cached loop's weights packed as they are when serving, GPT2-medium's width, fewer layers; the
-uncached loop is timed whole up to --whole tokens and left out beyond. The exponent is that of the last doubling: 1 is linear, 2 quadratic.
+uncached loop is timed whole up to --whole tokens and left out beyond. The exponent is that of the last doubling: 1 is
+linear, 2 quadratic.
 """
 
 from __future__ import annotations
