@@ -45,7 +45,7 @@ def test_curves_and_tables(tmp_path: Path) -> None:
         csv.writer(file).writerows(rows)
     assert ablation.curve(tmp_path) == [(10.0, 6.0), (20.0, 4.5)]
     one = {source: {"1.5": 0.25} for source in ablation.SOURCES}
-    swept = {source: {"1": 0.1, "1.5": 0.5} for source in ablation.SOURCES}
+    swept = {source: {"1": 0.1, "1.5": 0.5} for source in ablation.SOURCES} | {"pictures": {"1.5": 0.75}}
     report = {
         "guidance": 1.5,
         "variants": {
@@ -54,6 +54,6 @@ def test_curves_and_tables(tmp_path: Path) -> None:
         },
     }
     lines = ablation.to_markdown(report).splitlines()
-    assert "| base | 4.500 | 50% | 50% | 50% |" in lines and "| noise 0 | 4.000 | 25% | 25% | 25% |" in lines
+    assert "| base | 4.500 | 75% | 50% | 50% |" in lines and "| noise 0 | 4.000 | 25% | 25% | 25% |" in lines
     assert "| base, guidance | 1 | 1.5 |" in lines and "| index | 10% | 50% |" in lines
     assert not any("noise 0, guidance" in line for line in lines)
