@@ -15,7 +15,7 @@ from clipgen.batch import Batch, Picture
 from clipgen.config import GPTConfig, SamplingConfig
 from clipgen.engine import Engine
 from clipgen.gpt import GPT
-from clipgen.graphs import SPAN, Graphs, Run, build_graphs
+from clipgen.graphs import SPAN, Graphs, Run, agree, build_graphs
 
 CONFIG = GPTConfig(n_layer=2, n_head=2, n_embd=32, vocab_size=50, block_size=SPAN + 9, n_cond=16)
 NEEDS_GPU = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
@@ -91,6 +91,18 @@ def test_another_cache_is_refused(gpt: GPT) -> None:
     graphs = Graphs(gpt, 2, again)
     with pytest.raises(ValueError, match="another cache"):
         graphs.advance(torch.zeros(1, CONFIG.n_embd), torch.zeros(1, dtype=torch.long), gpt.allocate(2), 1)
+
+
+def test_a_graph_that_gives_something_else_is_found_out(gpt: GPT) -> None:
+    assert agree(Graphs(gpt, 6, again))
+    for wrong in range(8):
+        recorded: list[Run] = []
+
+        def dead(run: Run, recorded: list[Run] = recorded, wrong: int = wrong) -> Run:
+            recorded.append(run)
+            return (lambda: None) if len(recorded) == wrong + 1 else run
+
+        assert not agree(Graphs(gpt, 6, dead))
 
 
 def test_cpus_have_none(gpt: GPT) -> None:
