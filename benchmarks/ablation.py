@@ -17,7 +17,7 @@ import os
 import shutil
 import subprocess
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence, Set
 from dataclasses import asdict
 from pathlib import Path
 
@@ -38,8 +38,8 @@ from train.words import read_records
 ROOT = Path(__file__).resolve().parent.parent
 OUTPUTS, AT_ONCE = 4, 16
 KINDS = ("object", "synonym")
-GUIDANCE = (1.5, 1.0, 2.0, 3.0, 4.0, 6.0)
-"""Tried; the model's own first."""
+GUIDANCE = {1.0, 1.5, 2.0, 3.0, 4.0, 6.0}
+"""Tried beside the model's own."""
 SOURCES = ("pictures", "sentences", "index")
 
 BASE = {"noise_angle": 14.3, "condition_dropout": 0.1, "clip_weight": 0.0, "neighbours": 0}
@@ -55,12 +55,19 @@ VARIANTS = {
 
 
 def choose_pictures(data: Path, prompts: Sequence[Prompt], count: int, out: Path) -> dict[str, Path]:
-    """Copy `count` glossy pictures, one of each emoji, the prompts' first, into out/pictures; their files by code."""
+    """Copy `count` glossy pictures, one of each emoji, the prompts' first, into out/pictures; their files by code.
+
+    Raises:
+        ValueError: there is no picture of what a prompt asks for among them.
+    """
     asked = {code for prompt in prompts for code in prompt.groups[0]}
     records = [r for r in read_records(data / "stage2") if r["style"] == "3d" and r["background"] == "white"]
     records = [*{record["objects"][0]: record for record in records}.values()]
     records.sort(key=lambda record: record["objects"][0] not in asked)
     chosen = records[:count]
+    codes = {record["objects"][0] for record in chosen}
+    if missing := [prompt.text for prompt in prompts if not codes & set(prompt.groups[0])]:
+        raise ValueError(f"{len(chosen)} pictures show none of: {', '.join(missing)}; give more --pictures")
     folder = out / "pictures"
     folder.mkdir(parents=True, exist_ok=True)
     for record in chosen:
@@ -80,24 +87,16 @@ def script(name: str, *arguments: str | Path) -> None:
     subprocess.run(command, cwd=ROOT, env=os.environ | {"PYTHONPATH": str(ROOT)}, check=True)
 
 
-def train(name: str, changes: dict[str, float], config: Path, weights: Path, out: Path) -> Path:
-    """A GPT through the real scripts; its folder of weights."""
+def train(name: str, changes: dict[str, float], networks: Sequence[str | Path], out: Path) -> Path:
+    """A GPT through the real scripts; the folder that its curves are in, and its weights in a folder inside."""
     folder = out / name.replace(" ", "-")
-    clip, settings = weights / "clip.safetensors", BASE | changes
-    networks = ["--config", config, "--vqgan", weights, "--clip", clip]
-    script("train.encode", *networks, "--data", out / "pictures", "--out", out / "encoded")
-    overrides = [f"stage2.{key}={value}" for key, value in settings.items()]
+    overrides = [f"stage2.{key}={value}" for key, value in (BASE | changes).items()]
     script("train.stage2", *networks, "--data", out / "encoded", "--out", folder, *overrides)
-    if not (folder / "weights" / "coverage.safetensors").is_file():
-        shutil.rmtree(folder / "weights", ignore_errors=True)
-        script("train.export", *networks, "--gpt", folder, "--out", folder / "weights")
-        index = ["--weights", folder / "weights", "--encoded", out / "encoded", "--data", out / "pictures"]
-        script("train.index", *index)
+    weights = folder / "weights"
+    shutil.rmtree(weights, ignore_errors=True)
+    script("train.export", *networks, "--gpt", folder, "--out", weights)
+    script("train.index", "--weights", weights, "--encoded", out / "encoded", "--data", out / "pictures")
     return folder
-
-
-def in_batches(asked: Sequence[Asked]) -> Iterator[Sequence[Asked]]:
-    return (asked[i : i + AT_ONCE] for i in range(0, len(asked), AT_ONCE))
 
 
 def recognised(
@@ -105,7 +104,8 @@ def recognised(
 ) -> float:
     """Share of the pictures in which the judge finds what was asked for."""
     images = []
-    for some in in_batches(asked):
+    for start in range(0, len(asked), AT_ONCE):
+        some = asked[start : start + AT_ONCE]
         requests = [Request(prompt, OUTPUTS, guidance=guidance, seed=0) for prompt in some]
         images += [image for result in pipe.generate(requests) for image in result.images]
     right = [prompt.groups[0] for prompt in prompts for _ in range(OUTPUTS)]
@@ -117,17 +117,17 @@ def measure(
     tools: tuple[Judge, Gallery],
     prompts: Sequence[Prompt],
     files: dict[str, Path],
-    guidances: Sequence[float],
+    more: Set[float],
 ) -> dict[str, dict[str, float]]:
-    """The share recognised, by where the condition comes from and by guidance; the model's own is the first."""
+    """The share recognised, by where the condition comes from and by guidance: the model's own, sentences at more."""
     pipe = ClipGen.from_pretrained(folder / "weights")
-    index, found = pipe.coverage, {}
+    index, found, default = pipe.coverage, {}, pipe.config.sampling.guidance
     sentences: list[Asked] = [prompt.text for prompt in prompts]
     own: list[Asked] = [load_image(next(files[c] for c in p.groups[0] if c in files)) for p in prompts]
     for source in SOURCES:
         pipe.coverage = index if source == "index" else None
         asked = own if source == "pictures" else sentences
-        tried = guidances[:1] if source == "pictures" else guidances
+        tried = {default} if source == "pictures" else {default, *more}
         found[source] = {f"{g:g}": recognised(pipe, *tools, prompts, asked, g) for g in sorted(tried)}
     return found
 
@@ -163,27 +163,31 @@ def main() -> None:
     parser.add_argument("--pictures", type=int, default=256, help="emoji to learn")
     parser.add_argument("--steps", type=int, default=800, help="of each GPT, 32 pictures each")
     args = parser.parse_args()
+    if args.steps < 1:
+        parser.error(f"--steps is {args.steps}; give 1 or more")
     prompts = [prompt for prompt in read_prompts() if prompt.kind in KINDS]
     judge = Judge()
     try:
         gallery = load_gallery(args.data, judge)
-    except ValueError as error:
+        files = choose_pictures(args.data, prompts, args.pictures, args.out)
+    except (ValueError, OSError) as error:
         parser.error(str(error))
-    args.out.mkdir(parents=True, exist_ok=True)
-    files = choose_pictures(args.data, prompts, args.pictures, args.out)
     config = load_config("mini")
     config.model.gpt.n_layer, config.model.gpt.n_embd = 4, 192
     config.stage2.steps, config.stage2.warmup = args.steps, args.steps // 20
     config.stage2.log_every = config.stage2.sample_every = config.stage2.save_every = max(1, args.steps // 8)
     OmegaConf.save(OmegaConf.create(asdict(config)), args.out / "config.yaml")
+    clip = args.weights / "clip.safetensors"
+    networks = ["--config", args.out / "config.yaml", "--vqgan", args.weights, "--clip", clip]
+    script("train.encode", *networks, "--data", args.out / "pictures", "--out", args.out / "encoded")
 
     report = {"pictures": len(files), "steps": args.steps, "guidance": config.model.sampling.guidance, "variants": {}}
     curves = {}
     for name, changes in VARIANTS.items():
-        folder = train(name, changes, args.out / "config.yaml", args.weights, args.out)
+        folder = train(name, changes, networks, args.out)
         curves[name] = curve(folder)
-        swept = GUIDANCE if name in ("base", "no dropout") else [report["guidance"]]
-        found = measure(folder, (judge, gallery), prompts, files, swept)
+        more = GUIDANCE if name in ("base", "no dropout") else set()
+        found = measure(folder, (judge, gallery), prompts, files, more)
         report["variants"][name] = {"held_loss": curves[name][-1][1], "recognised": found}
         write_text(args.out / "report.json", json.dumps(report, indent=1) + "\n")
         write_text(args.out / "report.md", to_markdown(report))

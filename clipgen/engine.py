@@ -122,7 +122,6 @@ class Engine:
         self._of: dict[Picture, _Call] = {}  # whose the pictures in the batch are
         self._room = self._limit = 0  # rows; pictures, less after memory ran out
         self._graphs: Graphs | None = None
-        self._planned = False
 
     def draw(
         self,
@@ -228,16 +227,13 @@ class Engine:
 
     def _plan(self) -> None:
         """Before the first picture of several: rows for the memory that is free now, or those of the graphs."""
-        if self._graphs is None:
-            device = self.gpt.head.weight.device
-            each = token_bytes(self.gpt.config, self._batch.cache.data.dtype, guided=False)
-            self._room = max(2, fitting(each, device, self.most))
-            if device.type == "cuda" and not self._planned:
-                # Their cache stays, so it gets half of what would be taken otherwise.
-                self._graphs = build_graphs(self.gpt, max(2, fitting(2 * each, device, self.most)))
-                self._room = self._room if self._graphs is None else len(self._graphs.x)
-                self._batch = Batch(self.gpt, self._graphs)
-            self._planned = True
+        device, first = self.gpt.head.weight.device, not self._room
+        each = token_bytes(self.gpt.config, self._batch.cache.data.dtype, guided=False)
+        if first and device.type == "cuda":
+            # Their cache stays, so it gets half of what would be taken otherwise.
+            self._graphs = build_graphs(self.gpt, max(2, fitting(2 * each, device, self.most)))
+            self._batch = Batch(self.gpt, self._graphs)
+        self._room = len(self._graphs.x) if self._graphs else max(2, fitting(each, device, self.most))
         self._limit = self._limit or self._room
 
     def _round(self) -> None:

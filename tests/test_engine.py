@@ -3,43 +3,30 @@
 from __future__ import annotations
 
 import logging
-import random
 import threading
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextvars import ContextVar
-from dataclasses import replace
-from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-import torch.nn.functional as F
+from engine_kit import SAMPLINGS, SMALL, alone, sharp_gpt, some
 from torch import Tensor
 
 from clipgen import engine as engine_module
 from clipgen.batch import Batch, Picture
-from clipgen.config import GPTConfig, SamplingConfig
+from clipgen.config import GPTConfig
 from clipgen.engine import Engine, EngineClosed, EngineError, QueueFull
 from clipgen.gpt import GPT, KVCache
 from clipgen.memory import MemoryShortage
 from clipgen.sampling import Cancelled, generate_tokens
-from clipgen.weights import build, load_weights
-
-SMALL = GPTConfig(n_layer=2, n_head=2, n_embd=32, vocab_size=100, block_size=20, n_cond=16)
-GUIDED = SamplingConfig(top_k=30, top_p=0.9, guidance=3.0)
-SAMPLINGS = [GUIDED, SamplingConfig(), SamplingConfig(top_p=0.8), SamplingConfig(temperature=0.0, guidance=2.0)]
 
 
 @pytest.fixture(scope="module")
 def gpt() -> GPT:
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(0)
-        gpt = GPT(SMALL).eval()
-    with torch.no_grad():
-        gpt.head.weight.mul_(20)
-    return gpt
+    return sharp_gpt()
 
 
 @pytest.fixture
@@ -47,135 +34,6 @@ def engine(gpt: GPT) -> Iterator[Engine]:
     engine = Engine(gpt)
     yield engine
     engine.close(0)
-
-
-def some(count: int, sampling: SamplingConfig = GUIDED, first: int = 0, d: int = SMALL.n_cond) -> list[Picture]:
-    """Pictures whose conditions and seeds follow from their numbers."""
-    conditions = [torch.randn(d, generator=torch.Generator().manual_seed(first + i)) for i in range(count)]
-    return [Picture(F.normalize(c, dim=0), first + i, sampling) for i, c in enumerate(conditions)]
-
-
-def alone(gpt: GPT, picture: Picture) -> Tensor:
-    """The tokens of a picture that has a batch for itself."""
-    return together(gpt, [(0, [picture])])[0]
-
-
-def together(gpt: GPT, arrivals: Sequence[tuple[int, list[Picture]]], most: int = 64) -> list[Tensor]:
-    """The tokens of pictures that join a batch before the steps given."""
-    batch, found, step = Batch(gpt), {}, 0
-    with torch.inference_mode():
-        while len(found) < sum(len(pictures) for _, pictures in arrivals):
-            batch.join([p for at, pictures in arrivals if at == step for p in pictures], most)
-            step += 1
-            if batch.pictures:
-                batch.step()
-            finished = batch.finished()
-            found |= finished
-            batch.leave(set(finished))
-    return [found[picture] for _, pictures in arrivals for picture in pictures]
-
-
-# --- same seed, same tokens ---
-
-
-def test_a_batch_draws_what_the_plain_loop_draws(gpt: GPT) -> None:
-    for sampling in SAMPLINGS:
-        pictures = some(5, sampling)
-        plain = generate_tokens(gpt, torch.stack([p.condition for p in pictures]), range(5), sampling)
-        assert torch.equal(torch.stack(together(gpt, [(0, pictures)])), plain)
-
-
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
-def test_whoever_joins_when_the_mini_model_draws_the_same_tokens(root: Path, dtype: torch.dtype) -> None:
-    config, parts = load_weights(root / "weights" / "mini")
-    weights = parts["gpt"] | {"pos_emb": parts["gpt"]["pos_emb"][:, :40].clone()}  # the first 40 tokens, to be quick
-    gpt = build(GPT, replace(config.gpt, block_size=40), weights, torch.device("cpu"), dtype).pack()
-    d = config.gpt.n_cond
-    picture = some(1, config.sampling, first=50, d=d)[0]
-    plain = replace(picture, sampling=SamplingConfig())
-    expected = [alone(gpt, picture), alone(gpt, plain)]
-    neighbours = [some(3, config.sampling, 0, d), some(2, SamplingConfig(top_p=0.9), 3, d), some(6, SAMPLINGS[3], 6, d)]
-    for schedule in [
-        [(0, [picture, plain, *neighbours[0]])],  # together
-        [(0, neighbours[1]), (9, [picture]), (11, [plain]), (30, neighbours[2])],  # joining midway, and being joined
-        [(0, neighbours[2]), (20, [picture, plain]), (39, neighbours[1])],  # neighbours leave: rows move
-    ]:
-        found = together(gpt, schedule)
-        order = [p for _, pictures in schedule for p in pictures]
-        for p, tokens in zip((picture, plain), expected, strict=True):
-            assert torch.equal(found[order.index(p)], tokens)
-
-
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
-def test_logits_are_the_same_to_the_bit_alone_and_with_neighbours(
-    gpt: GPT, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    gpt = build(GPT, SMALL, gpt.state_dict(), torch.device("cpu"), dtype)
-    threads = torch.get_num_threads()
-    seen: list[Tensor] = []
-    choose = engine_module.Batch.step.__globals__["choose"]
-    monkeypatch.setattr(
-        "clipgen.batch.choose", lambda logits, *rest: seen.append(logits[0].clone()) or choose(logits, *rest)
-    )
-    torch.set_num_threads(1)
-    try:
-        picture = some(1)[0]
-        alone(gpt, picture)
-        for others in (1, 2, 6, 14):
-            together(gpt, [(0, [picture]), (0, some(others, SAMPLINGS[others % 4], 7)), (3, some(others, GUIDED, 90))])
-    finally:
-        torch.set_num_threads(threads)
-    length = SMALL.block_size
-    first = torch.stack(seen[:length])
-    for run in range(4):
-        at = length + run * (length + 3)
-        assert torch.equal(torch.stack(seen[at : at + length]), first)
-
-
-def test_random_schedules(gpt: GPT) -> None:
-    chance = random.Random(0)
-    pictures = [some(1, chance.choice(SAMPLINGS), first=i)[0] for i in range(12)]
-    expected = [alone(gpt, p) for p in pictures]
-    for _ in range(3):
-        arrivals = [(chance.randrange(40), [p]) for p in pictures]
-        found = together(gpt, arrivals, most=chance.choice([1, 8, 64]))
-        assert all(torch.equal(a, b) for a, b in zip(found, expected, strict=True))
-
-
-def test_leaving_in_the_middle_changes_nobody(gpt: GPT) -> None:
-    pictures = some(6)
-    expected = [alone(gpt, p) for p in pictures]
-    batch = Batch(gpt)
-    with torch.inference_mode():
-        batch.join(pictures, 64)
-        for _ in range(7):
-            batch.step()
-        batch.leave({pictures[0], pictures[3]})
-        assert len(batch.rows) == 8
-        for _ in range(SMALL.block_size - 7):
-            batch.step()
-    found = batch.finished()
-    assert set(found) == {pictures[i] for i in (1, 2, 4, 5)}
-    assert all(torch.equal(found[pictures[i]], expected[i]) for i in (1, 2, 4, 5))
-
-
-def test_kept_tokens_stay_and_the_rest_follows_from_them(gpt: GPT) -> None:
-    plain = some(1)[0]
-    tokens = alone(gpt, plain)
-    same = replace(plain, kept=tokens[:8])
-    other = replace(plain, kept=(tokens[:8] + 1) % SMALL.vocab_size)
-    found = together(gpt, [(0, [same, plain]), (2, [other])])
-    assert torch.equal(found[0], tokens) and torch.equal(found[1], tokens)
-    assert torch.equal(found[2][:8], other.kept) and not torch.equal(found[2][8:], tokens[8:])
-
-
-def test_only_the_rows_in_use_are_worked_on(gpt: GPT, monkeypatch: pytest.MonkeyPatch) -> None:
-    gpt = build(GPT, SMALL, gpt.state_dict(), torch.device("cpu"), torch.bfloat16)
-    rows: list[int] = []
-    advance = gpt.advance
-    monkeypatch.setattr(gpt, "advance", lambda x, *rest: rows.append(len(x)) or advance(x, *rest))
-    together(gpt, [(0, some(2)), (10, some(3, SamplingConfig(), 5))])
-    assert rows == [4] * 10 + [7] * 10 + [3] * 10
 
 
 # --- many callers ---

@@ -9,9 +9,9 @@ from dataclasses import replace
 import pytest
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from engine_kit import sharp_gpt, together
 
-from clipgen.batch import Batch, Picture
+from clipgen.batch import Picture
 from clipgen.config import GPTConfig, SamplingConfig
 from clipgen.engine import Engine
 from clipgen.gpt import GPT
@@ -23,12 +23,7 @@ NEEDS_GPU = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GP
 
 @pytest.fixture(scope="module")
 def gpt() -> GPT:
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(0)
-        gpt = GPT(CONFIG).eval()
-    with torch.no_grad():
-        gpt.head.weight.mul_(20)
-    return gpt
+    return sharp_gpt(CONFIG)
 
 
 def again(run: Run) -> Run:
@@ -42,29 +37,13 @@ def pictures(count: int) -> list[Picture]:
     return [Picture(c, i, samplings[i % 3]) for i, c in enumerate(conditions)]
 
 
-def draw(gpt: GPT, graphs: Graphs | None, arrivals: list[tuple[int, Picture]], rows: int) -> list[Tensor]:
-    """The tokens of pictures that join before the steps given, as soon as there are rows."""
-    batch, found, step, waiting = Batch(gpt, graphs), {}, 0, sorted(arrivals, key=lambda arrival: arrival[0])
-    with torch.inference_mode():
-        while len(found) < len(arrivals):
-            while waiting and waiting[0][0] <= step and len(batch.rows) + waiting[0][1].width <= rows:
-                batch.join([waiting.pop(0)[1]], rows)
-            step += 1
-            if batch.pictures:
-                batch.step()
-            finished = batch.finished()
-            found |= finished
-            batch.leave(set(finished))
-    return [found[picture] for _, picture in arrivals]
-
-
 def test_pictures_that_come_and_go_are_those_drawn_without_graphs(gpt: GPT) -> None:
     chance = random.Random(0)
-    graphs = Graphs(gpt, 11, again)
+    graphs = Graphs(gpt, 12, again)
     for _ in range(3):  # one after the other, over the same memory
-        arrivals = [(chance.randrange(90), picture) for picture in pictures(9)]
-        plain = draw(gpt, None, arrivals, 11)
-        recorded = draw(gpt, graphs, arrivals, 11)
+        arrivals = [(chance.randrange(90), [picture]) for picture in pictures(9)]  # 12 rows at most
+        plain = together(gpt, arrivals)
+        recorded = together(gpt, arrivals, graphs=graphs)
         assert all(torch.equal(a, b) for a, b in zip(plain, recorded, strict=True))
 
 
