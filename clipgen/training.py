@@ -73,6 +73,8 @@ class Stage1Config(TrainConfig):
     """How codes learn: gradient, or ema, each the moving average of the latents that chose it (arXiv 1711.00937)."""
     revive_every: int = 200
     """Codes that no latent chose in so many steps move to where latents are; 0 never."""
+    only_decoder: bool = False
+    """Train on from `init` without changing a token, for a GPT that has learned them: encoder and codes stay."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -90,6 +92,11 @@ class Stage1Config(TrainConfig):
         require_choice(self, "perceptual", "efficientnet", "lpips", "none")
         require_choice(self, "disc_regularisation", "none", "r1", "lecam")
         require_choice(self, "codes", "gradient", "ema")
+        require(
+            not self.only_decoder or (self.init != "" and self.codes == "gradient" and not self.revive_every),
+            f"only_decoder is true with init={self.init}, codes={self.codes}, revive_every={self.revive_every}; codes "
+            "stay with init=OUT/vqgan.safetensors, codes=gradient and revive_every=0",
+        )
         regularised, weight = self.disc_regularisation != "none", self.disc_regularisation_weight
         require(
             math.isfinite(weight) and (weight > 0) == regularised,

@@ -92,6 +92,17 @@ def test_training_starts_from_given_weights(
     assert "gpt.safetensors: the VQGAN's tensors do not fit" in capsys.readouterr().err
 
 
+def test_the_decoder_alone_learns_and_no_token_changes(
+    trained: Path, pictures: Path, config: Path, tmp_path: Path, monkeypatch
+) -> None:
+    init = trained / "vqgan" / "vqgan.safetensors"
+    settings = [f"stage1.init={init}", "stage1.only_decoder=true", "stage1.revive_every=0", "stage1.steps=3"]
+    run(stage1, monkeypatch, "--config", config, "--data", pictures, "--out", tmp_path, *settings)
+    before, after = load_file(init), load_file(tmp_path / "vqgan.safetensors")
+    changed = {key.partition(".")[0] for key in before if not before[key].equal(after[key])}
+    assert changed == {"post_quant_conv", "decoder"}
+
+
 def test_numbers_that_are_not_finite_stop_the_training(
     pictures: Path, config: Path, tmp_path: Path, monkeypatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -67,10 +67,14 @@ def main() -> None:
 
     model = VQGAN(config.model.vqgan)
     init_weights(model, c)
+    if c.only_decoder:
+        for frozen in (model.encoder, model.quant_conv, model.quantizer):
+            frozen.requires_grad_(False)
     averages = AverageCodes(model.quantizer).to(device) if c.codes == "ema" else None
     discriminator = PatchDiscriminator(c.disc_ch)
     likeness = Likeness(c).to(device)
-    opt_g = torch.optim.Adam(model.parameters(), c.lr, betas=(c.betas[0], c.betas[1]))
+    learned = [p for p in model.parameters() if p.requires_grad]
+    opt_g = torch.optim.Adam(learned, c.lr, betas=(c.betas[0], c.betas[1]))
     opt_d = torch.optim.Adam(discriminator.parameters(), c.disc_lr, betas=(0.5, 0.9))
     factor = cosine(c)
     model, discriminator, opt_g, opt_d = accelerator.prepare(model, discriminator, opt_g, opt_d)
