@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
-from judge import Gallery, Judge, border_colour
+from judge import Gallery, Judge, border_colour, halves
 from measures import pair_ranks, rate
 from originality import Neighbour, TrainingPictures, summarise_originality
 from PIL import Image
@@ -27,7 +27,7 @@ class Drawn:
     scores: list[float]
     ranks: list[int]
     nearest: list[str]
-    """The judge's nearest class of each picture (of a pair's picture: of all of it)."""
+    """The judge's nearest class of each picture, of a pair's picture those of its halves."""
     look: list[bool] | None
     """Whether each picture has the background colour or the black lines that the prompt asks for."""
     neighbours: list[Neighbour]
@@ -44,13 +44,18 @@ def assess(
     names: dict[str, str],
 ) -> Drawn:
     """Judge the pictures of one prompt."""
-    features = judge.features(images)
+
+    def taken_for(parts: Sequence[Image.Image]) -> list[str]:
+        similarity, classes = gallery.similarities(judge.features(parts))
+        return [names.get(classes[i], classes[i]) for i in similarity.argmax(1).tolist()]
+
     if prompt.kind == "pair":
         ranks = pair_ranks(judge, gallery, images, prompt.groups)
+        sides = [taken_for(side) for side in zip(*map(halves, images), strict=True)]
+        nearest = [" and ".join(both) for both in zip(*sides, strict=True)]
     else:
-        ranks = gallery.ranks(features, [prompt.groups[0]] * len(images))
-    similarity, classes = gallery.similarities(features)
-    nearest = [names.get(classes[i], classes[i]) for i in similarity.argmax(1).tolist()]
+        ranks = gallery.ranks(judge.features(images), [prompt.groups[0]] * len(images))
+        nearest = taken_for(images)
     return Drawn(prompt, images, scores, ranks, nearest, check_look(prompt, images), training.nearest(images))
 
 

@@ -89,7 +89,7 @@ def measure_judge(
         "known_style_pairs": rate(paired),
         "known_style_after_vqgan": rate(gallery.ranks(rebuilt, right)),
         "prompted_emoji_in_a_new_style": rate(gallery.ranks(gallery.features[rows], groups, names)),
-        "prompted_emoji_after_vqgan": rate(gallery.ranks(after_vqgan([centred(r, side) for r in renders]), groups)),
+        "prompted_emoji_after_vqgan": rate(gallery.ranks(after_vqgan([centred([r], side) for r in renders]), groups)),
     }
 
 

@@ -38,8 +38,9 @@ class TrainingPictures:
 
     def __init__(self, data: Path) -> None:
         records, emoji = read_records(data / "stage2"), read_emoji(data)
-        self.shows = [f"{emoji[r['objects'][0]].name}, {r['style']}, {r['background']}" for r in records]
-        self.pixels = _small([load_image(data / "stage2" / r["file_name"]) for r in records])
+        names = [" and ".join(emoji[code].name for code in r["objects"]) for r in records]
+        self.shows = [f"{name}, {r['style']}, {r['background']}" for name, r in zip(names, records, strict=True)]
+        self.pixels = torch.cat([_small([load_image(data / "stage2" / r["file_name"])]) for r in records])
 
     def nearest(self, images: Sequence[Image.Image]) -> list[Neighbour]:
         """The training picture nearest to each image, by the mean square difference of the pixels."""

@@ -141,8 +141,7 @@ class ClipGen:
         """What the GPT draws from, (D,) float32, unit norm: as `embed`, but where there is an index of the training
         pictures, each text takes the place of the pictures it is about (`Coverage.project`).
 
-        The GPT was trained on pictures' embeddings, and a sentence's are elsewhere: of the mini model's pictures of
-        single things, the judge recognises half as many without this.
+        The GPT was trained on pictures' embeddings, and a sentence's are elsewhere.
         """
         return self._placed(prompt)[1]
 

@@ -14,10 +14,10 @@ import torch.nn.functional as F
 from PIL import Image
 
 from train import emoji as emoji_script
-from train.captions import COLOURS, STYLES, article, caption
+from train.captions import COLOURS, STYLES, article, caption, plural
 from train.clip_data import augment, build_mini_clip, recall
 from train.clip_image import Heads, heads_loss
-from train.clip_text import encode_tokens, name_means
+from train.clip_text import encode_tokens, name_places
 from train.emoji import SETS, WEBP_SET, normalise, read_emoji
 from train.words import emoji_words, picture_captions
 from train.words import read_emoji as read_written_emoji
@@ -59,7 +59,8 @@ def npm(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def data(npm: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """What the script makes of that: one emoji unseen, one held out in Noto's drawing."""
     out = tmp_path_factory.mktemp("emoji")
-    arguments = ["--size", "48", "--views", "3", "--pairs", "4", "--heldout", "1", "--unseen", "1", "--workers", "1"]
+    counts = ["--views", "3", "--pairs", "4", "--drawn-pairs", "5", "--heldout", "1", "--unseen", "1"]
+    arguments = ["--size", "48", *counts, "--workers", "1"]
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(sys, "argv", ["emoji", "--npm", str(npm), "--out", str(out), *arguments])
         emoji_script.main()
@@ -83,8 +84,13 @@ def test_splits_do_not_leak(data: Path) -> None:
     assert not {code for _, code in drawn} & {code for r in unseen for code in r["objects"]}
     stage2 = records(data / "stage2")
     assert {(r["style"], code) for r in stage2 for code in r["objects"]} <= drawn
-    assert {r["style"] for r in stage2} == {"3d", "line"} and all(len(r["objects"]) == 1 for r in stage2)
-    assert sum(r["background"] == "white" for r in stage2) == 3 * 2 and len(stage2) == 3 * 2 + 4
+    single, pairs = [[r for r in stage2 if len(r["objects"]) == count] for count in (1, 2)]
+    assert len(single) + len(pairs) == len(stage2) and len(pairs) == 3 + 5
+    assert sum(len(set(r["objects"])) == 1 for r in pairs) == 3
+    assert {(r["style"], r["background"]) for r in pairs} == {("3d", "white")}
+    assert [r["style"] for r in single].count("3d") == 3 * 6 and [r["style"] for r in single].count("line") == 3 * 2
+    assert len({(r["objects"][0], r["style"], r["background"]) for r in single}) == len(single)
+    assert sum(r["background"] == "white" for r in single) == 3 * 2
     assert {r["style"] for r in heldout} == {"noto"} and {r["style"] for r in unseen} == set(STYLES)
 
 
@@ -117,8 +123,20 @@ def test_captions_name_what_is_there(data: Path) -> None:
     texts = [caption([lemon, dog], "line", "blue", rng) for _ in range(200)]
     words = {"lemon", "citrus", "fruit"}
     assert all(any(w in t for w in words) and any(w in t for w in ("dog", "pet")) for t in texts)
-    assert sum("blue" in t for t in texts) > 100
-    assert sum("sketch" in t or "drawing" in t or "line art" in t for t in texts) > 100
+    assert all("blue" in t for t in texts)
+    assert all("sketch" in t or "drawing" in t or "line art" in t for t in texts)
+    plain = [caption([lemon], "3d", "white", rng) for _ in range(200)]
+    assert 0 < sum("white" in t for t in plain) < 50 < sum("3d" in t for t in plain) < 150
+    twice = [caption([lemon, lemon], "3d", "white", rng) for _ in range(200)]
+    assert all(" and a" not in t and any(w in t for w in ("lemons", "citruses", "fruits")) for t in twice)
+    assert any(t == "two lemons" for t in twice)
+    assert [plural(noun) for noun in ("lemon", "box", "cherry", "toy", "scissors")] == [
+        "lemons",
+        "boxes",
+        "cherries",
+        "toys",
+        "scissors",
+    ]
     assert [article(noun) for noun in ("lemon", "apple", "glass", "scissors")] == [
         "a lemon",
         "an apple",
@@ -154,17 +172,12 @@ def test_image_heads_are_right_at_the_prototypes_and_wrong_elsewhere() -> None:
     assert right < 0.01 and wrong > 10
 
 
-def test_name_means_count_single_objects_on_white_only() -> None:
-    records = [
-        {"objects": [LEMON], "background": "white"},
-        {"objects": [LEMON], "background": "red"},
-        {"objects": [LEMON, DOG], "background": "white"},
-        {"objects": [DOG], "background": "white"},
-        {"objects": [DOG], "background": "white"},
-    ]
+def test_a_name_lies_at_its_glossy_picture_on_white() -> None:
+    looks = [(LEMON, "3d", "red"), (LEMON, "3d", "white"), (LEMON, "line", "white"), (DOG, "line", "white")]
+    records = [{"objects": [code], "style": style, "background": ground} for code, style, ground in looks]
+    records.append({"objects": [LEMON, DOG], "style": "3d", "background": "white"})
     pictures = torch.eye(5)
-    means = name_means(records, pictures, {LEMON: 0, DOG: 1})
-    assert torch.allclose(means, torch.stack([pictures[0], F.normalize(pictures[3] + pictures[4], dim=0)]))
+    assert name_places(records, pictures, {LEMON: 0, DOG: 1}).equal(pictures[[1, 3]])
 
 
 def test_recall_counts_ranks() -> None:

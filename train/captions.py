@@ -43,6 +43,7 @@ COLOURS: dict[str, tuple[int, int, int]] = {
 
 _BACKGROUNDS = ("{} on a {} background", "{} on {}", "{}, {} background", "{} in front of a {} wall")
 _PAIRS = ("{} and {}", "{} with {}", "{} next to {}", "{} beside {}", "{}, {}")
+_TWICE = ("two {}", "a pair of {}", "two identical {}", "2 {}")
 
 
 @dataclass(frozen=True)
@@ -62,29 +63,44 @@ def article(noun: str) -> str:
     return f"{'an' if noun[:1].lower() in 'aeiou' else 'a'} {noun}"
 
 
-def object_phrase(emoji: Emoji, rng: random.Random) -> str:
+def plural(noun: str) -> str:
+    """More than one of it, by the rules alone: "lemons", "boxes", "cherries", "scissors"."""
+    if noun.endswith("s") and not noun.endswith(("ss", "us")):
+        return noun
+    if noun.endswith("y") and noun[-2:-1] not in "aeiou":
+        return f"{noun[:-1]}ies"
+    return f"{noun}es" if noun.endswith(("s", "x", "sh", "ch")) else f"{noun}s"
+
+
+def choose_noun(emoji: Emoji, rng: random.Random) -> str:
     """One way to name the emoji: mostly its name, sometimes a keyword, sometimes both."""
     roll = rng.random()
     if roll < 0.65 or not emoji.keywords:
-        noun = emoji.name
-    elif roll < 0.85:
-        noun = rng.choice(emoji.keywords)
-    else:
-        noun = f"{emoji.name} {rng.choice(emoji.keywords)}"
+        return emoji.name
+    keyword = rng.choice(emoji.keywords)
+    return keyword if roll < 0.85 else f"{emoji.name} {keyword}"
+
+
+def object_phrase(emoji: Emoji, rng: random.Random) -> str:
+    """The emoji in a sentence, mostly with its article."""
+    noun = choose_noun(emoji, rng)
     return article(noun) if rng.random() < 0.6 else noun
 
 
 def caption(objects: list[Emoji], style: str, background: str, rng: random.Random) -> str:
     """A sentence for a picture of `objects` in `style` on a `background` colour.
 
-    The style is named half of the time, the background when it is not white (or, rarely, when it is),
-    as people do.
+    Who says nothing else gets a glossy picture on white: that style is named half of the time, any other always, white
+    rarely, any other background always.
     """
-    phrase = object_phrase(objects[0], rng)
-    if len(objects) > 1:
-        phrase = rng.choice(_PAIRS).format(phrase, object_phrase(objects[1], rng))
-    if rng.random() < (0.7 if style == "line" else 0.5):
+    if len(objects) == 1:
+        phrase = object_phrase(objects[0], rng)
+    elif objects[0] == objects[1]:
+        phrase = rng.choice(_TWICE).format(plural(choose_noun(objects[0], rng)))
+    else:
+        phrase = rng.choice(_PAIRS).format(*(object_phrase(emoji, rng) for emoji in objects))
+    if style != "3d" or rng.random() < 0.5:
         phrase = rng.choice(STYLES[style]).format(phrase)
-    if rng.random() < (0.1 if background == "white" else 0.7):
+    if background != "white" or rng.random() < 0.1:
         phrase = rng.choice(_BACKGROUNDS).format(phrase, background)
     return phrase

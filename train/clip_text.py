@@ -2,8 +2,9 @@
 
     python train/clip_text.py --data data/emoji --out runs/clip
 
-The image tower is frozen. A caption belongs where its picture is. Any other text belongs among the pictures of the
-names that the sentence encoder finds nearest to it, so that "puppy" lands near dogs although nothing is named so.
+The image tower is frozen. A caption belongs where its picture is, of those that the GPT learns to draw: so a sentence
+can take a picture's place. Any other text belongs among the pictures of the names that the sentence encoder finds
+nearest to it, so that "puppy" lands near dogs although nothing is named so.
 Writes OUT/clip.safetensors and prints retrieval of held-out pictures by name.
 """
 
@@ -66,7 +67,7 @@ class Texts:
         names: the names that each means, (N, NEAREST).
         weights: how much it means each, (N, NEAREST) summing to 1.
         shares: how often each is drawn, (N,).
-        means: the mean of the pictures of each name, (C, D) unit norm.
+        places: where each name's picture is, (C, D) unit norm.
     """
 
     texts: list[str]
@@ -74,23 +75,23 @@ class Texts:
     names: Tensor
     weights: Tensor
     shares: Tensor
-    means: Tensor
+    places: Tensor
 
 
 def build_texts(data: Path, out: Path, wordnet: Path, seed: int) -> Texts:
     """All that the tower learns from."""
-    emoji, records = read_emoji(data), read_records(data / "train")
-    pictures = picture_embeddings(data / "train", out)
+    emoji, records = read_emoji(data), read_records(data / "stage2")
+    pictures = picture_embeddings(data / "stage2", out)
     codes = sorted({code for r in records for code in r["objects"]})
     number = {code: i for i, code in enumerate(codes)}
-    means = name_means(records, pictures, number)
+    places = name_places(records, pictures, number)
 
     ours = emoji_words(list(emoji.values()))
     words = sorted({*read_wordnet(wordnet, 55_000, seed), *ours})
     nearest, weights = nearest_names(words, [emoji[code] for code in codes], out)
-    bridged = F.normalize((weights[..., None] * means[nearest]).sum(1), dim=-1)
+    bridged = F.normalize((weights[..., None] * places[nearest]).sum(1), dim=-1)
 
-    captions = picture_captions(data, "train", emoji, CAPTIONS, seed)
+    captions = picture_captions(data, "stage2", emoji, CAPTIONS, seed)
     objects = torch.tensor([[number[r["objects"][0]], number[r["objects"][-1]]] for r in records])
     objects = F.pad(objects, (0, NEAREST - 2)).repeat_interleave(CAPTIONS, 0)
     halves = torch.zeros(len(objects), NEAREST)
@@ -105,7 +106,7 @@ def build_texts(data: Path, out: Path, wordnet: Path, seed: int) -> Texts:
         names=torch.cat([nearest, objects]),
         weights=torch.cat([weights, halves]),
         shares=torch.tensor([MIX[name] / count[name] for name in kind]),
-        means=means,
+        places=places,
     )
 
 
@@ -113,14 +114,16 @@ def nearest_names(words: list[str], emoji: list[Emoji], out: Path) -> tuple[Tens
     """The names that the sentence encoder finds nearest to each text, and their shares: (N, NEAREST) both."""
     names = name_embeddings(emoji, out / "teacher_names.safetensors")
     similar, nearest = (teacher_embeddings(words, out / "teacher_text.safetensors") @ names.t()).topk(NEAREST)
-    return nearest, (similar / 0.04).softmax(-1)
+    return nearest, (similar / 0.02).softmax(-1)
 
 
-def name_means(records: list[dict], pictures: Tensor, number: dict[str, int]) -> Tensor:
-    """Unit-norm mean (C, D) of the pictures (N, D) that show one thing alone, on white."""
-    single = [i for i, r in enumerate(records) if len(r["objects"]) == 1 and r["background"] == "white"]
-    owner = torch.tensor([number[records[i]["objects"][0]] for i in single])
-    return F.normalize(torch.zeros(len(number), pictures.shape[1]).index_add(0, owner, pictures[single]), dim=-1)
+def name_places(records: list[dict], pictures: Tensor, number: dict[str, int]) -> Tensor:
+    """Each name's picture (C, D) of those (N, D): alone, on white, glossy, or in another style where it is not."""
+    places = torch.zeros(len(number), pictures.shape[1])
+    plain = [i for i, r in enumerate(records) if len(r["objects"]) == 1 and r["background"] == "white"]
+    for i in sorted(plain, key=lambda i: records[i]["style"] == "3d"):  # glossy ones last: they stay
+        places[number[records[i]["objects"][0]]] = pictures[i]
+    return places
 
 
 @torch.no_grad()
@@ -164,14 +167,14 @@ def main() -> None:
     parser.add_argument("--data", type=Path, default=Path("data/emoji"), help="what `train.emoji` wrote")
     parser.add_argument("--out", type=Path, default=Path("runs/clip"))
     parser.add_argument("--wordnet", type=Path, default=Path("/usr/share/wordnet"), help="WordNet's database")
-    parser.add_argument("--steps", type=int, default=1500, help="training steps")
+    parser.add_argument("--steps", type=int, default=2000, help="training steps")
     args = parser.parse_args()
     config = TowerConfig(steps=args.steps, batch_size=512, lr=1.5e-3)
     accelerator = build_accelerator(config)
     device = accelerator.device
 
     data = build_texts(args.data, args.out, args.wordnet, config.seed)
-    means = data.means.to(device)
+    places = data.places.to(device)
     tokens, _ = tokenize(data.texts, CONTEXT)
     lengths = tokens.argmax(1) + 1  # the end token has the highest id
 
@@ -199,12 +202,12 @@ def main() -> None:
         target = data.targets[rows].to(device)
         alignment = 1 - (y * target).sum(-1).mean()
         # Against all names, not only the batch's: their pictures are frozen, so they cost nothing.
-        log_share = F.log_softmax(SCALE * y @ means.t(), dim=-1).gather(1, data.names[rows].to(device))
+        log_share = F.log_softmax(SCALE * y @ places.t(), dim=-1).gather(1, data.names[rows].to(device))
         naming = -(data.weights[rows].to(device) * log_share).sum(-1).mean()
         # Relations between sentences, not only their places: styles and colours of one thing stay apart.
         relation = F.cross_entropy(SCALE * y @ target.t(), (SCALE * target @ target.t()).softmax(-1))
         optimizer.zero_grad()
-        accelerator.backward(10 * alignment + naming + relation)
+        accelerator.backward(30 * alignment + naming + relation)
         accelerator.clip_grad_norm_(model.parameters(), config.grad_clip)
         optimizer.step()
         schedule.step()

@@ -6,7 +6,7 @@
 
     renders/STYLE/CODE.png   every emoji in every style, transparent, as the artists drew it
     train/*.png              what CLIP and the VQGAN train on: one or two emoji on plain backgrounds
-    stage2/*.png             what the GPT trains on: single centred emoji in two styles, white or coloured, no symbols
+    stage2/*.png             what the GPT trains on: one centred emoji in two styles, on every colour, and pairs
     heldout/*.png            renders whose emoji the models know only in other styles
     unseen/*.png             emoji that no model has seen in any style
     */metadata.jsonl         file_name, objects, style and background of each picture
@@ -52,9 +52,9 @@ LICENCES = {
     "@iconify-json/twemoji": "CC BY 4.0, Twitter and contributors",
     "emojibase-data": "MIT, Miles Johnson",
 }
-_DRAWN = {"3d": 3, "line": 1}
-"""Styles that the GPT learns, and how often each is put on a colour, relative to the other. Two that cannot be taken
-for each other: of four drawings of a rat, a model of this size drew the mean."""
+_DRAWN = {"3d": 5, "line": 1}
+"""Styles that the GPT learns, and on how many colours beside white each of their renders is put. Two styles that cannot
+be taken for each other: of four drawings of a rat, a model of this size drew the mean."""
 _SYMBOLS = 8  # arrows, signs, buttons
 _SKIP_GROUPS = {2, 9}  # skin-tone components; flags, which are letters to a model of this size
 
@@ -133,11 +133,13 @@ def compose(sprites: list[Image.Image], colour: tuple[int, int, int], size: int,
     return canvas.convert("RGB")
 
 
-def centred(sprite: Image.Image, size: int, colour: tuple[int, int, int] = (255, 255, 255)) -> Image.Image:
-    """One sprite, 92 % of the frame, in the middle of it, RGB."""
+def centred(sprites: list[Image.Image], size: int, colour: tuple[int, int, int] = (255, 255, 255)) -> Image.Image:
+    """One sprite in the middle, 92 % of the frame, or two side by side, half as large, RGB."""
     canvas = Image.new("RGBA", (size, size), (*colour, 255))
-    side = round(size * 0.92)
-    canvas.alpha_composite(sprite.resize((side, side), Image.Resampling.LANCZOS), ((size - side) // 2,) * 2)
+    side = round(size * (0.92 if len(sprites) == 1 else 0.48))
+    for i, sprite in enumerate(sprites):
+        x = (2 * i + 1) * size // (2 * len(sprites)) - side // 2
+        canvas.alpha_composite(sprite.resize((side, side), Image.Resampling.LANCZOS), (x, (size - side) // 2))
     return canvas.convert("RGB")
 
 
@@ -152,22 +154,28 @@ def plan(renders: list[tuple[str, str]], views: int, pairs: int, seed: int) -> l
     for style, code in renders:
         by_style.setdefault(style, []).append(code)
         for view in range(views):
-            background = "white" if view < 2 else _background(style, rng)
+            background = "white" if view < 2 else rng.choice(_backgrounds(style))
             records.append(_record([code], style, background, centred=view == 0, rng=rng))
     for _ in range(pairs):
         style = rng.choice(sorted(by_style))
         codes = rng.sample(by_style[style], 2)
-        background = "white" if rng.random() < 0.6 else _background(style, rng)
+        background = "white" if rng.random() < 0.6 else rng.choice(_backgrounds(style))
         records.append(_record(codes, style, background, centred=False, rng=rng))
     return _numbered(records)
 
 
-def plan_centred(renders: list[tuple[str, str]], coloured: int, seed: int) -> list[dict]:
-    """What to draw for the GPT: each render on white, then `coloured` of them on a colour, all of them centred."""
+def plan_centred(renders: list[tuple[str, str]], pairs: int, seed: int) -> list[dict]:
+    """What to draw for the GPT, all of it centred: each render on white and on colours, then 3D on white: each twice,
+    and `pairs` of two that differ."""
     rng = random.Random(seed)
-    records = [_record([code], style, "white", centred=True, rng=rng) for style, code in renders]
-    for style, code in rng.choices(renders, weights=[_DRAWN[style] for style, _ in renders], k=coloured):
-        records.append(_record([code], style, _background(style, rng), centred=True, rng=rng))
+    records = [
+        _record([code], style, background, centred=True, rng=rng)
+        for style, code in renders
+        for background in ["white", *rng.sample(_backgrounds(style), _DRAWN[style])]
+    ]
+    glossy = [code for style, code in renders if style == "3d"]
+    two = [[code, code] for code in glossy] + [rng.sample(glossy, 2) for _ in range(pairs)]
+    records += [_record(codes, "3d", "white", centred=True, rng=rng) for codes in two]
     return _numbered(records)
 
 
@@ -177,10 +185,10 @@ def _numbered(records: list[dict]) -> list[dict]:
     return records
 
 
-def _background(style: str, rng: random.Random) -> str:
-    # Black lines vanish on dark colours.
+def _backgrounds(style: str) -> list[str]:
+    """Colours, without white, that can lie behind a style: black lines vanish on dark ones."""
     dark = {"white", "black", "brown", "purple", "blue"} if style == "line" else {"white"}
-    return rng.choice([name for name in COLOURS if name not in dark])
+    return [name for name in COLOURS if name not in dark]
 
 
 def _record(codes: list[str], style: str, background: str, centred: bool, rng: random.Random) -> dict:
@@ -199,7 +207,7 @@ def draw(record: dict, renders: Path, out: Path, size: int) -> None:
     rng = random.Random(record["seed"])
     sprites = [Image.open(renders / record["style"] / f"{code}.png").convert("RGBA") for code in record["objects"]]
     if record["centred"]:
-        image = centred(sprites[0], size, COLOURS[record["background"]])
+        image = centred(sprites, size, COLOURS[record["background"]])
     else:
         jitter = 0 if record["background"] == "white" else 12
         r, g, b = (max(0, min(255, c + rng.randint(-jitter, jitter))) for c in COLOURS[record["background"]])
@@ -226,7 +234,8 @@ def main() -> None:
     parser.add_argument("--out", type=Path, default=Path("data/emoji"), help="where the pictures go")
     parser.add_argument("--size", type=int, default=144, help="side of a picture, px")
     parser.add_argument("--views", type=int, default=3, help="pictures of one emoji, for each of its styles")
-    parser.add_argument("--pairs", type=int, default=6000, help="pictures of two emoji")
+    parser.add_argument("--pairs", type=int, default=6000, help="pictures of two emoji, for CLIP and the VQGAN")
+    parser.add_argument("--drawn-pairs", type=int, default=20_000, help="pictures of two emoji, for the GPT")
     parser.add_argument("--heldout", type=int, default=300, help="Noto renders to keep from training")
     parser.add_argument("--unseen", type=int, default=40, help="emoji to keep from training in every style")
     parser.add_argument("--workers", type=int, default=2, help="processes")
@@ -272,7 +281,7 @@ def split(renders: list[tuple[str, str]], symbols: set[str], args: argparse.Name
     drawable = [(style, code) for style, code in train if style in _DRAWN and code not in symbols]
     return {
         "train": plan(train, args.views, args.pairs, args.seed),
-        "stage2": plan_centred(drawable, len(drawable) * 2 // 3, args.seed),
+        "stage2": plan_centred(drawable, args.drawn_pairs, args.seed),
         "heldout": plan(sorted(heldout), 1, 0, args.seed),
         "unseen": plan([r for r in renders if r[1] in unseen], 1, 0, args.seed),
     }
