@@ -60,7 +60,7 @@ def measure_judge(
     drawings only: `new_style`, and the same through the VQGAN. A generator that draws in the styles that it was
     trained on is closer to `known_style`: a render of the gallery at another place, size and background colour.
     `prompted_emoji` are those that the prompts of single objects ask for, in every style; through the VQGAN they tell
-    what share of pictures could be right if the GPT made no mistake.
+    what share of pictures could be right if the GPT made no mistake; left out where no prompt is of a single object.
     """
     pictures, codes = read_split(data, "heldout")
     right, without = [[code] for code in codes], [("noto", code) for code in codes]
@@ -81,16 +81,19 @@ def measure_judge(
         return judge.features(from_pixels(reconstruct(vqgan, to_pixels(images, vqgan.config.image_size))[0]))
 
     rebuilt = after_vqgan(pictures)
-    return {
+    found = {
         "new_style": rate(gallery.ranks(judge.features(pictures), right, without)),
         "new_style_on_colour": rate(gallery.ranks(moved, right, without)),
         "new_style_after_vqgan": rate(gallery.ranks(rebuilt, right, without)),
         "known_style_on_colour": rate(gallery.ranks(moved, right)),
         "known_style_pairs": rate(paired),
         "known_style_after_vqgan": rate(gallery.ranks(rebuilt, right)),
-        "prompted_emoji_in_a_new_style": rate(gallery.ranks(gallery.features[rows], groups, names)),
-        "prompted_emoji_after_vqgan": rate(gallery.ranks(after_vqgan([centred([r], side) for r in renders]), groups)),
     }
+    if asked:
+        prompted = after_vqgan([centred([render], side) for render in renders])
+        found["prompted_emoji_in_a_new_style"] = rate(gallery.ranks(gallery.features[rows], groups, names))
+        found["prompted_emoji_after_vqgan"] = rate(gallery.ranks(prompted, groups))
+    return found
 
 
 @torch.inference_mode()

@@ -246,6 +246,14 @@ def test_a_run_measures_everything_and_writes_grid_and_reports(
     assert not list((tmp_path / "out").glob("*.tmp"))
 
 
+def test_prompts_of_pairs_alone_are_measured(tiny_weights: Path, data: Path, tmp_path: Path, gallery: Gallery) -> None:
+    prompts = tmp_path / "prompts.txt"
+    prompts.write_text("pair\ta disc and a square\tdisc\tsquare")
+    report = mini_quality.run(tiny_weights, data, tmp_path / "out", prompts)
+    assert "known_style_pairs" in report["judge"] and "prompted_emoji_after_vqgan" not in report["judge"]
+    assert all(" and " in taken_for for taken_for in report["prompts"][0]["nearest"])
+
+
 @pytest.mark.slow
 def test_end_to_end_measures_a_fresh_process_and_reports_its_failure(tiny_weights: Path, tmp_path: Path) -> None:
     cold = end_to_end.time_cold(tiny_weights)
