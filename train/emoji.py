@@ -6,7 +6,7 @@
 
     renders/STYLE/CODE.png   every emoji in every style, transparent, as the artists drew it
     train/*.png              what CLIP and the VQGAN train on: one or two emoji on plain backgrounds
-    stage2/*.png             what the GPT trains on: one centred emoji in two styles, on every colour, and pairs
+    stage2/*.png             what the GPT trains on: one centred emoji in two styles, on some colours, and pairs
     heldout/*.png            renders whose emoji the models know only in other styles
     unseen/*.png             emoji that no model has seen in any style
     */metadata.jsonl         file_name, objects, style and background of each picture
