@@ -6,11 +6,12 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
-from judge import Gallery, Judge, border_colour, halves
-from measures import pair_ranks, rate
+from judge import Gallery, Judge, border_colour
+from measures import half_features, pair_ranks, rate
 from originality import Neighbour, TrainingPictures, summarise_originality
 from PIL import Image
 from prompts import KINDS, Prompt
+from torch import Tensor
 
 from train.captions import COLOURS
 
@@ -45,17 +46,17 @@ def assess(
 ) -> Drawn:
     """Judge the pictures of one prompt."""
 
-    def taken_for(parts: Sequence[Image.Image]) -> list[str]:
-        similarity, classes = gallery.similarities(judge.features(parts))
+    def taken_for(features: Tensor) -> list[str]:
+        similarity, classes = gallery.similarities(features)
         return [names.get(classes[i], classes[i]) for i in similarity.argmax(1).tolist()]
 
     if prompt.kind == "pair":
-        ranks = pair_ranks(judge, gallery, images, prompt.groups)
-        sides = [taken_for(side) for side in zip(*map(halves, images), strict=True)]
-        nearest = [" and ".join(both) for both in zip(*sides, strict=True)]
+        sides = half_features(judge, images)
+        ranks = pair_ranks(gallery, sides, prompt.groups)
+        nearest = [" and ".join(both) for both in zip(*map(taken_for, sides), strict=True)]
     else:
-        ranks = gallery.ranks(judge.features(images), [prompt.groups[0]] * len(images))
-        nearest = taken_for(images)
+        features = judge.features(images)
+        ranks, nearest = gallery.ranks(features, [prompt.groups[0]] * len(images)), taken_for(features)
     return Drawn(prompt, images, scores, ranks, nearest, check_look(prompt, images), training.nearest(images))
 
 

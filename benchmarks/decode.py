@@ -47,7 +47,7 @@ def ours(gpt: GPT) -> Contender:
     """Our cached loop: rows -> seconds."""
 
     def run(rows: int) -> float:
-        embedding = torch.nn.functional.normalize(torch.randn(rows, gpt.config.n_cond), dim=-1)
+        embedding = torch.nn.functional.normalize(torch.randn(rows, gpt.config.condition_size), dim=-1)
         start = time.perf_counter()
         generate_tokens(gpt, embedding, list(range(rows)), SAMPLING)
         return time.perf_counter() - start
@@ -65,7 +65,7 @@ def uncached(gpt: GPT) -> Contender:
     @torch.inference_mode()
     def run(rows: int) -> float:
         batch = min(rows, UNCACHED_ROWS)
-        embedding, total = torch.randn(batch, gpt.config.n_cond), gpt.config.block_size
+        embedding, total = torch.randn(batch, gpt.config.condition_size), gpt.config.block_size
         spent = 0.0
         for i in range(SAMPLES):
             tokens = torch.randint(0, gpt.config.vocab_size, (batch, int(total * (i + 0.5) / SAMPLES)))

@@ -84,11 +84,23 @@ def isolate(image: Image.Image, size: int = SIZE) -> Image.Image:
 
 
 def halves(image: Image.Image) -> tuple[Image.Image, Image.Image]:
-    """A picture of two things, cut at the emptiest column of its middle third (of equal ones the most central)."""
-    columns = content_mask(image).sum(0)
-    width = len(columns)
-    cut = min(range(width // 3, width - width // 3), key=lambda x: (columns[x], abs(x - width / 2)))
-    return image.crop((0, 0, cut, image.height)), image.crop((cut, 0, width, image.height))
+    """A picture of two things, cut along a line through its middle third, upright, level or slanting: the one that
+    crosses least of them for what the smaller half has (a normalised cut: Shi and Malik 2000), of equal ones the most
+    central. Of each half the rest is background."""
+    mask = content_mask(image)
+    y, x = np.mgrid[: mask.shape[0], : mask.shape[1]]
+    cuts = []
+    # A slanting line has fewer pixels for its length.
+    for across, weight in ((x, 1.0), (x + y, 2**0.5), (x + y[::-1], 2**0.5), (y, 1.0)):
+        crossed = np.bincount(across[mask], minlength=across.max() + 1) * weight
+        before = np.cumsum(np.bincount(across[mask], minlength=len(crossed)))
+        cost = (crossed + 1) / (np.minimum(before, mask.sum() - before) + 1)
+        third = len(crossed) // 3
+        cuts += [(cost[at], abs(at / len(crossed) - 0.5), across, at) for at in range(third, len(crossed) - third)]
+    *_, across, at = min(cuts, key=lambda cut: cut[:2])
+    pixels, colour = np.asarray(image.convert("RGB")), border_colour(image)[0].astype(np.uint8)
+    first, second = (np.where(side[..., None], pixels, colour) for side in (across < at, across >= at))
+    return Image.fromarray(first), Image.fromarray(second)
 
 
 class Judge(nn.Module):

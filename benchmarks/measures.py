@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import random
 from collections.abc import Sequence
+from itertools import product
 from pathlib import Path
 
 import torch
@@ -19,7 +20,7 @@ from clipgen.metrics import psnr
 from clipgen.vqgan import VQGAN
 from train.captions import COLOURS, article
 from train.clip_data import recall
-from train.emoji import centred, compose
+from train.emoji import centred, compose, diagonal
 from train.words import read_emoji, read_records
 
 NEAREST = 5
@@ -38,14 +39,19 @@ def rate(ranks: Sequence[int], nearest: int = NEAREST) -> float:
     return sum(rank < nearest for rank in ranks) / max(1, len(ranks))
 
 
-def pair_ranks(judge: Judge, gallery: Gallery, images: Sequence[Image.Image], groups: Sequence[Sequence]) -> list[int]:
-    """Rank of a picture of two things: the worse of its halves' ranks, in the better of both orders.
+def half_features(judge: Judge, images: Sequence[Image.Image]) -> list[Tensor]:
+    """What the judge sees in the two halves of B pictures: two of (B, D)."""
+    return [judge.features(part) for part in zip(*map(halves, images), strict=True)]
+
+
+def pair_ranks(gallery: Gallery, sides: Sequence[Tensor], groups: Sequence[Sequence[str]]) -> list[int]:
+    """Rank of pictures of two things: the worse of their halves' ranks, in the better of both orders.
 
     Args:
-        groups: the right codes of each of the two objects; one such pair of groups for all images.
+        sides: `half_features` of B pictures.
+        groups: the right codes of each of the two objects; one such pair of groups for all pictures.
     """
-    sides = [judge.features(part) for part in zip(*map(halves, images), strict=True)]  # left, right: (B, D)
-    rank = [[gallery.ranks(side, [group] * len(images)) for group in groups] for side in sides]
+    rank = [[gallery.ranks(side, [group] * len(side)) for group in groups] for side in sides]
     straight = map(max, rank[0][0], rank[1][1])
     crossed = map(max, rank[0][1], rank[1][0])
     return list(map(min, straight, crossed))
@@ -59,8 +65,9 @@ def measure_judge(
     Held-out pictures are Noto renders, whose own render must not count, so they are recognised by the other artists'
     drawings only: `new_style`, and the same through the VQGAN. A generator that draws in the styles that it was
     trained on is closer to `known_style`: a render of the gallery at another place, size and background colour.
-    `prompted_emoji` are those that the prompts of single objects ask for, in every style; through the VQGAN they tell
-    what share of pictures could be right if the GPT made no mistake; left out where no prompt is of a single object.
+    `prompted_emoji` are those that the prompts of single objects ask for, in every style, `prompted_pairs` those of the
+    prompts of pairs, drawn as the GPT learns them, each prompt counting alike; through the VQGAN they tell what share
+    of pictures could be right if the GPT made no mistake. They are left out where there is no such prompt.
     """
     pictures, codes = read_split(data, "heldout")
     right, without = [[code] for code in codes], [("noto", code) for code in codes]
@@ -71,16 +78,17 @@ def measure_judge(
     moved = judge.features([compose([sprite], rng.choice(colours), side, rng) for sprite in sprites])
     pairs = [(i, i + 1) for i in range(0, len(sprites) - 1, 2)]
     both = [compose([sprites[i], sprites[j]], (255, 255, 255), side, rng) for i, j in pairs]
-    paired = [pair_ranks(judge, gallery, [x], [right[i], right[j]])[0] for x, (i, j) in zip(both, pairs, strict=True)]
+    halved = [half_features(judge, [picture]) for picture in both]
+    paired = [pair_ranks(gallery, x, [right[i], right[j]])[0] for x, (i, j) in zip(halved, pairs, strict=True)]
     asked = [(i, p.groups[0]) for p in prompts if p.kind == "object" for i in gallery.of(p.groups[0])]
     rows, groups = [i for i, _ in asked], [group for _, group in asked]
     names = [(gallery.styles[i], gallery.codes[i]) for i in rows]
     renders = [Image.open(data / "renders" / style / f"{code}.png").convert("RGBA") for style, code in names]
 
-    def after_vqgan(images: Sequence[Image.Image]) -> Tensor:
-        return judge.features(from_pixels(reconstruct(vqgan, to_pixels(images, vqgan.config.image_size))[0]))
+    def through_vqgan(images: Sequence[Image.Image]) -> list[Image.Image]:
+        return from_pixels(reconstruct(vqgan, to_pixels(images, vqgan.config.image_size))[0])
 
-    rebuilt = after_vqgan(pictures)
+    rebuilt = judge.features(through_vqgan(pictures))
     found = {
         "new_style": rate(gallery.ranks(judge.features(pictures), right, without)),
         "new_style_on_colour": rate(gallery.ranks(moved, right, without)),
@@ -90,9 +98,24 @@ def measure_judge(
         "known_style_after_vqgan": rate(gallery.ranks(rebuilt, right)),
     }
     if asked:
-        prompted = after_vqgan([centred([render], side) for render in renders])
+        prompted = judge.features(through_vqgan([centred([render], side) for render in renders]))
         found["prompted_emoji_in_a_new_style"] = rate(gallery.ranks(gallery.features[rows], groups, names))
         found["prompted_emoji_after_vqgan"] = rate(gallery.ranks(prompted, groups))
+    two = [(p, draw_pairs(p, data / "renders" / "3d", side)) for p in prompts if p.kind == "pair"]
+    ranks = [pair_ranks(gallery, half_features(judge, through_vqgan(x)), p.groups) for p, x in two if x]
+    if ranks:
+        found["prompted_pairs_after_vqgan"] = sum(map(rate, ranks)) / len(ranks)
+    return found
+
+
+def draw_pairs(prompt: Prompt, renders: Path, side: int) -> list[Image.Image]:
+    """Real pictures of the two things that a prompt asks for, in all that count as right and both orders."""
+    found = []
+    for codes in product(*prompt.groups):
+        paths = [renders / f"{code}.png" for code in codes]
+        if all(path.is_file() for path in paths):
+            sprites = [Image.open(path).convert("RGBA") for path in paths]
+            found += [diagonal(sprites, side), diagonal(sprites[::-1], side)]
     return found
 
 

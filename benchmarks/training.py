@@ -37,7 +37,7 @@ from torch.utils.flop_counter import FlopCounterMode  # noqa: E402
 
 from clipgen.clip import Clip  # noqa: E402
 from clipgen.config import Config, GPTConfig, load_config  # noqa: E402
-from clipgen.gpt import GPT  # noqa: E402
+from clipgen.gpt import GPT, condition_of  # noqa: E402
 from clipgen.vqgan import VQGAN  # noqa: E402
 from train.common import build_ema, build_optimizers  # noqa: E402
 from train.data import Images, image_batches  # noqa: E402
@@ -223,7 +223,7 @@ def measure_stage2(config: Config, source: str, steps: int, pictures: Path, devi
         for optimizer in optimizers:
             optimizer.zero_grad()
         with accelerator.autocast():
-            logits = gpt(tokens[:, :-1], condition)
+            logits = gpt(tokens[:, :-1], condition_of(condition, gpt.config))
         accelerator.backward(F.cross_entropy(logits.float().flatten(0, 1), tokens.flatten()))
         accelerator.clip_grad_norm_(gpt.parameters(), c.grad_clip)
         for optimizer in optimizers:

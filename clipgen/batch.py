@@ -34,13 +34,13 @@ class Picture:
     """One picture to draw. Two are equal only when they are the same object."""
 
     condition: Tensor
-    """(D,), unit norm."""
+    """(n_things * D,): `condition_of` embeddings."""
     seed: int
     sampling: SamplingConfig
     kept: Tensor | None = None
     """(K,) int64, K < T: its first tokens, where they are given."""
     negative: Tensor | None = None
-    """(D,), unit norm: what guidance moves away from in place of no condition."""
+    """(n_things * D,): what guidance moves away from in place of no condition."""
 
     @property
     def width(self) -> int:
@@ -49,7 +49,7 @@ class Picture:
 
     @property
     def other(self) -> Tensor:
-        """(D,), the condition of its second row: the negative one, or zeros, which is none."""
+        """(n_things * D,), the condition of its second row: the negative one, or zeros, which is none."""
         return torch.zeros_like(self.condition) if self.negative is None else self.negative
 
 

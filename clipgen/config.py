@@ -86,12 +86,20 @@ class GPTConfig:
     """Positions: the condition, then all tokens but the last one."""
     n_cond: int = 512
     """Size of the CLIP embedding, D."""
+    n_things: int = 1
+    """Embeddings that a condition holds, one after another: a thing's each, zeros where a picture has fewer things."""
     dropout: float = 0.0
 
     def __post_init__(self) -> None:
-        require_sizes(self, "n_layer", "n_head", "n_embd", "vocab_size", "block_size", "n_cond", section="gpt.")
+        sizes = ("n_layer", "n_head", "n_embd", "vocab_size", "block_size", "n_cond", "n_things")
+        require_sizes(self, *sizes, section="gpt.")
         require(self.n_embd % self.n_head == 0, f"gpt.n_embd {self.n_embd} is not divisible by n_head {self.n_head}")
         require(0 <= self.dropout < 1, f"gpt.dropout is {self.dropout}; it must be in [0, 1)")
+
+    @property
+    def condition_size(self) -> int:
+        """Numbers in a condition: an embedding of each thing."""
+        return self.n_things * self.n_cond
 
 
 @dataclass

@@ -21,8 +21,8 @@ from clipgen.weights import WeightsError, load_extra
 
 FILE = "coverage.safetensors"
 RANK = 128
-"""Directions of the embeddings that are kept: of 384, they hold 99.1 % of the mini model's training pictures."""
-MOST_PICTURES = 16_384
+"""Directions of the embeddings that are kept: of 384, they hold 99.3 % of the mini model's training pictures."""
+MOST_PICTURES = 18_000
 """In the index: spread evenly over larger sets."""
 NEAREST = 5
 SHOWN = 3
@@ -31,6 +31,16 @@ LOW = 0.05
 """Share of the sentences measured beneath which a prompt counts as unlike the training pictures."""
 SHARPNESS = 50
 """Inverse temperature of `Coverage.project`: a cosine larger by a hundredth counts e^0.5 times as much."""
+GAIN = 0.01
+"""A sentence is about two things when they explain it better than pictures of one do: by so much of a cosine ...
+
+Measured with the mini model's: taken apart are 2.4 % of 800 captions of one thing (of 200 bare names none) and 88 % of
+300 "a ... and a ..." with two random names.
+"""
+UNLIKE = 0.38
+"""... and when their own cosine is below this: "an apple" is not about a red one and a green one."""
+_LIKELIEST = 48
+"""Things, those most like the sentence, among which its two are sought."""
 _MOST_NAMES = 8_000_000
 
 
@@ -75,6 +85,8 @@ class Coverage:
             self.images = tensors["images"].float() * tensors["scale"].float()[:, None]  # (N, R)
             self.gap = tensors["gap"].float()  # (D,)
             self.held = tensors["held"].float().sort().values  # (M,)
+            things = tensors.get("things", torch.empty(0, dtype=torch.int32)).long()
+            self.things = F.normalize(self.images[things] @ self.basis, dim=1)  # (T, D)
             data = zlib.decompressobj().decompress(tensors["names"].numpy().tobytes(), _MOST_NAMES)
             self.names: list[str] = [str(name) for name in json.loads(data)]
             fits = len(self.names) == len(self.images) > 0 and self.basis.shape == (self.images.shape[1], len(self.gap))
@@ -108,22 +120,37 @@ class Coverage:
             figure, percentile, [(self.names[i], v) for i, v in zip(places.tolist(), values.tolist(), strict=True)]
         )
 
-    def project(self, embedding: Tensor) -> Tensor:
+    def project(self, embedding: Tensor, things: int = 1) -> Tensor:
         """Where the pictures lie that a sentence is about: its place in the GPT's training.
 
         The mean of the training pictures' embeddings, weighted by the softmax of their cosines with the sentence (Li et
         al. 2023, "DeCap", arXiv 2303.03032, eq. 5, with sentence and pictures in each other's place). No training, no
-        captions.
+        captions. A sentence about two things is taken apart into theirs, where the GPT can draw two.
 
         Args:
             embedding: (D,) unit norm, of a text.
+            things: how many the GPT can draw together.
 
         Returns:
-            (D,) unit norm, on the same device.
+            (1, D), or (2, D) of two things, the likelier one first; unit norm, on the same device.
         """
-        cosines = _cosines(embedding.float().cpu()[None], self.basis, self.images)[0]
-        mean = (SHARPNESS * cosines).softmax(dim=0) @ self.images @ self.basis
-        return F.normalize(mean, dim=0).to(embedding.device)
+        sentence = embedding.float().cpu()
+        cosines = _cosines(sentence[None], self.basis, self.images)[0]
+        pictures = F.normalize((SHARPNESS * cosines).softmax(dim=0) @ self.images @ self.basis, dim=0)
+        two = self._two(sentence, sentence @ pictures + GAIN) if things > 1 and len(self.things) > 1 else None
+        return (pictures[None] if two is None else two).to(embedding.device)
+
+    def _two(self, sentence: Tensor, least: Tensor) -> Tensor | None:
+        """The two things whose sum is most like a sentence, (2, D); None where its cosine is not above `least`."""
+        alone, places = (self.things @ sentence).topk(min(_LIKELIEST, len(self.things)))
+        likeliest = self.things[places]
+        alike = likeliest @ likeliest.t()
+        together = (alone + alone[:, None]) / (2 + 2 * alike).clamp(min=1e-6).sqrt()
+        together[alike >= UNLIKE] = -1.0
+        best = together.argmax()
+        if together.flatten()[best] <= least:
+            return None
+        return likeliest[sorted(divmod(int(best), len(likeliest)))]
 
     def _similar(self, embeddings: Tensor, texts: float = 1.0) -> Tensor:
         return _cosines(embeddings - texts * self.gap, self.basis, self.images)
@@ -134,7 +161,7 @@ def _cosines(embeddings: Tensor, basis: Tensor, images: Tensor) -> Tensor:
     return F.normalize(embeddings, dim=1) @ basis.t() @ images.t()
 
 
-def build_index(images: Tensor, names: Sequence[str], texts: Tensor) -> dict[str, Tensor]:
+def build_index(images: Tensor, names: Sequence[str], texts: Tensor, things: Sequence[int] = ()) -> dict[str, Tensor]:
     """The tensors of an index.
 
     Args:
@@ -142,8 +169,11 @@ def build_index(images: Tensor, names: Sequence[str], texts: Tensor) -> dict[str
         names: N of them.
         texts: (M, D) unit norm, sentences such as users write about such pictures. One half measures the gap, the
             other how near such sentences are.
+        things: which of the pictures are of the things that the GPT has learned to draw two of; all of them are kept.
     """
     kept = torch.linspace(0, len(images) - 1, min(len(images), MOST_PICTURES)).long()
+    taught = torch.tensor(things, dtype=torch.long)
+    kept = torch.cat([kept, taught]).unique()
     images, names = images[kept], [names[i] for i in kept.tolist()]
     *_, directions = torch.linalg.svd(images, full_matrices=False)
     basis = directions[:RANK].half()
@@ -162,5 +192,6 @@ def build_index(images: Tensor, names: Sequence[str], texts: Tensor) -> dict[str
         "scale": scale.half(),
         "gap": gap,
         "held": figures.sort().values,
+        "things": torch.isin(kept, taught).nonzero()[:, 0].int(),
         "names": torch.frombuffer(bytearray(packed), dtype=torch.uint8),
     }

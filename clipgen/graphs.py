@@ -103,7 +103,8 @@ def build_graphs(gpt: GPT, rows: int) -> Graphs | None:
 def agree(graphs: Graphs) -> bool:
     """Whether each recorded step comes out as the GPT's own, but for rounding."""
     gpt = graphs.gpt
-    conditions = torch.eye(gpt.config.n_cond)[torch.arange(len(graphs.x)) % gpt.config.n_cond]
+    width = gpt.config.condition_size
+    conditions = torch.eye(width)[torch.arange(len(graphs.x)) % width]
     inputs = gpt.start(conditions.to(graphs.x))
     for rows, span in graphs.replays:
         at = torch.full((rows,), span - 1, device=inputs.device)

@@ -24,7 +24,7 @@ from clipgen.clip import Clip, tokenize
 from clipgen.config import ConfigError, ModelConfig, SamplingConfig
 from clipgen.coverage import Coverage, Covered
 from clipgen.engine import Engine
-from clipgen.gpt import GPT
+from clipgen.gpt import GPT, condition_of
 from clipgen.images import from_pixels, to_clip, to_pixels, to_rgb
 from clipgen.painter import Painted, Painter
 from clipgen.precision import pick_device, pick_precision
@@ -138,10 +138,11 @@ class ClipGen:
         return self._placed(prompt)[0]
 
     def condition(self, prompt: Prompt) -> Tensor:
-        """What the GPT draws from, (D,) float32, unit norm: as `embed`, but where there is an index of the training
+        """What the GPT draws from, (n_things * D,) float32: as `embed`, but where there is an index of the training
         pictures, each text takes the place of the pictures it is about (`Coverage.project`).
 
-        The GPT was trained on pictures' embeddings, and a sentence's are elsewhere.
+        The GPT was trained on pictures' embeddings, and a sentence's are elsewhere. Only a text that is all of the
+        prompt can be about several things; what is mixed becomes one.
         """
         return self._placed(prompt)[1]
 
@@ -159,18 +160,22 @@ class ClipGen:
         return self.worker.run(self.coverage.look, embedding, texts)
 
     def _place(self, prompt: Prompt, field: str) -> tuple[Tensor, Tensor]:
-        total = torch.zeros(2, self.clip.embed_dim, device=self.device)
-        for part, weight in parts_of(prompt, field):
+        parts = parts_of(prompt, field)
+        things = self.config.gpt.n_things if len(parts) == 1 else 1
+        embedding = torch.zeros(self.clip.embed_dim, device=self.device)
+        condition = torch.zeros(things, self.clip.embed_dim, device=self.device)
+        for part, weight in parts:
             if isinstance(part, str):
-                seen = self.clip.encode_text([part])[0]
-                drawn = seen if self.coverage is None else self.coverage.project(seen)
+                seen = self.clip.encode_text([part])
+                drawn = seen if self.coverage is None else self.coverage.project(seen[0], things)
             else:
-                seen = drawn = self.clip.encode_image(to_clip([to_rgb(part)], self.clip.image_size))[0]
-            total += weight * torch.stack([seen, drawn])
-        if total.norm(dim=1).min() < 1e-4:
+                seen = drawn = self.clip.encode_image(to_clip([to_rgb(part)], self.clip.image_size))
+            embedding += weight * seen[0]
+            condition[: len(drawn)] += weight * drawn
+        if min(embedding.norm(), condition[0].norm()) < 1e-4:
             raise RequestError(field, "has parts that cancel each other out; change their weights")
-        embedding, condition = F.normalize(total, dim=1)
-        return embedding, condition
+        condition = condition_of(F.normalize(condition, dim=1)[None], self.config.gpt)
+        return F.normalize(embedding, dim=0), condition[0]
 
     def generate(
         self,
@@ -290,7 +295,7 @@ class _Work:
     request: Request
     seed: int
     embedding: Tensor  # (D,), for the ranking
-    condition: Tensor  # (D,), for the GPT
+    condition: Tensor  # (n_things * D,), for the GPT
     negative: Tensor | None  # (D,), likewise
     sampling: SamplingConfig
     kept: Tensor | None

@@ -132,7 +132,7 @@ def generate_tokens(
     """Decode one image of tokens per row.
 
     Args:
-        embedding: (B, D) unit norm.
+        embedding: conditions, (B, n_things * D).
         seeds: B of them.
         progress: called with (tokens done, tokens in all) of each row, after each.
         should_stop: asked before each token.

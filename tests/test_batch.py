@@ -35,7 +35,7 @@ def test_whoever_joins_when_the_mini_model_draws_the_same_tokens(root: Path, dty
     config, parts = load_weights(root / "weights" / "mini")
     weights = parts["gpt"] | {"pos_emb": parts["gpt"]["pos_emb"][:, :40].clone()}  # the first 40 tokens, to be quick
     gpt = build(GPT, replace(config.gpt, block_size=40), weights, torch.device("cpu"), dtype).pack()
-    d = config.gpt.n_cond
+    d = config.gpt.condition_size
     picture = some(1, config.sampling, first=50, d=d)[0]
     plain = replace(picture, sampling=SamplingConfig())
     expected = [alone(gpt, picture), alone(gpt, plain)]

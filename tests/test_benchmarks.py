@@ -39,11 +39,14 @@ def shape(name: str, size: int = 160) -> Image.Image:
     return image
 
 
-def place(names: list[str], colour: tuple[int, int, int], side: int = 60, size: int = 144) -> Image.Image:
-    """Shapes side by side, small and off the centre."""
+def place(
+    names: list[str], colour: tuple[int, int, int], side: int = 60, size: int = 144, lower: int = 20
+) -> Image.Image:
+    """Shapes side by side, small and off the centre, the second so much lower."""
     canvas = Image.new("RGBA", (size, size), (*colour, 255))
     for i, name in enumerate(names):
-        canvas.alpha_composite(shape(name).resize((side, side), Image.Resampling.LANCZOS), (6 + i * 70, 30 + 20 * i))
+        sprite = shape(name).resize((side, side), Image.Resampling.LANCZOS)
+        canvas.alpha_composite(sprite, (6 + i * 70, 10 + lower * i))
     return canvas.convert("RGB")
 
 
@@ -130,12 +133,19 @@ def test_isolation_keeps_what_the_object_encloses_and_pictures_without_a_plain_b
     assert isolate(blank, 32).getextrema() == ((255, 255),) * 3
 
 
-def test_halves_cut_between_two_things() -> None:
-    left, right = halves(place(["disc", "square"], BLUE))
-    assert left.width + right.width == 144
-    assert left.width in range(66, 84)  # 6 + 60 px end the disc, 6 + 70 + 8 begin the square
-    assert difference(isolate(left), isolate(place(["disc"], WHITE))) < 6
-    assert difference(isolate(right), isolate(place(["square"], WHITE))) < 6
+@pytest.mark.parametrize("turn", [None, Image.Transpose.ROTATE_90, Image.Transpose.FLIP_LEFT_RIGHT])
+@pytest.mark.parametrize("lower", [20, 70])
+def test_halves_cut_between_two_things(turn: Image.Transpose | None, lower: int) -> None:
+    """Side by side, one above the other, and in opposite corners."""
+
+    def turned(names: list[str], colour: tuple[int, int, int]) -> Image.Image:
+        image = place(names, colour, lower=lower)
+        return image if turn is None else image.transpose(turn)
+
+    found = [isolate(half) for half in halves(turned(["disc", "square"], BLUE))]
+    alone = [isolate(turned([name], WHITE)) for name in ("disc", "square")]
+    assert min(difference(found[0], alone[0]), difference(found[1], alone[0])) < 6
+    assert min(difference(found[0], alone[1]), difference(found[1], alone[1])) < 6
 
 
 def test_ranks_count_the_classes_that_are_nearer() -> None:
@@ -157,8 +167,18 @@ def test_the_judge_recognises_shapes_on_colours_and_in_pairs(judge: Judge, galle
     assert gallery.ranks(features, [[name] for name in names]) == [0, 0, 0, 0]
     picture = place(["disc", "square"], WHITE)
     for groups in ((["disc"], ["square"]), (["square"], ["disc"])):
-        assert measures.pair_ranks(judge, gallery, [picture, picture], groups) == [0, 0]
-    assert measures.pair_ranks(judge, gallery, [picture], (["disc"], ["disc"]))[0] > 0
+        assert measures.pair_ranks(gallery, measures.half_features(judge, [picture, picture]), groups) == [0, 0]
+    assert measures.pair_ranks(gallery, measures.half_features(judge, [picture]), (["disc"], ["disc"]))[0] > 0
+
+
+def test_real_pairs_are_drawn_in_both_orders_and_recognised(judge: Judge, gallery: Gallery, data: Path) -> None:
+    prompt = Prompt("pair", "a disc and something", (("disc",), ("square", "triangle", "nowhere")))
+    drawn = measures.draw_pairs(prompt, data / "renders" / "flat", 144)
+    assert len(drawn) == 4 and drawn[0].tobytes() != drawn[1].tobytes()
+    assert measures.pair_ranks(gallery, measures.half_features(judge, drawn), prompt.groups[:1] * 2) != [0] * 4
+    groups = [["disc"], ["square", "triangle"]]
+    assert measures.pair_ranks(gallery, measures.half_features(judge, drawn), groups) == [0] * 4
+    assert measures.draw_pairs(prompt, data / "renders" / "nowhere", 144) == []
 
 
 def test_the_gallery_is_cached_until_its_renders_change(

@@ -7,6 +7,7 @@ import re
 import shutil
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -20,7 +21,9 @@ from typer.testing import CliRunner
 from clipgen import ClipGen
 from clipgen.cli import app
 from clipgen.coverage import FILE, MOST_PICTURES, Coverage, Covered, build_index
+from clipgen.request import Request
 from clipgen.weights import WeightsError, add_extra, load_extra, load_weights, save_weights
+from train.index import add_index
 
 D = 64
 
@@ -168,7 +171,8 @@ def test_the_script(root: Path, tiny_weights: Path, tmp_path: Path) -> None:
     with (data / "metadata.jsonl").open("w") as file:
         for i in range(24):
             Image.new("RGB", (8, 8), (i, 0, 0)).save(data / f"{i:02}.png")
-            row = {"file_name": f"{i:02}.png", "objects": ["1f34b"], "style": "line", "background": "red"}
+            objects = {22: ["1f34b", "1f34b"], 23: ["1f436", "1f34b"]}.get(i, ["1f34b"])
+            row = {"file_name": f"{i:02}.png", "objects": objects, "style": "line", "background": "red"}
             file.write(json.dumps(row) + "\n")
     lemon = {"code": "1f34b", "name": "lemon", "keywords": ["citrus"], "group": 4}
     (data.parent / "emoji.jsonl").write_text(json.dumps(lemon) + "\n")
@@ -178,7 +182,15 @@ def test_the_script(root: Path, tiny_weights: Path, tmp_path: Path) -> None:
     done = subprocess.run([*command, tmp_path / "encoded.safetensors"], cwd=root, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     found = Coverage.load(weights)
-    assert found is not None and found.names[3] == "03.png: lemon, line on red" and len(found.names) == 24
+    assert found is not None and found.names[3] == "03.png: lemon, line on red"
+    assert len(found.names) == 22, "of one thing only"
+    assert not len(found.things)
+    things = torch.stack([embeddings, torch.zeros(48, 32)], dim=1)
+    things[23] = embeddings[[5, 3]]  # the last picture shows what two others show alone
+    save_file({"embeddings": things.half()}, tmp_path / "things.safetensors")
+    found = Coverage.load(add_index(weights, tmp_path / "things.safetensors", data).parent)
+    assert found is not None and len(found.names) == 22
+    assert torch.allclose(found.things, embeddings[[3, 5]], atol=0.03)
     (data / "00.png").unlink()
     wrong = subprocess.run([*command, tmp_path / "encoded.safetensors"], cwd=root, capture_output=True, text=True)
     assert wrong.returncode == 2 and "not the same set" in wrong.stderr
@@ -190,20 +202,80 @@ def test_a_sentence_takes_the_place_of_the_pictures_it_is_about() -> None:
     index = Coverage(build_index(images, [str(i) for i in range(40)], images[:20]))
     for i in (0, 7, 39):
         near = F.normalize(images[i] + 0.4 * F.normalize(torch.randn(32, generator=generator), dim=0), dim=0)
-        moved = index.project(near)
+        [moved] = index.project(near)
         assert moved.norm().item() == pytest.approx(1, abs=1e-5)
         assert moved @ images[i] > 0.99 > near @ images[i]
-    between = F.normalize(images[3] + images[4], dim=0)
-    moved = index.project(between)
-    assert min(moved @ images[3], moved @ images[4]) > 0.3
+
+
+def test_a_sentence_about_two_things_is_taken_apart() -> None:
+    generator = torch.Generator().manual_seed(0)
+    images = F.normalize(torch.randn(60, 32, generator=generator), dim=1)
+    images[41] = F.normalize(images[40] + 0.3 * images[41], dim=0)  # a thing and one much like it
+    names, things = [str(i) for i in range(60)], range(30, 60)
+    index = Coverage(build_index(images, names, images[:20], things))
+    for a, b in ((30, 31), (59, 45), (40, 33)):
+        sentence = F.normalize(images[a] + 0.9 * images[b] + 0.5 * F.normalize(images[5], dim=0), dim=0)
+        found = index.project(sentence, things=2)
+        assert found.shape == (2, 32) and (found * images[[a, b]]).sum(1).min() > 0.95
+        assert index.project(sentence).shape == (1, 32), "a GPT that draws one thing gets one"
+    for alone in (images[3], images[50], F.normalize(images[40] + images[41], dim=0)):
+        assert index.project(alone, things=2).shape == (1, 32)
+    untaught = F.normalize(images[1] + images[2], dim=0)  # of these the GPT has never drawn two
+    assert (index.project(untaught, things=2) @ images[[1, 2]].t()).amax(dim=0).min() < 0.9
+    assert Coverage(build_index(images, names, images[:20])).project(untaught, things=2).shape == (1, 32)
+
+
+def test_things_survive_the_thinning_of_an_index() -> None:
+    count = MOST_PICTURES + 5000
+    images = points(count, 3)
+    things = list(range(1, count, 1000))
+    made = Coverage(build_index(images, [str(i) for i in range(count)], points(40, 4), things))
+    assert MOST_PICTURES <= len(made.names) <= MOST_PICTURES + len(things)
+    assert (made.things @ images[things].t()).diagonal().min() > 0.99
+
+
+def test_two_things_reach_the_gpt_side_by_side(tiny_weights: Path, tmp_path: Path) -> None:
+    config, parts = load_weights(tiny_weights)
+    config = replace(config, gpt=replace(config.gpt, n_things=2))
+    weight = parts["gpt"]["cond_proj.weight"]
+    parts["gpt"]["cond_proj.weight"] = torch.cat([weight, weight.flip(0)], dim=1)
+    folder = save_weights(
+        tmp_path / "two", config, {part: {k: v.clone() for k, v in t.items()} for part, t in parts.items()}
+    )
+    plain = ClipGen.from_pretrained(folder, device="cpu", dtype="float32")
+    text = plain.embed("a b")
+    assert torch.equal(plain.condition("a b"), torch.cat([text, torch.zeros(32)]))
+    images = F.normalize(torch.randn(40, 32, generator=torch.Generator().manual_seed(0)), dim=1)
+    aside = F.normalize(images[0] - (images[0] @ text) * text, dim=0)
+    images[0], images[1] = 0.8 * text + 0.6 * aside, 0.6 * text - 0.8 * aside
+    add_extra(folder, FILE, build_index(images, [str(i) for i in range(40)], images[:30], [0, 1, 5]))
+    pipe = ClipGen.from_pretrained(folder, device="cpu", dtype="float32")
+    condition = pipe.condition("a b").unflatten(0, (2, 32))
+    assert (condition * images[:2]).sum(1).min() > 0.99
+    assert not pipe.condition([("a b", 1.0), ("c", 1.0)])[32:].any(), "what is mixed becomes one"
+    together = pipe.generate([Request("a b", seed=1), Request("c", seed=2)])
+    for request, result in zip([Request("a b", seed=1), Request("c", seed=2)], together, strict=True):
+        assert result.images[0].tobytes() == pipe.generate([request])[0].images[0].tobytes()
 
 
 def test_texts_are_moved_for_the_gpt_and_images_and_the_ranking_are_not(root: Path) -> None:
     pipe = ClipGen.from_pretrained(root / "weights" / "mini", device="cpu")
     assert pipe.coverage is not None
     picture = Image.new("RGB", (144, 144), (220, 40, 40))
-    assert torch.equal(pipe.condition(picture), pipe.embed(picture))
-    text, moved = pipe.embed("a red heart"), pipe.condition("a red heart")
-    assert text @ moved < 0.98
+    assert torch.equal(pipe.condition(picture), torch.cat([pipe.embed(picture), torch.zeros(384)]))
+    text, (moved, nothing) = pipe.embed("a red heart"), pipe.condition("a red heart").view(2, 384)
+    assert text @ moved < 0.98 and not nothing.any()
     (name, _), *_ = pipe.coverage.look(moved, texts=0.0).nearest
     assert "heart" in name
+
+
+def test_the_mini_model_takes_pairs_apart(root: Path) -> None:
+    pipe = ClipGen.from_pretrained(root / "weights" / "mini", device="cpu")
+    assert pipe.coverage is not None
+    for prompt, names in {
+        "a lemon and a dog": {"lemon", "dog"},
+        "a red heart and a star": {"red heart", "star"},
+    }.items():
+        things = pipe.condition(prompt).view(2, 384)
+        found = [pipe.coverage.look(thing, texts=0.0).nearest[0][0] for thing in things]
+        assert {name.partition(": ")[2] for name in found} == {f"{name}, 3d on white" for name in names}

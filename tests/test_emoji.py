@@ -18,7 +18,7 @@ from train.captions import COLOURS, STYLES, article, caption, plural
 from train.clip_data import augment, build_mini_clip, recall
 from train.clip_image import Heads, heads_loss
 from train.clip_text import encode_tokens, name_places
-from train.emoji import SETS, WEBP_SET, normalise, read_emoji
+from train.emoji import SETS, WEBP_SET, normalise, plan_drawn, read_emoji
 from train.words import emoji_words, picture_captions
 from train.words import read_emoji as read_written_emoji
 
@@ -88,10 +88,33 @@ def test_splits_do_not_leak(data: Path) -> None:
     assert len(single) + len(pairs) == len(stage2) and len(pairs) == 3 + 5
     assert sum(len(set(r["objects"])) == 1 for r in pairs) == 3
     assert {(r["style"], r["background"]) for r in pairs} == {("3d", "white")}
-    assert [r["style"] for r in single].count("3d") == 3 * 6 and [r["style"] for r in single].count("line") == 3 * 2
+    assert [r["style"] for r in single].count("3d") == 3 * 12 and [r["style"] for r in single].count("line") == 3 * 2
     assert len({(r["objects"][0], r["style"], r["background"]) for r in single}) == len(single)
     assert sum(r["background"] == "white" for r in single) == 3 * 2
     assert {r["style"] for r in heldout} == {"noto"} and {r["style"] for r in unseen} == set(STYLES)
+
+
+def test_two_things_lie_in_opposite_corners_and_for_clip_side_by_side(data: Path) -> None:
+    drawn, seen = records(data / "stage2"), records(data / "seen")
+    assert [r["objects"] for r in drawn] == [r["objects"] for r in seen]
+    for there, here in zip(drawn, seen, strict=True):
+        assert there["file_name"] == here["file_name"]
+        pictures = [
+            np.asarray(Image.open(data / split / there["file_name"])).min(2) < 250 for split in ("stage2", "seen")
+        ]
+        if len(there["objects"]) == 1:
+            assert (pictures[0] == pictures[1]).all()
+            continue
+        diagonal, level = pictures  # of 48 px
+        assert not diagonal[:20, 28:].any() and not diagonal[28:, :20].any()
+        assert diagonal[:28, :28].any() and diagonal[28:, 28:].any()
+        assert not level[:10].any() and not level[-10:].any() and level[:, :24].any() and level[:, 24:].any()
+
+
+def test_people_are_in_no_pair() -> None:
+    renders = [("3d", code) for code in "abcdef"]
+    pairs = [r["objects"] for r in plan_drawn(renders, {"a", "b"}, 30, 0) if len(r["objects"]) == 2]
+    assert {code for objects in pairs for code in objects} == set("cdef")
 
 
 def test_pictures_are_what_their_metadata_says(data: Path) -> None:

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from PIL import Image
 from safetensors.torch import load_file
 from training_kit import draw_pictures, run, same_weights, scalars, write_config
 
@@ -54,6 +55,38 @@ def test_what_is_missing_is_encoded_again_and_nothing_else(flags, tmp_path: Path
     assert (out / "000002.safetensors").stat().st_mtime_ns == kept
     some = encode.Encoded(out).read([41, 3, 20])
     assert torch.equal(some[0], everything[0][[41, 3, 20]]) and torch.equal(some[1], everything[1][[41, 3, 20]])
+
+
+def test_clip_can_look_at_other_pictures_of_the_same_names(
+    flags: list[object], pictures: Path, tmp_path: Path, monkeypatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    seen = tmp_path / "seen"
+    seen.mkdir()
+    names = sorted(pictures.rglob("*.png"))
+    for path in names:
+        Image.open(path).rotate(180).save(seen / path.name)
+    folders = [tmp_path / name for name in ("plain", "turned", "both")]
+    data = tmp_path / "data"  # without the pictures that cannot be read
+    data.mkdir()
+    for path in names:
+        shutil.copy(path, data)
+    *flags, _ = flags
+    run(encode, monkeypatch, *flags, data, "--out", folders[0])
+    run(encode, monkeypatch, *flags, seen, "--out", folders[1])
+    run(encode, monkeypatch, *flags, data, "--seen", seen, "--out", folders[2])
+    (tokens, _), (_, embeddings), both = (encode.Encoded(folder).read(range(10)) for folder in folders)
+    assert torch.equal(both[0], tokens) and torch.equal(both[1], embeddings)
+
+    def refused(out: Path) -> str:
+        with pytest.raises(SystemExit) as stop:
+            run(encode, monkeypatch, *flags, data, "--seen", seen, "--out", out)
+        assert stop.value.code == 2
+        return capsys.readouterr().err
+
+    (seen / names[0].name).write_bytes(b"no picture")
+    assert names[0].name in refused(tmp_path / "broken")
+    (seen / names[0].name).unlink()
+    assert "does not hold the same names" in refused(tmp_path / "fewer")
 
 
 def test_an_interrupted_set_is_not_trained_on(flags, tmp_path: Path, monkeypatch, capsys) -> None:

@@ -82,6 +82,7 @@ LAYERS = {
     "train.words": 3,
     "train.encode": 3,
     "train.emoji": 4,
+    "train.things": 4,
     "train.clip_data": 4,
     "train.clip_image": 5,
     "train.clip_text": 5,

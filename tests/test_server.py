@@ -173,8 +173,16 @@ def test_previews_are_streamed_apart_from_the_outputs(root: Path, slow_weights: 
 
 def test_eight_at_once_share_the_engine_and_get_their_own(server: CogServer) -> None:
     seeds = range(8)
+
+    def ask(seed: int) -> Answer:
+        answer = server.predict(prompt="a", candidates=1, seed=seed)
+        while "At capacity" in (answer.get("error") or ""):  # Cog frees a slot a moment after its answer
+            time.sleep(0.02)
+            answer = server.predict(prompt="a", candidates=1, seed=seed)
+        return answer
+
     with ThreadPoolExecutor(8) as pool:
-        answers = list(pool.map(lambda seed: server.predict(prompt="a", candidates=1, seed=seed), seeds))
+        answers = list(pool.map(ask, seeds))
     assert [answer["metrics"]["seed"] for answer in answers] == list(seeds)
     assert len({pictures(answer)[0].tobytes() for answer in answers}) == 8
     assert all(answer["metrics"]["seconds"]["queue"] < 1 for answer in answers)

@@ -253,6 +253,28 @@ def test_mixed_embeddings_lie_between_a_picture_and_one_of_its_nearest() -> None
     assert ((found > low - 1e-3) & (found < high + 1e-3)).all() and (found.std(0) > 0.5).all()
 
 
+def test_each_thing_of_a_picture_is_perturbed_alone_and_those_not_there_stay_away() -> None:
+    things = F.normalize(torch.randn(400, 2, 32, generator=torch.Generator().manual_seed(0)), dim=2)
+    things[::2, 1] = 0
+    turned = perturb(things, angle=30, dropout=0.25, generator=torch.Generator().manual_seed(1))
+    dropped = (turned == 0).flatten(1).all(dim=1)
+    assert 0.2 < dropped.float().mean() < 0.3 and not turned[::2, 1].any()
+    angles = (turned * things).sum(2)[~dropped & things[:, 1].any(1)].clamp(-1, 1).acos().rad2deg()
+    assert angles.max() <= 30.01 and angles.min(dim=1).values.mean() < 0.9 * angles.mean()
+
+
+def test_pictures_of_several_things_have_no_neighbours_but_themselves() -> None:
+    things = torch.zeros(4, 2, 3)
+    things[:, 0, 0] = 1.0
+    things[1, 0] = F.normalize(torch.tensor([1.0, 0.1, 0.0]), dim=0)
+    things[[2, 3], 1, 2] = 1.0  # nearer to each other than anything else is
+    near = nearest(things, 5)
+    assert near.tolist() == [[1], [0], [2], [3]]
+    mixed = mix(things, torch.arange(4), near, torch.Generator().manual_seed(0))
+    assert torch.equal(mixed[2:], things[2:]) and not torch.equal(mixed[:2], things[:2])
+    assert torch.allclose(mixed[:, 0].norm(dim=1), torch.ones(4))
+
+
 def test_corrupted_tokens_are_other_pictures_of_the_same_place() -> None:
     tokens = torch.arange(64)[:, None] * 1000 + torch.arange(100)  # picture, place
     assert torch.equal(corrupt(tokens, 0.0, torch.Generator().manual_seed(0)), tokens)

@@ -29,7 +29,8 @@ class EmbeddingLoss(nn.Module):
 
         Args:
             logits: (B, T, V), of every token given those before it.
-            condition: (B, D) unit norm; rows of zeros, "no condition", ask for nothing and count 0.
+            condition: (B, D) unit norm, or (B, K * D) of several things each, whose sum's direction is asked for; rows
+                of zeros, "no condition", ask for nothing and count 0.
         """
         codes, side = self.vqgan.quantizer.codes().float(), self.vqgan.config.grid
         logits = logits.float()
@@ -37,8 +38,8 @@ class EmbeddingLoss(nn.Module):
         z = soft + (F.embedding(logits.argmax(-1), codes) - soft).detach()
         pixels = self.vqgan.decode(z.transpose(1, 2).unflatten(2, (side, side)))
         seen = self.clip.encode_image(clip_from_pixels(pixels, self.clip.image_size))
-        asked = condition.any(1)
-        return torch.where(asked, 1 - (seen * condition).sum(1), 0.0).mean()
+        wanted = F.normalize(condition.unflatten(1, (-1, seen.shape[1])).sum(1), dim=1)
+        return torch.where(condition.any(1), 1 - (seen * wanted).sum(1), 0.0).mean()
 
 
 def looked_at(config: Stage2Config, processes: int) -> slice:

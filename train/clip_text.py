@@ -80,8 +80,8 @@ class Texts:
 
 def build_texts(data: Path, out: Path, wordnet: Path, seed: int) -> Texts:
     """All that the tower learns from."""
-    emoji, records = read_emoji(data), read_records(data / "stage2")
-    pictures = picture_embeddings(data / "stage2", out)
+    emoji, records = read_emoji(data), read_records(data / "seen")
+    pictures = picture_embeddings(data / "seen", out)
     codes = sorted({code for r in records for code in r["objects"]})
     number = {code: i for i, code in enumerate(codes)}
     places = name_places(records, pictures, number)
@@ -91,7 +91,7 @@ def build_texts(data: Path, out: Path, wordnet: Path, seed: int) -> Texts:
     nearest, weights = nearest_names(words, [emoji[code] for code in codes], out)
     bridged = F.normalize((weights[..., None] * places[nearest]).sum(1), dim=-1)
 
-    captions = picture_captions(data, "stage2", emoji, CAPTIONS, seed)
+    captions = picture_captions(data, "seen", emoji, CAPTIONS, seed)
     objects = torch.tensor([[number[r["objects"][0]], number[r["objects"][-1]]] for r in records])
     objects = F.pad(objects, (0, NEAREST - 2)).repeat_interleave(CAPTIONS, 0)
     halves = torch.zeros(len(objects), NEAREST)

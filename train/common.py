@@ -29,21 +29,29 @@ from train.checkpoint import save_tensors as save_tensors
 from train.logger import TRACKERS, check_tracker
 
 
-def parse_args(doc: str, tracked: bool = False, **extra: str) -> tuple[argparse.Namespace, Config]:
+def parse_args(
+    doc: str,
+    paths: Mapping[str, str] | None = None,
+    optional: Mapping[str, str] | None = None,
+    tracked: bool = False,
+) -> tuple[argparse.Namespace, Config]:
     """The flags of a training script: --config, --data, --out, then overrides such as stage1.lr=1e-4.
 
     Args:
         doc: what the script does.
+        paths: more required paths, name -> help.
+        optional: more flags that can be left out, name -> help.
         tracked: whether it has curves, so that --tracker says where they go.
-        extra: more required paths, name -> help.
     """
     parser = argparse.ArgumentParser(description=doc, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--config", default="mini", help="mini, photos, coco, imagenet, or the path of a .yaml file")
     kinds = 'folder, .txt list of paths, or .tar shards such as "data/{000000..000127}.tar", also http(s)://'
     parser.add_argument("--data", required=True, help=f"pictures: {kinds}")
     parser.add_argument("--out", type=Path, required=True, help="folder for checkpoints, curves and pictures")
-    for name, text in extra.items():
+    for name, text in (paths or {}).items():
         parser.add_argument(f"--{name}", type=Path, required=True, help=text)
+    for name, text in (optional or {}).items():
+        parser.add_argument(f"--{name}", help=text)
     if tracked:
         parser.add_argument("--tracker", choices=TRACKERS, default=TRACKERS[0], help="where curves are shown")
     parser.add_argument("overrides", nargs="*", help="changes to the configuration, such as stage1.batch_size=16")

@@ -6,7 +6,8 @@
 
     renders/STYLE/CODE.png   every emoji in every style, transparent, as the artists drew it
     train/*.png              what CLIP and the VQGAN train on: one or two emoji on plain backgrounds
-    stage2/*.png             what the GPT trains on: one centred emoji in two styles, on some colours, and pairs
+    stage2/*.png             what the GPT draws: one centred emoji in two styles, on colours, and two along the diagonal
+    seen/*.png               the same as CLIP knows it: two side by side
     heldout/*.png            renders whose emoji the models know only in other styles
     unseen/*.png             emoji that no model has seen in any style
     */metadata.jsonl         file_name, objects, style and background of each picture
@@ -52,9 +53,11 @@ LICENCES = {
     "@iconify-json/twemoji": "CC BY 4.0, Twitter and contributors",
     "emojibase-data": "MIT, Miles Johnson",
 }
-_DRAWN = {"3d": 5, "line": 1}
+_DRAWN = {"3d": 11, "line": 1}
 """Styles that the GPT learns, and on how many colours beside white each of their renders is put. Two styles that cannot
-be taken for each other: of four drawings of a rat, a model of this size drew the mean."""
+be taken for each other: of four drawings of a rat, a model of this size drew the mean. A colour that a thing was not
+shown on came out white."""
+_PEOPLE = 1  # too much alike to be told apart where there are two of them
 _SYMBOLS = 8  # arrows, signs, buttons
 _SKIP_GROUPS = {2, 9}  # skin-tone components; flags, which are letters to a model of this size
 
@@ -143,6 +146,19 @@ def centred(sprites: list[Image.Image], size: int, colour: tuple[int, int, int] 
     return canvas.convert("RGB")
 
 
+def diagonal(sprites: list[Image.Image], size: int) -> Image.Image:
+    """Two sprites on white in opposite corners, the first above, RGB.
+
+    Larger than side by side, and they hardly meet. Each covers 7 x 7 of the VQGAN's 12 x 12 tokens, so that a thing
+    looks the same to it in both corners.
+    """
+    canvas = Image.new("RGBA", (size, size), "white")
+    side = round(size * 7 / 12)
+    for sprite, corner in ((sprites[1], size - side), (sprites[0], 0)):
+        canvas.alpha_composite(sprite.resize((side, side), Image.Resampling.LANCZOS), (corner, corner))
+    return canvas.convert("RGB")
+
+
 def plan(renders: list[tuple[str, str]], views: int, pairs: int, seed: int) -> list[dict]:
     """What to draw: `views` of each render, the first centred, then `pairs` of two objects.
 
@@ -155,27 +171,27 @@ def plan(renders: list[tuple[str, str]], views: int, pairs: int, seed: int) -> l
         by_style.setdefault(style, []).append(code)
         for view in range(views):
             background = "white" if view < 2 else rng.choice(_backgrounds(style))
-            records.append(_record([code], style, background, centred=view == 0, rng=rng))
+            records.append(_record([code], style, background, "centred" if view == 0 else "scattered", rng))
     for _ in range(pairs):
         style = rng.choice(sorted(by_style))
         codes = rng.sample(by_style[style], 2)
         background = "white" if rng.random() < 0.6 else rng.choice(_backgrounds(style))
-        records.append(_record(codes, style, background, centred=False, rng=rng))
+        records.append(_record(codes, style, background, "scattered", rng))
     return _numbered(records)
 
 
-def plan_centred(renders: list[tuple[str, str]], pairs: int, seed: int) -> list[dict]:
-    """What to draw for the GPT, all of it centred: each render on white and on colours, then 3D on white: each twice,
-    and `pairs` of two that differ."""
+def plan_drawn(renders: list[tuple[str, str]], people: set[str], pairs: int, seed: int) -> list[dict]:
+    """What to draw for the GPT: each render centred, on white and on colours, then 3D on white in the corners: each
+    twice, and `pairs` of two that differ and are not `people`, who are too much alike at that size."""
     rng = random.Random(seed)
     records = [
-        _record([code], style, background, centred=True, rng=rng)
+        _record([code], style, background, "centred", rng)
         for style, code in renders
         for background in ["white", *rng.sample(_backgrounds(style), _DRAWN[style])]
     ]
-    glossy = [code for style, code in renders if style == "3d"]
+    glossy = [code for style, code in renders if style == "3d" and code not in people]
     two = [[code, code] for code in glossy] + [rng.sample(glossy, 2) for _ in range(pairs)]
-    records += [_record(codes, "3d", "white", centred=True, rng=rng) for codes in two]
+    records += [_record(codes, "3d", "white", "diagonal", rng) for codes in two]
     return _numbered(records)
 
 
@@ -191,13 +207,13 @@ def _backgrounds(style: str) -> list[str]:
     return [name for name in COLOURS if name not in dark]
 
 
-def _record(codes: list[str], style: str, background: str, centred: bool, rng: random.Random) -> dict:
+def _record(codes: list[str], style: str, background: str, layout: str, rng: random.Random) -> dict:
     return {
         "file_name": "",
         "objects": codes,
         "style": style,
         "background": background,
-        "centred": centred,
+        "layout": layout,
         "seed": rng.getrandbits(32),
     }
 
@@ -206,7 +222,9 @@ def draw(record: dict, renders: Path, out: Path, size: int) -> None:
     """Draw one record into out/file_name."""
     rng = random.Random(record["seed"])
     sprites = [Image.open(renders / record["style"] / f"{code}.png").convert("RGBA") for code in record["objects"]]
-    if record["centred"]:
+    if record["layout"] == "diagonal":
+        image = diagonal(sprites, size)
+    elif record["layout"] == "centred":
         image = centred(sprites, size, COLOURS[record["background"]])
     else:
         jitter = 0 if record["background"] == "white" else 12
@@ -257,8 +275,8 @@ def main() -> None:
         work = partial(render, out=args.out / "renders")
         for _ in track(pool.map(work, sources, chunksize=32), f"renders ({len(sources)})", len(sources)):
             pass
-        symbols = {e.code for e in emoji if e.group == _SYMBOLS}
-        splits = split([(style, code) for style, code, _ in sources], symbols, args)
+        group = {e.code: e.group for e in emoji}
+        splits = split([(style, code) for style, code, _ in sources], group, args)
         for name, records in splits.items():
             write_split(name, records, args.out, args.size, pool)
     drawn = {code for _, code, _ in sources}
@@ -267,8 +285,8 @@ def main() -> None:
     console.print(f"{len(drawn)} emoji, {len(sources)} renders -> {args.out}")
 
 
-def split(renders: list[tuple[str, str]], symbols: set[str], args: argparse.Namespace) -> dict[str, list[dict]]:
-    """Records of train and stage2, of heldout (some Noto renders) and unseen (some emoji in every style)."""
+def split(renders: list[tuple[str, str]], group: dict[str, int], args: argparse.Namespace) -> dict[str, list[dict]]:
+    """Records of train, stage2 and seen, of heldout (some Noto renders) and unseen (some emoji in every style)."""
     rng = random.Random(args.seed)
     styles_of: dict[str, int] = {}
     for _, code in renders:
@@ -278,10 +296,13 @@ def split(renders: list[tuple[str, str]], symbols: set[str], args: argparse.Name
     unseen, rest = set(common[: args.unseen]), common[args.unseen :]
     heldout = {("noto", code) for code in rest[: args.heldout]}
     train = [r for r in renders if r not in heldout and r[1] not in unseen]
-    drawable = [(style, code) for style, code in train if style in _DRAWN and code not in symbols]
+    drawable = [(style, code) for style, code in train if style in _DRAWN and group[code] != _SYMBOLS]
+    people = {code for code, number in group.items() if number == _PEOPLE}
+    drawn = plan_drawn(drawable, people, args.drawn_pairs, args.seed)
     return {
         "train": plan(train, args.views, args.pairs, args.seed),
-        "stage2": plan_centred(drawable, args.drawn_pairs, args.seed),
+        "stage2": drawn,
+        "seen": [record | {"layout": "centred"} for record in drawn],
         "heldout": plan(sorted(heldout), 1, 0, args.seed),
         "unseen": plan([r for r in renders if r[1] in unseen], 1, 0, args.seed),
     }

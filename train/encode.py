@@ -6,6 +6,9 @@
 Both encoders are frozen, so a crop's tokens and embedding never change during stage 2. `stage2.views` random crops of
 each picture are encoded, in shards that are written whole or not at all: run it again to go on. OUT/index.json says
 what they were made from and with, so that stage 2 never trains on those of other networks.
+
+--seen is another folder with a picture for each of --data, of the same name, for CLIP to look at in its place: what the
+GPT draws can then be arranged otherwise than what CLIP has learned to understand.
 """
 
 from __future__ import annotations
@@ -54,6 +57,8 @@ class Encoders:
     views: int
     seed: int
     origin: Mapping[str, Any]
+    seen: Images | None = None
+    """What CLIP looks at in place of `data`, picture for picture."""
 
     @property
     def pictures(self) -> int:
@@ -65,10 +70,7 @@ class Encoders:
 
     def read(self, rows: Rows) -> tuple[Tensor, Tensor]:
         """Tokens (B, T) int64 and unit-norm embeddings (B, D) float32 of some rows, on the CPU."""
-        parts = [
-            self._encode(self.data.batch(self._keys(rows[start : start + BATCH])))
-            for start in range(0, len(rows), BATCH)
-        ]
+        parts = [self._encode(self._batch(rows[start : start + BATCH])) for start in range(0, len(rows), BATCH)]
         tokens, embeddings = zip(*parts, strict=True)
         return torch.cat(tokens), torch.cat(embeddings)
 
@@ -82,6 +84,15 @@ class Encoders:
         for batch in image_batches(self.data, keys, start, workers):
             tokens, embeddings = (part.to(self.accelerator.device) for part in self._encode(batch))
             yield self.accelerator.gather(tokens).cpu(), self.accelerator.gather(embeddings).cpu()
+
+    def _batch(self, rows: Rows) -> Batch:
+        batch = self.data.batch(self._keys(rows))
+        if self.seen is None:
+            return batch
+        seen = self.seen.batch(self._keys(rows))
+        for name, reason in batch.failures + seen.failures:  # another in its place would not belong to its twin
+            raise DataError(f"{name} cannot be read ({reason}); with --seen each picture is needed twice: remove both")
+        return batch._replace(clip=seen.clip)
 
     def _keys(self, rows: Rows) -> list[Key]:
         return [(row % len(self.data), self.seed + row // len(self.data)) for row in rows]
@@ -99,24 +110,34 @@ class Encoders:
 
 
 def load_encoders(
-    config: Config, data: str, vqgan: VQGAN, files: Mapping[str, Path], accelerator: Accelerator
+    config: Config,
+    data: str,
+    vqgan: VQGAN,
+    files: Mapping[str, Path],
+    accelerator: Accelerator,
+    seen: str | None = None,
 ) -> Encoders:
     """Find the pictures and read CLIP.
 
     Args:
         files: the weights of "vqgan" and "clip".
+        seen: pictures of the same names, for CLIP.
 
     Raises:
-        DataError: no picture there, or a CLIP of another size than the GPT takes.
+        DataError: no picture there, others in `seen`, or a CLIP of another size than the GPT takes.
         FileNotFoundError: weights that are not there.
     """
     c, clip = config.stage2, load_clip(config.model.gpt, files["clip"])
     with accelerator.local_main_process_first():  # remote shards are fetched once
-        images = Images(data, config.model.vqgan.image_size, c.min_scale, c.views > 1, clip.image_size)
+        size = 0 if seen else clip.image_size
+        images = Images(data, config.model.vqgan.image_size, c.min_scale, c.views > 1, size)
+        others = Images(seen, clip.image_size, c.min_scale, c.views > 1, clip.image_size) if seen else None
+    if others and [Path(name).name for name in others.source.names] != [Path(n).name for n in images.source.names]:
+        raise DataError(f"{seen} does not hold the same names as {data}; it needs a picture for each of them")
     settings = {"views": c.views, "min_scale": c.min_scale, "seed": c.seed}
-    names = "\n".join(images.source.names)
+    names = "\n".join([*images.source.names, *(others.source.names if others else ())])
     origin = {"pictures": hashlib.sha256(names.encode()).hexdigest(), "settings": settings} | hashes(files)
-    return Encoders(accelerator, images, vqgan, clip, c.views, c.seed, origin)
+    return Encoders(accelerator, images, vqgan, clip, c.views, c.seed, origin, others)
 
 
 def load_clip(config: GPTConfig, path: Path) -> Clip:
@@ -202,7 +223,10 @@ def check_origin(index: Path, origin: Mapping[str, Any]) -> None:
 
 
 class Encoded:
-    """An encoded set: tokens (N, T) and embeddings (N, D), left on disk until rows are asked for."""
+    """An encoded set: tokens (N, T) and embeddings (N, D), left on disk until rows are asked for.
+
+    `train/things.py` writes embeddings (N, K, D), of K things each.
+    """
 
     def __init__(self, folder: Path) -> None:
         """Raises: DataError: there is none, or it is not complete."""
@@ -225,7 +249,7 @@ class Encoded:
         return self._rows
 
     def read(self, rows: Rows) -> tuple[Tensor, Tensor]:
-        """Tokens (B, T) int64 and unit-norm embeddings (B, D) float32 of some rows."""
+        """Tokens (B, T) int64 and unit-norm embeddings (B, D) or (B, K, D) float32 of some rows."""
         places = [divmod(row, self._per_shard) for row in rows]
         tokens = torch.stack([self._shards[shard]["tokens"][at] for shard, at in places])
         embeddings = torch.stack([self._shards[shard]["embeddings"][at] for shard, at in places])
@@ -236,19 +260,18 @@ class Encoded:
         return (self.read(rows(step)) for step in count(start))
 
     def embeddings(self) -> Tensor:
-        """All of them, (N, D) float32."""
+        """All of them, (N, D) or (N, K, D) float32."""
         return torch.cat([shard["embeddings"] for shard in self._shards]).float()
 
 
 @command
 def main() -> None:
-    args, config = parse_args(
-        __doc__ or "", vqgan="folder of stage 1, with vqgan.safetensors", clip="CLIP weights, .safetensors"
-    )
+    paths = {"vqgan": "folder of stage 1, with vqgan.safetensors", "clip": "CLIP weights, .safetensors"}
+    args, config = parse_args(__doc__ or "", paths, optional={"seen": "pictures for CLIP, in place of --data"})
     accelerator = build_accelerator(config.stage2)
     files = {"vqgan": args.vqgan / "vqgan.safetensors", "clip": args.clip}
     vqgan = load_vqgan(config.model.vqgan, files["vqgan"])
-    encoders = load_encoders(config, args.data, vqgan, files, accelerator)
+    encoders = load_encoders(config, args.data, vqgan, files, accelerator, args.seen)
     write_shards(encoders, args.out)
     if accelerator.is_main_process:
         print(f"{args.out}: {encoders.views} crops of each of {encoders.pictures} pictures")

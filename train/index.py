@@ -31,6 +31,9 @@ def add_index(weights: Path, encoded: Path, data: str | Path, prompts: Path | No
     """Write the index of a folder of weights, and name it in the manifest.
 
     Pictures that could not be read are left out: the encoded set holds others in their places, and says so beside it.
+    So are pictures of several things: a sentence about others of them is like none of these, or would be moved to the
+    wrong ones ("pizza and a beer" to two pizzas). Where --encoded holds an embedding of each thing (`train.things`),
+    the index tells which pictures show those alone.
 
     Raises:
         DataError: pictures and embeddings do not belong together, or there are no sentences.
@@ -52,9 +55,25 @@ def add_index(weights: Path, encoded: Path, data: str | Path, prompts: Path | No
         texts = torch.cat([clip.encode_text(sentences[i : i + 64]) for i in range(0, len(sentences), 64)])
     skipped = encoded / "skipped.txt"
     lines = skipped.read_text(encoding="utf-8").splitlines() if skipped.is_file() else []
-    rows = [i for i, file in enumerate(files) if not any(line.startswith(f"{file}: ") for line in lines)]
-    index = build_index(_unit(embeddings[rows]), [names[i] for i in rows], texts.clone())
+    several = {name for name, record in records.items() if len(record["objects"]) > 1}
+    rows = [
+        i
+        for i, file in enumerate(files)
+        if file.name not in several and not any(line.startswith(f"{file}: ") for line in lines)
+    ]
+    things, alone = (embeddings, embeddings[:, 0]) if embeddings.ndim == 3 else (embeddings[:, None], embeddings)
+    index = build_index(
+        _unit(alone[rows]), [names[i] for i in rows], texts.clone(), _shown_together(things, alone[rows])
+    )
     return add_extra(weights, FILE, index)
+
+
+def _shown_together(things: Tensor, alone: Tensor) -> list[int]:
+    """Which rows of `alone` (M, D) are embeddings of things in pictures of several, (N, K, D)."""
+    together = things[things[:, 1:].any(-1).any(-1)].flatten(0, 1)
+    wanted = {row.numpy().tobytes() for row in together}
+    found = {row.numpy().tobytes(): place for place, row in reversed([*enumerate(alone)])}
+    return sorted(place for key, place in found.items() if key in wanted)
 
 
 def _unit(embeddings: Tensor) -> Tensor:
@@ -92,7 +111,7 @@ def _name(path: Path, data: Path, record: dict | None) -> str:
 def _captions(data: Path, records: dict[str, dict]) -> list[str]:
     """Sentences about some of the pictures, always the same."""
     emoji, rng = _emoji(data), random.Random(0)
-    known = [record for record in records.values() if record["objects"] and all(c in emoji for c in record["objects"])]
+    known = [record for record in records.values() if len(record["objects"]) == 1 and record["objects"][0] in emoji]
     return [
         caption([emoji[code] for code in record["objects"]], record["style"], record["background"], rng)
         for record in rng.sample(known, min(SENTENCES, len(known)))

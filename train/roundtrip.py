@@ -103,7 +103,7 @@ def _batches(source: Source, size: int) -> Iterator[Tensor]:
 
 @command
 def main() -> None:
-    args, config = parse_args(__doc__ or "", vqgan="folder of stage 1, with vqgan.safetensors")
+    args, config = parse_args(__doc__ or "", {"vqgan": "folder of stage 1, with vqgan.safetensors"})
     vqgan = load_vqgan(config.model.vqgan, args.vqgan / "vqgan.safetensors")
     found, picture = measure(vqgan, open_source(args.data))
     args.out.mkdir(parents=True, exist_ok=True)

@@ -30,7 +30,7 @@ from torch.distributed.tensor import DTensor
 from torch.optim.swa_utils import AveragedModel
 
 from clipgen.config import Config, GPTConfig, SamplingConfig
-from clipgen.gpt import GPT, Block
+from clipgen.gpt import GPT, Block, condition_of
 from clipgen.images import from_pixels, grid
 from clipgen.sampling import generate_tokens
 from clipgen.vqgan import VQGAN
@@ -74,7 +74,7 @@ from train.stopping import Stop
 @command
 def main() -> None:
     paths = {"vqgan": "folder of stage 1, with vqgan.safetensors", "clip": "CLIP weights, .safetensors"}
-    args, config = parse_args(__doc__ or "", tracked=True, **paths)
+    args, config = parse_args(__doc__ or "", paths, tracked=True)
     c = config.stage2
     accelerator = build_accelerator(c)
     device, is_main = accelerator.device, accelerator.is_main_process
@@ -91,6 +91,7 @@ def main() -> None:
         every = data.embeddings()[rows]
         near = nearest(every, c.neighbours)
 
+    conditioned = partial(condition_of, config=config.model.gpt)
     gpt = GPT(config.model.gpt)
     init_weights(gpt, c)
     ema = build_ema(gpt.to(device), c.ema)
@@ -121,7 +122,8 @@ def main() -> None:
     if is_main:
         log = Logger(args.out, c.steps, c.batch_size, start, args.tracker, asdict(config))
         held_tokens, held_embeddings = (t.to(device) for t in data.read(held.tolist()))
-        asked = clip.encode_text(c.prompts) if clip is not None and c.prompts else None
+        held_embeddings = conditioned(held_embeddings)
+        asked = conditioned(clip.encode_text(c.prompts)) if clip is not None and c.prompts else None
 
     with Stop() as stop:
         for step in range(start, c.steps):
@@ -130,7 +132,7 @@ def main() -> None:
             generator = seeded(c, step)
             if near is not None:
                 embedding = mix(every, chosen(step), near, generator)
-            condition = perturb(embedding, c.noise_angle, c.condition_dropout, generator)
+            condition = conditioned(perturb(embedding, c.noise_angle, c.condition_dropout, generator))
             previous = corrupt(target[:, :-1], c.token_noise, generator)
             cut = [whole[part].to(device).chunk(c.accumulate) for whole in (previous, condition, target)]
             for optimizer in optimizers:
@@ -223,8 +225,15 @@ def step_rows(order: Order, batch_size: int, step: int) -> Tensor:
 def nearest(embeddings: Tensor, count: int) -> Tensor:
     """Rows of the `count` nearest of unit-norm embeddings (N, D) to each, without itself: (N, count) int64.
 
-    With `count` or fewer embeddings in all, there are only N - 1 of them.
+    With `count` or fewer embeddings in all, there are only N - 1 of them. Of several things each, (N, K, D), a row has
+    only itself near: half of another thing would be drawn as neither.
     """
+    if embeddings.ndim == 3:
+        alone = (~embeddings[:, 1:].any(-1).any(-1)).nonzero()[:, 0]
+        among = alone[nearest(embeddings[alone, 0], count)]
+        near = torch.arange(len(embeddings))[:, None].repeat(1, among.shape[1])
+        near[alone] = among
+        return near
     count, found = min(count, len(embeddings) - 1), []
     for rows in torch.arange(len(embeddings)).split(1024):
         similar = embeddings[rows] @ embeddings.t()
@@ -234,11 +243,11 @@ def nearest(embeddings: Tensor, count: int) -> Tensor:
 
 
 def mix(embeddings: Tensor, rows: Tensor, near: Tensor, generator: torch.Generator) -> Tensor:
-    """Embeddings (B, D) of `rows`, each drawn up to half of the way towards a random one of its nearest; unit norm."""
+    """Embeddings (B, ..., D) of `rows`, each up to half of the way towards a random one of its nearest; unit norm."""
     pick = torch.randint(near.shape[1], (len(rows), 1), generator=generator)
     other = embeddings[near[rows].gather(1, pick).flatten()]
-    share = 0.5 * torch.rand(len(rows), 1, generator=generator)
-    return F.normalize(torch.lerp(embeddings[rows], other, share), dim=1)
+    share = 0.5 * torch.rand(len(rows), *[1] * (other.ndim - 1), generator=generator)
+    return F.normalize(torch.lerp(embeddings[rows], other, share), dim=-1)
 
 
 def corrupt(tokens: Tensor, most: float, generator: torch.Generator) -> Tensor:
@@ -258,14 +267,14 @@ def perturb(embeddings: Tensor, angle: float, dropout: float, generator: torch.G
     with probability `dropout` replaced by zeros, "no condition", so that guidance works.
 
     Args:
-        embeddings: (B, D) unit norm.
+        embeddings: (B, D) unit norm, or (B, K, D) of several things each, zeros for those that are not there.
     """
-    shape = (len(embeddings), 1)
     noise = torch.randn(embeddings.shape, generator=generator)
-    noise = noise - (noise * embeddings).sum(1, keepdim=True) * embeddings  # at right angles
-    theta = torch.rand(shape, generator=generator) * angle * torch.pi / 180
-    turned = theta.cos() * embeddings + theta.sin() * F.normalize(noise, dim=1)
-    return torch.where(torch.rand(shape, generator=generator) < dropout, 0.0, turned)
+    noise = noise - (noise * embeddings).sum(-1, keepdim=True) * embeddings  # at right angles
+    theta = torch.rand(embeddings[..., :1].shape, generator=generator) * angle * torch.pi / 180
+    turned = theta.cos() * embeddings + theta.sin() * F.normalize(noise, dim=-1)
+    dropped = torch.rand(len(embeddings), *[1] * (embeddings.ndim - 1), generator=generator) < dropout
+    return torch.where(dropped | ~embeddings.any(-1, keepdim=True), 0.0, turned)
 
 
 def average_model(ema: AveragedModel, config: GPTConfig, is_main: bool) -> GPT:
@@ -286,7 +295,7 @@ def average_model(ema: AveragedModel, config: GPTConfig, is_main: bool) -> GPT:
 
 @torch.no_grad()
 def evaluate(gpt: GPT, tokens: Tensor, embeddings: Tensor, batch_size: int = 64) -> dict[str, float]:
-    """Mean cross-entropy, nats per token, of (N, T) tokens given their unperturbed embeddings (N, D)."""
+    """Mean cross-entropy, nats per token, of (N, T) tokens given their unperturbed conditions (N, C)."""
     total = 0.0
     for t, e in zip(tokens.split(batch_size), embeddings.split(batch_size), strict=True):
         with torch.autocast(t.device.type, torch.bfloat16):
