@@ -101,13 +101,13 @@ def _download(url: str, should_stop: Callable[[], bool]) -> bytes:
             if response.status in _REDIRECTS and response.headers["Location"]:
                 url = urljoin(url, response.headers["Location"])
             elif response.status == 200:
-                return _receive(response, end, should_stop)
+                return _receive(response)
             else:
                 raise UrlError(f"the URL's server answers {response.status}, not with the file")
     raise UrlError(f"the URL is redirected more than {MAX_REDIRECTS} times")
 
 
-def _receive(response: http.client.HTTPResponse, end: float, should_stop: Callable[[], bool]) -> bytes:
+def _receive(response: http.client.HTTPResponse) -> bytes:
     if (response.length or 0) > MAX_BYTES:
         raise UrlError(_TOO_LARGE)
     body = bytearray()
@@ -115,8 +115,6 @@ def _receive(response: http.client.HTTPResponse, end: float, should_stop: Callab
         body += chunk
         if len(body) > MAX_BYTES:
             raise UrlError(_TOO_LARGE)
-    if should_stop() or time.monotonic() > end:  # cut by the watch, which looks like an end
-        raise UrlError(f"the download took more than {MAX_SECONDS:.0f} seconds")
     if response.length:
         raise UrlError(f"the download broke off after {len(body)} bytes")
     return bytes(body)
@@ -150,12 +148,20 @@ def _connect(host: str, port: int) -> socket.socket:
 
 @contextmanager
 def _cut(line: socket.socket, end: float, should_stop: Callable[[], bool]) -> Iterator[None]:
-    """A server that sends a byte now and then never times out: the watch ends what waits for it."""
-    done = threading.Event()
+    """A server that sends a byte now and then never times out: the watch ends what waits for it.
+
+    To who waits, a cut line looks like an end, like a reset, or like half an answer: whatever it is called there, here
+    it is named for what it was.
+
+    Raises:
+        UrlError: the watch has cut the line.
+    """
+    done, cut = threading.Event(), threading.Event()
 
     def watch() -> None:
         while not done.wait(0.1):
             if should_stop() or time.monotonic() > end:
+                cut.set()
                 with suppress(OSError):  # the other side was faster
                     line.shutdown(socket.SHUT_RDWR)  # of every copy of the line
                 return
@@ -164,6 +170,11 @@ def _cut(line: socket.socket, end: float, should_stop: Callable[[], bool]) -> It
     thread.start()
     try:
         yield
+    except Exception:
+        if not cut.is_set():
+            raise
     finally:
         done.set()
         thread.join()
+    if cut.is_set():
+        raise UrlError(f"the download took more than {MAX_SECONDS:.0f} seconds")

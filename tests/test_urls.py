@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import base64
+import http.client
 import socket
 import threading
 import time
@@ -158,3 +159,26 @@ def test_drops_now_and_then_are_ended(server: Server, monkeypatch: pytest.Monkey
         read_url(url, stop.is_set if stopped else lambda: False)
     server.default.hurry.set()
     assert time.monotonic() - started < 10
+
+
+def test_a_cut_line_is_called_so_also_where_it_looks_reset(server: Server, monkeypatch: pytest.MonkeyPatch) -> None:
+    """More bytes come after the cut and before the next look: the kernel answers them with a reset."""
+    monkeypatch.setattr(urls, "MAX_SECONDS", 0.2)
+    read1 = http.client.HTTPResponse.read1
+
+    def late(response: http.client.HTTPResponse, size: int) -> bytes:
+        time.sleep(0.5)
+        return read1(response, size)
+
+    monkeypatch.setattr(http.client.HTTPResponse, "read1", late)
+    server.default = Answer(pace=0.01, piece=1)
+    with pytest.raises(UrlError, match="took more than"):
+        read_url(server.put("/a", b"x" * 10_000))
+    server.default.hurry.set()
+
+
+def test_a_server_that_does_not_begin_is_left(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(urls, "is_public", lambda address: True)
+    monkeypatch.setattr(urls, "MAX_SECONDS", 0.3)
+    with socket.create_server(("127.0.0.1", 0)) as silent, pytest.raises(UrlError, match="took more than"):
+        read_url(f"http://127.0.0.1:{silent.getsockname()[1]}/a")
