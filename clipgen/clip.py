@@ -18,6 +18,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from clipgen.skeleton import skeleton
+
 if TYPE_CHECKING:
     from clip.model import CLIP
     from clip.simple_tokenizer import SimpleTokenizer
@@ -130,9 +132,9 @@ class Clip(nn.Module):
         """
         weights = {name: tensor for name, tensor in state_dict.items() if name not in _SIZE_KEYS}
         # `build_model` reads the sizes and checks names and shapes, but rounds what it loads to float16, and first
-        # draws random weights. On the meta device it does the former and there is nothing to round or to draw.
+        # draws random weights. In a skeleton it does the former and there is nothing to round or to draw.
         try:
-            with torch.device("meta"):
+            with skeleton():
                 model = _openai.build_model({name: torch.empty_like(t, device="meta") for name, t in weights.items()})
         except (LookupError, AssertionError, ArithmeticError, RuntimeError, TypeError) as error:
             reason = f"{type(error).__name__}: {error}"
@@ -143,7 +145,8 @@ class Clip(nn.Module):
         for module in model.modules():
             if isinstance(module, (_openai.LayerNorm, nn.BatchNorm2d)):
                 module.float()
-        model.to_empty(device=device).load_state_dict(weights)
+        placed = {name: weights[name].to(device, like.dtype, copy=True) for name, like in model.state_dict().items()}
+        model.load_state_dict(placed, assign=True)
         mask = torch.full((model.context_length, model.context_length), float("-inf"), device=device).triu(1)
         for block in model.transformer.resblocks:  # not a buffer, so still on the meta device
             block.attn_mask = mask

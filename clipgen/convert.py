@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from clipgen.clip import Clip, ClipError
 from clipgen.config import GPTConfig, VQGANConfig
 from clipgen.gpt import GPT
+from clipgen.skeleton import skeleton
 from clipgen.vqgan import VQGAN, AttnBlock, Downsample, ResBlock, Upsample
 from clipgen.weights import WeightsError, check_fit
 
@@ -78,7 +79,7 @@ def map_vqgan(state_dict: Mapping[str, Tensor], config: VQGANConfig) -> dict[str
         return map_taming_vqgan(state_dict, config)
     if "decoder.quant_conv_in.weight" in state_dict:
         return map_hfailab_vqgan(state_dict, config)
-    with torch.device("meta"):
+    with skeleton():
         expected = _shapes(VQGAN(config))
     check_fit(expected, state_dict, "VQGAN")
     return dict(state_dict)
@@ -92,7 +93,7 @@ def map_gpt(state_dict: Mapping[str, Tensor], config: GPTConfig) -> dict[str, Te
     """
     if any(name.startswith("blocks.0.encoder.") for name in state_dict):
         return map_hfailab_gpt(state_dict, config)
-    with torch.device("meta"):
+    with skeleton():
         expected = _shapes(GPT(config))
     check_fit(expected, state_dict, "GPT")
     return dict(state_dict)
@@ -104,7 +105,7 @@ def map_hfailab_vqgan(state_dict: Mapping[str, Tensor], config: VQGANConfig) -> 
     Raises:
         WeightsError: a tensor is missing, unknown or of another shape; only the discriminator is left out.
     """
-    with torch.device("meta"):
+    with skeleton():
         expected = _shapes(VQGAN(config))
     sources = {name: [_rename(name, _HFAILAB_VQGAN)] for name in expected}
     return _take(state_dict, expected, sources, ignored=r"discriminator\.", model="HFAiLab VQGAN")
@@ -117,7 +118,7 @@ def map_taming_vqgan(state_dict: Mapping[str, Tensor], config: VQGANConfig) -> d
         WeightsError: a tensor is missing, unknown or of another shape; only `loss.*`, which holds the discriminator and
             the perceptual network, is left out.
     """
-    with torch.device("meta"):
+    with skeleton():
         model = VQGAN(config)
     expected = _shapes(model)
     levels = len(config.ch_mult)
@@ -133,7 +134,7 @@ def map_hfailab_gpt(state_dict: Mapping[str, Tensor], config: GPTConfig) -> dict
     Raises:
         WeightsError: a tensor is missing, unknown or of another shape; only the causal masks are left out.
     """
-    with torch.device("meta"):
+    with skeleton():
         expected = _shapes(GPT(config))
     sources = {name: [_rename(name, _HFAILAB_GPT)] for name in expected}
     return _take(state_dict, expected, sources, ignored=r"blocks\.\d+\.mask$", model="HFAiLab GPT")

@@ -24,6 +24,7 @@ from torch import Tensor, nn
 
 from clipgen.config import ConfigError, ModelConfig, load_model_config
 from clipgen.files import sha256
+from clipgen.skeleton import skeleton
 
 PARTS = ("clip", "vqgan", "gpt")
 FILES = ("config.yaml", *(f"{part}.safetensors" for part in PARTS))
@@ -229,7 +230,7 @@ def build(
 ) -> Model:
     """Make a network out of weights, such as `build(VQGAN, config.vqgan, parts["vqgan"])`.
 
-    It is constructed on the meta device and takes the tensors as its own, so nothing is initialised in vain and
+    It is constructed as a skeleton and takes the tensors as its own, so nothing is initialised in vain and
     no weight is held twice.
 
     Args:
@@ -245,7 +246,7 @@ def build(
     Raises:
         WeightsError: missing, unexpected or wrongly shaped weights.
     """
-    with torch.device("meta"):
+    with skeleton():
         model = kind(config)
     check_fit(
         {name: tuple(value.shape) for name, value in model.state_dict().items()},

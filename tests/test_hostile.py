@@ -22,8 +22,8 @@ from PIL import Image
 GROWTH = 250
 """Megabytes by which the memory of a warm server may grow in thousands of requests.
 
-Allocators keep what busy moments took: in 6,000 requests it wanders up by as much as 220 MB, and down again. 5,000 requests
-that leave 50 kB each come to more.
+Allocators keep what busy moments took: in 6,000 requests it wanders up by as much as 220 MB, and down again. 5,000
+requests that leave 60 kB each come to more.
 """
 COGS_FOLDERS = Path("/tmp/coglet/predictions")
 

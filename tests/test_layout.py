@@ -17,6 +17,7 @@ LAYERS = {
     "clipgen.download": 0,
     "clipgen.images": 0,
     "clipgen.urls": 0,
+    "clipgen.skeleton": 0,
     "clipgen.figures": 1,
     "clipgen.vqgan": 1,
     "clipgen.gpt": 1,
