@@ -19,7 +19,7 @@ from train.clip_data import augment, build_mini_clip, recall
 from train.clip_image import Heads, heads_loss
 from train.clip_text import encode_tokens, name_places
 from train.emoji import SETS, WEBP_SET, normalise, plan_drawn, read_emoji
-from train.words import emoji_words, picture_captions
+from train.words import picture_captions
 from train.words import read_emoji as read_written_emoji
 
 LEMON, HEART, DOG, STAR = "1f34b", "2764", "1f436", "2b50"
@@ -168,11 +168,9 @@ def test_captions_name_what_is_there(data: Path) -> None:
     ]
 
 
-def test_texts_and_captions_repeat_exactly(data: Path) -> None:
+def test_captions_repeat_exactly(data: Path) -> None:
     emoji = read_written_emoji(data)
     assert picture_captions(data, "train", emoji, 3, seed=1) == picture_captions(data, "train", emoji, 3, seed=1)
-    words = emoji_words(list(emoji.values()))
-    assert {"lemon", "a red heart", "citrus"} <= set(words) and words == sorted(set(words))
 
 
 def test_mini_clip_has_openais_shape_and_the_training_pass_is_its_text_tower() -> None:

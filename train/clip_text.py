@@ -4,7 +4,7 @@
 
 The image tower is frozen. A caption belongs where its picture is, of those that the GPT learns to draw: so a sentence
 can take a picture's place. Any other text belongs among the pictures of the names that the sentence encoder finds
-nearest to it, so that "puppy" lands near dogs although nothing is named so.
+nearest to it and to its gloss in WordNet, so that "puppy" lands near dogs although nothing is named so.
 Writes OUT/clip.safetensors and prints retrieval of held-out pictures by name.
 """
 
@@ -53,7 +53,9 @@ CAPTIONS = 6
 """Captions of each picture."""
 NEAREST = 8
 """Names that a text which is no caption is a mixture of."""
-MIX = {"captions": 0.5, "emoji": 0.25, "wordnet": 0.25}
+KNOWN = 0.2
+"""Added to the cosine of a text and a name where the text is the name or one of its keywords."""
+MIX = {"captions": 0.4, "emoji": 0.25, "wordnet": 0.35}
 """Shares of a batch."""
 
 
@@ -86,9 +88,14 @@ def build_texts(data: Path, out: Path, wordnet: Path, seed: int) -> Texts:
     number = {code: i for i, code in enumerate(codes)}
     places = name_places(records, pictures, number)
 
-    ours = emoji_words(list(emoji.values()))
-    words = sorted({*read_wordnet(wordnet, 55_000, seed), *ours})
-    nearest, weights = nearest_names(words, [emoji[code] for code in codes], out)
+    ours = emoji_words(emoji.values())
+    meanings = read_wordnet(wordnet, 65_000, seed)
+    words = sorted({*meanings, *ours})
+    meant = [meanings.get(word.removeprefix("an ").removeprefix("a "), word) for word in words]
+    known = torch.zeros(len(words), len(codes))
+    for i, word in enumerate(words):
+        known[i, [number[code] for code in ours.get(word, ()) if code in number]] = KNOWN
+    nearest, weights = nearest_names(words, meant, [emoji[code] for code in codes], known, out)
     bridged = F.normalize((weights[..., None] * places[nearest]).sum(1), dim=-1)
 
     captions = picture_captions(data, "seen", emoji, CAPTIONS, seed)
@@ -97,8 +104,7 @@ def build_texts(data: Path, out: Path, wordnet: Path, seed: int) -> Texts:
     halves = torch.zeros(len(objects), NEAREST)
     halves[:, :2] = 0.5
 
-    known = set(ours)
-    kind = ["emoji" if word in known else "wordnet" for word in words] + ["captions"] * len(objects)
+    kind = ["emoji" if word in ours else "wordnet" for word in words] + ["captions"] * len(objects)
     count = {name: kind.count(name) for name in MIX}
     return Texts(
         texts=[*words, *(text for row in captions for text in row)],
@@ -110,10 +116,24 @@ def build_texts(data: Path, out: Path, wordnet: Path, seed: int) -> Texts:
     )
 
 
-def nearest_names(words: list[str], emoji: list[Emoji], out: Path) -> tuple[Tensor, Tensor]:
-    """The names that the sentence encoder finds nearest to each text, and their shares: (N, NEAREST) both."""
+def nearest_names(
+    words: list[str], meant: list[str], emoji: list[Emoji], known: Tensor, out: Path
+) -> tuple[Tensor, Tensor]:
+    """The names that the sentence encoder finds nearest to each text, and their shares: (N, NEAREST) both.
+
+    Of rare words the encoder knows the spelling better than the sense (to it "dinghy" is like "troll"), so it reads
+    what they mean too, and the keywords beside the names.
+
+    Args:
+        meant: each text in more words.
+        known: what is added to the similarities, (N, C).
+    """
     names = name_embeddings(emoji, out / "teacher_names.safetensors")
-    similar, nearest = (teacher_embeddings(words, out / "teacher_text.safetensors") @ names.t()).topk(NEAREST)
+    described = [f"{e.name}: {', '.join(e.keywords)}" for e in emoji]
+    names = F.normalize(names + teacher_embeddings(described, out / "teacher_keywords.safetensors"), dim=-1)
+    texts = teacher_embeddings(words, out / "teacher_text.safetensors")
+    texts = F.normalize(texts + teacher_embeddings(meant, out / "teacher_meaning.safetensors"), dim=-1)
+    similar, nearest = (texts @ names.t() + known).topk(NEAREST)
     return nearest, (similar / 0.02).softmax(-1)
 
 

@@ -6,6 +6,7 @@ import hashlib
 import json
 import os
 import random
+from collections.abc import Collection, Iterable
 from pathlib import Path
 
 import torch
@@ -31,34 +32,56 @@ def read_records(folder: Path) -> list[dict]:
     return [json.loads(line) for line in (folder / "metadata.jsonl").read_text().splitlines()]
 
 
-def read_wordnet(folder: Path, count: int, seed: int) -> list[str]:
-    """`count` texts of WordNet: lemmas of concrete nouns, adjectives and verbs, and short glosses of the nouns.
+def read_wordnet(folder: Path, count: int, seed: int) -> dict[str, str]:
+    """Texts of WordNet, each with what it means in more words: "crow" is "crow: black birds having a raucous call".
+
+    All lemmas of concrete nouns, which mean their commonest concrete sense, and of their short glosses, of adjectives
+    and of verbs as many as make `count` texts.
 
     Raises:
         DataError: the folder holds no WordNet database (Debian's package is wordnet-base).
     """
-    texts: set[str] = set()
-    for part in ("noun", "adj", "verb"):
-        path = folder / f"data.{part}"
-        if not path.is_file():
-            raise DataError(f"{path} is missing; install WordNet (Debian: wordnet-base) or name its folder")
-        for line in path.read_text(encoding="utf-8").splitlines():
-            if line.startswith(" "):  # the licence
-                continue
-            head, gloss = line.split(" | ", 1)
-            fields = head.split()
-            if part == "noun" and (fields[1] not in _CONCRETE or fields[4][0].isupper()):  # capitals: names, genera
-                continue
-            texts.update(fields[4 + 2 * i].replace("_", " ").split("(")[0] for i in range(min(2, int(fields[3], 16))))
-            if part == "noun" and len(gloss.split(";")[0]) <= 60:
-                texts.add(gloss.split(";")[0].strip())
-    return sorted(random.Random(seed).sample(sorted(texts), min(count, len(texts))))
+    nouns = _read_lemmas(folder, "noun", _CONCRETE)
+    glosses = (meaning.removeprefix(f"{lemma}: ") for lemma, meaning in nouns.items())
+    others = {gloss: gloss for gloss in glosses if len(gloss) <= 60}
+    others |= _read_lemmas(folder, "verb") | _read_lemmas(folder, "adj")
+    more = sorted(others.keys() - nouns.keys())
+    some = random.Random(seed).sample(more, min(len(more), max(0, count - len(nouns))))
+    return nouns | {text: others[text] for text in sorted(some)}
 
 
-def emoji_words(emoji: list[Emoji]) -> list[str]:
-    """Names and keywords, with and without an article."""
-    words = {word for e in emoji for word in (e.name, *e.keywords)}
-    return sorted(words | {article(word) for word in words})
+def _read_lemmas(folder: Path, part: str, files: Collection[str] = ()) -> dict[str, str]:
+    """Each lemma with the gloss of its first sense behind it; of the first in `files`, where some are given."""
+    glosses = {}
+    for line in _lines(folder / f"data.{part}"):
+        head, gloss = line.split(" | ", 1)
+        offset, file, _, _, lemma = head.split()[:5]
+        if not files or (file in files and lemma[0].islower()):  # capitals: names, genera
+            glosses[offset] = gloss.split(";")[0].strip()
+    found = {}
+    for line in _lines(folder / f"index.{part}"):
+        lemma, _, senses = line.split()[:3]
+        offsets = [offset for offset in line.split()[-int(senses) :] if offset in glosses]  # the commonest first
+        if offsets:
+            lemma = lemma.replace("_", " ")
+            found[lemma] = f"{lemma}: {glosses[offsets[0]]}"
+    return found
+
+
+def _lines(path: Path) -> list[str]:
+    if not path.is_file():
+        raise DataError(f"{path} is missing; install WordNet (Debian: wordnet-base) or name its folder")
+    return [line for line in path.read_text(encoding="utf-8").splitlines() if not line.startswith(" ")]  # the licence
+
+
+def emoji_words(emoji: Iterable[Emoji]) -> dict[str, list[str]]:
+    """Names and keywords, with and without an article, and the codes of the emoji that have them."""
+    owners: dict[str, list[str]] = {}
+    for e in emoji:
+        words = {e.name, *e.keywords}
+        for word in words | {article(word) for word in words}:
+            owners.setdefault(word, []).append(e.code)
+    return dict(sorted(owners.items()))
 
 
 def picture_captions(folder: Path, split: str, emoji: dict[str, Emoji], count: int, seed: int) -> list[list[str]]:
