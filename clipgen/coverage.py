@@ -29,8 +29,8 @@ SHOWN = 3
 """Of the nearest, where there is little room."""
 LOW = 0.05
 """Share of the sentences measured beneath which a prompt counts as unlike the training pictures."""
-SHARPNESS = 50
-"""Inverse temperature of `Coverage.project`: a cosine larger by a hundredth counts e^0.5 times as much."""
+SHARPNESS = 75
+"""Inverse temperature of `Coverage.project`: a cosine larger by a hundredth counts e^0.75 times as much."""
 GAIN = 0.01
 """A sentence is about two things when they explain it better than pictures of one do: by so much of a cosine ...
 

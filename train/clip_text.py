@@ -187,7 +187,7 @@ def main() -> None:
     parser.add_argument("--data", type=Path, default=Path("data/emoji"), help="what `train.emoji` wrote")
     parser.add_argument("--out", type=Path, default=Path("runs/clip"))
     parser.add_argument("--wordnet", type=Path, default=Path("/usr/share/wordnet"), help="WordNet's database")
-    parser.add_argument("--steps", type=int, default=2000, help="training steps")
+    parser.add_argument("--steps", type=int, default=6000, help="training steps")
     args = parser.parse_args()
     config = TowerConfig(steps=args.steps, batch_size=512, lr=1.5e-3)
     accelerator = build_accelerator(config)
