@@ -34,13 +34,18 @@ SHARPNESS = 75
 GAIN = 0.01
 """A sentence is about two things when they explain it better than pictures of one do: by so much of a cosine ...
 
-Measured with the mini model's: taken apart are 2.4 % of 800 captions of one thing (of 200 bare names none) and 88 % of
+Measured with the mini model's: taken apart are 0.6 % of 800 captions of one thing (of 200 bare names none) and 92 % of
 300 "a ... and a ..." with two random names.
 """
 UNLIKE = 0.38
 """... and when their own cosine is below this: "an apple" is not about a red one and a green one."""
 _LIKELIEST = 48
 """Things, those most like the sentence, among which its two are sought."""
+_FIRST = 0.02
+"""Added to the cosine of two things of which one is the likeliest: "a lemon with hair" is not a saxophone and a folder.
+
+Of 600 "a ... and a ..." with two random names the right two are found in 91.3 %, without it in 91.7 %.
+"""
 _MOST_NAMES = 8_000_000
 
 
@@ -147,7 +152,9 @@ class Coverage:
         alike = likeliest @ likeliest.t()
         together = (alone + alone[:, None]) / (2 + 2 * alike).clamp(min=1e-6).sqrt()
         together[alike >= UNLIKE] = -1.0
-        best = together.argmax()
+        preferred = together.clone()
+        preferred[0] += _FIRST
+        best = preferred.argmax()
         if together.flatten()[best] <= least:
             return None
         return likeliest[sorted(divmod(int(best), len(likeliest)))]
