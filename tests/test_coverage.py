@@ -279,3 +279,5 @@ def test_the_mini_model_takes_pairs_apart(root: Path) -> None:
         things = pipe.condition(prompt).view(2, 384)
         found = [pipe.coverage.look(thing, texts=0.0).nearest[0][0] for thing in things]
         assert {name.partition(": ")[2] for name in found} == {f"{name}, 3d on white" for name in names}
+    lemon, _ = pipe.condition("a lemon with hair").view(2, 384)  # that alone is nearer than any sum of other things
+    assert pipe.coverage.look(lemon, texts=0.0).nearest[0][0].endswith(": lemon, 3d on white")
