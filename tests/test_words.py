@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from train.captions import Emoji
-from train.clip_text import KNOWN, NEAREST, nearest_names
+from train.clip_text import KNOWN, NEAREST, known_names, nearest_names
 from train.data import DataError
 from train.words import emoji_words, read_wordnet
 
@@ -72,12 +72,15 @@ def test_words_know_whose_they_are() -> None:
 
 def test_rare_words_are_understood_by_their_gloss_and_keywords_by_their_owner(tmp_path: Path) -> None:
     emoji = [BOAT, TROLL, *(Emoji(str(i), f"clock {i}", (), 0) for i in range(NEAREST - 2))]
-    words = ["dinghy", "fairy tale"]
-    meant = ["dinghy: a small boat of shallow draft with seats and oars", "fairy tale"]
+    words = ["dinghy", "rawr"]
+    meant = ["dinghy: a small boat of shallow draft with seats and oars", "rawr"]
     known = torch.zeros(2, len(emoji))
     nearest, shares = nearest_names(words, meant, emoji, known, tmp_path)
     assert emoji[int(nearest[0, 0])] is BOAT and shares[0, 0] > 0.9
     assert torch.allclose(shares.sum(1), torch.ones(2))
-    known[1, emoji.index(BOAT)] = KNOWN + 1
-    nearest, _ = nearest_names(words, meant, emoji, known, tmp_path)
-    assert emoji[int(nearest[1, 0])] is BOAT
+    number = {e.code: i for i, e in enumerate(emoji)}
+    for owner in (BOAT, TROLL):  # whoever has the word is its nearest
+        known = known_names(words, {"rawr": [owner.code, "not drawn"]}, number)
+        assert known.count_nonzero() == 1 and known[1, number[owner.code]] == KNOWN
+        nearest, _ = nearest_names(words, meant, emoji, known, tmp_path)
+        assert emoji[int(nearest[1, 0])] is owner

@@ -92,10 +92,9 @@ def build_texts(data: Path, out: Path, wordnet: Path, seed: int) -> Texts:
     meanings = read_wordnet(wordnet, 65_000, seed)
     words = sorted({*meanings, *ours})
     meant = [meanings.get(word.removeprefix("an ").removeprefix("a "), word) for word in words]
-    known = torch.zeros(len(words), len(codes))
-    for i, word in enumerate(words):
-        known[i, [number[code] for code in ours.get(word, ()) if code in number]] = KNOWN
-    nearest, weights = nearest_names(words, meant, [emoji[code] for code in codes], known, out)
+    nearest, weights = nearest_names(
+        words, meant, [emoji[code] for code in codes], known_names(words, ours, number), out
+    )
     bridged = F.normalize((weights[..., None] * places[nearest]).sum(1), dim=-1)
 
     captions = picture_captions(data, "seen", emoji, CAPTIONS, seed)
@@ -114,6 +113,14 @@ def build_texts(data: Path, out: Path, wordnet: Path, seed: int) -> Texts:
         shares=torch.tensor([MIX[name] / count[name] for name in kind]),
         places=places,
     )
+
+
+def known_names(words: list[str], owners: dict[str, list[str]], number: dict[str, int]) -> Tensor:
+    """What is added to the cosines of texts and names, (N, C): `KNOWN` where the emoji has the text, else nothing."""
+    known = torch.zeros(len(words), len(number))
+    for i, word in enumerate(words):
+        known[i, [number[code] for code in owners.get(word, ()) if code in number]] = KNOWN
+    return known
 
 
 def nearest_names(
