@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import torch.distributed as dist
 import torch.nn as nn
 from accelerate import Accelerator
 from accelerate.utils import gather_object
@@ -65,12 +66,18 @@ def parse_args(
 
 
 def command(main: Callable[[], None]) -> Callable[[], None]:
-    """Make a user's mistake or a full disk one clear line and exit code 2, Ctrl-C one line and 130; no traceback."""
+    """Make a user's mistake or a full disk one clear line and exit code 2, Ctrl-C one line and 130; no traceback.
+
+    Processes that end together, done or stopped (`train.stopping.Stop.leave`), leave their group first.
+    """
 
     @wraps(main)
     def run() -> None:
+        stopped: SystemExit | None = None
         try:
             main()
+        except SystemExit as error:
+            stopped = SystemExit(error.code)  # another one: the traceback of the first holds all that main made
         except KeyboardInterrupt as error:
             print("stopped; the same command goes on from what is saved", file=sys.stderr)
             raise SystemExit(130) from error
@@ -81,8 +88,20 @@ def command(main: Callable[[], None]) -> Callable[[], None]:
                 raise
             print(f"error: {error}", file=sys.stderr)
             raise SystemExit(2) from error
+        leave_group()
+        if stopped:
+            raise stopped
 
     return run
+
+
+def leave_group() -> None:
+    """End the threads that talk to the other processes of a training; without any nothing happens.
+
+    A thread of gloo that lets go of a tensor while Python ends aborts the process, which had done all it should.
+    """
+    if dist.is_initialized():
+        dist.destroy_process_group()
 
 
 def build_accelerator(config: TrainConfig) -> Accelerator:
