@@ -108,9 +108,10 @@ def _main(script: str, arguments: list[str], log: str, environment: dict[str, st
         importlib.import_module(script).main()
     except SystemExit as stop:
         code = stop.code
-    # One of them that lets go of a tensor while Python ends aborts the process, once in some dozens of trainings.
+    # One of them that lets go of a tensor while Python ends aborts the process, once in some dozens of trainings. What
+    # PyTorch remembers of a sharded model keeps them, idle; so does an error, whose exit code is not 0 anyway.
     left = [path.parent.name for path in Path("/proc/self/task").glob("*/comm") if "gloo" in path.read_text()]
-    assert not left or code == 2, f"threads {left} of gloo are left"
+    assert not left or code == 2 or "stage2.parallel=fsdp" in arguments, f"threads {left} of gloo are left"
     sys.exit(code)
 
 
