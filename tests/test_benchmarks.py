@@ -19,6 +19,8 @@ from originality import Neighbour, TrainingPictures, summarise_originality
 from PIL import Image, ImageChops, ImageDraw, ImageStat
 from prompts import Prompt, read_prompts
 
+from train.captions import COLOURS
+
 BLUE, WHITE = (50, 110, 220), (255, 255, 255)
 
 
@@ -98,6 +100,15 @@ def test_the_prompts_are_sixty_and_of_five_kinds(root: Path) -> None:
         codes = {path.stem for path in (root / "data/emoji/renders").glob("*/*.png")}
         stub = Gallery(torch.empty(len(codes), 1), sorted(codes), [""] * len(codes))
         measures.check_prompts(prompts, stub, root / "data/emoji")
+
+
+@pytest.mark.parametrize(
+    ("name", "kind", "count"), [("words", "synonym", 42), ("mixes", "pair", 12), ("backgrounds", "background", 80)]
+)
+def test_the_other_prompts_are_what_the_card_says(root: Path, name: str, kind: str, count: int) -> None:
+    prompts = read_prompts(root / "benchmarks" / f"{name}.txt")
+    assert {p.kind for p in prompts} == {kind} and len({p.text for p in prompts}) == len(prompts) == count
+    assert {p.background for p in prompts} == ({None} if kind != "background" else {*COLOURS} - {"white"})
 
 
 @pytest.mark.parametrize("line", ["animal\ta cat\t1f408", "object\ta cat", "object", "pair\ta\tb", "object\ta\tb\tc"])

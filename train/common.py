@@ -77,7 +77,7 @@ def command(main: Callable[[], None]) -> Callable[[], None]:
         try:
             main()
         except SystemExit as error:
-            stopped = SystemExit(error.code)  # another one: the traceback of the first holds all that main made
+            stopped = SystemExit(error.code)  # another: the first one's traceback holds DDP (see leave_group)
         except KeyboardInterrupt as error:
             print("stopped; the same command goes on from what is saved", file=sys.stderr)
             raise SystemExit(130) from error
@@ -98,7 +98,8 @@ def command(main: Callable[[], None]) -> Callable[[], None]:
 def leave_group() -> None:
     """End the threads that talk to the other processes of a training; without any nothing happens.
 
-    A thread of gloo that lets go of a tensor while Python ends aborts the process, which had done all it should.
+    A thread of gloo that lets go of a tensor while Python ends aborts the process, which had done all it should. DDP
+    must be gone by now: if it is the last to hold the group, its end waits for threads that wait for the GIL.
     """
     if dist.is_initialized():
         dist.destroy_process_group()

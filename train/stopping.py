@@ -33,9 +33,6 @@ class Stop:
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None) -> None:
         for number, handler in self._previous.items():
             signal.signal(number, handler)
-        if self._group is not None:  # it needs no others to end, and its threads would outlive an error (`leave_group`)
-            dist.destroy_process_group(self._group)
-            self._group = None
 
     def _note(self, number: int, _: FrameType | None) -> None:
         if self.signal == signal.SIGINT == number and self._group is None:

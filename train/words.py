@@ -42,16 +42,16 @@ def read_wordnet(folder: Path, count: int, seed: int) -> dict[str, str]:
         DataError: the folder holds no WordNet database (Debian's package is wordnet-base).
     """
     nouns = _read_lemmas(folder, "noun", _CONCRETE)
-    glosses = (meaning.removeprefix(f"{lemma}: ") for lemma, meaning in nouns.items())
-    others = {gloss: gloss for gloss in glosses if len(gloss) <= 60}
-    others |= _read_lemmas(folder, "verb") | _read_lemmas(folder, "adj")
-    more = sorted(others.keys() - nouns.keys())
+    others = _read_lemmas(folder, "verb") | _read_lemmas(folder, "adj")
+    glosses = {gloss for gloss in nouns.values() if len(gloss) <= 60}
+    more = sorted((others.keys() | glosses) - nouns.keys())
     some = random.Random(seed).sample(more, min(len(more), max(0, count - len(nouns))))
-    return nouns | {text: others[text] for text in sorted(some)}
+    meanings = others | nouns
+    return {text: f"{text}: {meanings[text]}" if text in meanings else text for text in [*nouns, *sorted(some)]}
 
 
 def _read_lemmas(folder: Path, part: str, files: Collection[str] = ()) -> dict[str, str]:
-    """Each lemma with the gloss of its first sense behind it; of the first in `files`, where some are given."""
+    """Each lemma with the gloss of its first sense; of the first in `files`, where some are given."""
     glosses = {}
     for line in _lines(folder / f"data.{part}"):
         head, gloss = line.split(" | ", 1)
@@ -63,8 +63,7 @@ def _read_lemmas(folder: Path, part: str, files: Collection[str] = ()) -> dict[s
         lemma, _, senses = line.split()[:3]
         offsets = [offset for offset in line.split()[-int(senses) :] if offset in glosses]  # the commonest first
         if offsets:
-            lemma = lemma.replace("_", " ")
-            found[lemma] = f"{lemma}: {glosses[offsets[0]]}"
+            found[lemma.replace("_", " ")] = glosses[offsets[0]]
     return found
 
 
