@@ -46,7 +46,7 @@ $(VENV)/.run: requirements.txt pyproject.toml | $(BIN)/python
 	@$(BIN)/python -m pip --version >/dev/null 2>&1 || $(BIN)/python -m ensurepip
 	@$(BIN)/python -m pip install --quiet --disable-pip-version-check $(UV) || echo "No uv here: pip, then."
 	$(call install,-r requirements.txt)
-	$(call install,--no-build-isolation --no-deps -e .)
+	$(call install,--no-deps -e .)
 	@touch $@
 
 $(VENV)/.dev: requirements-dev.txt requirements-train.txt $(VENV)/.run
@@ -100,12 +100,13 @@ test-browser: $(VENV)/.dev $(VENV)/.app ## the web page, in Chromium
 			&& apt-get install -qq -y --no-install-recommends chromium >/dev/null; \
 	} || $(BIN)/python -m playwright install chromium \
 		|| { echo "These tests need Chromium. On Debian: sudo apt install chromium" >&2; exit 1; }
-	@$(BIN)/python -m pytest -m "not slow" tests/test_app.py tests/test_app_server.py tests/test_browser.py $(ARGS)
+	@$(BIN)/python -m pytest -m "not slow" tests/integration/test_app.py tests/integration/test_app_server.py tests/integration/test_browser.py $(ARGS)
 
-lint: $(VENV)/.dev ## ruff and mypy, as pre-commit runs them
+lint: $(VENV)/.dev ## ruff, mypy and the order of imports
 	@$(BIN)/ruff check .
 	@$(BIN)/ruff format --check .
 	@$(BIN)/mypy
+	@$(BIN)/lint-imports --no-cache
 
 format: $(VENV)/.dev ## apply ruff's fixes and formatting
 	@$(BIN)/ruff check --fix .
@@ -124,20 +125,20 @@ EMOJI := @iconify-json/fluent-emoji@1.2.7 @iconify-json/fluent-emoji-flat@1.2.6 
 
 emoji: $(VENV)/.dev ## the mini model's images: emoji art from npm, rendered to data/emoji; needs npm
 	npm install --no-fund --no-audit --prefix data/npm $(EMOJI)
-	$(BIN)/python -m train.emoji --npm data/npm/node_modules --out data/emoji
+	$(BIN)/python -m train.mini.emoji --npm data/npm/node_modules --out data/emoji
 
 mini: emoji ## rebuild the mini model from its data (hours); run it again to resume; needs WordNet (wordnet-base)
-	$(BIN)/python train/clip_image.py --data data/emoji --out runs/clip
-	$(BIN)/python train/clip_text.py --data data/emoji --out runs/clip
+	$(BIN)/python train/mini/clip_image.py --data data/emoji --out runs/clip
+	$(BIN)/python train/mini/clip_text.py --data data/emoji --out runs/clip
 	$(BIN)/python train/stage1.py --config mini --data data/emoji/train --out runs/vqgan
 	$(BIN)/python train/encode.py --config mini --data data/emoji/stage2 --seen data/emoji/seen --vqgan runs/vqgan \
 		--clip runs/clip/clip.safetensors --out runs/encoded
-	$(BIN)/python -m train.things --encoded runs/encoded --data data/emoji/stage2 --out runs/things
+	$(BIN)/python -m train.mini.things --encoded runs/encoded --data data/emoji/stage2 --out runs/things
 	$(BIN)/python train/stage2.py --config mini --data runs/things --vqgan runs/vqgan \
 		--clip runs/clip/clip.safetensors --out runs/gpt
 	$(BIN)/python -m train.export --config mini --clip runs/clip/clip.safetensors --vqgan runs/vqgan --gpt runs/gpt \
 		--out weights/mini
-	$(BIN)/python -m train.index --weights weights/mini --encoded runs/things --data data/emoji/stage2
+	$(BIN)/python -m train.mini.index --weights weights/mini --encoded runs/things --data data/emoji/stage2
 
 clean: ## remove caches and build products; keeps .venv, data, runs and outputs
 	@rm -rf .pytest_cache .mypy_cache .ruff_cache .hypothesis .cog *.egg-info

@@ -28,12 +28,12 @@ from typing import Any, get_args
 from cog import BasePredictor, Input, Path, concurrent, streaming
 from PIL import Image
 
-from clipgen.checkpoints import obtain
-from clipgen.images import grid, load_image, save_image
+from clipgen.images.pixels import grid, load_image, save_image
+from clipgen.images.urls import read_url
+from clipgen.outputs.metadata import device_name, receipts, weights_digest
 from clipgen.pipeline import ClipGen
-from clipgen.receipt import device_name, receipts, weights_digest
 from clipgen.request import Request, RequestError, Result
-from clipgen.urls import read_url
+from clipgen.weights.resolve import obtain
 
 WEIGHTS = pathlib.Path(__file__).resolve().parent / "weights" / "mini"
 DROPPED = 2000

@@ -4,7 +4,7 @@
 
 Trains small GPTs through train/stage2.py on `--pictures` glossy (3D) emoji, those of the prompts among them, with the
 tokens and embeddings of --weights. `mini_quality.py`'s judge then looks at what each draws, 4 pictures a prompt:
-from the pictures' own embeddings, from sentences, and from sentences by way of the index (`clipgen.coverage`).
+from the pictures' own embeddings, from sentences, and from sentences by way of the index of training pictures.
 Stopped, the same command goes on. Writes OUT/report.json, OUT/report.md and OUT/curves.png.
 """
 
@@ -27,13 +27,13 @@ from omegaconf import OmegaConf
 from plot import plot
 from prompts import Prompt, read_prompts
 
-from clipgen.config import load_config
-from clipgen.files import write_text
-from clipgen.images import load_image
+from clipgen.images.pixels import load_image
 from clipgen.pipeline import ClipGen
 from clipgen.request import Prompt as Asked
 from clipgen.request import Request
-from train.words import read_records
+from clipgen.utils.files import write_text
+from train.config import load_config
+from train.mini.words import read_records
 
 ROOT = Path(__file__).resolve().parent.parent
 OUTPUTS, AT_ONCE = 4, 16
@@ -95,7 +95,7 @@ def train(name: str, changes: dict[str, float], networks: Sequence[str | Path], 
     weights = folder / "weights"
     shutil.rmtree(weights, ignore_errors=True)
     script("train.export", *networks, "--gpt", folder, "--out", weights)
-    script("train.index", "--weights", weights, "--encoded", out / "encoded", "--data", out / "pictures")
+    script("train.mini.index", "--weights", weights, "--encoded", out / "encoded", "--data", out / "pictures")
     return folder
 
 

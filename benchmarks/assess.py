@@ -13,7 +13,7 @@ from PIL import Image
 from prompts import KINDS, Prompt
 from torch import Tensor
 
-from train.captions import COLOURS
+from train.mini.captions import COLOURS
 
 LINE_ART_CHROMA = 0.06
 """Mean difference of a pixel's largest and smallest channel, of 1, below which a picture is black and white."""

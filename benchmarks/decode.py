@@ -28,10 +28,11 @@ sys.path[:0] = [str(ROOT)]  # run from anywhere, installed or not
 
 from roofline import describe, floor_seconds, in_words, random_weights, read_bandwidth  # noqa: E402
 
-from clipgen.config import GPTConfig, SamplingConfig, load_config  # noqa: E402
-from clipgen.gpt import GPT  # noqa: E402
-from clipgen.quantise import quantise  # noqa: E402
-from clipgen.sampling import generate_tokens  # noqa: E402
+from clipgen.config import GPTConfig, SamplingConfig  # noqa: E402
+from clipgen.engine.sampling import generate_tokens  # noqa: E402
+from clipgen.models.gpt import GPT  # noqa: E402
+from clipgen.models.quantise import quantise  # noqa: E402
+from train.config import load_config  # noqa: E402
 
 SAMPLING = SamplingConfig(temperature=1.0, top_k=500, top_p=0.95)
 UNCACHED_ROWS = 8

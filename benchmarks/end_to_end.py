@@ -57,7 +57,7 @@ def time_cold(weights: Path) -> dict[str, float]:
 def time_warm(weights: Path, repeats: int) -> dict[str, dict[str, float]]:
     """Seconds of each stage in this process: import and load, the first call, the median of `repeats` further ones."""
     start = time.perf_counter()
-    from clipgen.images import save_image
+    from clipgen.images.pixels import save_image
     from clipgen.pipeline import ClipGen
 
     imported = time.perf_counter()

@@ -62,8 +62,8 @@ def write_published(folder: Path, model: str) -> dict[str, Path]:
         torch.save({"model": fill(listing("vqgan").items()), "epoch": 1}, files["vqgan"])
         torch.save({"model": fill(listing("gpt2_medium").items()), "epoch": 1}, files["gpt"])
         return files
-    from clipgen.config import load_config
-    from clipgen.gpt import GPT
+    from clipgen.models.gpt import GPT
+    from train.config import load_config
 
     torch.save({"state_dict": fill(listing("taming").items()), "global_step": 1}, files["vqgan"])
     with torch.device("meta"):
@@ -116,7 +116,7 @@ def convert(files: dict[str, Path], out: Path, model: str) -> dict[str, Any]:
     """Measure converting published files."""
     meter = Meter()
     with meter.step("import"):
-        from clipgen.checkpoints import convert_checkpoints
+        from clipgen.weights.resolve import convert_checkpoints
     with meter.step("convert"):
         convert_checkpoints(files["clip"], files["vqgan"], files["gpt"], out, model)
     return meter.steps

@@ -25,8 +25,8 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from clipgen.features import IMAGENET_MEAN, IMAGENET_STD
-from clipgen.images import load_image, to_pixels
+from clipgen.evaluation.features import IMAGENET_MEAN, IMAGENET_STD
+from clipgen.images.pixels import load_image, to_pixels
 
 SIZE = 128
 """Side of the judge's input, px. It recognises real renders no better at 160."""
@@ -72,7 +72,7 @@ def content_box(mask: np.ndarray) -> tuple[int, int, int, int]:
 
 
 def isolate(image: Image.Image, size: int = SIZE) -> Image.Image:
-    """A picture's content on white, centred, its longer side 92 % of size x size, as in `train.emoji.centred`."""
+    """A picture's content on white, centred, its longer side 92 % of size x size, as in `train.mini.emoji.centred`."""
     mask = content_mask(image)
     pixels = np.where(mask[..., None], np.asarray(image.convert("RGB")), np.uint8(255))
     cut = Image.fromarray(pixels).crop(content_box(mask))

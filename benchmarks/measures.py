@@ -14,14 +14,14 @@ from PIL import Image
 from prompts import Prompt
 from torch import Tensor
 
-from clipgen.clip import Clip
-from clipgen.images import clip_from_pixels, from_pixels, load_image, to_pixels
-from clipgen.metrics import psnr
-from clipgen.vqgan import VQGAN
-from train.captions import COLOURS, article
-from train.clip_data import recall
-from train.emoji import centred, compose, diagonal
-from train.words import read_emoji, read_records
+from clipgen.evaluation.metrics import psnr
+from clipgen.images.pixels import clip_from_pixels, from_pixels, load_image, to_pixels
+from clipgen.models.clip import Clip
+from clipgen.models.vqgan import VQGAN
+from train.mini.captions import COLOURS, article
+from train.mini.clip_data import recall
+from train.mini.emoji import centred, compose, diagonal
+from train.mini.words import read_emoji, read_records
 
 NEAREST = 5
 """A picture is recognised when its class is among so many nearest ones."""
@@ -144,7 +144,7 @@ def load_lpips() -> torch.nn.Module | None:
     """LPIPS with VGG16 where its ImageNet weights lie in torch's cache; None elsewhere: nothing is downloaded."""
     if not (Path(torch.hub.get_dir()) / "checkpoints" / _LPIPS_BACKBONE).is_file():
         return None
-    from train.losses import build_perceptual
+    from train.losses.stage1 import build_perceptual
 
     return build_perceptual("lpips")
 

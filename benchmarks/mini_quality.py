@@ -36,10 +36,10 @@ from rich.console import Console
 from rich.progress import track
 from sheets import draw_failures, draw_grid
 
-from clipgen.files import write_text
-from clipgen.images import save_image
+from clipgen.images.pixels import save_image
 from clipgen.pipeline import ClipGen
 from clipgen.request import Request
+from clipgen.utils.files import write_text
 
 ROOT = Path(__file__).resolve().parent.parent
 SEED, OUTPUTS, CANDIDATES = 0, 4, 16

@@ -10,8 +10,8 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from clipgen.images import load_image, to_pixels
-from train.words import read_emoji, read_records
+from clipgen.images.pixels import load_image, to_pixels
+from train.mini.words import read_emoji, read_records
 
 SIDE = 48
 """Side at which pictures are compared, px: edges that differ by a pixel of 144 are still the same drawing."""

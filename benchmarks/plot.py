@@ -8,7 +8,7 @@ from pathlib import Path
 
 from PIL import Image, ImageDraw
 
-from clipgen.images import save_image
+from clipgen.images.pixels import save_image
 
 COLOURS = ((30, 100, 200), (210, 60, 40), (30, 150, 70), (150, 80, 190), (230, 140, 20), (90, 90, 90), (0, 160, 170))
 MARGIN = 60

@@ -21,10 +21,10 @@ import torch
 from prompts import read_prompts
 from torch import Tensor
 
-from clipgen.batch import Picture
+from clipgen.engine.batch import Picture
 from clipgen.pipeline import ClipGen
-from clipgen.precision import PRECISIONS
 from clipgen.request import Request
+from clipgen.weights.precision import PRECISIONS
 
 ROOT = Path(__file__).resolve().parent.parent
 EXACT = "float32"

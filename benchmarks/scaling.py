@@ -27,8 +27,9 @@ sys.path[:0] = [str(ROOT)]  # run from anywhere, installed or not
 from plot import plot  # noqa: E402
 from roofline import describe, in_words, random_weights  # noqa: E402
 
-from clipgen.config import GPTConfig, load_config  # noqa: E402
-from clipgen.gpt import GPT, KVCache  # noqa: E402
+from clipgen.config import GPTConfig  # noqa: E402
+from clipgen.models.gpt import GPT, KVCache  # noqa: E402
+from train.config import load_config  # noqa: E402
 
 Series = dict[str, list[tuple[int, float]]]
 

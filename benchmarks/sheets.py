@@ -8,7 +8,7 @@ from assess import Drawn
 from measures import NEAREST
 from PIL import Image, ImageDraw, ImageFont
 
-from clipgen.images import grid
+from clipgen.images.pixels import grid
 
 CELL = 112
 """Side of a picture, px."""

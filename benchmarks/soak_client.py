@@ -17,7 +17,7 @@ from typing import Any
 import httpx
 from PIL import Image
 
-from clipgen.receipt import KEY, Receipt
+from clipgen.outputs.metadata import KEY, Receipt
 
 THINGS = ("a lemon", "a red heart", "sketch of a cat", "a blue car", "a green apple", "a yellow star")
 BAD: list[tuple[dict[str, Any], str]] = [

@@ -35,15 +35,16 @@ from safetensors.torch import load_file  # noqa: E402
 from torch import Tensor  # noqa: E402
 from torch.utils.flop_counter import FlopCounterMode  # noqa: E402
 
-from clipgen.clip import Clip  # noqa: E402
-from clipgen.config import Config, GPTConfig, load_config  # noqa: E402
-from clipgen.gpt import GPT, condition_of  # noqa: E402
-from clipgen.vqgan import VQGAN  # noqa: E402
-from train.common import build_ema, build_optimizers  # noqa: E402
-from train.data import Images, image_batches  # noqa: E402
+from clipgen.config import GPTConfig  # noqa: E402
+from clipgen.models.clip import Clip  # noqa: E402
+from clipgen.models.gpt import GPT, condition_of  # noqa: E402
+from clipgen.models.vqgan import VQGAN  # noqa: E402
+from train.config import Config, load_config  # noqa: E402
+from train.data.images import Images, image_batches  # noqa: E402
 from train.encode import Encoded, Encoders, write_shards  # noqa: E402
-from train.gan import Gan  # noqa: E402
-from train.losses import Crop, LeCam, Likeness, PatchDiscriminator  # noqa: E402
+from train.loop.common import build_ema, build_optimizers  # noqa: E402
+from train.losses.gan import Gan  # noqa: E402
+from train.losses.stage1 import Crop, LeCam, Likeness, PatchDiscriminator  # noqa: E402
 
 WARM_UP = 2
 PICTURES = 64

@@ -1,6 +1,6 @@
-"""`python -m clipgen ...`: the command line of `clipgen.cli`."""
+"""`python -m clipgen ...`: the command line of `clipgen.cli.main`."""
 
-from clipgen.cli import app
+from clipgen.cli.main import app
 
 if __name__ == "__main__":
     app()

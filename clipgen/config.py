@@ -1,4 +1,4 @@
-"""Typed configurations: what a model is, how it samples, how it trains (clipgen/training.py).
+"""Typed configurations: what a model is and how it samples.
 
 Every section is a dataclass that OmegaConf checks for names and types and that checks its own values when it is
 built, so a bad configuration never gets as far as a tensor.
@@ -15,13 +15,37 @@ from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 from yaml import YAMLError
 
-from clipgen.checks import ConfigError as ConfigError
-from clipgen.checks import require, require_sizes, require_weights
-from clipgen.training import Stage1Config as Stage1Config
-from clipgen.training import Stage2Config as Stage2Config
-from clipgen.training import TrainConfig as TrainConfig
-
 CONFIGS = Path(__file__).parent / "configs"
+
+
+class ConfigError(ValueError):
+    """A configuration that cannot work; the message names the field, its value and what is allowed."""
+
+
+def require(condition: bool, message: str) -> None:
+    """Raise ConfigError with the message unless the condition holds."""
+    if not condition:
+        raise ConfigError(message)
+
+
+def require_sizes(config: object, *names: str, at_least: int = 1, section: str = "") -> None:
+    """Refuse whole numbers below `at_least`."""
+    for name in names:
+        value = getattr(config, name)
+        require(value >= at_least, f"{section}{name} is {value}; it must be at least {at_least}")
+
+
+def require_weights(config: object, *names: str, section: str = "") -> None:
+    """Refuse numbers that are negative or not finite."""
+    for name in names:
+        value = getattr(config, name)
+        require(math.isfinite(value) and value >= 0, f"{section}{name} is {value}; it must be 0 or a positive number")
+
+
+def require_choice(config: object, name: str, *allowed: str) -> None:
+    """Refuse what is none of the allowed words."""
+    value = getattr(config, name)
+    require(value in allowed, f"{name} is {value!r}; use {', '.join(allowed[:-1])} or {allowed[-1]}")
 
 
 @dataclass
@@ -143,15 +167,6 @@ class ModelConfig:
         )
 
 
-@dataclass
-class Config:
-    """A configuration file: the model, and how its two stages are trained."""
-
-    model: ModelConfig = field(default_factory=ModelConfig)
-    stage1: Stage1Config = field(default_factory=Stage1Config)
-    stage2: Stage2Config = field(default_factory=Stage2Config)
-
-
 def build(kind: type, values: Any, origin: str) -> Any:
     """Merge `values` (a dict or an OmegaConf node) into the dataclass `kind` and validate it.
 
@@ -166,17 +181,27 @@ def build(kind: type, values: Any, origin: str) -> Any:
         raise ConfigError(f"{where}: {str(error).splitlines()[0]}") from error
 
 
-def load_config(name: str | Path, overrides: list[str] | None = None) -> Config:
-    """Read `configs/NAME.yaml` or a file, then apply overrides such as `stage1.lr=1e-4`.
+def find_config(name: str | Path) -> Path:
+    """The file of a configuration: `configs/NAME.yaml`, or a path that ends in .yaml.
 
     Raises:
-        ConfigError: no such configuration, or a value in it is wrong.
+        ConfigError: there is no such file.
     """
     path = Path(name) if Path(name).suffix in (".yaml", ".yml") else CONFIGS / f"{name}.yaml"
     if not path.is_file():
         known = ", ".join(sorted(p.stem for p in CONFIGS.glob("*.yaml")))
         raise ConfigError(f"no configuration {str(name)!r}; use one of {known}, or the path of a .yaml file")
-    return build(Config, _read(path, overrides), str(path))
+    return path
+
+
+def load_preset(name: str | Path) -> ModelConfig:
+    """Read the model section of `configs/NAME.yaml` or of another .yaml file.
+
+    Raises:
+        ConfigError: no such configuration, or a value in it is wrong.
+    """
+    path = find_config(name)
+    return build(ModelConfig, read_yaml(path).get("model", {}), str(path))
 
 
 def load_model_config(path: Path) -> ModelConfig:
@@ -187,10 +212,15 @@ def load_model_config(path: Path) -> ModelConfig:
     """
     if not path.is_file():
         raise ConfigError(f"{path} is missing; a folder of weights holds a config.yaml")
-    return build(ModelConfig, _read(path), str(path))
+    return build(ModelConfig, read_yaml(path), str(path))
 
 
-def _read(path: Path, overrides: list[str] | None = None) -> Any:
+def read_yaml(path: Path, overrides: list[str] | None = None) -> Any:
+    """Read a YAML file and apply overrides such as `stage1.lr=1e-4`.
+
+    Raises:
+        ConfigError: it cannot be read.
+    """
     try:
         return OmegaConf.merge(OmegaConf.load(path), OmegaConf.from_dotlist(overrides or []))
     except (OmegaConfBaseException, YAMLError, ValueError, TypeError) as error:

@@ -19,19 +19,19 @@ import torch.nn.functional as F
 from PIL import Image
 from torch import Tensor
 
-from clipgen.batch import Picture
-from clipgen.clip import Clip, tokenize
 from clipgen.config import ConfigError, ModelConfig, SamplingConfig
-from clipgen.coverage import Coverage, Covered
-from clipgen.engine import Engine
-from clipgen.gpt import GPT, condition_of
-from clipgen.images import from_pixels, to_clip, to_pixels, to_rgb
-from clipgen.painter import Painted, Painter
-from clipgen.precision import pick_device, pick_precision
+from clipgen.engine.batch import Picture
+from clipgen.engine.engine import Engine
+from clipgen.engine.image_decoder import Painted, Painter
+from clipgen.images.pixels import from_pixels, to_clip, to_pixels, to_rgb
+from clipgen.models.clip import Clip, tokenize
+from clipgen.models.gpt import GPT, condition_of
+from clipgen.models.vqgan import VQGAN
 from clipgen.request import MAX_SEED, Prompt, Request, RequestError, Result, parts_of
-from clipgen.vqgan import VQGAN
-from clipgen.weights import build, load_weights
-from clipgen.worker import Worker
+from clipgen.utils.compute_thread import Worker
+from clipgen.weights.model_dir import build, load_weights
+from clipgen.weights.precision import pick_device, pick_precision
+from clipgen.weights.training_index import Coverage, Covered
 
 WAVE = 8
 """Candidates that are drawn and ranked before a request with a budget is asked whether it wants more."""

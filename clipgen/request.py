@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
+import secrets
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -160,3 +161,8 @@ def parts_of(prompt: Prompt, field: str = "prompt") -> list[tuple[Part, float]]:
             raise RequestError(field, f"has a part of type {type(part).__name__}; give text or a PIL image")
         _check_number(f"{field} weight", weight, -100, 100)
     return parts
+
+
+def new_seed() -> int:
+    """Draw a random seed that leaves room for the candidates' own seeds behind it."""
+    return secrets.randbelow(MAX_SEED - MAX_CANDIDATES)

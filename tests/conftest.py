@@ -10,9 +10,9 @@ from clip.model import CLIP
 from published import Source, write_hfailab, write_torchscript
 
 from clipgen.config import GPTConfig, ModelConfig, SamplingConfig, VQGANConfig
-from clipgen.gpt import GPT
-from clipgen.vqgan import VQGAN
-from clipgen.weights import save_weights
+from clipgen.models.gpt import GPT
+from clipgen.models.vqgan import VQGAN
+from clipgen.weights.model_dir import save_weights
 
 ROOT = Path(__file__).resolve().parent.parent
 

@@ -30,12 +30,13 @@ from typing import Any
 from omegaconf import OmegaConf
 from safetensors import SafetensorError, safe_open
 
-from clipgen.config import Config, ConfigError, load_config
-from clipgen.features import KINDS, fetched
-from clipgen.fetch import FetchError
-from clipgen.files import sha256, write_text
-from clipgen.sources import open_source
-from train.common import command
+from clipgen.config import ConfigError
+from clipgen.evaluation.features import KINDS, fetched
+from clipgen.images.sources import open_source
+from clipgen.utils.files import sha256, write_text
+from clipgen.weights.cache import FetchError
+from train.config import Config, load_config
+from train.loop.common import command
 
 MOST = 5000
 """Real pictures to evaluate against, and without sentences also pictures to draw."""
@@ -87,7 +88,7 @@ def steps(paths: Paths, config: Config, features: str, processes: int) -> dict[s
         "encode": [*many, "-m", "train.encode", *pictures, *frozen, "--out", encoded],
         "stage 2": [*many, "-m", "train.stage2", *pictures[:2], "--data", learned, *frozen, "--out", gpt],
         "export": ["-m", "train.export", *pictures[:2], *frozen, "--gpt", gpt, "--out", str(paths.weights)],
-        "index": ["-m", "train.index", *weights, "--encoded", encoded, "--data", paths.data, *prompts],
+        "index": ["-m", "train.mini.index", *weights, "--encoded", encoded, "--data", paths.data, *prompts],
         "evaluate": [
             *(*many, "-m", "clipgen", "evaluate", *weights, "--reference", paths.data, *prompts),
             *("--features", features, "--limit", str(MOST), "--out", evaluation),

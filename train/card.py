@@ -15,14 +15,14 @@ from typing import Any
 from PIL import Image
 
 from clipgen import ClipGen
-from clipgen.checkpoints import describe
-from clipgen.config import Config, load_config
-from clipgen.figures import labelled_grid
-from clipgen.files import write_text
-from clipgen.images import ImageError, from_pixels, load_image, save_image, to_pixels
+from clipgen.images.grids import labelled_grid
+from clipgen.images.pixels import ImageError, from_pixels, load_image, save_image, to_pixels
+from clipgen.images.sources import Source, Spread, open_source
 from clipgen.request import Request
-from clipgen.sources import Source, Spread, open_source
-from train.common import command
+from clipgen.utils.files import write_text
+from clipgen.weights.resolve import describe
+from train.config import Config, load_config
+from train.loop.common import command
 
 ROWS, COLUMNS, CANDIDATES = 6, 4, 16
 

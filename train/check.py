@@ -24,10 +24,10 @@ import numpy as np
 from PIL import Image
 from rich.progress import track
 
-from clipgen.files import write_text
-from clipgen.images import ImageError, grid, load_image, save_image
-from clipgen.sources import DataError, Source, open_source
-from train.data import reason
+from clipgen.images.pixels import ImageError, grid, load_image, save_image
+from clipgen.images.sources import DataError, Source, open_source
+from clipgen.utils.files import write_text
+from train.data.images import reason
 
 ALIKE = 3
 """Bits of 64 in which the hashes of near-duplicates differ, at most."""

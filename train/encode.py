@@ -27,14 +27,15 @@ from rich.progress import track
 from safetensors.torch import load_file
 from torch import Tensor
 
-from clipgen.clip import Clip
-from clipgen.config import Config, GPTConfig, VQGANConfig
-from clipgen.files import sha256, write_text
-from clipgen.sources import DataError
-from clipgen.vqgan import VQGAN
-from train.checkpoint import save_tensors
-from train.common import build_accelerator, command, load_weights, own_part, parse_args, report_failures
-from train.data import Batch, Images, Key, image_batches
+from clipgen.config import GPTConfig, VQGANConfig
+from clipgen.images.sources import DataError
+from clipgen.models.clip import Clip
+from clipgen.models.vqgan import VQGAN
+from clipgen.utils.files import sha256, write_text
+from train.config import Config
+from train.data.images import Batch, Images, Key, image_batches
+from train.loop.checkpoint import save_tensors
+from train.loop.common import build_accelerator, command, load_weights, own_part, parse_args, report_failures
 
 ROWS = 4096
 """Crops of one shard."""
@@ -225,7 +226,7 @@ def check_origin(index: Path, origin: Mapping[str, Any]) -> None:
 class Encoded:
     """An encoded set: tokens (N, T) and embeddings (N, D), left on disk until rows are asked for.
 
-    `train/things.py` writes embeddings (N, K, D), of K things each.
+    `train/mini/things.py` writes embeddings (N, K, D), of K things each.
     """
 
     def __init__(self, folder: Path) -> None:

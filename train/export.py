@@ -3,7 +3,7 @@
     python -m train.export --config mini --clip runs/clip/clip.safetensors --vqgan runs/vqgan --gpt runs/gpt \\
         --out weights/mini --data data/emoji/stage2
 
---data, the pictures of stage 2, adds the index of what the model has seen (train/index.py).
+--data, the pictures of stage 2, adds the index of what the model has seen (train/mini/index.py).
 """
 
 from __future__ import annotations
@@ -14,9 +14,9 @@ from pathlib import Path
 import torch
 from safetensors.torch import load_file
 
-from clipgen.config import load_config
-from clipgen.weights import save_weights
-from train.index import add_index
+from clipgen.weights.model_dir import save_weights
+from train.config import load_config
+from train.mini.index import add_index
 
 
 def main() -> None:

@@ -17,14 +17,14 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from clipgen.files import write_text
-from clipgen.images import ImageError, from_pixels, grid, load_image, save_image, to_pixels
-from clipgen.metrics import psnr
-from clipgen.sources import DataError, Source, Spread, open_source
-from clipgen.vqgan import VQGAN
-from train.common import command, parse_args
+from clipgen.evaluation.metrics import psnr
+from clipgen.images.pixels import ImageError, from_pixels, grid, load_image, save_image, to_pixels
+from clipgen.images.sources import DataError, Source, Spread, open_source
+from clipgen.models.vqgan import VQGAN
+from clipgen.utils.files import write_text
 from train.encode import load_vqgan
-from train.health import TrainingError
+from train.loop.common import command, parse_args
+from train.loop.health import TrainingError
 
 PICTURES = 256
 BATCH = 16

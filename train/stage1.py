@@ -21,12 +21,12 @@ from omegaconf import OmegaConf
 from PIL import Image
 from torch import Tensor
 
-from clipgen.images import from_pixels, grid
-from clipgen.metrics import psnr
-from clipgen.vqgan import VQGAN, AttnBlock, ResBlock
-from train.checkpoint import Checkpoints, fixed_settings, save_tensors
-from train.codes import AverageCodes, Usage, latents, revive_codes
-from train.common import (
+from clipgen.evaluation.metrics import psnr
+from clipgen.images.pixels import from_pixels, grid
+from clipgen.models.vqgan import VQGAN, AttnBlock, ResBlock
+from train.data.images import Images, Order, image_batches
+from train.loop.checkpoint import Checkpoints, fixed_settings, save_tensors
+from train.loop.common import (
     Best,
     build_accelerator,
     build_ema,
@@ -43,12 +43,12 @@ from train.common import (
     set_lr,
     split,
 )
-from train.data import Images, Order, image_batches
-from train.gan import Gan
-from train.health import Health, check_finite, collapsed_codes, discriminator_wins
-from train.logger import Logger
-from train.losses import Crop, LeCam, Likeness, PatchDiscriminator
-from train.stopping import Stop
+from train.loop.health import Health, check_finite, collapsed_codes, discriminator_wins
+from train.loop.logger import Logger
+from train.loop.stopping import Stop
+from train.losses.codes import AverageCodes, Usage, latents, revive_codes
+from train.losses.gan import Gan
+from train.losses.stage1 import Crop, LeCam, Likeness, PatchDiscriminator
 
 MEASURED = 128
 """Most pictures held out that are measured on the way."""

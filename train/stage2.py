@@ -29,14 +29,25 @@ from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor
 from torch.optim.swa_utils import AveragedModel
 
-from clipgen.config import Config, GPTConfig, SamplingConfig
-from clipgen.gpt import GPT, Block, condition_of
-from clipgen.images import from_pixels, grid
-from clipgen.sampling import generate_tokens
-from clipgen.vqgan import VQGAN
-from train.checkpoint import Checkpoints, fixed_settings, save_tensors
-from train.clip_loss import EmbeddingLoss, looked_at
-from train.common import (
+from clipgen.config import GPTConfig, SamplingConfig
+from clipgen.engine.sampling import generate_tokens
+from clipgen.images.pixels import from_pixels, grid
+from clipgen.models.gpt import GPT, Block, condition_of
+from clipgen.models.vqgan import VQGAN
+from train.config import Config
+from train.data.images import Order
+from train.encode import (
+    Encoded,
+    Encoders,
+    check_origin,
+    hashes,
+    load_clip,
+    load_encoders,
+    load_vqgan,
+    write_shards,
+)
+from train.loop.checkpoint import Checkpoints, fixed_settings, save_tensors
+from train.loop.common import (
     Best,
     build_accelerator,
     build_ema,
@@ -54,21 +65,11 @@ from train.common import (
     set_lr,
     split,
 )
-from train.data import Order
-from train.encode import (
-    Encoded,
-    Encoders,
-    check_origin,
-    hashes,
-    load_clip,
-    load_encoders,
-    load_vqgan,
-    write_shards,
-)
-from train.health import Health, check_finite, worse_than_guessing
-from train.logger import Logger
-from train.sharding import Sharded, shard, whole_state
-from train.stopping import Stop
+from train.loop.health import Health, check_finite, worse_than_guessing
+from train.loop.logger import Logger
+from train.loop.sharding import Sharded, shard, whole_state
+from train.loop.stopping import Stop
+from train.losses.embedding import EmbeddingLoss, looked_at
 
 
 @command

@@ -1,0 +1,92 @@
+"""`python -m clipgen morph`: from one prompt to another in steps, as a strip or an animation."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from clipgen.cli import common as t
+from clipgen.cli.common import FILES, HOW, option
+from clipgen.outputs.naming import free_stem
+from clipgen.request import new_seed
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+MOST_STEPS = 64
+EXAMPLE = "Example: python -m clipgen morph 'a lemon' 'a heart' --steps 8 --gif"
+
+_FROM = typer.Argument(metavar="FROM", show_default=False, help="The prompt to begin with, in quotes.")
+_TO = typer.Argument(metavar="TO", show_default=False, help="The prompt to end with, in quotes.")
+_CANDIDATES = option(HOW, "Images to draw per step, of which CLIP picks the best. 1 moves most smoothly.")
+_GIF = option(FILES, "Write an animation there and back, .gif, instead of a strip.", "--gif")
+
+
+def morph(
+    start: Annotated[str, _FROM],
+    end: Annotated[str, _TO],
+    steps: Annotated[int, option(HOW, f"Pictures, 2 to {MOST_STEPS}, the two ends among them.")] = 8,
+    candidates: Annotated[int, _CANDIDATES] = 1,
+    guidance: Annotated[float | None, option(HOW, "How closely to follow, 0 to 30.", model="the model's")] = None,
+    temperature: Annotated[float | None, option(HOW, "How daring to be, 0 to 10.", model="the model's")] = None,
+    seed: t.Seed = None,
+    out: t.Out = Path("outputs"),
+    gif: Annotated[bool, _GIF] = False,
+    as_json: t.Json = False,
+    weights: t.Weights = t.MINI,
+    device: t.Device = None,
+    dtype: t.Dtype = None,
+) -> None:
+    """Draw pictures between two prompts: their embeddings turned into each other on the sphere, with one seed."""
+    if not 2 <= steps <= MOST_STEPS:
+        raise typer.BadParameter(f"--steps is {steps}; it must be from 2 to {MOST_STEPS}")
+    from clipgen.images.grids import labelled_grid, save_gif
+    from clipgen.images.pixels import save_image
+    from clipgen.outputs.metadata import KEY, receipts, together
+    from clipgen.request import Request
+
+    settings: dict[str, Any] = {"candidates": candidates, "guidance": guidance, "temperature": temperature}
+    settings["seed"] = new_seed() if seed is None else seed
+    ends = [Request(t.checked_text(text), **settings) for text in (start, end)]
+    pipe, digest = t.load(weights, device, dtype)
+    path = arc(pipe.embed(start), pipe.embed(end), steps)
+    requests = [Request([(start, a), (end, b)], **settings) for a, b in path[1:-1]]
+    with t.progress(f"{steps} steps") as report:
+        results = pipe.generate([ends[0], *requests, ends[1]], progress=report)
+    pictures = [result.images[0] for result in results]
+    metadata = together([receipts(pipe, result, digest)[0] for result in results])
+    stem = free_stem(out, f"{start} to {end}", results[0].seed)
+    if gif:
+        file = save_gif(pictures, stem.with_name(f"{stem.name}-morph.gif"), comment=metadata[KEY])
+    else:
+        labels = [start, *("" for _ in requests), end]
+        strip = labelled_grid(pictures, [t.printable(label) for label in labels], [""])
+        file = save_image(strip, stem.with_name(f"{stem.name}-morph.png"), metadata=metadata)
+    scores = [round(result.scores[0], 4) for result in results]
+    if as_json:
+        record = {"from": start, "to": end, "seed": results[0].seed, "file": str(file), "clip_scores": scores}
+        print(json.dumps(record))
+    else:
+        seconds = results[0].seconds["total"]
+        print(f"{t.printable(start)} to {t.printable(end)}: seed {results[0].seed}, {seconds:.1f} s\n  {file}")
+
+
+def arc(a: Tensor, b: Tensor, steps: int) -> list[tuple[float, float]]:
+    """Weights of `a` and `b`, (D,) unit norm, for `steps` equal turns from one to the other on the sphere.
+
+    Spherical interpolation (Shoemake 1985): sin((1 - s) w) / sin w and sin(s w) / sin w, w the angle between them.
+    The weighted sum has unit norm, so a request with these parts is that point. Opposite ends have no shortest way;
+    there, and where the ends are the same, the weights are linear.
+    """
+    import torch
+
+    angle = torch.arccos((a.double() @ b.double()).clamp(-1, 1)).item()
+    shares = [i / (steps - 1) for i in range(steps)]
+    turn = torch.tensor(angle, dtype=torch.float64).sin().item()
+    if turn < 1e-6:
+        return [(1 - s, s) for s in shares]
+    sine = torch.sin(torch.tensor([[(1 - s) * angle, s * angle] for s in shares], dtype=torch.float64)) / turn
+    return [(first, second) for first, second in sine.tolist()]

@@ -1,0 +1,129 @@
+"""`python -m clipgen replay`: draw a file's picture again from its receipt, and compare."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from dataclasses import asdict
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from clipgen.cli import common as t
+from clipgen.cli.common import FILES, MACHINE, WHAT, option
+
+if TYPE_CHECKING:
+    from PIL import Image
+
+    from clipgen.outputs.metadata import Receipt
+
+ROUNDING = 1
+"""Levels of 255 by which the same tokens may differ as pixels: a batch makes the decoder's sums in another order."""
+COMPRESSED = 5.0
+"""Mean difference, of 255, that WebP and JPEG of quality 20 or more leave; another seed's picture is 6 or more away."""
+EXAMPLE = "Example: python -m clipgen replay outputs/a-lemon-7-1.png"
+
+_FILE = typer.Argument(metavar="FILE", show_default=False, dir_okay=False, help="An image that clipgen has written.")
+_IMAGES = option(WHAT, "An image that it was drawn from, if it was; may be given several times.", "--image")
+_SAVE = option(FILES, "Where to write the new picture, .png.", dir_okay=False)
+_DEVICE = option(MACHINE, "cpu, cuda, cuda:1, mps ...", envvar="CLIPGEN_DEVICE", model="the kind in the receipt")
+_DTYPE = option(MACHINE, "Precision.", envvar="CLIPGEN_DTYPE", model="the one in the receipt")
+
+
+def replay(
+    file: Annotated[Path, _FILE],
+    images: Annotated[list[Path] | None, _IMAGES] = None,
+    save: Annotated[Path | None, _SAVE] = None,
+    as_json: t.Json = False,
+    weights: t.Weights = t.MINI,
+    device: Annotated[str | None, _DEVICE] = None,
+    dtype: Annotated[str | None, _DTYPE] = None,
+) -> None:
+    """Draw a picture again from the receipt in its file, and say whether it is the same.
+
+    Exit code 0: it is; 1: it is not; 2: it cannot be drawn again.
+    """
+    from clipgen.images.pixels import load_image, save_image
+    from clipgen.outputs.metadata import Receipt, image_digest, receipts
+
+    receipt = Receipt.from_file(file)
+    there = load_image(file)
+    pictures = [load_image(path) for path in images or []]
+    request = receipt.request({image_digest(picture): picture for picture in pictures})
+    pipe, digest = t.load(weights, *_machine(receipt, device, dtype))
+    result = pipe.generate([request])[0]
+    place = result.seeds.index(receipt.image_seed)
+    here, again = result.images[place], receipts(pipe, result, digest)[place]
+    if save:
+        save_image(here, save, metadata=again.to_metadata())
+    difference = compare(there, here)
+    lossless = file.suffix.lower() == ".png"
+    same = difference is not None and (difference["most"] <= ROUNDING if lossless else difference["mean"] <= COMPRESSED)
+    changed = dict(_changes(receipt, again))
+    if as_json:
+        record = {"file": str(file), "same": same, "difference": difference, "lossless": lossless}
+        print(json.dumps(record | {"changed": changed, "receipt": asdict(receipt)}))
+    else:
+        print("\n".join(_lines(receipt, difference, lossless, same, changed)))
+    raise typer.Exit(0 if same else 1)
+
+
+def _machine(receipt: Receipt, device: str | None, dtype: str | None) -> tuple[str | None, str | None]:
+    """Device and precision: what is asked for, else the receipt's where this machine has them."""
+    import torch
+
+    kind = receipt.device.split(" ")[0]
+    if device is None and (kind == "cpu" or (kind == "cuda" and torch.cuda.is_available())):
+        device = kind
+    return device, dtype or receipt.dtype
+
+
+def compare(a: Image.Image, b: Image.Image) -> dict[str, float] | None:
+    """Mean and largest difference of two pictures' values, 0 to 255, and the share of values that differ.
+
+    None when their sizes differ.
+    """
+    import numpy as np
+
+    if a.size != b.size:
+        return None
+    apart = np.abs(np.asarray(a, dtype=np.int16) - np.asarray(b, dtype=np.int16))
+    return {"mean": float(apart.mean()), "most": int(apart.max()), "share": float((apart > 0).mean())}
+
+
+def _changes(there: Receipt, here: Receipt) -> Iterator[tuple[str, list[str]]]:
+    """What was different when the picture was drawn: field -> [then, now]."""
+    for name in ("model", "weights", "dtype", "device", "torch", "software"):
+        then, now = getattr(there, name), getattr(here, name)
+        if then != now:
+            yield name, [then, now]
+
+
+def _lines(
+    receipt: Receipt, difference: dict[str, Any] | None, lossless: bool, same: bool, changed: dict[str, list[str]]
+) -> Iterator[str]:
+    yield f"{t.printable(receipt.text)}: seed {receipt.image_seed}, {t.printable(receipt.model)}"
+    if difference is None:
+        yield "different: the pictures have different sizes"
+    elif not lossless:
+        state = "the same as far as its compression lets one tell" if same else "different, more than compression does"
+        yield f"{state}: mean difference {difference['mean']:.2f} of 255, largest {difference['most']}"
+    elif difference["most"] == 0:
+        yield "the same: every pixel matches exactly"
+    elif difference["most"] <= ROUNDING:
+        yield (
+            f"the same up to rounding: {difference['share']:.2%} of the values differ by 1 of 255, as they may when a "
+            "picture was drawn together with others"
+        )
+    else:
+        yield (
+            f"different: {difference['share']:.1%} of the values, by {difference['mean']:.2f} of 255 on average and "
+            f"{difference['most']} at most"
+        )
+    names = {"software": "clipgen", "torch": "PyTorch", "dtype": "precision"}
+    for name, (then, now) in changed.items():
+        then, now = (t.printable(value[:12] + "..." if name == "weights" else value) for value in (then, now))
+        yield f"  {names.get(name, name)}: {then} then, {now} now"
+    if not same and not changed:
+        yield "  nothing that the receipt knows of has changed: the file's pixels were edited"

@@ -1,0 +1,127 @@
+"""`python -m clipgen sheet`: what two settings do to a prompt, as one labelled grid."""
+
+from __future__ import annotations
+
+import itertools
+import json
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from clipgen.cli import common as t
+from clipgen.cli.common import HOW, WHAT, option
+from clipgen.outputs.naming import free_stem
+from clipgen.request import new_seed
+
+MOST_CELLS = 100
+EXAMPLE = "Example: python -m clipgen sheet 'a lemon' --guidance 1,2,4 --temperature 0.7,1,1.3"
+SETTINGS = {"guidance": float, "temperature": float, "top_k": int, "top_p": float}
+
+_PROMPT = typer.Argument(metavar="PROMPT", show_default=False, help="What to draw, in quotes.")
+_CANDIDATES = option(HOW, "Images to draw per cell, of which CLIP picks the best; 1 shows what chance does.")
+
+
+def _values(help: str) -> Any:
+    return option(HOW, f"{help}: one value, or several with commas between.", model="the model's", metavar="A,B,...")
+
+
+def sheet(
+    prompt: Annotated[str, _PROMPT],
+    guidance: Annotated[str | None, _values("How closely to follow the prompt, 0 to 30")] = None,
+    temperature: Annotated[str | None, _values("How daring to be, 0 to 10")] = None,
+    top_k: Annotated[str | None, _values("Choose among the K likeliest tokens; 0 is off")] = None,
+    top_p: Annotated[str | None, _values("Choose among the likeliest that add up to P")] = None,
+    negative: Annotated[
+        str | None, option(WHAT, "Keep away from a text; guidance must be above 1.", metavar="TEXT")
+    ] = None,
+    candidates: Annotated[int, _CANDIDATES] = 1,
+    seed: t.Seed = None,
+    out: t.Out = Path("outputs"),
+    format: t.FileFormat = t.Format.png,
+    as_json: t.Json = False,
+    weights: t.Weights = t.MINI,
+    device: t.Device = None,
+    dtype: t.Dtype = None,
+) -> None:
+    """Draw a prompt with several values of one or two settings, everything else and the seed alike, as one grid.
+
+    Values of the first setting go down, those of the second across. The file holds a receipt of every cell.
+    """
+    from clipgen.images.grids import labelled_grid
+    from clipgen.images.pixels import save_image
+    from clipgen.outputs.metadata import receipts, together
+    from clipgen.request import Request
+
+    given = {"guidance": guidance, "temperature": temperature, "top_k": top_k, "top_p": top_p}
+    values = {name: _parse(name, text) for name, text in given.items() if text is not None}
+    (down, rows), (across, columns) = axes(values)
+    shared: dict[str, Any] = {name: numbers[0] for name, numbers in values.items() if len(numbers) == 1}
+    shared |= {"candidates": candidates, "seed": new_seed() if seed is None else seed}
+    shared["negative"] = None if negative is None else t.checked_text(negative)
+    requests = [
+        Request(t.checked_text(prompt), **(shared | ({down: row} if down else {}) | {across: column}))
+        for row, column in itertools.product(rows, columns)
+    ]
+    pipe, digest = t.load(weights, device, dtype)
+    with t.progress(f"{len(requests)} cells") as report:
+        results = pipe.generate(requests, progress=report)
+    title = f"{t.printable(prompt)}, seed {results[0].seed}" + "".join(
+        f", {name} {numbers[0]:g}" for name, numbers in values.items() if len(numbers) == 1
+    )
+    title += "" if negative is None else f", not {t.printable(negative)}"
+    picture = labelled_grid(
+        [result.images[0] for result in results],
+        [f"{across} {value:g}" for value in columns],
+        [f"{down} {value:g}" for value in rows] if down else [""],
+        title,
+    )
+    stem = free_stem(out, prompt, results[0].seed)
+    records = [receipts(pipe, result, digest)[0] for result in results]
+    file = save_image(picture, stem.with_name(f"{stem.name}-sheet.{format.value}"), metadata=together(records))
+    scores = [round(result.scores[0], 4) for result in results]
+    if as_json:
+        axes_shown = {name: list(numbers) for name, numbers in ((down, rows), (across, columns)) if name}
+        print(
+            json.dumps(
+                {
+                    "prompt": prompt,
+                    "seed": results[0].seed,
+                    "file": str(file),
+                    "axes": axes_shown,
+                    "clip_scores": scores,
+                }
+            )
+        )
+    else:
+        print(f"{t.printable(prompt)}: seed {results[0].seed}, {results[0].seconds['total']:.1f} s\n  {file}")
+
+
+def axes(values: dict[str, list[float]]) -> tuple[tuple[str, list[float]], tuple[str, list[float]]]:
+    """The settings that vary, as (name, values): the one that goes down ("" when there is none), and the one across.
+
+    Raises:
+        BadParameter: none varies, more than two do, or there are too many cells.
+    """
+    varying = [(name, numbers) for name, numbers in values.items() if len(numbers) > 1]
+    if not 1 <= len(varying) <= 2:
+        found = ", ".join(name for name, _ in varying) or "none"
+        names = ", ".join(f"--{name.replace('_', '-')}" for name in SETTINGS)
+        raise typer.BadParameter(f"one or two settings must vary, here: {found}; give {names} values with commas")
+    cells = len(varying[0][1]) * len(varying[-1][1] if len(varying) == 2 else [0])
+    if cells > MOST_CELLS:
+        raise typer.BadParameter(f"the grid has {cells} cells; {MOST_CELLS} are allowed: give fewer values")
+    down = varying[0] if len(varying) == 2 else ("", [0.0])
+    return down, varying[-1]
+
+
+def _parse(name: str, text: str) -> list[float]:
+    kind = SETTINGS[name]
+    try:
+        found = [kind(value) for value in text.split(",")]
+    except ValueError:
+        whole = "whole numbers" if kind is int else "numbers"
+        raise typer.BadParameter(f"--{name.replace('_', '-')} is {text!r}; give {whole} with commas between") from None
+    if len(set(found)) < len(found):
+        raise typer.BadParameter(f"--{name.replace('_', '-')} is {text!r}; it has a value twice")
+    return found

@@ -1,0 +1,293 @@
+"""`python -m clipgen weights`: list, fetch, verify, convert and look into weights."""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+from rich.console import Console
+from rich.progress import BarColumn, DownloadColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
+
+from clipgen.weights.catalog import CATALOG, Entry, File
+
+if TYPE_CHECKING:
+    from clipgen.weights.cache import Report, Settings
+
+MODELS = Path("weights")
+"""Folder of the models, in the current one: `fetch coco` makes weights/coco."""
+
+console = Console(stderr=True, highlight=False)
+app = typer.Typer(rich_markup_mode="rich")
+
+
+@app.callback(invoke_without_command=True)
+def root(context: typer.Context) -> None:
+    """Published weights: what there is, fetching, checking, converting."""
+    if context.invoked_subcommand is None:
+        typer.echo(context.get_help())
+
+
+_JSON = typer.Option("--json", help="Print one JSON document.")
+_CACHE = typer.Option(
+    envvar="CLIPGEN_CACHE", show_default="~/.cache/clipgen", file_okay=False, help="Folder of the downloads."
+)
+_FOLDER = typer.Argument(metavar="DIR", show_default=False, help="Folder of a model, such as weights/mini.")
+
+
+@app.command("list")
+def list_(cache: Annotated[Path | None, _CACHE] = None, as_json: Annotated[bool, _JSON] = False) -> None:
+    """Show what can be fetched: files, sizes, licences, and whether they are here."""
+    settings = _settings(cache)
+    records = [_record(entry, settings) for entry in CATALOG.values()]
+    if as_json:
+        typer.echo(json.dumps(records, indent=2))
+        return
+    for record in records:
+        typer.echo(f"{record['name']}: {record['what']}")
+        typer.echo(f"  {record['page']}, licence: {record['licence']}")
+        for file in record["files"]:
+            typer.echo(f"  {file['name']:30} {_size(file):40} {file['state']}")
+        if record["model"]:
+            state = "converted" if record["converted"] else "not converted yet"
+            typer.echo(f"  {record['model']:30} {'the model that fetch makes of them':40} {state}")
+    typer.echo(f"downloads go to {settings.cache}")
+
+
+@app.command(epilog="Example: python -m clipgen weights fetch coco")
+def fetch(
+    name: Annotated[str, typer.Argument(metavar="NAME", show_default=False, help=f"One of {', '.join(CATALOG)}.")],
+    cache: Annotated[Path | None, _CACHE] = None,
+    out: Annotated[
+        Path | None,
+        typer.Option(file_okay=False, help="Folder of the converted model. [dim]\\[default: weights/NAME][/dim]"),
+    ] = None,
+    convert: Annotated[bool, typer.Option(help="Convert a whole model once its files are here.")] = True,
+) -> None:
+    """Download files into the cache, check them, and convert those of a whole model.
+
+    Goes on where it stopped. CLIPGEN_MIRROR names other servers to ask, CLIPGEN_OFFLINE=1 forbids asking any. Prints
+    the paths of what there is then.
+    """
+    from clipgen.weights.cache import fetch as fetch_files
+    from clipgen.weights.cache import find
+
+    entry, settings = find(name), _settings(cache)
+    target = (out or MODELS / name) if entry.config and convert else None
+    if out and not target:
+        raise typer.BadParameter("--out is for a model that is converted; this one is not")
+    if target and _is_model(target, entry.config):
+        _say(f"{target} is there and complete; delete it to convert it again")
+        typer.echo(target)
+        return
+    with _progress() as report:
+        paths = fetch_files(entry, settings, report=report, say=_say)
+    if not target:
+        for path in paths.values():
+            typer.echo(path)
+        return
+    _convert(paths, target, entry.config or "")
+
+
+@app.command()
+def verify(folder: Annotated[Path, _FOLDER]) -> None:
+    """Check a folder of weights against its manifest: sizes, SHA-256, and that its parts fit together."""
+    from clipgen.weights.model_dir import load_weights
+
+    config, parts = load_weights(folder)
+    typer.echo(f"{folder} is complete: the model {config.name}, {sum(map(len, parts.values()))} tensors")
+
+
+def _source(help: str) -> Any:
+    return typer.Option(dir_okay=False, show_default=False, help=help)
+
+
+@app.command(epilog="Example: python -m clipgen weights convert --clip a.pt --vqgan b.pt --gpt c.pt --out weights/mine")
+def convert(
+    out: Annotated[Path, typer.Option(file_okay=False, show_default=False, help="Folder to write.")],
+    clip: Annotated[
+        Path | None, _source("CLIP: OpenAI's file, HFAiLab's, or .safetensors under OpenAI's names.")
+    ] = None,
+    vqgan: Annotated[
+        Path | None, _source("VQGAN: HFAiLab's or CompVis' checkpoint, or .safetensors of stage 1.")
+    ] = None,
+    gpt: Annotated[Path | None, _source("GPT: HFAiLab's checkpoint, or .safetensors of stage 2.")] = None,
+    config: Annotated[str, typer.Option(help="The model they belong to: coco, imagenet, or a .yaml file.")] = "coco",
+) -> None:
+    """Turn published checkpoints into a folder of weights. Nothing in them is executed.
+
+    All three make a model. One or two become files to train the rest with: clip.safetensors, vqgan.safetensors.
+    """
+    given = {part: path for part, path in (("clip", clip), ("vqgan", vqgan), ("gpt", gpt)) if path}
+    if not given:
+        raise typer.BadParameter("nothing to convert: give --clip, --vqgan and --gpt, or some of them")
+    if (out / "manifest.json").exists():
+        raise typer.BadParameter(f"{out} holds a model already; give another --out, or delete it")
+    if len(given) == 3:
+        _convert(given, out, config)
+    else:
+        _convert_parts(given, out, config)
+
+
+@app.command()
+def info(folder: Annotated[Path, _FOLDER], as_json: Annotated[bool, _JSON] = False) -> None:
+    """Show a model's configuration, its parameters, the memory it needs and the GPUs it fits."""
+    from clipgen.weights.resolve import describe
+
+    facts = describe(folder)
+    typer.echo(json.dumps(facts, indent=2) if as_json else "\n".join(_lines(facts)))
+
+
+def _settings(cache: Path | None) -> Settings:
+    """The environment's, with the cache that the command line names; Typer has read CLIPGEN_CACHE already."""
+    from dataclasses import replace
+
+    from clipgen.weights.cache import Settings
+
+    settings = Settings.from_environment()
+    return replace(settings, cache=cache.expanduser()) if cache else settings
+
+
+def _record(entry: Entry, settings: Settings) -> dict[str, Any]:
+    from clipgen.weights.cache import known_print, state
+
+    files = []
+    for file in entry.files:
+        path = settings.path(entry, file)
+        known = {"bytes" if key == "size" else key: value for key, value in known_print(file, path).items()}
+        where = {"path": str(path), "state": state(entry, file, settings)}
+        files.append({"name": file.name, "url": file.url, **known, "tensor_bytes": file.tensors, **where})
+    model = MODELS / entry.name if entry.config else None
+    return {
+        "name": entry.name,
+        "what": entry.what,
+        "page": entry.page,
+        "licence": entry.licence,
+        "files": files,
+        "model": model and str(model),
+        "converted": model and (model / "manifest.json").is_file(),
+    }
+
+
+def _size(file: dict[str, Any]) -> str:
+    if file["bytes"]:
+        return f"{file['bytes']:,} bytes"
+    return "size unknown" + (f", more than {file['tensor_bytes'] / 1e6:,.0f} MB" if file["tensor_bytes"] else "")
+
+
+def _is_model(folder: Path, name: str | None) -> bool:
+    """Whether `folder` already holds the complete model `name`; damaged, it is to be made again.
+
+    Raises:
+        BadParameter: it holds another model.
+        ConfigError: it holds one whose configuration cannot be read.
+    """
+    if not (folder / "manifest.json").exists():
+        return False
+    from clipgen.config import load_model_config
+    from clipgen.weights.model_dir import WeightsError, load_weights
+
+    found = load_model_config(folder / "config.yaml").name
+    if found != name:
+        raise typer.BadParameter(f"{folder} holds the model {found}; give another --out, or delete it")
+    try:
+        load_weights(folder)
+    except WeightsError as error:
+        _say(f"{error}. It is made again")
+        return False
+    return True
+
+
+def _convert(paths: dict[str, Path], out: Path, config: str) -> None:
+    """All three parts become a model."""
+    from clipgen.weights.resolve import convert_checkpoints
+
+    started = time.perf_counter()
+    _say(f"converting into {out} ...")
+    with _writing(out):
+        folder = convert_checkpoints(paths["clip"], paths["vqgan"], paths["gpt"], out, config)
+    _say(f"converted in {time.perf_counter() - started:.0f} s; draw with: generate PROMPT --weights {folder}")
+    typer.echo(folder)
+
+
+def _convert_parts(paths: dict[str, Path], out: Path, config: str) -> None:
+    """Parts that make no model yet become files, as the training scripts read them."""
+    from safetensors.torch import save_file
+
+    from clipgen.config import load_preset
+    from clipgen.weights.resolve import convert_parts
+
+    parts = convert_parts(paths, load_preset(config))  # all, before any is written
+    with _writing(out):
+        out.mkdir(parents=True, exist_ok=True)
+        for part, tensors in parts.items():
+            temporary, file = out / f".{part}.tmp", out / f"{part}.safetensors"
+            save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, temporary)
+            temporary.replace(file)
+            typer.echo(file)
+
+
+@contextmanager
+def _writing(out: Path) -> Iterator[None]:
+    """What the disk refuses is the user's to change: one line."""
+    from safetensors import SafetensorError
+
+    try:
+        yield
+    except (OSError, SafetensorError) as error:
+        raise typer.BadParameter(f"{out} cannot be written: {getattr(error, 'strerror', None) or error}") from None
+
+
+def _say(message: str) -> None:
+    """On stderr, above the progress bar if there is one, without control characters: some of it comes from servers."""
+    text = "".join(c if c.isprintable() else " " for c in message)
+    console.print(text, markup=False, soft_wrap=True)
+
+
+@contextmanager
+def _progress() -> Iterator[Report]:
+    """Yields a progress callback: a bar per file on a terminal, anywhere else a line for every tenth of a file."""
+    if not console.is_terminal:
+        yield _milestones(_say)
+        return
+    columns = (TextColumn("{task.description}"), BarColumn(), DownloadColumn(), TimeRemainingColumn())
+    with Progress(*columns, console=console) as bars:
+        tasks: dict[File, TaskID] = {}
+
+        def report(file: File, done: int, total: int | None) -> None:
+            if file not in tasks:
+                tasks[file] = bars.add_task(file.name, total=total)
+            bars.update(tasks[file], completed=done, total=total)
+
+        yield report
+
+
+def _milestones(say: Callable[[str], None]) -> Report:
+    seen: dict[File, int] = {}
+
+    def report(file: File, done: int, total: int | None) -> None:
+        step = 10 * done // total if total else done // 100_000_000
+        if seen.get(file) != step:
+            seen[file] = step
+            say(f"{file.name}: {done / 1e6:,.0f} of {f'{total / 1e6:,.0f}' if total else '?'} MB")
+
+    return report
+
+
+def _lines(facts: dict[str, Any], indent: str = "", in_bytes: bool = False) -> Iterator[str]:
+    """Nested facts as indented lines; those under "memory" and "bytes" are bytes."""
+    for key, value in facts.items():
+        sized = in_bytes or key in ("memory", "bytes")
+        if isinstance(value, dict):
+            yield f"{indent}{key}:"
+            yield from _lines(value, indent + "  ", sized)
+        elif isinstance(value, list):
+            yield f"{indent}{key}: {', '.join(map(str, value)) or 'none'}"
+        elif isinstance(value, int) and not isinstance(value, bool):
+            yield f"{indent}{key}: {f'{value / 1e6:,.1f} MB' if sized else f'{value:,}'}"
+        else:
+            yield f"{indent}{key}: {value}"

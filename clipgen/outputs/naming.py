@@ -1,0 +1,22 @@
+"""Names of written files: after prompt and seed, and never one that is taken."""
+
+from __future__ import annotations
+
+import re
+import unicodedata
+from pathlib import Path
+
+SLUG_BYTES = 80
+"""Longest part of a file's name that comes from its prompt."""
+
+
+def free_stem(out: Path, name: str, seed: int) -> Path:
+    """A path in `out` named after prompt and seed, whose files `STEM-*` do not exist yet: nothing is overwritten."""
+    words = re.sub(r"[\W_]+", "-", unicodedata.normalize("NFKC", name).lower())
+    slug = words.encode()[:SLUG_BYTES].decode(errors="ignore").strip("-") or "image"
+    taken = {path.name for path in out.glob("*")}
+    for copy in range(1, len(taken) + 2):
+        stem = f"{slug}-{seed}" if copy == 1 else f"{slug}-{seed}-v{copy}"
+        if not any(name.startswith(f"{stem}-") or name.startswith(f"{stem}.") for name in taken):
+            break
+    return out / stem

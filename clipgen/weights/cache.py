@@ -1,0 +1,302 @@
+"""Published files in a cache that can be trusted: fetched once, checked on arrival and on every use.
+
+CACHE/coco/gpt_coco.pt           complete and checked, or not there
+           gpt_coco.pt.json      size and SHA-256 at the first download, where the publisher states none
+           gpt_coco.pt.part      what has arrived so far
+           gpt_coco.pt.lock      held while fetching: of several processes one fetches, the others wait
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import zipfile
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from urllib.parse import quote, urlsplit
+
+from filelock import FileLock, Timeout
+
+from clipgen.utils.download import PATIENT, DownloadError, Policy, Say, discard, download
+from clipgen.utils.files import sha256
+from clipgen.weights.catalog import CATALOG, Entry, File
+
+Report = Callable[[File, int, int | None], None]
+"""Called with the file, the bytes that have arrived, and the bytes there will be, None while that is unknown."""
+
+
+class FetchError(ValueError):
+    """A file that cannot be had, or is not what it should be; the message says what to do."""
+
+
+@dataclass(frozen=True)
+class Settings:
+    """Where files come from and go to.
+
+    Attributes:
+        cache: folder of the downloads.
+        mirrors: asked in this order in place of the publishers, for MIRROR/ENTRY/FILE.
+        offline: use what is in the cache and nothing else.
+    """
+
+    cache: Path
+    mirrors: tuple[str, ...] = ()
+    offline: bool = False
+
+    @classmethod
+    def from_environment(cls, environ: Mapping[str, str] = os.environ) -> Settings:
+        """Read CLIPGEN_CACHE, CLIPGEN_MIRROR (one URL or several, separated by commas) and CLIPGEN_OFFLINE.
+
+        Raises:
+            FetchError: a mirror is no http(s) URL.
+        """
+        cache = environ.get("CLIPGEN_CACHE", "").strip()
+        mirrors = [part.strip() for part in environ.get("CLIPGEN_MIRROR", "").split(",")]
+        return cls(
+            cache=Path(os.path.expanduser(cache or "~/.cache/clipgen")),
+            mirrors=tuple(_checked_mirror(mirror) for mirror in mirrors if mirror),
+            offline=environ.get("CLIPGEN_OFFLINE", "").strip().lower() not in ("", "0", "false", "no", "off"),
+        )
+
+    def path(self, entry: Entry, file: File) -> Path:
+        """Where a file is when it is there."""
+        return self.cache / entry.name / file.name
+
+    def urls(self, entry: Entry, file: File) -> list[str]:
+        """Where to ask for a file, in order."""
+        return [f"{mirror}/{entry.name}/{quote(file.name)}" for mirror in self.mirrors] or [file.url]
+
+
+_MIRROR = re.compile(
+    r"https?://(?:[a-z0-9._-]+|\[[0-9a-f:.]+\])(?::[0-9]{1,5})?(?:/[a-z0-9._~%+@=/-]*)?", re.IGNORECASE | re.ASCII
+)
+
+
+def _checked_mirror(url: str) -> str:
+    try:
+        plain = _MIRROR.fullmatch(url) and urlsplit(url).port != 0
+    except ValueError:  # no such port, or no such IPv6 address
+        plain = False
+    if not plain:
+        raise FetchError(
+            f"CLIPGEN_MIRROR {url!r} is no mirror: give http:// or https://, a host and a folder, without user, ? or #"
+        )
+    return url.rstrip("/")
+
+
+def find(name: str) -> Entry:
+    """The catalog's entry of this name.
+
+    Raises:
+        FetchError: there is none.
+    """
+    if name not in CATALOG:
+        raise FetchError(f"there is no {name!r} to fetch; there is {', '.join(CATALOG)}")
+    return CATALOG[name]
+
+
+def fetch(
+    entry: Entry,
+    settings: Settings,
+    policy: Policy = PATIENT,
+    report: Report = lambda file, done, total: None,
+    say: Say = lambda message: None,
+) -> dict[str, Path]:
+    """Have all files of an entry in the cache, complete and checked.
+
+    Args:
+        entry: one of `CATALOG`.
+        settings: where files come from and go to.
+        policy: how patient to be with servers.
+        report: progress of the downloads.
+        say: told what a user may want to know, such as why something takes long.
+
+    Returns:
+        The paths of the files by part.
+
+    Raises:
+        FetchError: a file cannot be had, or is not what the publisher states or the first download was.
+    """
+    missing = [file for file in entry.files if settings.offline and not settings.path(entry, file).is_file()]
+    if missing:
+        names = ", ".join(file.name for file in missing)
+        todo = "; ".join(_by_hand(file, settings.path(entry, file)) for file in missing)
+        raise FetchError(f"{names}: not in the cache, and CLIPGEN_OFFLINE is set. Unset it, or {todo}")
+    return {file.part: _Fetch(entry, file, settings, policy, report, say).run() for file in entry.files}
+
+
+def state(entry: Entry, file: File, settings: Settings) -> str:
+    """ "present", "partial" or "absent", by what is on the disk; nothing is hashed."""
+    path = settings.path(entry, file)
+    return "present" if path.is_file() else "partial" if _beside(path, ".part").is_file() else "absent"
+
+
+def known_print(file: File, path: Path) -> dict[str, int | str | None]:
+    """Size and SHA-256 that a file must have, None where that is open: as published, else as first downloaded.
+
+    Raises:
+        FetchError: the record of the first download cannot be read.
+    """
+    record = _beside(path, ".json")
+    recorded: dict[str, int | str] = {}
+    if record.is_file() and file.sha256 is None:
+        try:
+            notes = json.loads(record.read_text(encoding="utf-8"))
+            recorded = {"size": int(notes["size"]), "sha256": str(notes["sha256"])}
+        except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
+            raise FetchError(
+                f"{record}, the record of the first download, cannot be read; restore it, or delete it to trust the "
+                f"next {file.name} that comes"
+            ) from error
+    return {"size": file.size or recorded.get("size"), "sha256": file.sha256 or recorded.get("sha256")}
+
+
+@dataclass(frozen=True)
+class _Fetch:
+    """One file on its way into the cache."""
+
+    entry: Entry
+    file: File
+    settings: Settings
+    policy: Policy
+    report: Report
+    say: Say
+
+    @property
+    def path(self) -> Path:
+        return self.settings.path(self.entry, self.file)
+
+    def run(self) -> Path:
+        try:
+            # Without the lock first: a cache in a container image or on another machine may be read-only.
+            if self.known["sha256"] and self.path.is_file() and not self.problem(self.path):
+                return self.path
+            self.path.parent.mkdir(parents=True, exist_ok=True)
+            with self.locked():
+                if not self.reuse():
+                    self.arrive()
+        except OSError as error:
+            what, why = error.filename or self.path, error.strerror or error
+            raise FetchError(f"{what} cannot be used: {why}; CLIPGEN_CACHE names another cache") from error
+        except NotImplementedError as error:
+            raise FetchError(f"{self.path.parent} has no file locks; name another cache with CLIPGEN_CACHE") from error
+        return self.path
+
+    @property
+    def known(self) -> dict[str, int | str | None]:
+        return known_print(self.file, self.path)
+
+    @contextmanager
+    def locked(self) -> Iterator[None]:
+        lock = FileLock(_beside(self.path, ".lock"))
+        try:
+            lock.acquire(timeout=0)
+        except Timeout:
+            self.say(f"another process is fetching {self.file.name}; waiting for it")
+            lock.acquire()
+        try:
+            yield
+        finally:
+            lock.release()
+
+    def reuse(self) -> bool:
+        """Whether the cached file is good. One put there by hand, without a record, counts as the first download."""
+        if not self.path.is_file():
+            return False
+        problem = self.problem(self.path)
+        if problem and self.settings.offline:
+            todo = _by_hand(self.file, self.path)
+            raise FetchError(f"{self.path} {problem}, and CLIPGEN_OFFLINE is set. Unset it, or {todo}")
+        if problem:
+            self.say(f"{self.path} {problem}; fetching it again")
+            return False
+        self.record(self.path, url=None)
+        return True
+
+    def arrive(self) -> None:
+        """Download, check, record, and only then give the file its name."""
+        failures = []
+        part = _beside(self.path, ".part")
+        for url in self.settings.urls(self.entry, self.file):
+            try:
+                self.obtain(url, part)
+            except DownloadError as error:
+                failures.append(str(error))
+                self.say(str(error))
+                continue
+            self.record(part, url)
+            os.replace(part, self.path)
+            discard(part)
+            return
+        raise FetchError(
+            f"{self.file.name} cannot be fetched: {'; '.join(failures)}. Set CLIPGEN_MIRROR to a server that has "
+            f"{self.entry.name}/{self.file.name}, or {_by_hand(self.file, self.path)}"
+        )
+
+    def obtain(self, url: str, part: Path) -> None:
+        """Download `url` and check it; bytes from an earlier attempt that do not fit are thrown away once."""
+        resumed = part.is_file()
+        known = self.known
+        size = known["size"] if isinstance(known["size"], int) else None
+        download(
+            url,
+            part,
+            size=size,
+            checked=known["sha256"] is not None,
+            policy=self.policy,
+            report=lambda done, total: self.report(self.file, done, total),
+            say=self.say,
+        )
+        problem = self.problem(part)
+        if not problem:
+            return
+        discard(part)
+        if resumed:
+            self.say(f"{url}: what arrived in parts {problem}; starting over")
+            return self.obtain(url, part)
+        record = _beside(self.path, ".json")
+        if self.file.sha256 is None and known["sha256"]:
+            problem += (
+                f". It is not what the first download was. If its publisher says why, delete {record} and fetch again"
+            )
+        raise DownloadError(f"{url}: what arrived {problem}")
+
+    def problem(self, path: Path) -> str | None:
+        """What is wrong with a file that lies at `path`, or None."""
+        known, size = self.known, path.stat().st_size
+        if known["size"] is not None and size != known["size"]:
+            return f"has {size:,} bytes instead of {known['size']:,}"
+        if known["sha256"] is None:
+            return _archive_problem(path)
+        found = sha256(path)
+        return None if found == known["sha256"] else f"has the SHA-256 {found} instead of {known['sha256']}"
+
+    def record(self, path: Path, url: str | None) -> None:
+        """Note what came first, if the publisher states no hash and nothing is noted yet."""
+        if self.known["sha256"] is not None:
+            return
+        notes = {"size": path.stat().st_size, "sha256": sha256(path), "url": url}
+        temporary = _beside(self.path, ".json.tmp")
+        temporary.write_text(json.dumps(notes, indent=2) + "\n", encoding="utf-8")
+        os.replace(temporary, _beside(self.path, ".json"))
+        self.say(f"{self.file.name}: its publisher states no hash; SHA-256 {notes['sha256']} is recorded from now on")
+
+
+def _by_hand(file: File, path: Path) -> str:
+    return f"download {file.url} elsewhere and put it at {path}"
+
+
+def _beside(path: Path, suffix: str) -> Path:
+    return path.with_name(path.name + suffix)
+
+
+def _archive_problem(path: Path) -> str | None:
+    """All there is to go by without a hash: PyTorch writes a ZIP archive, which a cut loses the end of, or a pickle."""
+    with path.open("rb") as file:
+        begin = file.read(4)
+    if begin == b"PK\x03\x04":
+        return None if zipfile.is_zipfile(path) else "is a checkpoint without its end"
+    return None if begin[:1] == b"\x80" else "is no PyTorch checkpoint"

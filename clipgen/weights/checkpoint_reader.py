@@ -1,0 +1,188 @@
+"""Checkpoints of others: tensors by name, mapped from the file, and nothing in it is ever executed.
+
+torch.save's files go through PyTorch's `weights_only` unpickler. OpenAI publishes CLIP as a TorchScript program, which
+that one refuses: its data is read here with an unpickler that knows tensors, dictionaries and nothing else, and its
+code is not looked at.
+"""
+
+from __future__ import annotations
+
+import mmap
+import pickle
+import re
+import struct
+import warnings
+import zipfile
+from collections import OrderedDict
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, BinaryIO, cast
+
+import torch
+from safetensors.torch import load_file
+from torch import Tensor
+
+from clipgen.weights.model_dir import WeightsError
+
+_STORAGES = {
+    f"{name}Storage": dtype
+    for name, dtype in {
+        **{"Double": torch.float64, "Float": torch.float32, "Half": torch.float16, "BFloat16": torch.bfloat16},
+        **{"Long": torch.int64, "Int": torch.int32, "Short": torch.int16, "Char": torch.int8, "Byte": torch.uint8},
+        "Bool": torch.bool,
+    }.items()
+}
+_WRAPPERS = ("model", "state_dict")  # where HFAiLab and Lightning keep the weights among training state
+_ELSEWHERE = "fetch the file again from its publisher"
+
+
+class Named:
+    """Stands for a class that a checkpoint mentions; it has no behaviour."""
+
+
+# Lightning's checkpoints name this class as a key of their training state, so CompVis' VQGAN could not be read without.
+_HARMLESS = [(Named, "pytorch_lightning.callbacks.model_checkpoint.ModelCheckpoint")]
+
+
+def read_tensors(path: Path) -> dict[str, Tensor]:
+    """The weights in a published checkpoint, on the CPU, as they are stored.
+
+    Args:
+        path: what `torch.save` or `torch.jit.save` wrote, or a .safetensors file. A state dict, or a dictionary that
+            has one under "model" or "state_dict".
+
+    Returns:
+        Tensors by name. Where the format allows it their pages are read from the file when they are first used.
+
+    Raises:
+        WeightsError: it is none of these, is damaged, or would run something when unpickled.
+    """
+    if not path.is_file():
+        raise WeightsError(f"{path} does not exist; give the path of a checkpoint")
+    try:
+        content = _read(path)
+    except WeightsError:
+        raise
+    except Exception as error:  # a damaged or hostile pickle can raise anything
+        raise WeightsError(f"{path} cannot be read: {_reason(error)}; {_ELSEWHERE}") from error
+    for wrapper in _WRAPPERS:
+        if isinstance(content, Mapping) and isinstance(content.get(wrapper), Mapping):
+            content = content[wrapper]
+            break
+    if not isinstance(content, Mapping) or not content:
+        raise WeightsError(f"{path} holds no weights but {type(content).__name__}; {_ELSEWHERE}")
+    for name, tensor in content.items():
+        _check(path, name, tensor)
+    return {name: tensor.detach() for name, tensor in content.items()}
+
+
+def _read(path: Path) -> Any:
+    if zipfile.is_zipfile(path):
+        with zipfile.ZipFile(path) as archive:
+            if any(name.endswith("/constants.pkl") for name in archive.namelist()):
+                return _read_torchscript(path, archive)
+        return _load(path, mapped=True)
+    with path.open("rb") as file:
+        start = file.read(9)
+    return load_file(path) if start[8:] == b"{" else _load(path, mapped=False)
+
+
+def _load(path: Path, mapped: bool) -> Any:
+    with warnings.catch_warnings(), torch.serialization.safe_globals(cast(list[Any], _HARMLESS)):
+        warnings.simplefilter("ignore")  # about pickle protocols: it can be read or it cannot
+        return torch.load(path, map_location="cpu", weights_only=True, mmap=mapped)
+
+
+def _reason(error: Exception) -> str:
+    text = str(error).strip()
+    refused = re.search(r"GLOBAL (\S+) (?:was not|whose)", text)
+    if isinstance(error, pickle.UnpicklingError) and refused:
+        return f"it asks for {refused[1]}, which no weights need; nothing of it was run"
+    if text.startswith("Weights only load failed"):  # PyTorch's advice, which must not be followed, and the reason last
+        text = text.split("\n\n")[-2:][0].strip()
+    return f"{type(error).__name__}: {text.splitlines()[0][:200]}" if text else type(error).__name__
+
+
+def _check(path: Path, name: object, tensor: object) -> None:
+    if not isinstance(name, str) or not isinstance(tensor, Tensor):
+        kind = type(tensor).__name__
+        raise WeightsError(f"{path} holds something that is not a tensor: {str(name)[:80]!r} is a {kind}; {_ELSEWHERE}")
+    if tensor.layout != torch.strided or tensor.is_quantized or tensor.device.type != "cpu":
+        raise WeightsError(f"{path}: {name[:80]!r} is stored as a {tensor.layout} tensor; save it as a plain one")
+    if tensor.nbytes > tensor.untyped_storage().nbytes():  # a stride of 0 makes terabytes of one number
+        raise WeightsError(f"{path}: {name[:80]!r} claims more numbers than the file holds; {_ELSEWHERE}")
+
+
+def _read_torchscript(path: Path, archive: zipfile.ZipFile) -> dict[str, Tensor]:
+    """All tensors that the modules of a TorchScript archive have, named as in a state dict."""
+    (name,) = (n for n in archive.namelist() if n.endswith("/data.pkl"))
+    prefix = name.removesuffix(".pkl")
+    with path.open("rb") as file, archive.open(name) as pickled:
+        pages = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_COPY)
+        records = {info.filename: _record(file, info) for info in archive.infolist()}
+        root = _Unpickler(cast(BinaryIO, pickled), prefix, records, pages).load()
+    return _tensors_of(root)
+
+
+def _record(file: BinaryIO, info: zipfile.ZipInfo) -> tuple[int, int]:
+    """Where an uncompressed entry of a zip archive begins, and its length; (0, 0) when it is compressed."""
+    if info.compress_type != zipfile.ZIP_STORED:
+        return 0, 0
+    file.seek(info.header_offset + 26)  # in the local header, whose fields may be padded to align the data
+    name, extra = struct.unpack("<HH", file.read(4))
+    return info.header_offset + 30 + name + extra, info.file_size
+
+
+class _Object(dict):
+    """A module of the program: its attributes, and none of its behaviour."""
+
+    __setstate__ = dict.update
+
+
+class _Unpickler(pickle.Unpickler):
+    """Builds tensors over the pages of a file. Whatever else a pickle asks for is refused."""
+
+    def __init__(
+        self, pickled: BinaryIO, prefix: str, records: Mapping[str, tuple[int, int]], pages: mmap.mmap
+    ) -> None:
+        super().__init__(pickled)
+        self.prefix, self.records, self.pages = prefix, records, pages
+
+    def find_class(self, module: str, name: str) -> Any:
+        """What a GLOBAL stands for: made anew each time, so that no pickle can alter it for others."""
+        if module.split(".")[0] == "__torch__":
+            return type("Module", (_Object,), {})
+        if module == "torch" and name in _STORAGES:
+            return name
+        if (module, name) == ("collections", "OrderedDict"):
+            return type("Ordered", (OrderedDict,), {})
+        if (module, name) == ("torch._utils", "_rebuild_tensor_v2"):
+            return lambda storage, offset, size, stride, *_: storage.as_strided(size, stride, offset)
+        if module == "torch.jit._pickle":  # lists with the type of their items
+            return lambda value, *_: value
+        raise pickle.UnpicklingError(f"GLOBAL {module}.{name} was not expected")
+
+    def persistent_load(self, pid: Any) -> Tensor:
+        """The numbers ("storage", type, entry, device, count) of a tensor, one-dimensional."""
+        _, kind, entry, _, count = pid
+        dtype = _STORAGES[kind]
+        start, length = self.records[f"{self.prefix}/{entry}"]
+        if count * dtype.itemsize > length or count < 0:
+            raise ValueError(f"entry {entry} should hold {count} numbers and has {length} bytes")
+        if count == 0:
+            return torch.empty(0, dtype=dtype)
+        return torch.frombuffer(self.pages, dtype=dtype, count=count, offset=start)
+
+
+def _tensors_of(root: object) -> dict[str, Tensor]:
+    found: dict[str, Tensor] = {}
+    seen: set[int] = set()  # a module that contains itself would go on for ever
+    waiting: list[tuple[str, object]] = [("", root)]
+    while waiting:
+        prefix, thing = waiting.pop()
+        if isinstance(thing, _Object) and id(thing) not in seen:
+            seen.add(id(thing))
+            waiting.extend((f"{prefix}.{key}" if prefix else str(key), value) for key, value in thing.items())
+        elif isinstance(thing, Tensor):
+            found[prefix] = thing
+    return found

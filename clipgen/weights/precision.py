@@ -1,0 +1,86 @@
+"""Where the models run and how their numbers are rounded: what was asked for, or what suits the machine."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Literal, cast
+
+import torch
+from torch import Tensor
+
+from clipgen.config import GPTConfig
+from clipgen.models.gpt import GPT
+from clipgen.models.quantise import has_half_products, quantise
+from clipgen.request import RequestError
+from clipgen.weights.model_dir import DTYPES, build
+
+PRECISIONS = (*DTYPES, "int8")
+
+
+@dataclass(frozen=True)
+class Precision:
+    """How numbers are rounded: `name` is the GPT's large weights', `compute` that of CLIP, the VQGAN and the cache."""
+
+    name: str
+    compute: torch.dtype
+
+    def build_gpt(self, config: GPTConfig, weights: Mapping[str, Tensor], device: torch.device) -> GPT:
+        """The GPT in this precision, ready for decoding.
+
+        Raises:
+            WeightsError: missing, unexpected or wrongly shaped weights.
+        """
+        if DTYPES.get(self.name) == self.compute:
+            return build(GPT, config, weights, device, self.compute).pack()
+        # Rounded from as many bits as folders of weights have.
+        gpt = build(GPT, config, weights, device, torch.float16)
+        return quantise(gpt, cast(Literal["int8", "float16"], self.name), self.compute)
+
+
+def pick_device(device: str | None) -> torch.device:
+    """The asked device, or the GPU where there is one, else the CPU.
+
+    Raises:
+        RequestError: no such device here.
+    """
+    if device is None:
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        torch.empty(1, device=device)
+        return torch.device(device)
+    except (RuntimeError, AssertionError) as error:
+        reason = str(error).splitlines()[0]
+        raise RequestError("device", f"is {device!r}, which cannot be used here ({reason}); try cpu") from error
+
+
+def pick_precision(name: str | None, device: torch.device) -> Precision:
+    """The asked precision, or the fastest that is safe.
+
+    That is bfloat16 where the hardware has it (Ampere GPUs on, CPUs with AVX512-BF16 or AMX), else float16. On CPUs,
+    which have no such arithmetic, only the GPT's large weights become float16, or int8 anywhere; all the rest is
+    bfloat16 where the device has it, else float32 on CPUs and float16 on GPUs.
+
+    Raises:
+        RequestError: an unknown name, or float16 on a CPU that this PyTorch has no products with it for.
+    """
+    if name is not None and name not in PRECISIONS:
+        raise RequestError("dtype", f"is {name!r}; use one of {', '.join(PRECISIONS)}")
+    on_cpu = device.type == "cpu"
+    if name == "float16" and on_cpu and not has_half_products():
+        raise RequestError("dtype", "is 'float16', which this CPU cannot multiply with; use bfloat16 or float32")
+    compute = _fastest(device)
+    if name is None:
+        halves = on_cpu and compute == torch.float32 and has_half_products()
+        name = "float16" if halves else str(compute).removeprefix("torch.")
+    if name == "int8" or (name == "float16" and on_cpu):
+        return Precision(name, compute)
+    return Precision(name, DTYPES[name])
+
+
+def _fastest(device: torch.device) -> torch.dtype:
+    """The fastest arithmetic of a device that is safe."""
+    if device.type == "cuda":
+        return torch.bfloat16 if torch.cuda.get_device_capability(device)[0] >= 8 else torch.float16
+    has_bf16 = device.type == "cpu" and torch.cpu._is_avx512_bf16_supported()
+    return torch.bfloat16 if has_bf16 else torch.float32

@@ -1,5 +1,0 @@
-"""The command line as a script of `training_kit.start`."""
-
-from clipgen.cli import app as main
-
-__all__ = ["main"]

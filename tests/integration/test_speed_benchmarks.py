@@ -1,0 +1,70 @@
+"""The benchmarks of decoding count and compare what they say; a tiny model, so that the numbers mean nothing."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import decode
+import precision
+import pytest
+import roofline
+import scaling
+from machine import MACHINE
+from PIL import Image
+from plot import COLOURS, plot
+
+from clipgen.config import GPTConfig
+from clipgen.models.gpt import GPT, Linear
+
+TINY = GPTConfig(n_layer=2, n_head=2, n_embd=32, vocab_size=600, block_size=12, n_cond=16)
+
+
+def test_the_floor_counts_every_weight_that_a_step_multiplies_with() -> None:
+    linears = [m.weight.numel() for m in GPT(TINY).blocks.modules() if isinstance(m, Linear)]
+    assert roofline.matrix_weights(TINY) == sum(linears) + TINY.n_embd * TINY.vocab_size
+    one, two = (roofline.step_bytes(TINY, 1, size, 12) for size in (1, 2))
+    assert two - one == roofline.matrix_weights(TINY)
+    assert roofline.step_flops(TINY, 8) == 16 * roofline.matrix_weights(TINY)
+    slow_memory = roofline.floor_seconds(TINY, 1, 2, 12, MACHINE)
+    assert slow_memory == pytest.approx(12 * two / 1e9)
+    slow_products = roofline.floor_seconds(TINY, 1, 2, 12, MACHINE | {"bfloat16_flops": 1.0})
+    assert slow_products == pytest.approx(12 * roofline.step_flops(TINY, 1))
+
+
+def test_all_contenders_run_and_the_table_compares_them() -> None:
+    pytest.importorskip("transformers")
+    results, bandwidth = decode.measure(TINY, [1, 2], 1, decode.NAMES)
+    assert len(results) == 2 * len(decode.NAMES) and len(bandwidth) == 2
+    assert all(r["seconds"] > 0 for r in results)
+    decode.compare(results, TINY, MACHINE)
+    report = {"machine": MACHINE, "tokens": 12, "layers": 2, "repeats": 1, "results": results}
+    table = decode.to_table(report)
+    assert "uncached float32 (extrapolated)" in table and "| 1.00x |" in table
+    by_name = {r["name"]: r for r in results if r["rows"] == 2}
+    ours, theirs = by_name["ours, bfloat16"], by_name["transformers dynamic cache, bfloat16"]
+    assert theirs["ours_faster"] == pytest.approx(theirs["seconds"] / ours["seconds"])
+    assert "share" in ours and "share" not in theirs
+
+
+def test_the_exponent_tells_linear_from_quadratic() -> None:
+    assert scaling.exponent([(64, 1.0), (128, 2.0)]) == pytest.approx(1)
+    assert scaling.exponent([(8, 9.0), (64, 1.0), (256, 16.0)]) == pytest.approx(2)
+    assert scaling.exponent([(64, 1.0)]) is None
+
+
+def test_both_loops_are_timed_and_drawn(tmp_path: Path) -> None:
+    series = scaling.measure(TINY, [8, 4], 1, whole=4)
+    assert [n for n, _ in series["cached"]] == [4, 8] and [n for n, _ in series["uncached"]] == [4]
+    plot(series, "seconds", tmp_path / "plot.png", logarithmic=True)
+    assert set(COLOURS[:2]) <= {c for _, c in Image.open(tmp_path / "plot.png").getcolors(1 << 16)}
+    assert not list(tmp_path.glob(".*"))
+    exponents = {name: scaling.exponent(points) for name, points in series.items()}
+    assert "| 8 |" in scaling.to_table({"machine": MACHINE, "series": series, "exponents": exponents})
+
+
+def test_precisions_are_compared_on_the_same_tokens(tiny_weights: Path) -> None:
+    rows = {row["precision"]: row for row in precision.measure(tiny_weights, ["bfloat16"], ["a lemon", "a red heart"])}
+    assert list(rows) == ["float32", "bfloat16"]
+    assert rows["float32"]["same_likeliest"] == 1 and rows["float32"]["divergence"] == 0
+    assert 0.8 < rows["bfloat16"]["same_likeliest"] <= 1 and 0 < rows["bfloat16"]["divergence"] < 0.05
+    assert "| bfloat16 |" in precision.to_table(list(rows.values()))

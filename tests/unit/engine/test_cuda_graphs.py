@@ -1,0 +1,105 @@
+"""Recordings of the GPT's step: over memory that stays, they draw what the GPT itself draws."""
+
+from __future__ import annotations
+
+import logging
+import random
+from dataclasses import replace
+
+import pytest
+import torch
+import torch.nn.functional as F
+from engine_kit import sharp_gpt, together
+
+from clipgen.config import GPTConfig, SamplingConfig
+from clipgen.engine.batch import Picture
+from clipgen.engine.cuda_graphs import SPAN, Graphs, Run, agree, build_graphs
+from clipgen.engine.engine import Engine
+from clipgen.models.gpt import GPT
+
+CONFIG = GPTConfig(n_layer=2, n_head=2, n_embd=32, vocab_size=50, block_size=SPAN + 9, n_cond=16)
+NEEDS_GPU = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+
+
+@pytest.fixture(scope="module")
+def gpt() -> GPT:
+    return sharp_gpt(CONFIG)
+
+
+def again(run: Run) -> Run:
+    """A CPU has no graphs: the same work, again at every step, over the same memory."""
+    return run
+
+
+def pictures(count: int) -> list[Picture]:
+    conditions = F.normalize(torch.randn(count, CONFIG.n_cond, generator=torch.Generator().manual_seed(1)), dim=1)
+    samplings = [SamplingConfig(guidance=3.0), SamplingConfig(top_p=0.8), SamplingConfig(temperature=0.0)]
+    return [Picture(c, i, samplings[i % 3]) for i, c in enumerate(conditions)]
+
+
+def test_pictures_that_come_and_go_are_those_drawn_without_graphs(gpt: GPT) -> None:
+    chance = random.Random(0)
+    graphs = Graphs(gpt, 12, again)
+    for _ in range(3):  # one after the other, over the same memory
+        arrivals = [(chance.randrange(90), [picture]) for picture in pictures(9)]  # 12 rows at most
+        plain = together(gpt, arrivals)
+        recorded = together(gpt, arrivals, graphs=graphs)
+        assert all(torch.equal(a, b) for a, b in zip(plain, recorded, strict=True))
+
+
+def test_a_step_takes_the_smallest_graph_that_holds_it(gpt: GPT) -> None:
+    used: list[int] = []
+
+    def counted(run: Run) -> Run:
+        number = len(recorded)
+        recorded.append(run)
+        return lambda: (used.append(number), run())[1]
+
+    recorded: list[Run] = []
+    graphs = Graphs(gpt, 6, counted)
+    sizes = list(graphs.replays)
+    assert sizes == [(n, span) for n in (6, 4, 2, 1) for span in (SPAN + 9, SPAN)]
+    with torch.inference_mode():
+        for rows, longest in [(1, 1), (2, SPAN), (3, SPAN + 1), (5, SPAN + 9)]:
+            at = torch.full((rows,), longest - 1)
+            assert len(graphs.advance(torch.zeros(rows, CONFIG.n_embd), at, graphs.cache, longest)) == rows
+    assert [sizes[number] for number in used] == [(1, SPAN), (2, SPAN), (4, SPAN + 9), (6, SPAN + 9)]
+
+
+def test_another_cache_is_refused(gpt: GPT) -> None:
+    graphs = Graphs(gpt, 2, again)
+    with pytest.raises(ValueError, match="another cache"):
+        graphs.advance(torch.zeros(1, CONFIG.n_embd), torch.zeros(1, dtype=torch.long), gpt.allocate(2), 1)
+
+
+def test_a_graph_that_gives_something_else_is_found_out(gpt: GPT) -> None:
+    assert agree(Graphs(gpt, 6, again))
+    for wrong in range(8):
+        recorded: list[Run] = []
+
+        def dead(run: Run, recorded: list[Run] = recorded, wrong: int = wrong) -> Run:
+            recorded.append(run)
+            return (lambda: None) if len(recorded) == wrong + 1 else run
+
+        assert not agree(Graphs(gpt, 6, dead))
+
+
+def test_cpus_have_none(gpt: GPT) -> None:
+    assert build_graphs(gpt, 4) is None
+
+
+@NEEDS_GPU
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
+def test_on_a_gpu_the_engine_draws_with_graphs_what_it_draws_without(
+    gpt: GPT, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    there = GPT(CONFIG).eval()
+    there.load_state_dict(gpt.state_dict())
+    there.to("cuda", dtype)
+    wanted = [replace(picture, sampling=SamplingConfig(temperature=0.0)) for picture in pictures(5)]
+    with caplog.at_level(logging.WARNING):
+        recorded = Engine(there).draw(wanted).tokens
+    assert not caplog.records
+    monkeypatch.setattr("clipgen.engine.engine.build_graphs", lambda gpt, rows: None)
+    plain = Engine(there).draw(wanted).tokens
+    assert (recorded == plain).float().mean() > (0.99 if dtype == torch.float32 else 0.9)

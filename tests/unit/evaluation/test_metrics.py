@@ -1,0 +1,120 @@
+"""The arithmetic of evaluation, against torch-fidelity's on random features and against closed forms."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+
+from clipgen.evaluation.metrics import (
+    ClassScore,
+    Gaussian,
+    clip_score,
+    frechet_distance,
+    geometric_mean,
+    psnr,
+    r_precision,
+)
+
+SEEDS = st.integers(0, 2**31)
+
+
+def random(seed: int, *shape: int) -> Tensor:
+    return torch.randn(shape, generator=torch.Generator().manual_seed(seed))
+
+
+def gaussian(features: Tensor) -> Gaussian:
+    found = Gaussian(features.shape[1])
+    for part in features.split(7):
+        found.add(part)
+    return found
+
+
+def known(mean: Tensor, covariance: Tensor) -> Gaussian:
+    """Statistics that have exactly these moments."""
+    found = Gaussian(len(mean))
+    found.count = torch.tensor(2.0, dtype=torch.float64)
+    found.total = 2 * mean.double()
+    found.products = covariance.double() + 2 * torch.outer(mean.double(), mean.double())
+    return found
+
+
+@settings(max_examples=20, deadline=None)
+@given(SEEDS, st.integers(20, 60), st.integers(20, 60))
+def test_the_frechet_distance_is_torch_fidelitys(seed: int, n: int, m: int) -> None:
+    from torch_fidelity.metric_fid import fid_features_to_statistics, fid_statistics_to_metric
+
+    a, b = random(seed, n, 12).double(), 2 * random(seed + 1, m, 12).double() @ random(seed + 2, 12, 12).double() + 1
+    theirs = fid_statistics_to_metric(*map(fid_features_to_statistics, (a, b)), verbose=False)
+    expected = theirs["frechet_inception_distance"]
+    assert frechet_distance(gaussian(a), gaussian(b)) == pytest.approx(expected, rel=1e-7)
+
+
+@given(st.lists(st.tuples(*[st.floats(-9, 9)] * 2, *[st.floats(0.01, 9)] * 2), min_size=1, max_size=6), SEEDS)
+def test_the_frechet_distance_of_gaussians_with_common_axes_is_known(
+    axes: list[tuple[float, float, float, float]], seed: int
+) -> None:
+    m1, m2, s1, s2 = torch.tensor(axes, dtype=torch.float64).t()
+    turn = torch.linalg.qr(random(seed, len(axes), len(axes)).double()).Q
+    a = known(turn @ m1, turn @ torch.diag(s1**2) @ turn.t())
+    b = known(turn @ m2, turn @ torch.diag(s2**2) @ turn.t())
+    expected = float((m1 - m2).square().sum() + (s1 - s2).square().sum())
+    assert frechet_distance(a, b) == pytest.approx(expected, rel=1e-6, abs=1e-6)
+    assert frechet_distance(a, a) == pytest.approx(0, abs=1e-5)
+
+
+def test_fewer_pictures_than_features_give_a_finite_distance() -> None:
+    a, b = gaussian(random(0, 3, 50)), gaussian(random(1, 4, 50))
+    assert 0 < frechet_distance(a, b) < 200 and frechet_distance(a, a) < 1e-4
+    assert frechet_distance(gaussian(torch.zeros(1, 5)), gaussian(torch.ones(1, 5))) == pytest.approx(5)
+
+
+@settings(max_examples=20, deadline=None)
+@given(SEEDS, st.integers(10, 40), st.integers(1, 12), st.integers(1, 3))
+def test_the_class_score_is_torch_fidelitys_however_it_is_shared(seed: int, n: int, splits: int, shares: int) -> None:
+    from torch_fidelity.metric_isc import isc_features_to_metric
+
+    logits = 3 * random(seed, n, 9)
+    parts = [ClassScore(n, 9, splits) for _ in range(shares)]
+    for rank, part in enumerate(parts):
+        own = range(rank, n, shares)
+        part.add(own, logits[list(own)])
+    whole = parts[0]
+    fields = ("_counts", "_negentropy", "_classes")
+    for name in fields:
+        setattr(whole, name, sum(getattr(part, name) for part in parts))
+    mean, deviation = whole.result()
+    theirs = isc_features_to_metric(logits, splits=min(splits, n))
+    assert mean == pytest.approx(theirs["inception_score_mean"], rel=1e-9)
+    assert deviation == pytest.approx(theirs["inception_score_std"], rel=1e-6, abs=1e-9)
+
+
+def test_the_class_score_is_one_for_equal_pictures_and_the_number_of_classes_at_best() -> None:
+    same, all_classes = ClassScore(6, 3, 1), ClassScore(6, 3, 1)
+    same.add(range(6), torch.ones(6, 3))
+    all_classes.add(range(6), 1000 * torch.eye(3).repeat(2, 1))
+    assert same.result() == (pytest.approx(1), 0) and all_classes.result()[0] == pytest.approx(3)
+
+
+def test_r_precision() -> None:
+    points = torch.nn.functional.normalize(random(0, 120, 8), dim=1)
+    assert r_precision(points, points) == (1.0, 100)
+    assert r_precision(-points, points)[0] < 0.05
+    assert r_precision(points[:5], points[:5]) == (1.0, 5)
+    share, _ = r_precision(torch.nn.functional.normalize(random(1, 120, 8), dim=1), points)
+    assert share < 0.1  # by chance: one in a hundred
+    twins = points[:3].repeat(2, 1)
+    assert r_precision(twins, twins) == (1.0, 3)  # equal prompts are no rivals
+    assert r_precision(points[:1], points[:1]) == (1.0, 1)
+
+
+def test_psnr_and_scores() -> None:
+    black, grey = torch.zeros(2, 3, 4, 4), torch.full((2, 3, 4, 4), 25.5)
+    assert psnr(black, grey).tolist() == pytest.approx([20, 20]) and psnr(black, black).tolist() == [100, 100]
+    assert clip_score(torch.tensor([0.4, -0.2])) == pytest.approx(0.5)
+    likelihood = geometric_mean(torch.tensor([0.5, 0.125]).log(), torch.tensor([1.0, 3.0]))
+    assert likelihood.tolist() == pytest.approx([0.5, 0.5]) and not math.isnan(likelihood.sum())

@@ -1,0 +1,184 @@
+"""What the server fetches for others: whole, bounded, and never from where only it can reach."""
+
+from __future__ import annotations
+
+import base64
+import http.client
+import socket
+import threading
+import time
+from collections.abc import Iterator
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from local_server import Answer, Server, serving
+
+from clipgen.images import urls
+from clipgen.images.urls import UrlError, is_public, read_url
+
+
+@pytest.fixture
+def server(monkeypatch: pytest.MonkeyPatch) -> Iterator[Server]:
+    """A server on the loopback interface that counts as public."""
+    monkeypatch.setattr(urls, "is_public", lambda address: True)
+    with serving() as server:
+        yield server
+
+
+@given(st.binary(), st.text())
+def test_data_comes_back_whatever_its_media_type(data: bytes, kind: str) -> None:
+    kind = kind.replace(",", "")
+    assert read_url(f"data:{kind};base64,{base64.b64encode(data).decode()}") == data
+    assert read_url("DATA:," + "".join(f"%{byte:02x}" for byte in data)) == data
+
+
+@given(
+    st.text(max_size=40), st.sampled_from(["", "data:", "data:;base64,", "http:", "https://", "file://", "HTTP://["])
+)
+def test_any_text_is_bytes_or_refused(text: str, start: str) -> None:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(socket, "getaddrinfo", lambda *_, **__: [(0, 0, 0, "", ("127.0.0.1", 0))])
+        try:
+            read_url(start + text)
+        except UrlError as error:
+            assert 0 < len(str(error)) < 250
+
+
+@pytest.mark.parametrize(
+    ("url", "words"),
+    [
+        ("/etc/hostname", "no data: or http"),
+        ("file:///etc/hostname", "no data: or http"),
+        ("", "''"),
+        ("data:image/png;base64", "no comma"),
+        ("data:image/png;base64,QQ", "base64 is damaged"),
+        ("data:image/png;base64,!!!!", "base64 is damaged"),
+        ("http:///x", "leads to something"),
+        ("http://localhost:99999/", "Port"),
+        ("http://[::1", "IPv6"),
+        ("http://a\0b/", "cannot be read"),
+        ("http://name.invalid/", "cannot be read"),
+    ],
+)
+def test_refusals_say_why(url: str, words: str) -> None:
+    with pytest.raises(UrlError, match=words):
+        read_url(url)
+
+
+def test_too_much_data_is_refused_before_it_is_decoded(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(urls, "MAX_BYTES", 30)
+    with pytest.raises(UrlError, match="MB allowed"):
+        read_url("data:;base64," + "A" * 48)
+
+
+@pytest.mark.parametrize(
+    "address",
+    [
+        *(
+            "127.0.0.1",
+            "0.0.0.0",
+            "10.1.2.3",
+            "172.16.0.1",
+            "192.168.1.1",
+            "169.254.169.254",
+            "100.64.0.1",
+            "224.0.0.1",
+        ),
+        *("255.255.255.255", "::1", "::", "fe80::1%eth0", "fd00::1", "ff02::1", "::ffff:127.0.0.1", "::127.0.0.1"),
+        *("64:ff9b::7f00:1", "2002:7f00:1::", "2001:0:7f00:1::"),
+    ],
+)
+def test_addresses_that_are_not_public(address: str) -> None:
+    assert not is_public(address)
+
+
+def test_addresses_that_are() -> None:
+    assert is_public("1.1.1.1") and is_public("2606:4700:4700::1111")
+
+
+@pytest.mark.parametrize("host", ["127.0.0.1", "localhost", "[::ffff:127.0.0.1]", "0", "2130706433", "0x7f.1"])
+def test_this_machine_is_never_asked_however_it_is_spelt(host: str) -> None:
+    with serving() as server:
+        port = server.address.rpartition(":")[2]
+        with pytest.raises(UrlError, match=r"not on the public internet|cannot be read"):
+            read_url(f"http://{host}:{port}/a.png")
+        assert not server.requests
+
+
+def test_a_redirect_to_this_machine_is_not_followed(monkeypatch: pytest.MonkeyPatch) -> None:
+    with serving() as server, serving() as inner:
+        answers = iter([True])
+        monkeypatch.setattr(urls, "is_public", lambda address: next(answers, False))
+        server.default = Answer(status=302, headers={"Location": inner.put("/secret", b"x")})
+        with pytest.raises(UrlError, match="not on the public internet"):
+            read_url(f"{server.address}/a")
+        assert len(server.requests) == 1 and not inner.requests
+
+
+def test_a_download(server: Server) -> None:
+    assert read_url(server.put("/a%20b.png?size=1&of=2", b"x" * 300_000)) == b"x" * 300_000
+    server.answers = [Answer(status=302, headers={"Location": "/there"})]
+    server.put("/there", b"moved")
+    assert read_url(f"{server.address}/here") == b"moved"
+
+
+@pytest.mark.parametrize(
+    ("answer", "words"),
+    [
+        (Answer(status=404), "answers 404"),
+        (Answer(status=500), "answers 500"),
+        (Answer(cut=100), "broke off after 100 bytes"),
+        (Answer(status=302, headers={"Location": "file:///etc/hostname"}), "leads to something"),
+        (Answer(status=302, headers={"Location": "/a"}), "redirected more than 5 times"),
+        (Answer(headers={"Content-Length": "99999999999"}), "MB allowed"),
+    ],
+)
+def test_downloads_that_are_refused(server: Server, answer: Answer, words: str) -> None:
+    url = server.put("/a", b"x" * 500)
+    server.default = answer
+    with pytest.raises(UrlError, match=words):
+        read_url(url)
+
+
+def test_endless_bytes_are_refused_where_they_are_too_many(server: Server, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(urls, "MAX_BYTES", 1000)
+    server.default = Answer(headers={"Content-Length": None})
+    with pytest.raises(UrlError, match="MB allowed"):
+        read_url(server.put("/a", b"x" * 5000))
+
+
+@pytest.mark.parametrize("stopped", [True, False])
+def test_drops_now_and_then_are_ended(server: Server, monkeypatch: pytest.MonkeyPatch, stopped: bool) -> None:
+    monkeypatch.setattr(urls, "MAX_SECONDS", 60.0 if stopped else 0.5)
+    server.default = Answer(pace=0.05, piece=1)
+    url, stop = server.put("/a", b"x" * 10_000), threading.Event()
+    threading.Timer(0.5, stop.set).start()
+    started = time.monotonic()
+    with pytest.raises(UrlError, match="took more than"):
+        read_url(url, stop.is_set if stopped else lambda: False)
+    server.default.hurry.set()
+    assert time.monotonic() - started < 10
+
+
+def test_a_cut_line_is_called_so_also_where_it_looks_reset(server: Server, monkeypatch: pytest.MonkeyPatch) -> None:
+    """More bytes come after the cut and before the next look: the kernel answers them with a reset."""
+    monkeypatch.setattr(urls, "MAX_SECONDS", 0.2)
+    read1 = http.client.HTTPResponse.read1
+
+    def late(response: http.client.HTTPResponse, size: int) -> bytes:
+        time.sleep(0.5)
+        return read1(response, size)
+
+    monkeypatch.setattr(http.client.HTTPResponse, "read1", late)
+    server.default = Answer(pace=0.01, piece=1)
+    with pytest.raises(UrlError, match="took more than"):
+        read_url(server.put("/a", b"x" * 10_000))
+    server.default.hurry.set()
+
+
+def test_a_server_that_does_not_begin_is_left(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(urls, "is_public", lambda address: True)
+    monkeypatch.setattr(urls, "MAX_SECONDS", 0.3)
+    with socket.create_server(("127.0.0.1", 0)) as silent, pytest.raises(UrlError, match="took more than"):
+        read_url(f"http://127.0.0.1:{silent.getsockname()[1]}/a")

@@ -1,0 +1,247 @@
+"""The GPT: agreement with HFAiLab's, and a cached decode that gives what the full pass gives."""
+
+from __future__ import annotations
+
+import copy
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+import torch.nn.functional as F
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from safetensors.torch import load_file
+from torch import Tensor
+
+from clipgen.config import ConfigError, GPTConfig
+from clipgen.models.gpt import GPT, KVCache, causal_attention, condition_of
+from clipgen.weights.convert import map_hfailab_gpt
+from clipgen.weights.model_dir import build
+
+HFAILAB = GPTConfig(n_layer=3, n_head=4, n_embd=48, vocab_size=96, block_size=16, n_cond=24)
+SMALL = GPTConfig(n_layer=2, n_head=2, n_embd=16, vocab_size=20, block_size=9, n_cond=6)
+CLOSE = {"rtol": 0.0, "atol": 1e-4}
+
+
+@pytest.fixture(autouse=True)
+def short_segments(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Several segments in a small cache."""
+    monkeypatch.setattr("clipgen.models.gpt.SEGMENT", 4)
+
+
+def decode(gpt: GPT, tokens: Tensor, embedding: Tensor, cache: KVCache | None = None) -> Tensor:
+    """Logits (B, L + 1, V) by prefill and one step per token."""
+    cache = cache or KVCache.allocate(gpt.config, len(embedding))
+    steps = [gpt.prefill(embedding, cache)]
+    steps += [gpt.step(tokens[:, position - 1], position, cache) for position in range(1, tokens.shape[1] + 1)]
+    return torch.stack(steps, dim=1)
+
+
+@pytest.fixture(scope="module")
+def gpt() -> GPT:
+    """Random weights, large enough for logits that differ."""
+    torch.manual_seed(0)
+    gpt = GPT(SMALL)
+    for parameter in gpt.parameters():
+        torch.nn.init.normal_(parameter, std=0.3)
+    return gpt.eval().requires_grad_(False)
+
+
+def inputs(batch: int, length: int, seed: int = 0) -> tuple[Tensor, Tensor]:
+    generator = torch.Generator().manual_seed(seed)
+    tokens = torch.randint(0, SMALL.vocab_size, (batch, length), generator=generator)
+    embedding = torch.randn(batch, SMALL.n_cond, generator=generator)
+    return tokens, torch.nn.functional.normalize(embedding, dim=-1)
+
+
+def test_a_condition_has_a_place_for_each_thing() -> None:
+    two = replace(SMALL, n_things=2)
+    one, both = torch.randn(3, 6), torch.randn(3, 2, 6)
+    assert torch.equal(condition_of(one, SMALL), one)
+    assert torch.equal(condition_of(one, two), torch.cat([one, torch.zeros(3, 6)], dim=1))
+    assert torch.equal(condition_of(both, two), torch.cat([both[:, 0], both[:, 1]], dim=1))
+    with pytest.raises(ConfigError, match=r"embeddings of 2 things, but gpt\.n_things is 1"):
+        condition_of(both, SMALL)
+    gpt = GPT(two)
+    x = gpt.start(condition_of(both, two))
+    assert not torch.allclose(x, gpt.start(condition_of(both.flip(1), two))), "their order counts"
+    assert torch.allclose(gpt.start(condition_of(one, two)), one @ gpt.cond_proj.weight[:, :6].t() + gpt.cond_proj.bias)
+
+
+def test_agrees_with_the_original(golden: Path) -> None:
+    tensors = load_file(golden / "hfailab_gpt_tiny.safetensors")
+    theirs = {key.removeprefix("model."): tensor for key, tensor in tensors.items() if key.startswith("model.")}
+    gpt = build(GPT, HFAILAB, map_hfailab_gpt(theirs, HFAILAB))
+    tokens, embedding, logits = (tensors[f"io.{name}"] for name in ("tokens", "embedding", "logits"))
+    torch.testing.assert_close(gpt(tokens, embedding), logits, **CLOSE)
+    torch.testing.assert_close(decode(gpt, tokens, embedding), logits, **CLOSE)
+
+
+@settings(max_examples=25, deadline=None)
+@given(batch=st.integers(1, 5), length=st.integers(0, 8), seed=st.integers(0, 2**31))
+def test_the_cached_decode_equals_the_full_pass(gpt: GPT, batch: int, length: int, seed: int) -> None:
+    tokens, embedding = inputs(batch, length, seed)
+    full = gpt(tokens, embedding)
+    assert full.shape == (batch, length + 1, SMALL.vocab_size)
+    torch.testing.assert_close(decode(gpt, tokens, embedding), full, **CLOSE)
+
+
+def test_a_used_cache_is_as_good_as_a_new_one(gpt: GPT) -> None:
+    cache = KVCache.allocate(SMALL, 2)
+    decode(gpt, *inputs(2, 8, seed=1), cache)
+    tokens, embedding = inputs(2, 8, seed=2)
+    assert torch.equal(decode(gpt, tokens, embedding, cache), decode(gpt, tokens, embedding))
+
+
+def test_a_picture_does_not_depend_on_its_neighbours(gpt: GPT) -> None:
+    tokens, embedding = inputs(5, 8)
+    alone = torch.cat([decode(gpt, tokens[i : i + 1], embedding[i : i + 1]) for i in range(5)])
+    torch.testing.assert_close(decode(gpt, tokens, embedding), alone, **CLOSE)
+
+
+@settings(max_examples=25, deadline=None)
+@given(
+    starts=st.lists(st.integers(0, 12), min_size=1, max_size=7),
+    slots=st.integers(1, 4),
+    seed=st.integers(0, 2**31),
+    exact=st.booleans(),
+)
+def test_rows_that_join_and_leave_get_what_they_get_alone(
+    gpt: GPT, starts: list[int], slots: int, seed: int, exact: bool
+) -> None:
+    """Pictures arrive at given times, take a free row of a used cache, and leave when they are complete."""
+    tokens, embedding = inputs(len(starts), 8, seed)
+    cache = KVCache.allocate(SMALL, slots + 1)
+    cache.data.normal_(generator=torch.Generator().manual_seed(seed)).mul_(50)
+    waiting = sorted(range(len(starts)), key=starts.__getitem__)
+    place: list[tuple[int, int] | None] = [None] * slots  # picture and position in each row
+    logits = torch.empty(len(starts), 9, SMALL.vocab_size)
+    for now in range(200):
+        for slot in range(slots):
+            if place[slot] is None and waiting and starts[waiting[0]] <= now:
+                place[slot] = (waiting.pop(0), 0)
+        rows = [p or (0, 0) for p in place]
+        x = torch.stack([gpt.tok_emb(tokens[i, t - 1]) if t else gpt.cond_proj(embedding[i]) for i, t in rows])
+        positions = torch.tensor([t for _, t in rows])
+        longest = int(positions.max()) + 1 if exact else None
+        step = gpt.advance(x, positions, cache, longest)
+        for slot, occupant in enumerate(place):
+            if occupant is not None:
+                picture, position = occupant
+                logits[picture, position] = step[slot]
+                place[slot] = (picture, position + 1) if position < 8 else None
+        if not waiting and not any(place):
+            break
+    torch.testing.assert_close(logits, gpt(tokens, embedding), rtol=0, atol=1e-5)
+
+
+def test_a_ragged_step_of_equal_places_is_the_plain_one(gpt: GPT) -> None:
+    tokens, embedding = inputs(3, 8)
+    plain, ragged = KVCache.allocate(SMALL, 3), KVCache.allocate(SMALL, 3)
+    for position in range(9):
+        x = gpt.tok_emb(tokens[:, position - 1]) if position else gpt.cond_proj(embedding)
+        expected = gpt.advance(x, position, plain)
+        found = gpt.advance(x, torch.full((3,), position), ragged, position + 1)
+        torch.testing.assert_close(found, expected, rtol=0, atol=1e-5)
+        assert torch.equal(ragged.data, plain.data)
+
+
+@pytest.fixture(scope="module")
+def packed() -> GPT:
+    """Large enough that threads share a product."""
+    torch.manual_seed(0)
+    gpt = GPT(GPTConfig(n_layer=2, n_head=4, n_embd=256, vocab_size=512, block_size=40, n_cond=64))
+    return gpt.to(torch.bfloat16).eval().requires_grad_(False).pack()
+
+
+def steps(gpt: GPT, tokens: Tensor, embedding: Tensor) -> Tensor:
+    with torch.inference_mode():
+        return decode(gpt, tokens, embedding, KVCache.allocate(gpt.config, len(embedding), dtype=torch.bfloat16))
+
+
+@pytest.mark.parametrize("threads", [1, 2])
+def test_in_bfloat16_a_row_is_the_same_to_the_bit_whatever_the_batch(packed: GPT, threads: int) -> None:
+    tokens = torch.randint(0, 512, (33, 36), generator=torch.Generator().manual_seed(0))
+    embedding = F.normalize(torch.randn(33, 64, generator=torch.Generator().manual_seed(1)), dim=-1).bfloat16()
+    before = torch.get_num_threads()
+    torch.set_num_threads(threads)
+    try:
+        together = steps(packed, tokens, embedding)
+        for rows in (1, 2, 3, 8):
+            assert torch.equal(steps(packed, tokens[:rows], embedding[:rows]), together[:rows]), rows
+        cache = KVCache.allocate(packed.config, 2, dtype=torch.bfloat16)
+        with torch.inference_mode():
+            for position in range(37):  # beside a row that stays at the start, with more of the cache in view
+                x = packed.tok_emb(tokens[:1, position - 1]) if position else packed.cond_proj(embedding[:1])
+                ragged = packed.advance(x.expand(2, -1), torch.tensor([position, 0]), cache)
+                assert torch.equal(ragged[0], together[0, position])
+    finally:
+        torch.set_num_threads(before)
+
+
+def test_packed_weights_give_what_plain_ones_give(packed: GPT) -> None:
+    tokens = torch.randint(0, 512, (2, 36), generator=torch.Generator().manual_seed(0))
+    embedding = F.normalize(torch.randn(2, 64, generator=torch.Generator().manual_seed(1)), dim=-1)
+    torch.manual_seed(0)
+    plain = GPT(packed.config).to(torch.bfloat16).eval().requires_grad_(False)
+    exact = GPT(packed.config).eval().requires_grad_(False)
+    exact.load_state_dict(plain.state_dict())
+    reference = exact(tokens, embedding)
+    noise = (plain(tokens, embedding.bfloat16()) - reference).abs().max()
+    for gpt in (packed, plain):
+        assert (steps(gpt, tokens, embedding.bfloat16()) - reference).abs().max() < 2 * noise
+    torch.testing.assert_close(packed(tokens, embedding.bfloat16()), plain(tokens, embedding.bfloat16()))
+
+
+def test_in_float32_packing_changes_nothing(gpt: GPT) -> None:
+    assert copy.deepcopy(gpt).pack().state_dict().keys() == gpt.state_dict().keys()
+    tokens, embedding = inputs(2, 8)
+    assert torch.equal(decode(copy.deepcopy(gpt).pack(), tokens, embedding), decode(gpt, tokens, embedding))
+
+
+@pytest.mark.parametrize(
+    ("rows", "positions", "longest", "message"),
+    [(3, 0, None, "3 rows for a cache of 2"), (2, 9, None, "position 9"), (2, torch.zeros(2).long(), 10, "position 9")],
+)
+def test_what_a_cache_does_not_have_is_refused(
+    gpt: GPT, rows: int, positions: int | Tensor, longest: int | None, message: str
+) -> None:
+    with pytest.raises(ValueError, match=message):
+        gpt.advance(torch.zeros(rows, 16), positions, KVCache.allocate(SMALL, 2), longest)
+
+
+@pytest.mark.parametrize("position", range(8))
+def test_a_token_is_seen_only_by_those_after_it(gpt: GPT, position: int) -> None:
+    tokens, embedding = inputs(1, 8)
+    changed = tokens.clone()
+    changed[0, position] = (changed[0, position] + 1) % SMALL.vocab_size
+    differs = (gpt(tokens, embedding) - gpt(changed, embedding)).abs().amax(-1)[0] > 1e-6
+    assert differs.tolist() == [False] * (position + 1) + [True] * (8 - position)
+
+
+def test_the_condition_is_seen_everywhere(gpt: GPT) -> None:
+    tokens, embedding = inputs(1, 8)
+    differs = (gpt(tokens, embedding) - gpt(tokens, torch.zeros_like(embedding))).abs().amax(-1)[0] > 1e-6
+    assert differs.all()
+
+
+def test_a_new_model_starts_undecided() -> None:
+    torch.manual_seed(0)
+    loss = torch.nn.functional.cross_entropy(GPT(SMALL)(*inputs(4, 8)).flatten(0, 1), torch.arange(36) % 20)
+    assert abs(loss.item() - torch.tensor(20.0).log().item()) < 0.1
+
+
+def test_dropout_only_while_training() -> None:
+    torch.manual_seed(0)
+    gpt = GPT(GPTConfig(n_layer=1, n_head=1, n_embd=8, vocab_size=20, block_size=9, n_cond=6, dropout=0.5))
+    tokens, embedding = inputs(1, 8)
+    assert not torch.equal(gpt(tokens, embedding), gpt(tokens, embedding))
+    gpt.eval()
+    assert torch.equal(gpt(tokens, embedding), gpt(tokens, embedding))
+
+
+def test_attention_of_training_is_that_of_generation() -> None:
+    q, k, v = (torch.randn(3, 2, 9, 8, generator=torch.Generator().manual_seed(i)) for i in range(3))
+    expected = F.scaled_dot_product_attention(q, k, v, is_causal=True)
+    assert torch.allclose(causal_attention(q.requires_grad_(), k, v), expected, atol=1e-6)

@@ -1,0 +1,53 @@
+"""Skeletons have the names, shapes and types of the networks that they stand for, and loading imports no compiler."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from torch import nn
+
+from clipgen.config import GPTConfig, VQGANConfig
+from clipgen.models.clip import _openai
+from clipgen.models.gpt import GPT
+from clipgen.models.meta_init import skeleton
+from clipgen.models.vqgan import VQGAN
+
+
+@pytest.mark.parametrize(
+    "make",
+    [
+        lambda: GPT(GPTConfig(n_layer=2, n_head=2, n_embd=16, vocab_size=8, block_size=4, n_cond=6, n_things=2)),
+        lambda: VQGAN(VQGANConfig(16, 1, 32, [1, 2], 1, [8], 8, 4, 8)),
+        lambda: _openai.CLIP(16, 32, 2, 64, 8, 12, 100, 64, 1, 2),  # a ViT
+        lambda: _openai.CLIP(16, 32, (1, 1, 1, 1), 8, None, 12, 100, 64, 1, 2),  # a ResNet
+    ],
+)
+def test_names_shapes_and_types_are_the_networks(make: Callable[[], nn.Module]) -> None:
+    with skeleton():
+        bones = make()
+    assert all(value.is_meta for value in bones.state_dict().values())
+    whole = {name: (value.shape, value.dtype) for name, value in make().state_dict().items()}
+    assert {name: (value.shape, value.dtype) for name, value in bones.state_dict().items()} == whole
+
+
+def test_outside_of_it_numbers_are_numbers() -> None:
+    with skeleton():
+        pass
+    assert nn.init.constant_(torch.randn(3).mul(2), 5.0).tolist() == [5.0] * 3
+
+
+def test_drawing_imports_no_compiler(tiny_weights: Path, root: Path) -> None:
+    code = (
+        "import sys\nfrom clipgen import ClipGen\n"
+        f"ClipGen.from_pretrained({str(tiny_weights)!r}, device='cpu')('a', candidates=2)\n"
+        "print([name for name in ('torch._dynamo', 'torch._inductor', 'sympy') if name in sys.modules])"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", code], check=True, capture_output=True, text=True, cwd=root, timeout=120
+    )
+    assert done.stdout == "[]\n"

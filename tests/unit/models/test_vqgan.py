@@ -1,0 +1,117 @@
+"""The VQGAN: agreement with both reference implementations, the quantizer, shapes with pixel unshuffle."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from torch import Tensor
+
+from clipgen.config import VQGANConfig
+from clipgen.models.vqgan import VQGAN, Quantizer
+from clipgen.weights.convert import map_hfailab_vqgan, map_taming_vqgan
+from clipgen.weights.model_dir import build
+
+TINY = {"image_size": 32, "ch": 32, "ch_mult": [1, 1, 2], "num_res_blocks": 1, "attn_resolutions": [8]}
+HFAILAB = VQGANConfig(**TINY, z_channels=32, embed_dim=32, codebook_size=64, beta=0.2, norm_eps=1e-5)
+TAMING = VQGANConfig(**TINY, z_channels=32, embed_dim=24, codebook_size=64, beta=0.25, norm_eps=1e-6)
+Map = Callable[[dict[str, Tensor], VQGANConfig], dict[str, Tensor]]
+
+
+@pytest.mark.parametrize(
+    ("name", "convert", "config"),
+    [("hfailab_vqgan_tiny", map_hfailab_vqgan, HFAILAB), ("taming_vqgan_tiny", map_taming_vqgan, TAMING)],
+)
+def test_agrees_with_the_original(golden: Path, name: str, convert: Map, config: VQGANConfig) -> None:
+    tensors = load_file(golden / f"{name}.safetensors")
+    theirs = {key.removeprefix("model."): tensor for key, tensor in tensors.items() if key.startswith("model.")}
+    vqgan = build(VQGAN, config, convert(theirs, config))
+    close = {"rtol": 0.0, "atol": 1e-4}
+
+    latent = vqgan.encode(tensors["io.image"])
+    torch.testing.assert_close(latent, tensors["io.latent"], **close)
+    quantized, loss, indices = vqgan.quantizer(latent)
+    assert torch.equal(indices, tensors["io.indices"].flatten(1))
+    torch.testing.assert_close(quantized, tensors["io.quantized"], **close)
+    torch.testing.assert_close(loss, tensors["io.quant_loss"].squeeze(), **close)
+    torch.testing.assert_close(vqgan.decode(quantized), tensors["io.reconstruction"], **close)
+
+    # The ways that the pipeline takes.
+    assert torch.equal(vqgan.tokens(tensors["io.image"]), indices)
+    torch.testing.assert_close(vqgan.decode_tokens(indices), tensors["io.reconstruction"], **close)
+    torch.testing.assert_close(vqgan(tensors["io.image"])[0], tensors["io.reconstruction"], **close)
+
+
+def small(**changes: object) -> VQGANConfig:
+    values = {"image_size": 24, "patch": 3, "ch": 32, "ch_mult": [1, 2], "num_res_blocks": 1, "attn_resolutions": []}
+    return VQGANConfig(**(values | {"z_channels": 16, "embed_dim": 8, "codebook_size": 32} | changes))
+
+
+@pytest.mark.parametrize(
+    ("changes", "tokens"),
+    [({}, 16), ({"patch": 1}, 144), ({"ch_mult": [1]}, 64), ({"attn_resolutions": [8]}, 16), ({"l2_codes": True}, 16)],
+)
+def test_shapes_follow_the_configuration(changes: dict[str, object], tokens: int) -> None:
+    config = small(**changes)
+    torch.manual_seed(0)
+    vqgan = VQGAN(config)
+    images = torch.rand(2, 3, 24, 24) * 2 - 1
+    pixels, loss, indices = vqgan(images)
+    assert pixels.shape == images.shape
+    assert loss.shape == ()
+    assert indices.shape == (2, tokens) == (2, config.num_tokens)
+    assert indices.dtype == torch.long
+    torch.testing.assert_close(vqgan.decode_tokens(indices), pixels, rtol=0, atol=1e-5)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_packed_it_draws_the_same_pictures(dtype: torch.dtype) -> None:
+    torch.manual_seed(0)
+    vqgan = VQGAN(small(attn_resolutions=[8])).eval().requires_grad_(False)
+    tokens = torch.randint(0, 32, (3, vqgan.config.num_tokens))
+    expected = vqgan.decode_tokens(tokens)
+    packed = copy.deepcopy(vqgan).to(dtype).pack()
+    found = packed.decode_tokens(tokens)
+    assert (found.float() - expected).abs().max() < (0.04 * expected.abs().max() if dtype == torch.bfloat16 else 1e-6)
+    with torch.inference_mode():
+        assert torch.equal(packed.decode_tokens(tokens), found)
+        assert packed.tokens(torch.zeros(1, 3, 24, 24, dtype=dtype)).shape == (1, 16)
+
+
+@pytest.mark.parametrize("l2_codes", [False, True])
+def test_the_nearest_code_is_found(l2_codes: bool) -> None:
+    torch.manual_seed(0)
+    quantizer = Quantizer(small(l2_codes=l2_codes))
+    torch.nn.init.normal_(quantizer.embedding.weight)
+    z = torch.randn(50, 8)
+    if l2_codes:
+        z = torch.nn.functional.normalize(z, dim=-1)
+    assert torch.equal(quantizer.nearest(z), torch.cdist(z, quantizer.codes()).argmin(1))
+    assert torch.equal(quantizer.nearest(quantizer.codes()), torch.arange(32))
+
+
+def test_the_gradient_passes_straight_through_and_beta_weighs_the_codes() -> None:
+    torch.manual_seed(0)
+    quantizer = Quantizer(small(beta=0.25))
+    z = torch.randn(2, 8, 4, 4, requires_grad=True)
+    z_q, loss, _ = quantizer(z)
+    upstream = torch.randn_like(z_q)
+    (gradient,) = torch.autograd.grad(z_q, z, upstream, retain_graph=True)
+    assert torch.equal(gradient, upstream)
+    to_encoder, to_codes = torch.autograd.grad(loss, [z, quantizer.embedding.weight])
+    # Each code is pulled by what the encoder is pushed with, times beta.
+    torch.testing.assert_close(to_codes.sum(0), -0.25 * to_encoder.sum((0, 2, 3)), rtol=1e-4, atol=1e-7)
+
+
+def test_tokens_are_row_by_row() -> None:
+    torch.manual_seed(0)
+    vqgan = VQGAN(small())
+    tokens = torch.zeros(1, 16, dtype=torch.long)
+    changed = tokens.clone()
+    changed[0, 3] = 1  # first row, last column
+    codes = [vqgan.quantizer.lookup(t, 4, 4) for t in (tokens, changed)]
+    assert (codes[0] != codes[1]).any(1).nonzero().tolist() == [[0, 0, 3]]

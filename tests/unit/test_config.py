@@ -1,0 +1,197 @@
+"""Configurations: the presets, files and overrides, and a message for whatever cannot work."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from omegaconf import OmegaConf
+
+from clipgen.config import ConfigError, GPTConfig, ModelConfig, SamplingConfig, VQGANConfig, load_model_config
+from train.config import Config, Stage1Config, Stage2Config, TrainConfig, load_config
+
+
+def test_mini_is_small() -> None:
+    model = load_config("mini").model
+    assert model.name == "mini"
+    assert model.gpt.block_size <= 256
+    assert 12 * model.gpt.n_layer * model.gpt.n_embd**2 + 2 * model.gpt.vocab_size * model.gpt.n_embd < 20e6
+
+
+def test_coco_is_what_was_released() -> None:
+    model = load_config("coco").model
+    assert (model.vqgan.image_size, model.vqgan.num_tokens) == (256, 256)
+    assert (model.vqgan.codebook_size, model.vqgan.embed_dim) == (16384, 256)
+    assert (model.gpt.n_layer, model.gpt.n_embd, model.gpt.n_head, model.gpt.n_cond) == (24, 1024, 16, 512)
+    assert (model.sampling.top_k, model.sampling.top_p, model.sampling.guidance) == (500, 0.95, 1.0)
+
+
+def test_imagenet_is_gpt2_xl() -> None:
+    model = load_config("imagenet").model
+    assert (model.gpt.n_layer, model.gpt.n_embd, model.gpt.n_head) == (48, 1600, 25)
+    assert model.vqgan.num_tokens == 256
+
+
+def test_overrides() -> None:
+    config = load_config("mini", ["stage1.lr=1e-4", "model.vqgan.attn_resolutions=[12]"])
+    assert config.stage1.lr != load_config("mini").stage1.lr
+    assert config.stage1.lr == 1e-4
+    assert config.model.vqgan.attn_resolutions == [12]
+    assert config.stage2 == load_config("mini").stage2
+
+
+def test_a_file_of_ones_own(tmp_path: Path) -> None:
+    path = tmp_path / "mine.yaml"
+    path.write_text("model: {name: mine}\nstage2: {steps: 7}")
+    config = load_config(path)
+    assert (config.model.name, config.stage2.steps) == ("mine", 7)
+    assert config.model.gpt == GPTConfig()
+
+
+@pytest.mark.parametrize("name", ["mini", "coco", "imagenet"])
+def test_a_model_section_survives_a_file(name: str, tmp_path: Path) -> None:
+    model = load_config(name).model
+    OmegaConf.save(OmegaConf.structured(model), tmp_path / "config.yaml")
+    assert load_model_config(tmp_path / "config.yaml") == model
+
+
+# --- refusals ---
+
+
+BASE = """
+model:
+  vqgan: {image_size: 144, patch: 6, ch: 128, ch_mult: [1, 1], codebook_size: 2048}
+  gpt: {n_head: 6, n_embd: 384, vocab_size: 2048, block_size: 144}
+"""
+
+
+@pytest.mark.parametrize(
+    ("override", "message"),
+    [
+        ("model.gpt.n_head=5", "gpt.n_embd 384 is not divisible by n_head 5"),
+        ("model.gpt.n_head=0", "gpt.n_head is 0; it must be at least 1"),
+        ("model.gpt.dropout=1", "gpt.dropout is 1.0; it must be in"),
+        ("model.gpt.vocab_size=64", "gpt.vocab_size 64 differs from vqgan.codebook_size 2048"),
+        ("model.gpt.block_size=64", "gpt.block_size 64 differs from the image's 144 tokens"),
+        ("model.vqgan.ch=48", "vqgan.ch is 48; GroupNorm needs a multiple of 32"),
+        ("model.vqgan.ch_mult=[]", "vqgan.ch_mult is empty"),
+        ("model.vqgan.ch_mult=[1,0]", "vqgan.ch_mult"),
+        ("model.vqgan.image_size=145", "vqgan.image_size 145 is no multiple of"),
+        ("model.vqgan.image_size=-144", "vqgan.image_size is -144"),
+        ("model.vqgan.image_size=wide", "image_size"),
+        ("model.vqgan.codebook_size=1", "vqgan.codebook_size is 1; it must be at least 2"),
+        ("model.vqgan.beta=-1", "vqgan.beta is -1"),
+        ("model.vqgan.beta=nan", "vqgan.beta is nan"),
+        ("model.gpt.n_things=0", "gpt.n_things is 0"),
+        ("model.vqgan.norm_eps=0", "vqgan.norm_eps is 0"),
+        ("model.sampling.top_p=0", "top_p is 0.0; it must be above 0 and at most 1"),
+        ("model.sampling.top_p=nan", "top_p is nan"),
+        ("model.sampling.top_k=-1", "top_k is -1; it must be 0 (off)"),
+        ("model.sampling.temperature=inf", "temperature is inf; it must be a number from 0 to 10"),
+        ("model.sampling.guidance=31", "guidance is 31.0; it must be a number from 0 to 30"),
+        ("model.sampling.guidance=null", "guidance"),
+        ("model.colour=red", "colour"),
+        ("stage1.lr=0", "lr is 0.0; it must be positive"),
+        ("stage1.lr=nan", "lr is nan"),
+        ("stage1.precision=fp8", "precision is 'fp8'; use no, bf16 or fp16"),
+        ("stage1.perceptual=vgg", "perceptual is 'vgg'; use efficientnet, lpips or none"),
+        ("stage1.betas=[0.9]", "betas"),
+        ("stage1.ema=1", "ema is 1"),
+        ("stage1.min_scale=0", "min_scale is 0"),
+        ("stage1.warmup=-1", "warmup is -1"),
+        ("stage1.disc_regularisation=r1", "disc_regularisation_weight is 0.0 with disc_regularisation=r1; use a pos"),
+        ("stage1.disc_regularisation_weight=1", "use 0 without one"),
+        ("stage1.codes=kmeans", "codes is 'kmeans'; use gradient or ema"),
+        ("stage1.only_decoder=true", "only_decoder is true with init=, codes=gradient"),
+        ("stage1.accumulate=0", "accumulate is 0; it must be at least 1"),
+        ("stage2.parallel=fsdp2", "parallel is 'fsdp2'; use ddp or fsdp"),
+        ("stage2.clip_weight=-1", "clip_weight is -1.0"),
+        ("stage2.batch_size=0", "batch_size is 0; it must be at least 1"),
+        ("stage2.condition_dropout=1", "condition_dropout is 1.0; use [0, 1)"),
+        ("stage2.noise_angle=90", "noise_angle is 90.0 degrees; use [0, 90)"),
+        ("stage2.views=0", "views is 0"),
+        ("stage2.min_scale=1.5", "min_scale is 1.5"),
+        ("=3", ""),
+    ],
+)
+def test_a_bad_value_is_named(override: str, message: str, tmp_path: Path) -> None:
+    path = tmp_path / "base.yaml"
+    path.write_text(BASE)
+    with pytest.raises(ConfigError) as caught:
+        load_config(path, [override])
+    assert message in str(caught.value)
+    assert str(caught.value).startswith(str(path))
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("name", ["maxi", "nowhere/mine.yaml", "", "mini.yml"])
+def test_no_such_configuration(name: str) -> None:
+    with pytest.raises(ConfigError, match=r"use one of coco, imagenet, mini, photos, or the path of a \.yaml file"):
+        load_config(name)
+
+
+@pytest.mark.parametrize(
+    "text", ["{", "\x00", "- a\n- list", "just words", "model: 3", "a: *b", "model: {name: ${x}}", "? [a]\n: b"]
+)
+def test_a_file_that_is_no_configuration(text: str, tmp_path: Path) -> None:
+    path = tmp_path / "broken.yaml"
+    path.write_text(text)
+    with pytest.raises(ConfigError, match=r"broken\.yaml: "):
+        load_config(path)
+
+
+def test_weights_without_a_configuration(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match=r"config\.yaml is missing"):
+        load_model_config(tmp_path / "config.yaml")
+
+
+@given(temperature=st.floats(), top_k=st.integers(), top_p=st.floats(), guidance=st.floats())
+def test_sampling_takes_what_can_be_sampled_and_nothing_else(
+    temperature: float, top_k: int, top_p: float, guidance: float
+) -> None:
+    good = 0 <= temperature <= 10 and top_k >= 0 and 0 < top_p <= 1 and 0 <= guidance <= 30
+    try:
+        config = SamplingConfig(temperature, top_k, top_p, guidance)
+    except ConfigError as error:
+        assert not good
+        assert any(name in str(error) for name in ("temperature", "top_k", "top_p", "guidance"))
+    else:
+        assert good
+        assert all(math.isfinite(value) for value in asdict(config).values())
+
+
+@given(patch=st.integers(-1, 8), levels=st.integers(0, 5), size=st.integers(-8, 300), codebook=st.integers(-1, 100))
+def test_a_valid_vqgan_covers_its_image(patch: int, levels: int, size: int, codebook: int) -> None:
+    try:
+        config = VQGANConfig(image_size=size, patch=patch, ch_mult=[1] * levels, codebook_size=codebook)
+    except ConfigError as error:
+        assert "vqgan." in str(error)
+    else:
+        assert config.grid * config.downsampling == size
+        assert config.num_tokens >= 1
+
+
+@pytest.mark.parametrize(
+    "kind", [Config, ModelConfig, VQGANConfig, GPTConfig, SamplingConfig, TrainConfig, Stage1Config, Stage2Config]
+)
+def test_defaults_are_valid(kind: type) -> None:
+    kind()
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"optimizer": "muon", "parallel": "fsdp"}, "optimizer is muon with parallel=fsdp and precision=bf16"),
+        ({"optimizer": "muon", "precision": "fp16"}, "optimizer is muon with parallel=ddp and precision=fp16"),
+        ({"parallel": "fsdp", "precision": "fp16"}, "precision is fp16 with parallel=fsdp; use bf16 or no"),
+        ({"clip_weight": 0.2, "clip_batch": 7}, "clip_batch is 7; it must divide batch_size, 64"),
+    ],
+)
+def test_settings_of_stage2_that_do_not_go_together(settings: dict[str, Any], message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        Stage2Config(**settings)

@@ -1,0 +1,162 @@
+"""Pictures encoded once: shards that are whole or not there, never those of other networks; stage 2 learns the same."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+from PIL import Image
+from safetensors.torch import load_file
+from training_kit import draw_pictures, run, same_weights, scalars, write_config
+
+from clipgen.config import ModelConfig
+from train import encode, stage2
+from train.loop.common import split
+
+
+@pytest.fixture(scope="module")
+def pictures(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return draw_pictures(tmp_path_factory.mktemp("pictures"))
+
+
+@pytest.fixture(scope="module")
+def config(tiny_config: ModelConfig, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_config(tiny_config, tmp_path_factory.mktemp("config") / "tiny.yaml")
+
+
+@pytest.fixture
+def flags(pictures: Path, config: Path, tiny_weights: Path, monkeypatch: pytest.MonkeyPatch) -> list[object]:
+    monkeypatch.setattr(encode, "ROWS", 20)  # 50 crops in three shards
+    monkeypatch.setattr(encode, "BATCH", 8)
+    parts = ["--vqgan", tiny_weights, "--clip", tiny_weights / "clip.safetensors"]
+    return ["--config", config, *parts, "--data", pictures]
+
+
+def test_what_is_missing_is_encoded_again_and_nothing_else(flags, tmp_path: Path, monkeypatch) -> None:
+    out = tmp_path / "encoded"
+    run(encode, monkeypatch, *flags, "--out", out)
+    assert sorted(p.name for p in out.iterdir()) == [
+        *(f"00000{n}.safetensors" for n in range(3)),
+        "index.json",
+        "skipped.txt",
+    ]
+    first = encode.Encoded(out)
+    assert len(first) == 50 and (first.pictures, first.views) == (25, 2)
+    everything = first.read(range(50))
+    assert everything[0].shape == (50, 16) and everything[1].norm(dim=1).sub(1).abs().max() < 1e-2
+    assert not torch.equal(everything[0][:25], everything[0][25:])  # another crop
+    (out / "000001.safetensors").unlink()
+    kept = (out / "000002.safetensors").stat().st_mtime_ns
+    run(encode, monkeypatch, *flags, "--out", out)
+    assert all(torch.equal(a, b) for a, b in zip(encode.Encoded(out).read(range(50)), everything, strict=True))
+    assert (out / "000002.safetensors").stat().st_mtime_ns == kept
+    some = encode.Encoded(out).read([41, 3, 20])
+    assert torch.equal(some[0], everything[0][[41, 3, 20]]) and torch.equal(some[1], everything[1][[41, 3, 20]])
+
+
+def test_clip_can_look_at_other_pictures_of_the_same_names(
+    flags: list[object], pictures: Path, tmp_path: Path, monkeypatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    seen = tmp_path / "seen"
+    seen.mkdir()
+    names = sorted(pictures.rglob("*.png"))
+    for path in names:
+        Image.open(path).rotate(180).save(seen / path.name)
+    folders = [tmp_path / name for name in ("plain", "turned", "both")]
+    data = tmp_path / "data"  # without the pictures that cannot be read
+    data.mkdir()
+    for path in names:
+        shutil.copy(path, data)
+    *flags, _ = flags
+    run(encode, monkeypatch, *flags, data, "--out", folders[0])
+    run(encode, monkeypatch, *flags, seen, "--out", folders[1])
+    run(encode, monkeypatch, *flags, data, "--seen", seen, "--out", folders[2])
+    (tokens, _), (_, embeddings), both = (encode.Encoded(folder).read(range(10)) for folder in folders)
+    assert torch.equal(both[0], tokens) and torch.equal(both[1], embeddings)
+
+    def refused(out: Path) -> str:
+        with pytest.raises(SystemExit) as stop:
+            run(encode, monkeypatch, *flags, data, "--seen", seen, "--out", out)
+        assert stop.value.code == 2
+        return capsys.readouterr().err
+
+    (seen / names[0].name).write_bytes(b"no picture")
+    assert names[0].name in refused(tmp_path / "broken")
+    (seen / names[0].name).unlink()
+    assert "does not hold the same names" in refused(tmp_path / "fewer")
+
+
+def test_an_interrupted_set_is_not_trained_on(flags, tmp_path: Path, monkeypatch, capsys) -> None:
+    out, written = tmp_path / "encoded", []
+
+    def save(tensors: dict, path: Path) -> None:
+        if written:
+            raise KeyboardInterrupt
+        written.append(path)
+        encode_save(tensors, path)
+
+    encode_save = encode.save_tensors
+    monkeypatch.setattr(encode, "save_tensors", save)
+    with pytest.raises(SystemExit) as stop:
+        run(encode, monkeypatch, *flags, "--out", out)
+    assert stop.value.code == 130 and "the same command goes on" in capsys.readouterr().err
+    with pytest.raises(encode.DataError, match="not complete"):
+        encode.Encoded(out)
+    monkeypatch.setattr(encode, "save_tensors", encode_save)
+    run(encode, monkeypatch, *flags, "--out", out)
+    assert len(encode.Encoded(out)) == 50
+
+
+@pytest.mark.parametrize("what", ["vqgan", "pictures", "views"])
+def test_what_was_made_from_something_else_is_refused(
+    what: str, flags, tiny_weights: Path, tmp_path: Path, monkeypatch, capsys
+) -> None:
+    out = tmp_path / "encoded"
+    run(encode, monkeypatch, *flags, "--out", out)
+    if what == "vqgan":
+        flags[3] = shutil.copytree(tiny_weights, tmp_path / "other")
+        weights = load_file(tmp_path / "other" / "vqgan.safetensors")
+        weights["quantizer.embedding.weight"] += 1
+        encode.save_tensors(weights, tmp_path / "other" / "vqgan.safetensors")
+    elif what == "pictures":
+        flags[-1] = shutil.copytree(flags[-1], tmp_path / "more")
+    more = ["stage2.views=3"] if what == "views" else []
+    with pytest.raises(SystemExit) as stop:
+        run(encode, monkeypatch, *flags, "--out", out, *more)
+    expected = "views (2, not 3)" if what == "views" else what
+    assert stop.value.code == 2 and f"was encoded with another {expected}" in capsys.readouterr().err
+    if what == "vqgan":  # stage 2 on the set itself
+        flags[-1] = out
+        with pytest.raises(SystemExit):
+            run(stage2, monkeypatch, *flags, "--out", tmp_path / "gpt")
+        assert "was encoded with another vqgan" in capsys.readouterr().err
+
+
+def test_stage2_learns_the_same_from_tokens_from_a_set_and_from_pixels(flags, tmp_path: Path, monkeypatch) -> None:
+    calm = ["stage2.neighbours=0"]
+    run(stage2, monkeypatch, *flags, "--out", tmp_path / "once", *calm)
+    assert json.loads((tmp_path / "once" / "encoded" / "index.json").read_text())["complete"]
+    run(stage2, monkeypatch, *flags, "--out", tmp_path / "pixels", *calm, "stage2.from_pixels=true", "stage2.workers=1")
+    assert not (tmp_path / "pixels" / "encoded").exists()
+    run(stage2, monkeypatch, *flags[:-1], tmp_path / "once" / "encoded", "--out", tmp_path / "set", *calm)
+    assert same_weights(tmp_path / "once" / "gpt.safetensors", tmp_path / "set" / "gpt.safetensors")
+    once, pixels = scalars(tmp_path / "once"), scalars(tmp_path / "pixels")
+    losses = [key for key in once if "loss" in key[1]]
+    assert len(losses) == 8 and all(pixels[key] == pytest.approx(once[key], abs=1e-4) for key in losses)
+    assert (tmp_path / "pixels" / "skipped.txt").is_file()
+
+
+def test_neighbours_need_tokens(flags, tmp_path: Path, monkeypatch, capsys) -> None:
+    with pytest.raises(SystemExit) as stop:
+        run(stage2, monkeypatch, *flags, "--out", tmp_path / "gpt", "stage2.from_pixels=true")
+    assert stop.value.code == 2 and "neighbours is 2" in capsys.readouterr().err
+
+
+def test_held_out_pictures_are_held_out_in_every_crop() -> None:
+    pictures, held = split(100, 512)
+    rows = stage2.every_crop(pictures, 100, 3)
+    assert len(held) == 5 and len(rows) == 285 and rows.max() < 300
+    assert not set((rows % 100).tolist()) & set(held.tolist())

@@ -1,0 +1,293 @@
+"""Downloading from a real server that breaks off, lies, throttles, refuses and redirects."""
+
+from __future__ import annotations
+
+import random
+import socket
+import tempfile
+from collections import namedtuple
+from collections.abc import Iterator
+from pathlib import Path
+from urllib.request import Request
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from local_server import Answer, Server, serving
+
+from clipgen.utils import download as module
+from clipgen.utils.download import DownloadError, Policy, _Redirects, download
+
+CONTENT = random.Random(0).randbytes(300_000)
+HASTY = Policy(timeout=5, attempts=4, backoff=0.001, longest_wait=0.01)
+NO_LENGTH: dict[str, str | None] = {"Content-Length": None}
+
+
+@pytest.fixture
+def server() -> Iterator[Server]:
+    with serving() as server:
+        server.put("/file", CONTENT)
+        yield server
+
+
+@pytest.fixture
+def part(tmp_path: Path) -> Path:
+    return tmp_path / "file.part"
+
+
+def test_brings_the_file_and_reports_progress(server: Server, part: Path) -> None:
+    seen: list[tuple[int, int | None]] = []
+    download(f"{server.address}/file", part, policy=HASTY, report=lambda *state: seen.append(state))
+    assert part.read_bytes() == CONTENT
+    assert seen[0] == (0, len(CONTENT)) and seen[-1] == (len(CONTENT), len(CONTENT)) and seen == sorted(seen)
+    assert server.requests[0][1]["user-agent"] == "clipgen"
+
+
+def test_goes_on_after_a_break(server: Server, part: Path) -> None:
+    server.answers = [Answer(cut=100_000), Answer(cut=50_000)]
+    told: list[str] = []
+    download(f"{server.address}/file", part, policy=HASTY, say=told.append)
+    assert part.read_bytes() == CONTENT
+    assert server.ranges_asked() == [None, "bytes=100000-", "bytes=150000-"]
+    assert [asked.get("if-range") for _, asked in server.requests] == [None, '"one"', '"one"']
+    assert len(told) == 2 and "broke off at 100,000 of 300,000 bytes; trying again" in told[0]
+
+
+def test_goes_on_in_another_run(server: Server, part: Path) -> None:
+    server.answers = [Answer(cut=100_000)]
+    with pytest.raises(DownloadError, match=r"broke off at 100,000 of 300,000 bytes; gave up after 1 attempts"):
+        download(f"{server.address}/file", part, policy=Policy(attempts=1))
+    download(f"{server.address}/file", part, policy=HASTY)
+    assert part.read_bytes() == CONTENT and server.ranges_asked() == [None, "bytes=100000-"]
+
+
+def test_a_server_that_ignores_range_sends_all_of_it_again(server: Server, part: Path) -> None:
+    server.answers = [Answer(cut=100_000), Answer(ranges=False)]
+    download(f"{server.address}/file", part, policy=HASTY)
+    assert part.read_bytes() == CONTENT
+
+
+def test_two_versions_are_never_joined(server: Server, part: Path) -> None:
+    server.answers = [Answer(cut=100_000)]
+    with pytest.raises(DownloadError):
+        download(f"{server.address}/file", part, policy=Policy(attempts=1))
+    server.etag = '"two"'
+    server.put("/file", CONTENT[::-1])
+    download(f"{server.address}/file", part, policy=HASTY)
+    assert part.read_bytes() == CONTENT[::-1]
+
+
+def test_bytes_of_another_url_are_not_gone_on_from(server: Server, part: Path) -> None:
+    server.put("/other", CONTENT[::-1])
+    server.answers = [Answer(cut=100_000)]
+    with pytest.raises(DownloadError):
+        download(f"{server.address}/other", part, policy=Policy(attempts=1))
+    download(f"{server.address}/file", part, policy=HASTY)
+    assert part.read_bytes() == CONTENT and server.ranges_asked() == [None, None]
+
+
+@pytest.mark.parametrize("checked", [False, True])
+def test_without_a_validator_only_a_known_hash_allows_going_on(server: Server, part: Path, checked: bool) -> None:
+    server.etag, server.answers = None, [Answer(cut=100_000)]
+    download(f"{server.address}/file", part, checked=checked, policy=HASTY)
+    assert part.read_bytes() == CONTENT
+    assert server.ranges_asked() == [None, "bytes=100000-" if checked else None]
+
+
+@pytest.mark.parametrize("total", [299_999, 5])
+def test_a_part_of_a_file_of_another_size_is_not_joined(server: Server, part: Path, total: int) -> None:
+    changed: dict[str, str | None] = {"Content-Range": f"bytes 100000-{total - 1}/{total}"}
+    server.answers = [Answer(cut=100_000), Answer(headers=changed)]
+    download(f"{server.address}/file", part, policy=HASTY)
+    assert part.read_bytes() == CONTENT and server.ranges_asked() == [None, "bytes=100000-", None]
+
+
+def test_a_wrong_part_is_not_joined(server: Server, part: Path) -> None:
+    server.answers = [Answer(cut=100_000), Answer(shift=7)]
+    download(f"{server.address}/file", part, policy=HASTY)
+    assert part.read_bytes() == CONTENT and server.ranges_asked() == [None, "bytes=100000-", None]
+
+
+def test_a_complete_part_is_not_sent_again(server: Server, part: Path) -> None:
+    for _ in range(2):
+        download(f"{server.address}/file", part, policy=HASTY)
+    assert part.read_bytes() == CONTENT and server.ranges_asked() == [None, "bytes=300000-"]
+
+
+def test_notes_that_cannot_be_read_start_it_over(server: Server, part: Path) -> None:
+    part.write_bytes(b"something else")
+    part.with_name("file.part.json").write_text("[")
+    download(f"{server.address}/file", part, policy=HASTY)
+    assert part.read_bytes() == CONTENT
+
+
+@pytest.mark.parametrize(
+    ("status", "phrase"),
+    [(403, "Forbidden"), (404, "Not Found"), (410, "Gone"), (401, "Unauthorized"), (204, "No Content")],
+)
+def test_what_will_not_change_is_not_tried_again(server: Server, part: Path, status: int, phrase: str) -> None:
+    server.default = Answer(status=status)
+    with pytest.raises(DownloadError, match=rf"/file answered {status} {phrase}"):
+        download(f"{server.address}/file", part, policy=HASTY)
+    assert len(server.requests) == 1 and not part.exists()
+
+
+@pytest.mark.parametrize("status", [500, 502, 503, 429, 408])
+def test_what_may_change_is_tried_again_ever_later(
+    server: Server, part: Path, status: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    waits: list[float] = []
+    monkeypatch.setattr(module.time, "sleep", waits.append)
+    server.answers = [Answer(status=status)] * 3 + [Answer(status=status, headers={"Retry-After": "9"})]
+    download(f"{server.address}/file", part, policy=Policy(longest_wait=8.5))
+    assert part.read_bytes() == CONTENT and waits == [1, 2, 4, 8.5]
+
+
+def test_gives_up_in_the_end(server: Server, part: Path) -> None:
+    server.default = Answer(status=500)
+    with pytest.raises(DownloadError, match=r"answered 500 Internal Server Error; gave up after 4 attempts in a row"):
+        download(f"{server.address}/file", part, policy=HASTY)
+    assert len(server.requests) == 4
+
+
+def test_a_server_that_is_not_there(part: Path) -> None:
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", 0))
+        with pytest.raises(DownloadError, match=r"cannot be reached \(Connection refused\); gave up"):
+            download(f"http://127.0.0.1:{taken.getsockname()[1]}/file", part, policy=HASTY)
+    with pytest.raises(DownloadError, match="is no address"):
+        download(f"http://{'a' * 64}.invalid/file", part, policy=HASTY)
+
+
+def test_a_server_that_promises_more_than_it_sends(server: Server, part: Path) -> None:
+    server.default = Answer(headers={"Content-Length": "400000"}, ranges=False)
+    with pytest.raises(DownloadError, match=r"broke off at 300,000 of 400,000 bytes; gave up after 4"):
+        download(f"{server.address}/file", part, policy=HASTY)
+
+
+@pytest.mark.parametrize("length", ["299999", "300001"])
+def test_a_server_that_offers_another_size_than_the_publisher_states(server: Server, part: Path, length: str) -> None:
+    server.default = Answer(headers={"Content-Length": length})
+    with pytest.raises(DownloadError, match=rf"offers {int(length):,} bytes; 300,000 are expected"):
+        download(f"{server.address}/file", part, size=300_000, policy=HASTY)
+    assert len(server.requests) == 1 and not part.exists()
+
+
+def test_a_server_that_sends_without_end(server: Server, part: Path) -> None:
+    server.default = Answer(headers=NO_LENGTH)
+    with pytest.raises(DownloadError, match="sends more than 1,000 bytes"):
+        download(f"{server.address}/file", part, size=1000, policy=HASTY)
+    with pytest.raises(DownloadError, match="sends more than 2,000 bytes"):
+        download(f"{server.address}/file", part, policy=Policy(largest=2000))
+    server.default = Answer()
+    with pytest.raises(DownloadError, match="offers 300,000 bytes; no file here is larger than 2,000"):
+        download(f"{server.address}/file", part, policy=Policy(largest=2000))
+    assert not part.exists() or part.stat().st_size <= 2000
+
+
+def test_a_length_that_is_not_stated_is_fine(server: Server, part: Path) -> None:
+    server.default = Answer(headers=NO_LENGTH)
+    seen: list[tuple[int, int | None]] = []
+    download(f"{server.address}/file", part, policy=HASTY, report=lambda *state: seen.append(state))
+    assert part.read_bytes() == CONTENT and seen[-1] == (300_000, None)
+
+
+def test_crumbs_and_silence_count_as_broken_off(server: Server, part: Path) -> None:
+    policy = Policy(timeout=0.2, attempts=1, slowest=1000)
+    server.default = Answer(pace=0.05, piece=10)
+    with pytest.raises(DownloadError, match=r"sends only \d+ bytes/s; gave up"):
+        download(f"{server.address}/file", part, policy=policy)
+    server.default = Answer(pace=5, piece=150_000)
+    with pytest.raises(DownloadError, match=r"broke off \(no answer in time\); gave up"):
+        download(f"{server.address}/file", part, policy=policy)
+
+
+def test_a_throttled_line_gets_there(server: Server, part: Path) -> None:
+    server.default = Answer(pace=0.05, piece=10_000)  # 1.5 s
+    download(f"{server.address}/file", part, policy=Policy(timeout=1, attempts=1, slowest=1000))
+    assert part.read_bytes() == CONTENT and len(server.requests) == 1
+
+
+def test_many_breaks_are_fine_while_it_gets_on(server: Server, part: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(module, "PROGRESS", 20_000)
+    server.default = Answer(cut=20_000)
+    download(f"{server.address}/file", part, policy=Policy(attempts=2, backoff=0))
+    assert part.read_bytes() == CONTENT and len(server.requests) == 15
+
+
+def test_redirects_are_followed_within_http(server: Server, part: Path) -> None:
+    server.answers = [Answer(status=302, headers={"Location": "/file"}), Answer(cut=100_000)]
+    server.answers.append(Answer(status=302, headers={"Location": "/file"}))
+    server.files["/there"] = b"not this"
+    download(f"{server.address}/there", part, policy=HASTY)
+    assert part.read_bytes() == CONTENT
+    assert [(path, asked.get("range")) for path, asked in server.requests] == [
+        ("/there", None),
+        ("/file", None),
+        ("/there", "bytes=100000-"),
+        ("/file", "bytes=100000-"),
+    ]
+
+
+@pytest.mark.parametrize(
+    "location", ["file:///etc/passwd", "ftp://127.0.0.1/file", "data:,hello", "//[/", "/loop", "gopher://x"]
+)
+def test_other_redirects_are_refused(server: Server, part: Path, location: str) -> None:
+    server.default = Answer(status=302, headers={"Location": location})
+    with pytest.raises(DownloadError, match="redirect"):
+        download(f"{server.address}/loop", part, policy=HASTY)
+    assert not part.exists()
+
+
+def test_never_from_https_to_http() -> None:
+    with pytest.raises(DownloadError, match="never from https"):
+        _Redirects().redirect_request(Request("https://a.example/x"), None, 302, "", {}, "http://a.example/x")
+    assert _Redirects().redirect_request(Request("https://a.example/x"), None, 302, "", {}, "https://b.example/y")
+
+
+def test_a_web_page_or_an_encoding_is_not_the_file(server: Server, part: Path) -> None:
+    server.default = Answer(headers={"Content-Type": "text/html; charset=utf-8"})
+    with pytest.raises(DownloadError, match="sent a web page instead of the file"):
+        download(f"{server.address}/file", part, policy=HASTY)
+    server.default = Answer(headers={"Content-Encoding": "gzip"})
+    with pytest.raises(DownloadError, match=r"encoded \('gzip'\), unasked"):
+        download(f"{server.address}/file", part, policy=HASTY)
+    assert not part.exists()
+
+
+def test_a_full_disk_is_noticed_before_and_while_writing(
+    server: Server, part: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with pytest.raises(DownloadError, match=r"cannot be written: No such file or directory"):
+        download(f"{server.address}/file", tmp_path / "gone" / "file.part", size=None, policy=HASTY)
+    usage = namedtuple("usage", "total used free")
+    monkeypatch.setattr(module.shutil, "disk_usage", lambda _: usage(10**9, 10**9, 299_999))
+    with pytest.raises(DownloadError, match="has 299,999 bytes free; 300,000 are needed: make room"):
+        download(f"{server.address}/file", part, policy=HASTY)
+    assert not part.exists()
+
+
+answers = st.builds(
+    Answer,
+    status=st.sampled_from([200] * 5 + [500, 503]),
+    cut=st.none() | st.integers(0, 2000),
+    ranges=st.booleans(),
+    shift=st.sampled_from([0, 0, 0, 1, -3]),
+    headers=st.sampled_from([{}, {}, {}, NO_LENGTH, {"ETag": None}, {"ETag": 'W/"weak"'}, {"Content-Length": "2500"}]),
+)
+
+
+@settings(max_examples=60, deadline=None)
+@given(script=st.lists(answers, max_size=6), checked=st.booleans())
+def test_whatever_the_server_did_before_the_bytes_are_right(script: list[Answer], checked: bool) -> None:
+    """Only a cut that no length gives away, or a false length, can pass for the end: the size then tells."""
+    content = CONTENT[:2000]
+    with serving() as server, tempfile.TemporaryDirectory() as folder:
+        url, part = server.put("/file", content), Path(folder) / "file.part"
+        server.answers = list(script)
+        try:
+            download(url, part, size=2000, checked=checked, policy=Policy(timeout=5, attempts=10, backoff=0))
+        except DownloadError as error:
+            assert "offers 2,500 bytes" in str(error)
+        else:
+            assert part.read_bytes() == content

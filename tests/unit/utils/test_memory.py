@@ -1,0 +1,279 @@
+"""Memory: batches follow what is free, and running out halves them without changing a picture."""
+
+from __future__ import annotations
+
+import json
+import logging
+import subprocess
+import sys
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from clipgen import ClipGen
+from clipgen.engine.batch import Batch
+from clipgen.engine.engine import Engine
+from clipgen.engine.image_decoder import Painter
+from clipgen.models.gpt import KVCache
+from clipgen.request import Request, Result
+from clipgen.utils import memory
+from clipgen.utils.memory import MemoryShortage, fitting, in_batches, pixel_bytes, token_bytes
+from train.config import load_config
+
+CPU = torch.device("cpu")
+COCO, IMAGENET = load_config("coco").model, load_config("imagenet").model
+
+
+class SmallDevice(TorchDispatchMode):
+    """An allocator that has `largest` bytes in one piece: a tensor that needs more fails as CUDA's would."""
+
+    def __init__(self, largest: int) -> None:
+        super().__init__()
+        self.largest = largest
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        out = func(*args, **(kwargs or {}))
+        if isinstance(out, torch.Tensor) and not func.is_view and out.nbytes > self.largest:
+            raise torch.OutOfMemoryError(f"CUDA out of memory. Tried to allocate {out.nbytes} bytes.")
+        return out
+
+
+@pytest.fixture(scope="module")
+def pipe(tiny_weights: Path) -> ClipGen:
+    return ClipGen.from_pretrained(tiny_weights, device="cpu", dtype="float32")
+
+
+@contextmanager
+def small_engine(largest: int) -> Iterator[None]:
+    """Such an allocator for the steps of engines, and for nothing else."""
+    drive = Engine._round
+
+    def limited(self: Engine) -> None:
+        with SmallDevice(largest):
+            drive(self)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Engine, "_round", limited)
+        yield
+
+
+@contextmanager
+def small_painter(largest: int) -> Iterator[None]:
+    """Such an allocator for what paints, and for nothing else."""
+    paint = Painter._run
+
+    def limited(self: Painter, items: Sequence[Any]) -> Any:
+        with SmallDevice(largest):
+            return paint(self, items)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Painter, "_run", limited)
+        yield
+
+
+def row_bytes(pipe: ClipGen) -> int:
+    """Keys and values of one row."""
+    return KVCache.allocate(pipe.config.gpt, 1).data.nbytes
+
+
+def same(a: Result, b: Result) -> bool:
+    """Equal pictures, but for the last of 255 levels, where another batch size rounds differently."""
+    pairs = zip(a.images, b.images, strict=True)
+    close = all(np.abs(np.asarray(x, int) - np.asarray(y, int)).max() <= 1 for x, y in pairs)
+    return close and a.seeds == b.seeds and np.allclose(a.scores, b.scores, atol=1e-4)
+
+
+def test_running_out_halves_the_batch_says_so_and_changes_nothing(
+    pipe: ClipGen, caplog: pytest.LogCaptureFixture
+) -> None:
+    expected = pipe("a lemon", num_outputs=4, candidates=8, seed=3)
+    assert not caplog.records
+    seen: list[tuple[int, int]] = []
+    # Eight rows of the cache, which are four pictures with guidance, and 17 KB of activations in CLIP.
+    with small_engine(9 * row_bytes(pipe)), small_painter(60_000):
+        result = pipe(
+            "a lemon", num_outputs=4, candidates=8, seed=3, progress=lambda done, total: seen.append((done, total))
+        )
+    assert same(result, expected)
+    assert [record.getMessage() for record in caplog.records] == [
+        "decoding tokens: out of memory with 8 pictures at once; going on with 4",
+        "decoding pixels: out of memory with 8 pictures at once; going on with 4",
+        "decoding pixels: out of memory with 4 pictures at once; going on with 2",
+    ]
+    assert seen == [(done, 8 * 16) for done in range(4, 8 * 16 + 1, 4)]
+
+
+def test_requests_that_share_a_call_survive_it_too(pipe: ClipGen) -> None:
+    requests = [
+        Request("a cat", num_outputs=3, seed=1),
+        Request("a dog", num_outputs=4, candidates=8, seed=9, guidance=1.0),
+    ]
+    expected = pipe.generate(requests)
+    with small_engine(9 * row_bytes(pipe)), small_painter(60_000):
+        results = pipe.generate(requests)
+    assert all(same(a, b) for a, b in zip(results, expected, strict=True))
+
+
+def test_one_picture_that_does_not_fit_is_an_error_that_helps(pipe: ClipGen) -> None:
+    match = r"not even one picture fits .* smaller model"
+    with small_engine(15_000), pytest.raises(MemoryShortage, match=f"decoding tokens: {match}"):
+        pipe("a lemon", candidates=4, seed=3)
+    with small_painter(15_000), pytest.raises(MemoryShortage, match=f"decoding pixels: {match}"):
+        pipe("a lemon", candidates=4, seed=3)
+    assert pipe("a lemon", seed=3).images
+
+
+LIMITED = """
+import json, logging, resource, sys
+from pathlib import Path
+import torch
+from clipgen import ClipGen
+from clipgen.config import GPTConfig, ModelConfig, VQGANConfig
+from clipgen.models.gpt import GPT
+from clipgen.models.vqgan import VQGAN
+from clipgen.weights.model_dir import load_weights
+
+torch.set_num_threads(1)
+torch.manual_seed(0)
+clip = load_weights(sys.argv[1])[1]["clip"]
+vqgan = VQGANConfig(image_size=32, patch=4, ch=32, ch_mult=[1], num_res_blocks=1, attn_resolutions=[], z_channels=32,
+                    embed_dim=8, codebook_size=64)
+config = ModelConfig("wide", vqgan, GPTConfig(n_layer=4, n_head=4, n_embd=512, vocab_size=64, block_size=64, n_cond=32))
+from clipgen.models.clip import Clip
+pipe = ClipGen(config, Clip.from_state_dict(clip), GPT(config.gpt).eval(), VQGAN(config.vqgan).eval())
+logging.basicConfig(format="%(message)s", stream=sys.stderr)
+
+def draw():
+    result = pipe("a lemon", num_outputs=2, candidates=64, seed=5)
+    return [result.seeds, [image.tobytes().hex() for image in result.images]]
+
+free = draw()
+used = int(next(l for l in Path("/proc/self/status").read_text().splitlines() if l.startswith("VmSize")).split()[1])
+resource.setrlimit(resource.RLIMIT_AS, (used * 1024 + 40 * 2**20,) * 2)  # 64 pictures' keys and values are 67 MB
+print(json.dumps([free, draw()]))
+"""
+
+
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="limits the address space by RLIMIT_AS")
+def test_the_real_allocator_failing_changes_nothing(tiny_weights: Path, root: Path) -> None:
+    command = [sys.executable, "-c", LIMITED, str(tiny_weights)]
+    done = subprocess.run(command, cwd=root, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr[-2000:]
+    free, limited = json.loads(done.stdout)
+    assert "decoding tokens: out of memory with 64 pictures at once; going on with 32" in done.stderr
+    assert free[0] == limited[0]
+    for a, b in zip(free[1], limited[1], strict=True):
+        levels = [np.frombuffer(bytes.fromhex(text), np.uint8).astype(int) for text in (a, b)]
+        assert np.abs(levels[0] - levels[1]).max() <= 1
+
+
+# --- batches ---
+
+
+@given(count=st.integers(0, 40), size=st.integers(1, 50), room=st.integers(1, 50))
+def test_every_item_once_in_order_in_batches_that_fit(count: int, size: int, room: int) -> None:
+    sizes: list[int] = []
+
+    def run(batch: Sequence[int]) -> list[int]:
+        if len(batch) > room:
+            raise RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried to allocate 1 bytes.")
+        sizes.append(len(batch))
+        return list(batch)
+
+    logging.disable(logging.WARNING)
+    try:
+        assert [item for batch in in_batches(run, range(count), size, "counting") for item in batch] == list(
+            range(count)
+        )
+    finally:
+        logging.disable(logging.NOTSET)
+    assert max(sizes, default=0) <= min(size, room)
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB."),
+        RuntimeError("[enforce fail at alloc_cpu.cpp:124] DefaultCPUAllocator: can't allocate memory: you tried"),
+        RuntimeError("DefaultCPUAllocator: not enough memory: you tried to allocate 8 bytes."),
+        RuntimeError("CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`"),
+        RuntimeError("MPS backend out of memory"),
+        MemoryError(),
+    ],
+)
+def test_what_counts_as_out_of_memory(error: Exception) -> None:
+    def run(batch: Sequence[int]) -> int:
+        if len(batch) > 1:
+            raise error
+        return batch[0]
+
+    assert list(in_batches(run, [1, 2, 3], 3, "testing")) == [1, 2, 3]
+
+
+def test_other_errors_come_through() -> None:
+    def run(batch: Sequence[int]) -> int:
+        raise RuntimeError("mat1 and mat2 shapes cannot be multiplied")
+
+    with pytest.raises(RuntimeError, match="mat1"):
+        list(in_batches(run, [1, 2], 2, "testing"))
+
+
+# --- planning ---
+
+
+def test_batches_follow_free_memory(monkeypatch: pytest.MonkeyPatch) -> None:
+    for free, expected in [(0, 1), (99, 1), (1000, 8), (10**9, 64), (None, 64)]:
+        monkeypatch.setattr(memory, "free_bytes", lambda device, free=free: free)
+        assert fitting(100, CPU, 64) == expected
+
+
+def test_a_pipeline_plans_with_what_is_free(pipe: ClipGen, monkeypatch: pytest.MonkeyPatch) -> None:
+    expected = pipe("a lemon", num_outputs=8, seed=3)
+    pictures: list[int] = []
+    step = Batch.step
+    monkeypatch.setattr(Batch, "step", lambda batch: pictures.append(len(batch.pictures)) or step(batch))
+    room = 3 * token_bytes(pipe.config.gpt, torch.float32, guided=True) / memory.HEADROOM + 1
+    monkeypatch.setattr(memory, "free_bytes", lambda device: room)
+    assert same(pipe("a lemon", num_outputs=8, seed=3), expected)
+    assert pictures == [3] * 16 + [3] * 16 + [2] * 16
+
+
+def test_what_the_full_sizes_need() -> None:
+    half = torch.float16
+    assert token_bytes(COCO.gpt, half, guided=False) == pytest.approx(2 * 24 * 256 * 1024 * 2, rel=0.02)
+    assert token_bytes(IMAGENET.gpt, half, guided=True) == pytest.approx(2 * 2 * 48 * 256 * 1600 * 2, rel=0.02)
+    assert 80e6 < pixel_bytes(COCO.vqgan, half) < 200e6
+    assert pixel_bytes(COCO.vqgan, torch.float32) > 1.9 * pixel_bytes(COCO.vqgan, half)
+
+
+def test_free_memory_of_this_machine() -> None:
+    free = memory.free_bytes(CPU)
+    assert free is None or 0 < free < 2**50
+
+
+@pytest.mark.parametrize(
+    ("limit", "stat", "expected"),
+    [
+        ("1000", "anon 300\ninactive_file 100\n", 700),
+        ("1000", "anon 300\n", 600),
+        ("300", "inactive_file 0\n", 0),
+        ("max", "inactive_file 100\n", None),
+        ("nonsense", "inactive_file 100\n", None),
+    ],
+)
+def test_a_containers_limit_counts(tmp_path: Path, limit: str, stat: str, expected: int | None) -> None:
+    for name, text in {"memory.max": limit, "memory.current": "400\n", "memory.stat": stat}.items():
+        (tmp_path / name).write_text(text)
+    assert memory._container_free(tmp_path) == expected
+
+
+def test_no_container_no_limit(tmp_path: Path) -> None:
+    assert memory._container_free(tmp_path) is None

@@ -1,0 +1,1 @@
+"""Training images in an order that depends on the seed alone."""

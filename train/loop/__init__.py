@@ -1,0 +1,1 @@
+"""What the training scripts share: flags, accelerator, checkpoints, logs, health checks, signals."""

