@@ -28,12 +28,13 @@ from typing import Any, get_args
 from cog import BasePredictor, Input, Path, concurrent, streaming
 from PIL import Image
 
+from clipgen.errors import RequestError
 from clipgen.images.pixels import grid, load_image, save_image
 from clipgen.images.urls import read_url
 from clipgen.outputs.metadata import device_name, receipts, weights_digest
 from clipgen.pipeline import ClipGen
-from clipgen.request import Request, RequestError, Result
-from clipgen.weights.resolve import obtain
+from clipgen.request import GenerationOutput, GenerationRequest
+from clipgen.weights.resolve import resolve_weights
 
 WEIGHTS = pathlib.Path(__file__).resolve().parent / "weights" / "mini"
 DROPPED = 2000
@@ -56,7 +57,7 @@ class Predictor(BasePredictor):
     def load(self) -> None:
         """Make the pipeline and warm it up, so that the first request is not slower than the others."""
         started = time.perf_counter()
-        folder = obtain(os.environ.get("CLIPGEN_WEIGHTS") or WEIGHTS, say=print)
+        folder = resolve_weights(os.environ.get("CLIPGEN_WEIGHTS") or WEIGHTS, log=print)
         self.pipe = ClipGen.from_pretrained(
             folder,
             device=os.environ.get("CLIPGEN_DEVICE") or None,
@@ -168,7 +169,7 @@ class Predictor(BasePredictor):
         settings: dict[str, Any],
         previews: int,
         stop: threading.Event,
-    ) -> Result:
+    ) -> GenerationOutput:
         """What a prediction waits for, in a thread of its own."""
         picture = None if image is None else self.read(image, stop)
         if settings["keep_rows"] and picture is None:
@@ -180,7 +181,7 @@ class Predictor(BasePredictor):
             parts.append((picture, image_weight))
         show = self.show if previews else None
         [result] = self.pipe.generate(
-            [Request(parts, **settings)], should_stop=stop.is_set, preview=show, previews=previews
+            [GenerationRequest(parts, **settings)], is_cancelled=stop.is_set, preview=show, previews=previews
         )
         if show is not None:
             self.scope.metrics.delete("preview")  # the outputs are there now
@@ -208,7 +209,7 @@ class Predictor(BasePredictor):
         grid(pictures).save(buffer, "WEBP", quality=70)
         self.record_metric("preview", f"data:image/webp;base64,{base64.b64encode(buffer.getvalue()).decode()}")
 
-    def write(self, result: Result, output_format: str, output_quality: int) -> list[Path]:
+    def write(self, result: GenerationOutput, output_format: str, output_quality: int) -> list[Path]:
         """Put the pictures into a fresh folder, best first."""
         folder = tempfile.TemporaryDirectory(prefix="clipgen-")
         self.folders.append(folder)

@@ -29,8 +29,8 @@ from prompts import Prompt, read_prompts
 
 from clipgen.images.pixels import load_image
 from clipgen.pipeline import ClipGen
+from clipgen.request import GenerationRequest
 from clipgen.request import Prompt as Asked
-from clipgen.request import Request
 from clipgen.utils.files import write_text
 from train.config import load_config
 from train.mini.words import read_records
@@ -106,7 +106,7 @@ def recognised(
     images = []
     for start in range(0, len(asked), AT_ONCE):
         some = asked[start : start + AT_ONCE]
-        requests = [Request(prompt, OUTPUTS, guidance=guidance, seed=0) for prompt in some]
+        requests = [GenerationRequest(prompt, OUTPUTS, guidance=guidance, seed=0) for prompt in some]
         images += [image for result in pipe.generate(requests) for image in result.images]
     right = [prompt.groups[0] for prompt in prompts for _ in range(OUTPUTS)]
     return rate(gallery.ranks(judge.features(images), right))

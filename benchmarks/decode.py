@@ -28,13 +28,14 @@ sys.path[:0] = [str(ROOT)]  # run from anywhere, installed or not
 
 from roofline import describe, floor_seconds, in_words, random_weights, read_bandwidth  # noqa: E402
 
-from clipgen.config import GPTConfig, SamplingConfig  # noqa: E402
+from clipgen.config import GPTConfig  # noqa: E402
 from clipgen.engine.sampling import generate_tokens  # noqa: E402
 from clipgen.models.gpt import GPT  # noqa: E402
 from clipgen.models.quantise import quantise  # noqa: E402
+from clipgen.request import SamplingParams  # noqa: E402
 from train.config import load_config  # noqa: E402
 
-SAMPLING = SamplingConfig(temperature=1.0, top_k=500, top_p=0.95)
+SAMPLING = SamplingParams(temperature=1.0, top_k=500, top_p=0.95)
 UNCACHED_ROWS = 8
 """The published demo's batches; the uncached loop is timed with no more, and time per image does not fall beyond."""
 CACHE = torch.bfloat16

@@ -38,7 +38,7 @@ from sheets import draw_failures, draw_grid
 
 from clipgen.images.pixels import save_image
 from clipgen.pipeline import ClipGen
-from clipgen.request import Request
+from clipgen.request import GenerationRequest
 from clipgen.utils.files import write_text
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -53,7 +53,7 @@ def draw(pipe: ClipGen, prompts: Sequence[Prompt]) -> list[tuple[list[Image.Imag
     found = []
     console = Console(stderr=True)
     for start in track(range(0, len(prompts), AT_ONCE), "prompts", console=console):
-        requests = [Request(p.text, OUTPUTS, CANDIDATES, seed=SEED) for p in prompts[start : start + AT_ONCE]]
+        requests = [GenerationRequest(p.text, OUTPUTS, CANDIDATES, seed=SEED) for p in prompts[start : start + AT_ONCE]]
         found += [(result.images, result.scores) for result in pipe.generate(requests)]
     return found
 

@@ -23,7 +23,7 @@ from torch import Tensor
 
 from clipgen.engine.batch import Picture
 from clipgen.pipeline import ClipGen
-from clipgen.request import Request
+from clipgen.request import GenerationRequest
 from clipgen.weights.precision import PRECISIONS
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -43,7 +43,7 @@ def next_logits(pipe: ClipGen, conditions: Tensor, tokens: Tensor) -> Tensor:
 def draw(pipe: ClipGen, prompts: Sequence[str]) -> tuple[float, float]:
     """Mean CLIP score of each prompt's best candidate, and seconds."""
     start = time.perf_counter()
-    results = pipe.generate([Request(text, 1, CANDIDATES, seed=0) for text in prompts])
+    results = pipe.generate([GenerationRequest(text, 1, CANDIDATES, seed=0) for text in prompts])
     spent = time.perf_counter() - start
     return sum(result.scores[0] for result in results) / len(results), spent
 

@@ -30,7 +30,7 @@ BAD: list[tuple[dict[str, Any], str]] = [
     ({"image": "http://127.0.0.1/x.png"}, "image"),
     ({"image": "data:image/png;base64,iVBORw0KGgo="}, "image"),
 ]
-CRASHED = ("Worker crashed", "Failed to send request")
+CRASHED = ("ComputeThread crashed", "Failed to send request")
 """What Cog answers when its worker has died."""
 PAUSE = 1.0
 """Seconds at most between an answer and the next request."""

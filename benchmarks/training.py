@@ -44,7 +44,7 @@ from train.data.images import Images, image_batches  # noqa: E402
 from train.encode import Encoded, Encoders, write_shards  # noqa: E402
 from train.loop.common import build_ema, build_optimizers  # noqa: E402
 from train.losses.gan import Gan  # noqa: E402
-from train.losses.stage1 import Crop, LeCam, Likeness, PatchDiscriminator  # noqa: E402
+from train.losses.stage1 import Crop, LeCam, PatchDiscriminator, ReconstructionLoss  # noqa: E402
 
 WARM_UP = 2
 PICTURES = 64
@@ -78,7 +78,7 @@ class Stage1:
         with device:
             self.vqgan, judge = VQGAN(config.model.vqgan), PatchDiscriminator(c.disc_ch)
         # LPIPS with random weights costs what it costs with its own.
-        self.likeness = Likeness(replace(c, perceptual="none" if c.perceptual == "lpips" else c.perceptual))
+        self.likeness = ReconstructionLoss(replace(c, perceptual="none" if c.perceptual == "lpips" else c.perceptual))
         if c.perceptual == "lpips":
             from lpips import LPIPS
 

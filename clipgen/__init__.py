@@ -7,10 +7,10 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from clipgen.pipeline import ClipGen
-    from clipgen.request import Request, Result
+    from clipgen.request import GenerationOutput, GenerationRequest
 
 __version__ = "0.1.0"
-__all__ = ["ClipGen", "Request", "Result"]
+__all__ = ["ClipGen", "GenerationOutput", "GenerationRequest"]
 
 
 def __getattr__(name: str) -> Any:

@@ -15,11 +15,10 @@ from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 from yaml import YAMLError
 
+from clipgen.errors import ClipGenError, ConfigError
+from clipgen.request import SamplingParams
+
 CONFIGS = Path(__file__).parent / "configs"
-
-
-class ConfigError(ValueError):
-    """A configuration that cannot work; the message names the field, its value and what is allowed."""
 
 
 def require(condition: bool, message: str) -> None:
@@ -127,34 +126,13 @@ class GPTConfig:
 
 
 @dataclass
-class SamplingConfig:
-    """How tokens are drawn when the user does not say."""
-
-    temperature: float = 1.0
-    top_k: int = 500
-    top_p: float = 0.95
-    guidance: float = 1.0
-    """Classifier-free guidance scale (Ho & Salimans, arXiv 2207.12598); 1 is off."""
-
-    def __post_init__(self) -> None:
-        for name, low, high in (("temperature", 0.0, 10.0), ("guidance", 0.0, 30.0)):
-            value = getattr(self, name)
-            require(
-                math.isfinite(value) and low <= value <= high,
-                f"{name} is {value}; it must be a number from {low:g} to {high:g}",
-            )
-        require(self.top_k >= 0, f"top_k is {self.top_k}; it must be 0 (off) or a positive whole number")
-        require(0 < self.top_p <= 1, f"top_p is {self.top_p}; it must be above 0 and at most 1")
-
-
-@dataclass
 class ModelConfig:
     """Everything that `clipgen` needs to know about a folder of weights."""
 
     name: str = "coco"
     vqgan: VQGANConfig = field(default_factory=VQGANConfig)
     gpt: GPTConfig = field(default_factory=GPTConfig)
-    sampling: SamplingConfig = field(default_factory=SamplingConfig)
+    sampling: SamplingParams = field(default_factory=SamplingParams)
 
     def __post_init__(self) -> None:
         require(
@@ -175,7 +153,7 @@ def build(kind: type, values: Any, origin: str) -> Any:
     """
     try:
         return OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(kind), values))
-    except (OmegaConfBaseException, ConfigError, TypeError) as error:
+    except (OmegaConfBaseException, ClipGenError, TypeError) as error:
         field = getattr(error, "full_key", None)  # OmegaConf's errors know which value they are about
         where = f"{origin}: {field}" if field else origin
         raise ConfigError(f"{where}: {str(error).splitlines()[0]}") from error

@@ -19,19 +19,20 @@ import torch.nn.functional as F
 from PIL import Image
 from torch import Tensor
 
-from clipgen.config import ConfigError, ModelConfig, SamplingConfig
+from clipgen.config import ModelConfig
 from clipgen.engine.batch import Picture
 from clipgen.engine.engine import Engine
-from clipgen.engine.image_decoder import Painted, Painter
+from clipgen.engine.image_decoder import DecodedImage, ImageDecoder
+from clipgen.errors import ConfigError, RequestError
 from clipgen.images.pixels import from_pixels, to_clip, to_pixels, to_rgb
 from clipgen.models.clip import Clip, tokenize
 from clipgen.models.gpt import GPT, condition_of
 from clipgen.models.vqgan import VQGAN
-from clipgen.request import MAX_SEED, Prompt, Request, RequestError, Result, parts_of
-from clipgen.utils.compute_thread import Worker
+from clipgen.request import MAX_SEED, GenerationOutput, GenerationRequest, Prompt, SamplingParams, parts_of
+from clipgen.utils.compute_thread import ComputeThread
 from clipgen.weights.model_dir import build, load_weights
 from clipgen.weights.precision import pick_device, pick_precision
-from clipgen.weights.training_index import Coverage, Covered
+from clipgen.weights.training_index import IndexMatch, TrainingIndex
 
 WAVE = 8
 """Candidates that are drawn and ranked before a request with a budget is asked whether it wants more."""
@@ -46,17 +47,17 @@ class ClipGen:
         clip: Clip,
         gpt: GPT,
         vqgan: VQGAN,
-        coverage: Coverage | None = None,
-        worker: Worker | None = None,
+        coverage: TrainingIndex | None = None,
+        worker: ComputeThread | None = None,
     ) -> None:
         if clip.embed_dim != config.gpt.n_cond:
             raise ConfigError(f"CLIP embeds in {clip.embed_dim} dimensions, the GPT expects {config.gpt.n_cond}")
         self.config = config
         self.clip, self.gpt, self.vqgan = clip, gpt, vqgan
         self.coverage = coverage
-        self.worker = worker or Worker()
+        self.worker = worker or ComputeThread()
         self.engine = Engine(gpt, worker=self.worker)
-        self.painter = Painter(vqgan, clip, self.worker)
+        self.image_decoder = ImageDecoder(vqgan, clip, self.worker)
 
     @classmethod
     def from_pretrained(cls, folder: str | Path, device: str | None = None, dtype: str | None = None) -> ClipGen:
@@ -72,11 +73,11 @@ class ClipGen:
             ConfigError: the folder's configuration cannot work.
             RequestError: no such device or dtype.
         """
-        worker = Worker()
+        worker = ComputeThread()
         return worker.run(cls._load, folder, device, dtype, worker)
 
     @classmethod
-    def _load(cls, folder: str | Path, device: str | None, dtype: str | None, worker: Worker) -> ClipGen:
+    def _load(cls, folder: str | Path, device: str | None, dtype: str | None, worker: ComputeThread) -> ClipGen:
         place = pick_device(device)
         precision = pick_precision(dtype, place)
         config, parts = load_weights(folder)
@@ -84,7 +85,7 @@ class ClipGen:
         clip = Clip.from_state_dict(parts.pop("clip"), place, precision.compute)
         gpt = precision.build_gpt(config.gpt, parts.pop("gpt"), place)
         vqgan = build(VQGAN, config.vqgan, parts.pop("vqgan"), place, precision.compute).pack()
-        return cls(config, clip, gpt, vqgan, Coverage.load(folder), worker)
+        return cls(config, clip, gpt, vqgan, TrainingIndex.load(folder), worker)
 
     @property
     def device(self) -> torch.device:
@@ -118,14 +119,14 @@ class ClipGen:
         seconds: float | None = None,
         negative: Prompt | None = None,
         progress: Callable[[int, int], None] | None = None,
-        should_stop: Callable[[], bool] | None = None,
-    ) -> Result:
-        """Draw pictures of one prompt; `Request` describes the arguments, `generate` the callbacks and errors."""
-        request = Request(
+        is_cancelled: Callable[[], bool] | None = None,
+    ) -> GenerationOutput:
+        """Generate images of one prompt; see `GenerationRequest` for the arguments and `generate` for the errors."""
+        request = GenerationRequest(
             *(prompt, num_outputs, candidates, guidance, temperature, top_k, top_p, seed),
             *(keep, keep_rows, target_score, seconds, negative),
         )
-        return self.generate([request], progress, should_stop)[0]
+        return self.generate([request], progress, is_cancelled)[0]
 
     def embed(self, prompt: Prompt) -> Tensor:
         """The prompt's point on the unit sphere, (D,) float32: the weighted sum of its parts, normalised.
@@ -139,7 +140,7 @@ class ClipGen:
 
     def condition(self, prompt: Prompt) -> Tensor:
         """What the GPT draws from, (n_things * D,) float32: as `embed`, but where there is an index of the training
-        pictures, each text takes the place of the pictures it is about (`Coverage.project`).
+        pictures, each text takes the place of the pictures it is about (`TrainingIndex.project`).
 
         The GPT was trained on pictures' embeddings, and a sentence's are elsewhere. Only a text that is all of the
         prompt can be about several things; what is mixed becomes one.
@@ -150,7 +151,7 @@ class ClipGen:
         """`embed` and `condition`, of one pass through CLIP; `field` is whose prompt it is."""
         return self.worker.run(self._place, prompt, field)
 
-    def covered(self, prompt: Prompt) -> Covered | None:
+    def covered(self, prompt: Prompt) -> IndexMatch | None:
         """How near a prompt is to the training pictures; None where the weights have no index of them."""
         if self.coverage is None:
             return None
@@ -179,25 +180,25 @@ class ClipGen:
 
     def generate(
         self,
-        requests: Sequence[Request],
+        requests: Sequence[GenerationRequest],
         progress: Callable[[int, int], None] | None = None,
-        should_stop: Callable[[], bool] | None = None,
+        is_cancelled: Callable[[], bool] | None = None,
         preview: Callable[[list[Image.Image]], None] | None = None,
         previews: int = 4,
-    ) -> list[Result]:
+    ) -> list[GenerationOutput]:
         """Draw several requests together; each gives the same pictures as alone, whatever other threads draw.
 
         Args:
             progress: called with (tokens done, tokens in all) over all requests. It must be quick, everyone waits.
-            should_stop: asked before each token, and before each batch of pictures is painted; likewise.
+            is_cancelled: asked before each token, and before each batch of pictures is painted; likewise.
             preview: called with the first `num_outputs` candidates of each request, as far as they are drawn, the rest
                 grey. CLIP may pick others in the end.
             previews: how often at most, from 1 to the rows of tokens less one.
 
         Raises:
             RequestError: a prompt cannot be embedded, or more rows are to be kept than there are.
-            Cancelled: `should_stop` said so.
-            QueueFull, EngineClosed, EngineError, MemoryShortage: see `Engine.draw`.
+            Cancelled: `is_cancelled` said so.
+            UnavailableError, UnavailableError, EngineError, InsufficientMemoryError: see `Engine.draw`.
         """
         seconds: dict[str, float] = {}
         start = time.perf_counter()
@@ -211,11 +212,11 @@ class ClipGen:
             with self._timed(seconds, "decode_tokens"):
                 watch = None if preview is None else self._watch(preview, drawing)
                 every = self.config.vqgan.grid * -(-self.config.vqgan.grid // (max(previews, 1) + 1))
-                drawn = self.engine.draw(pictures, report, should_stop, watch, every)
+                drawn = self.engine.draw(pictures, report, is_cancelled, watch, every)
             seconds["queue"] = seconds.get("queue", 0.0) + drawn.waited
             seconds["decode_tokens"] -= drawn.waited
             conditions = torch.stack([work.embedding for work, _ in drawing])
-            painted = self.painter.paint(drawn.tokens, conditions, should_stop)
+            painted = self.image_decoder.paint(drawn.tokens, conditions, is_cancelled)
             for stage, spent in zip(
                 ("decode_pixels", "rank"), zip(*(p.seconds for p in painted), strict=True), strict=True
             ):
@@ -232,14 +233,14 @@ class ClipGen:
         """Draw nothing more; see `Engine.close`."""
         return self.engine.close(seconds)
 
-    def _work(self, request: Request) -> _Work:
+    def _work(self, request: GenerationRequest) -> _Work:
         seed = secrets.randbelow(MAX_SEED) if request.seed is None else request.seed
         sampling = request.sampling(self.config.sampling)
         negative = None if request.negative is None else self._place(request.negative, "negative")[1]
         embedding, condition = self._place(request.prompt, "prompt")
         return _Work(request, seed, embedding, condition, negative, sampling, self._kept(request))
 
-    def _kept(self, request: Request) -> Tensor | None:
+    def _kept(self, request: GenerationRequest) -> Tensor | None:
         """The tokens of the rows that a request keeps."""
         if request.keep is None:
             return None
@@ -259,16 +260,16 @@ class ClipGen:
 
         def watch(tokens: Tensor) -> None:
             if shown and bool((tokens[shown] < 0).any()):
-                preview(self.painter.preview(tokens[shown]))
+                preview(self.image_decoder.preview(tokens[shown]))
 
         return watch
 
-    def _best(self, work: _Work, seconds: dict[str, float]) -> Result:
+    def _best(self, work: _Work, seconds: dict[str, float]) -> GenerationOutput:
         best = work.best()
         negative = [] if work.request.negative is None else parts_of(work.request.negative)
         texts = [part for part, _ in parts_of(work.request.prompt) + negative if isinstance(part, str)]
         _, dropped = tokenize(texts, self.clip.context_length)
-        return Result(
+        return GenerationOutput(
             images=from_pixels(torch.stack([picture.pixels for _, picture in best])),
             scores=[picture.score for _, picture in best],
             seeds=[seed for seed, _ in best],
@@ -292,14 +293,14 @@ class ClipGen:
 class _Work:
     """One request on its way."""
 
-    request: Request
+    request: GenerationRequest
     seed: int
     embedding: Tensor  # (D,), for the ranking
     condition: Tensor  # (n_things * D,), for the GPT
     negative: Tensor | None  # (D,), likewise
-    sampling: SamplingConfig
+    sampling: SamplingParams
     kept: Tensor | None
-    found: list[tuple[int, Painted]] = field(default_factory=list)  # by seed
+    found: list[tuple[int, DecodedImage]] = field(default_factory=list)  # by seed
 
     def picture(self, seed: int) -> Picture:
         """One of its candidates, for the engine."""
@@ -315,7 +316,7 @@ class _Work:
         size = max(WAVE, request.num_outputs)
         return range(self.seed + have, self.seed + min(have + size, request.drawn))
 
-    def best(self) -> list[tuple[int, Painted]]:
+    def best(self) -> list[tuple[int, DecodedImage]]:
         """The best so far, as many as are asked for."""
         return sorted(self.found, key=lambda found: -found[1].score)[: self.request.num_outputs]
 

@@ -7,10 +7,11 @@ import math
 import secrets
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 from PIL import Image
 
-from clipgen.config import SamplingConfig
+from clipgen.errors import RequestError
 
 Part = str | Image.Image
 Prompt = Part | Sequence[Part] | Sequence[tuple[Part, float]]
@@ -21,16 +22,37 @@ MAX_CANDIDATES = 1024
 MAX_PARTS = 64
 
 
-class RequestError(ValueError):
-    """A request that cannot be served; the message names the field, its value and what is allowed."""
+@dataclass
+class SamplingParams:
+    """How tokens are sampled. The one place that knows the ranges.
 
-    def __init__(self, field: str, message: str) -> None:
-        super().__init__(f"{field} {message}")
-        self.field = field
+    Raises:
+        RequestError: a value is out of its range.
+    """
+
+    temperature: float = 1.0
+    """0 to 10; 0 takes the likeliest token."""
+    top_k: int = 500
+    """Sample among the K likeliest tokens; 0 is off."""
+    top_p: float = 0.95
+    """Sample among the likeliest tokens that add up to this probability, in (0, 1]; 1 is off."""
+    guidance: float = 1.0
+    """Classifier-free guidance scale (Ho & Salimans, arXiv 2207.12598), 0 to 30; 1 is off."""
+
+    def __post_init__(self) -> None:
+        _check_number("temperature", self.temperature, 0, 10)
+        _check_whole("top_k", self.top_k, 0, 2**31 - 1)
+        _check_number("top_p", self.top_p, 0, 1, "a number above 0 and at most 1")
+        if self.top_p == 0:
+            raise RequestError("top_p", f"is {self.top_p!r}; it must be above 0 and at most 1")
+        _check_number("guidance", self.guidance, 0, 30)
+
+
+SAMPLING = tuple(field.name for field in dataclasses.fields(SamplingParams))
 
 
 @dataclass(frozen=True)
-class Request:
+class GenerationRequest:
     """What to draw and how, checked when built. None stands for the model's own default.
 
     Raises:
@@ -65,13 +87,7 @@ class Request:
                 raise RequestError(
                     "candidates", f"is {self.candidates}; it must be at least num_outputs, {self.num_outputs}"
                 )
-        _check_number("guidance", self.guidance, 0, 30)
-        _check_number("temperature", self.temperature, 0, 10)
-        _check_number("top_p", self.top_p, 0, 1, "a number above 0 and at most 1")
-        if self.top_p == 0:
-            raise RequestError("top_p", "is 0; it must be above 0 and at most 1")
-        if self.top_k is not None:
-            _check_whole("top_k", self.top_k, 0, 2**31 - 1)
+        SamplingParams(**self._given_sampling())  # checks the ranges
         if self.seed is not None:
             _check_whole("seed", self.seed, 0, MAX_SEED)
         _check_number("target_score", self.target_score, -1, 1)
@@ -93,17 +109,18 @@ class Request:
         """Candidates to draw."""
         return self.candidates or self.num_outputs
 
-    def sampling(self, default: SamplingConfig) -> SamplingConfig:
+    def sampling(self, default: SamplingParams) -> SamplingParams:
         """This request's sampling, with the model's defaults where it does not say.
 
         Raises:
             RequestError: there is a negative prompt, and the model's own guidance is off.
         """
-        names = ("temperature", "top_k", "top_p", "guidance")
-        given = {name: getattr(self, name) for name in names if getattr(self, name) is not None}
-        sampling = dataclasses.replace(default, **given)
+        sampling = dataclasses.replace(default, **self._given_sampling())
         self._check_guided(sampling.guidance)
         return sampling
+
+    def _given_sampling(self) -> dict[str, Any]:
+        return {name: getattr(self, name) for name in SAMPLING if getattr(self, name) is not None}
 
     def _check_guided(self, guidance: float | None) -> None:
         if self.negative is not None and guidance is not None and guidance <= 1:
@@ -113,7 +130,7 @@ class Request:
 
 
 @dataclass(frozen=True)
-class Result:
+class GenerationOutput:
     """Pictures of one request, best first."""
 
     images: list[Image.Image]
@@ -122,7 +139,7 @@ class Result:
     seeds: list[int]
     """Of each picture: the same request with this seed and one candidate draws it again."""
     seed: int
-    request: Request
+    request: GenerationRequest
     dropped: str
     """The end of the prompt that did not fit into CLIP's context; "" when everything did."""
     seconds: dict[str, float]

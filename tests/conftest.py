@@ -9,9 +9,10 @@ import torch
 from clip.model import CLIP
 from published import Source, write_hfailab, write_torchscript
 
-from clipgen.config import GPTConfig, ModelConfig, SamplingConfig, VQGANConfig
+from clipgen.config import GPTConfig, ModelConfig, VQGANConfig
 from clipgen.models.gpt import GPT
 from clipgen.models.vqgan import VQGAN
+from clipgen.request import SamplingParams
 from clipgen.weights.model_dir import save_weights
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -47,7 +48,7 @@ def tiny_config() -> ModelConfig:
             l2_codes=True,
         ),
         gpt=GPTConfig(n_layer=2, n_head=2, n_embd=32, vocab_size=64, block_size=16, n_cond=32),
-        sampling=SamplingConfig(top_k=32, top_p=0.95, guidance=2.0),
+        sampling=SamplingParams(top_k=32, top_p=0.95, guidance=2.0),
     )
 
 

@@ -30,11 +30,10 @@ from typing import Any
 from omegaconf import OmegaConf
 from safetensors import SafetensorError, safe_open
 
-from clipgen.config import ConfigError
+from clipgen.errors import ConfigError, DownloadError
 from clipgen.evaluation.features import KINDS, fetched
 from clipgen.images.sources import open_source
 from clipgen.utils.files import sha256, write_text
-from clipgen.weights.cache import FetchError
 from train.config import Config, load_config
 from train.loop.common import command
 
@@ -139,7 +138,7 @@ def check_inputs(paths: Paths, config: Config, features: str, processes: int) ->
     if features == "inception":
         try:
             fetched("inception", print)
-        except FetchError as error:
+        except DownloadError as error:
             raise ConfigError(f"{error}. Or give --features clip or efficientnet") from error
     return {
         "pictures": hashlib.sha256("\n".join(names).encode()).hexdigest(),

@@ -15,10 +15,11 @@ from typing import Any
 from PIL import Image
 
 from clipgen import ClipGen
+from clipgen.errors import DataError
 from clipgen.images.grids import labelled_grid
-from clipgen.images.pixels import ImageError, from_pixels, load_image, save_image, to_pixels
+from clipgen.images.pixels import from_pixels, load_image, save_image, to_pixels
 from clipgen.images.sources import Source, Spread, open_source
-from clipgen.request import Request
+from clipgen.request import GenerationRequest
 from clipgen.utils.files import write_text
 from clipgen.weights.resolve import describe
 from train.config import Config, load_config
@@ -32,7 +33,7 @@ def sample_grid(pipe: ClipGen, prompts: Sequence[str], source: Source) -> Image.
     size = pipe.config.vqgan.image_size
     pictures = [] if prompts else list(_readable(Spread(source, 2 * ROWS), size))[:ROWS]
     asked: list[str | Image.Image] = [*prompts[:ROWS], *pictures]
-    requests = [Request(prompt, num_outputs=COLUMNS, candidates=CANDIDATES, seed=0) for prompt in asked]
+    requests = [GenerationRequest(prompt, num_outputs=COLUMNS, candidates=CANDIDATES, seed=0) for prompt in asked]
     cells: list[Image.Image] = []
     for i, result in enumerate(pipe.generate(requests)):
         cells += [*pictures[i : i + 1], *result.images]
@@ -44,7 +45,7 @@ def _readable(source: Source, size: int) -> Iterator[Image.Image]:
     for index in range(len(source.names)):
         try:
             yield from_pixels(to_pixels([load_image(source.read(index))], size))[0]
-        except (ImageError, OSError):
+        except (DataError, OSError):
             continue
 
 

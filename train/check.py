@@ -24,8 +24,9 @@ import numpy as np
 from PIL import Image
 from rich.progress import track
 
-from clipgen.images.pixels import ImageError, grid, load_image, save_image
-from clipgen.images.sources import DataError, Source, open_source
+from clipgen.errors import DataError
+from clipgen.images.pixels import grid, load_image, save_image
+from clipgen.images.sources import Source, open_source
 from clipgen.utils.files import write_text
 from train.data.images import reason
 
@@ -57,7 +58,7 @@ def examine(source: Source, index: int) -> Picture:
     name = source.names[index]
     try:
         image = load_image(source.read(index))
-    except (ImageError, OSError) as error:
+    except (DataError, OSError) as error:
         return Picture(name, reason(error))
     return Picture(name, "", image.width, image.height, dhash(image))
 

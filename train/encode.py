@@ -28,7 +28,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from clipgen.config import GPTConfig, VQGANConfig
-from clipgen.images.sources import DataError
+from clipgen.errors import DataError
 from clipgen.models.clip import Clip
 from clipgen.models.vqgan import VQGAN
 from clipgen.utils.files import sha256, write_text

@@ -17,9 +17,10 @@ import torch
 from PIL import Image
 from torch import Tensor
 
+from clipgen.errors import DataError
 from clipgen.evaluation.metrics import psnr
-from clipgen.images.pixels import ImageError, from_pixels, grid, load_image, save_image, to_pixels
-from clipgen.images.sources import DataError, Source, Spread, open_source
+from clipgen.images.pixels import from_pixels, grid, load_image, save_image, to_pixels
+from clipgen.images.sources import Source, Spread, open_source
 from clipgen.models.vqgan import VQGAN
 from clipgen.utils.files import write_text
 from train.encode import load_vqgan
@@ -92,7 +93,7 @@ def _batches(source: Source, size: int) -> Iterator[Tensor]:
     for index in range(len(source.names)):
         try:
             batch.append(load_image(source.read(index)))
-        except (ImageError, OSError):
+        except (DataError, OSError):
             continue
         if len(batch) == BATCH:
             yield to_pixels(batch, size)

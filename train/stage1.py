@@ -24,7 +24,7 @@ from torch import Tensor
 from clipgen.evaluation.metrics import psnr
 from clipgen.images.pixels import from_pixels, grid
 from clipgen.models.vqgan import VQGAN, AttnBlock, ResBlock
-from train.data.images import Images, Order, image_batches
+from train.data.images import Images, ResumableSampler, image_batches
 from train.loop.checkpoint import Checkpoints, fixed_settings, save_tensors
 from train.loop.common import (
     Best,
@@ -46,9 +46,9 @@ from train.loop.common import (
 from train.loop.health import Health, check_finite, collapsed_codes, discriminator_wins
 from train.loop.logger import Logger
 from train.loop.stopping import Stop
-from train.losses.codes import AverageCodes, Usage, latents, revive_codes
+from train.losses.codes import AverageCodes, CodeUsage, latents, revive_codes
 from train.losses.gan import Gan
-from train.losses.stage1 import Crop, LeCam, Likeness, PatchDiscriminator
+from train.losses.stage1 import Crop, LeCam, PatchDiscriminator, ReconstructionLoss
 
 MEASURED = 128
 """Most pictures held out that are measured on the way."""
@@ -72,7 +72,7 @@ def main() -> None:
             frozen.requires_grad_(False)
     averages = AverageCodes(model.quantizer).to(device) if c.codes == "ema" else None
     discriminator = PatchDiscriminator(c.disc_ch)
-    likeness = Likeness(c).to(device)
+    likeness = ReconstructionLoss(c).to(device)
     learned = [p for p in model.parameters() if p.requires_grad]
     opt_g = torch.optim.Adam(learned, c.lr, betas=(c.betas[0], c.betas[1]))
     opt_d = torch.optim.Adam(discriminator.parameters(), c.disc_lr, betas=(0.5, 0.9))
@@ -83,7 +83,7 @@ def main() -> None:
     average = cast(VQGAN, ema.module)
     if c.recompute:
         recompute(vqgan, (ResBlock, AttnBlock))
-    usage, best, lecam = Usage(config.model.vqgan.codebook_size).to(device), Best(), LeCam().to(device)
+    usage, best, lecam = CodeUsage(config.model.vqgan.codebook_size).to(device), Best(), LeCam().to(device)
     accelerator.register_for_checkpointing(ema, usage, best, lecam)
     if averages is not None:
         averages.watch(vqgan.quantizer)
@@ -92,7 +92,7 @@ def main() -> None:
     fixed = fixed_settings(c, vqgan=config.model.vqgan)
     checkpoints = Checkpoints(accelerator, args.out, c.keep, fixed, asdict(config))
     start = checkpoints.load()
-    order, part = Order(len(rows), c.seed), own_part(accelerator, c.batch_size)
+    order, part = ResumableSampler(len(rows), c.seed), own_part(accelerator, c.batch_size)
 
     def keys(step: int) -> list[tuple[int, int]]:
         return [(int(rows[i]), crop) for i, crop in order.keys(step * c.batch_size, c.batch_size)[part]]
@@ -181,7 +181,7 @@ def main() -> None:
 
 
 @torch.no_grad()
-def evaluate(vqgan: VQGAN, likeness: Likeness, x: Tensor, batch_size: int = 16) -> dict[str, float]:
+def evaluate(vqgan: VQGAN, likeness: ReconstructionLoss, x: Tensor, batch_size: int = 16) -> dict[str, float]:
     """How well pictures (N, 3, H, W) come back: the loss that is trained without a GAN, and PSNR, dB, their means."""
     loss = decibels = 0.0
     for some in x.split(batch_size):

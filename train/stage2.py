@@ -29,13 +29,14 @@ from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor
 from torch.optim.swa_utils import AveragedModel
 
-from clipgen.config import GPTConfig, SamplingConfig
+from clipgen.config import GPTConfig
 from clipgen.engine.sampling import generate_tokens
 from clipgen.images.pixels import from_pixels, grid
 from clipgen.models.gpt import GPT, Block, condition_of
 from clipgen.models.vqgan import VQGAN
+from clipgen.request import SamplingParams
 from train.config import Config
-from train.data.images import Order
+from train.data.images import ResumableSampler
 from train.encode import (
     Encoded,
     Encoders,
@@ -69,7 +70,7 @@ from train.loop.health import Health, check_finite, worse_than_guessing
 from train.loop.logger import Logger
 from train.loop.sharding import Sharded, shard, whole_state
 from train.loop.stopping import Stop
-from train.losses.embedding import EmbeddingLoss, looked_at
+from train.losses.embedding import EmbeddingLoss, clip_loss_rows
 
 
 @command
@@ -111,12 +112,12 @@ def main() -> None:
     best, factor = Best(), cosine(c)
     accelerator.register_for_checkpointing(best)
     embedding_loss = EmbeddingLoss(vqgan, clip) if c.clip_weight and clip is not None else None
-    looked = looked_at(c, accelerator.num_processes) if embedding_loss else slice(None)
+    looked = clip_loss_rows(c, accelerator.num_processes) if embedding_loss else slice(None)
 
     fixed = fixed_settings(c, gpt=config.model.gpt)
     checkpoints = Checkpoints(accelerator, args.out, c.keep, fixed, asdict(config), sharded)
     start = checkpoints.load()
-    order, part = Order(len(rows), c.seed), own_part(accelerator, c.batch_size)
+    order, part = ResumableSampler(len(rows), c.seed), own_part(accelerator, c.batch_size)
     chosen = partial(step_rows, order, c.batch_size)
     batches = data.batches(lambda step: rows[chosen(step)].tolist(), start, c.workers)
     health = Health(c.patience, [worse_than_guessing(config.model.gpt.vocab_size)], is_main)
@@ -218,7 +219,7 @@ def every_crop(pictures: Tensor, count: int, views: int) -> Tensor:
     return torch.cat([pictures + view * count for view in range(views)])
 
 
-def step_rows(order: Order, batch_size: int, step: int) -> Tensor:
+def step_rows(order: ResumableSampler, batch_size: int, step: int) -> Tensor:
     """Which of the rows to train on make up the batch of a step, (B,)."""
     return torch.tensor([index for index, _ in order.keys(step * batch_size, batch_size)])
 
@@ -306,13 +307,13 @@ def evaluate(gpt: GPT, tokens: Tensor, embeddings: Tensor, batch_size: int = 64)
 
 
 @torch.no_grad()
-def sample_grid(gpt: GPT, vqgan: VQGAN, tokens: Tensor, embeddings: Tensor, sampling: SamplingConfig) -> Image.Image:
+def sample_grid(gpt: GPT, vqgan: VQGAN, tokens: Tensor, embeddings: Tensor, sampling: SamplingParams) -> Image.Image:
     """Reconstructions of pictures' tokens (N, T), eight in a row, and below them samples given their embeddings."""
     drawn = draw(gpt, embeddings, replace(sampling, guidance=1.0))
     return token_grid(vqgan, torch.cat([tokens, drawn]), columns=min(8, len(tokens)))
 
 
-def draw(gpt: GPT, embeddings: Tensor, sampling: SamplingConfig) -> Tensor:
+def draw(gpt: GPT, embeddings: Tensor, sampling: SamplingParams) -> Tensor:
     """Tokens (N, T) of one sample of each embedding (N, D)."""
     return generate_tokens(gpt, embeddings, list(range(len(embeddings))), sampling).clone()
 

@@ -11,13 +11,13 @@ from clipgen.cli import common as t
 from clipgen.outputs.metadata import weights_digest
 from clipgen.outputs.shards import claim, missing, write_shard
 from clipgen.pipeline import ClipGen
-from clipgen.request import Request, new_seed
+from clipgen.request import GenerationRequest, new_seed
 from clipgen.utils.distributed import Processes
 
 
 def write_shards(
     folder: Path,
-    requests: Sequence[Request],
+    requests: Sequence[GenerationRequest],
     seed: int | None,
     suffix: str,
     as_json: bool,
@@ -32,7 +32,7 @@ def write_shards(
         model: folder of the weights, device and dtype.
 
     Raises:
-        BulkError: the folder holds other shards, or cannot be written.
+        OutputError: the folder holds other shards, or cannot be written.
     """
     weights, device, dtype = model
     processes = Processes.from_environment()
@@ -40,12 +40,12 @@ def write_shards(
     requests = claim(folder, requests, digest, suffix, seed, new_seed)
     todo = missing(folder, len(requests), processes.rank, processes.count)
     if not todo:
-        t.say(f"process {processes.rank + 1} of {processes.count}: all of its shards are in {folder}")
+        t.log(f"process {processes.rank + 1} of {processes.count}: all of its shards are in {folder}")
         return
     pipe = ClipGen.from_pretrained(weights, processes.device(device), dtype)
     for shard in todo:
         started = time.perf_counter()
-        pictures = write_shard(pipe, shard, requests, digest, suffix, t.say)
+        pictures = write_shard(pipe, shard, requests, digest, suffix, t.log)
         seconds = round(time.perf_counter() - started, 3)
         record = {"shard": str(shard.path), "prompts": len(shard.prompts), "pictures": pictures, "seconds": seconds}
         print(json.dumps(record) if as_json else f"{shard.path}: {pictures} pictures, {seconds:.1f} s", flush=True)

@@ -40,7 +40,7 @@ def fail(message: str, code: int = 2) -> NoReturn:
     sys.exit(code)
 
 
-def say(message: str) -> None:
+def log(message: str) -> None:
     """Tell the user something that is not a result: on stderr, above the progress bar if there is one."""
     console.print(printable(message), markup=False, soft_wrap=True)
 
@@ -121,7 +121,7 @@ def load(weights: Path, device: str | None, dtype: str | None) -> tuple[ClipGen,
 
     started = time.perf_counter()
     pipe = ClipGen.from_pretrained(weights, device=device, dtype=dtype)
-    say(f"loaded {weights} on {pipe.device} in {time.perf_counter() - started:.1f} s")
+    log(f"loaded {weights} on {pipe.device} in {time.perf_counter() - started:.1f} s")
     return pipe, weights_digest(weights)
 
 
@@ -131,7 +131,7 @@ def progress(label: str) -> Iterator[Callable[[int, int], None] | None]:
     started = time.perf_counter()
     if not console.is_terminal:
         yield None
-        say(f"drew {label} in {time.perf_counter() - started:.1f} s")
+        log(f"drew {label} in {time.perf_counter() - started:.1f} s")
         return
     columns = (TextColumn("{task.description}"), BarColumn(), TimeRemainingColumn())
     with Progress(*columns, console=console, transient=True) as bar:

@@ -69,18 +69,18 @@ def evaluate(
     from clipgen.utils.distributed import Processes
 
     processes = Processes.from_environment()
-    say: Callable[[str], None] = t.say if processes.rank == 0 else _silent
+    log: Callable[[str], None] = t.log if processes.rank == 0 else _silent
     from clipgen.evaluation.caption_score import Captioner
-    from clipgen.evaluation.evaluate import Instruments
+    from clipgen.evaluation.evaluate import Evaluators
     from clipgen.evaluation.evaluate import evaluate as measure
     from clipgen.evaluation.features import build_extractor, build_lpips, fetched, is_here
     from clipgen.outputs.metadata import weights_digest
     from clipgen.pipeline import ClipGen
 
     pipe = ClipGen.from_pretrained(weights, processes.device(device), dtype)
-    extractor = build_extractor(features.value, pipe.clip, weights / "clip.safetensors", say)
-    lpips = build_lpips(fetched("vgg16", say), pipe.device) if is_here("vgg16") else None
-    tools = Instruments(extractor, lpips, Captioner(captioner, pipe.device) if captioner else None)
+    extractor = build_extractor(features.value, pipe.clip, weights / "clip.safetensors", log)
+    lpips = build_lpips(fetched("vgg16", log), pipe.device) if is_here("vgg16") else None
+    tools = Evaluators(extractor, lpips, Captioner(captioner, pipe.device) if captioner else None)
     count = len(source.names) + (len(source.names) if texts is None else len(texts))
     with _bar(-(-count // processes.count), processes.rank == 0) as progress:
         result = measure(pipe, tools, texts, source, seed, candidates, processes, progress)
@@ -106,11 +106,11 @@ def _show(result: dict[str, Any], out: Path | None) -> None:
             out.parent.mkdir(parents=True, exist_ok=True)
             write_text(out, text + "\n")
         except OSError as error:
-            t.say(f"--out '{out}' cannot be written: {error.strerror}")
+            t.log(f"--out '{out}' cannot be written: {error.strerror}")
             print(text, flush=True)
             raise typer.Exit(2) from None
     for warning in result["warnings"]:
-        t.say(f"note: {warning}")
+        t.log(f"note: {warning}")
     print(text, flush=True)
 
 

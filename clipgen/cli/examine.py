@@ -116,10 +116,10 @@ def _load(weights: Path, device: str | None, dtype: str | None) -> ClipGen:
 
 
 def _coverage(weights: Path) -> Finding:
-    from clipgen.weights.training_index import Coverage
+    from clipgen.weights.training_index import TrainingIndex
 
     try:
-        index = Coverage.load(weights)
+        index = TrainingIndex.load(weights)
     except ValueError as error:
         return Finding("coverage", "wrong", str(error))
     if index is None:

@@ -22,8 +22,8 @@ if TYPE_CHECKING:
 
     from clipgen.outputs.metadata import Receipt
     from clipgen.pipeline import ClipGen
-    from clipgen.request import Part, Request, Result
-    from clipgen.weights.training_index import Covered
+    from clipgen.request import GenerationOutput, GenerationRequest, Part
+    from clipgen.weights.training_index import IndexMatch
 
 CANDIDATES = 16
 BATCH = 64
@@ -118,7 +118,7 @@ def generate(
         raise typer.BadParameter("--keep-rows needs --image: the picture whose rows stay")
     from clipgen.images.pixels import load_image
     from clipgen.outputs.metadata import receipts
-    from clipgen.request import Request
+    from clipgen.request import GenerationRequest
 
     picture = load_image(image) if image else None
     settings: dict[str, Any] = {
@@ -134,7 +134,9 @@ def generate(
         "keep_rows": keep_rows,
     }
     requests = [
-        Request(prompt=_parts(text, None if keep_rows and text.strip() else picture, image_weight, others), **settings)
+        GenerationRequest(
+            prompt=_parts(text, None if keep_rows and text.strip() else picture, image_weight, others), **settings
+        )
         for text in texts
     ]
     if shards is not None:
@@ -147,16 +149,16 @@ def generate(
     pipe, digest = t.load(weights, device, dtype)
     for text, result in zip(texts, _draw(pipe, requests, out, previews), strict=True):
         if result.dropped:
-            t.say(f"the prompt is too long for the model, which did not read this part: {result.dropped}")
+            t.log(f"the prompt is too long for the model, which did not read this part: {result.dropped}")
         stem = free_stem(out, text or (image.stem if image else ""), result.seed)
         files, sheet = _write(result, stem, format.value, receipts(pipe, result, digest))
         covered = pipe.covered(result.request.prompt)
         if covered and covered.low:
-            t.say(covered.warning(repr(text or "the image")))
+            t.log(covered.warning(repr(text or "the image")))
         _show(text, result, files, sheet, covered, as_json)
 
 
-def _draw(pipe: ClipGen, requests: Sequence[Request], out: Path, previews: int) -> Iterator[Result]:
+def _draw(pipe: ClipGen, requests: Sequence[GenerationRequest], out: Path, previews: int) -> Iterator[GenerationOutput]:
     """Batch by batch, so that the first files are there early and memory does not grow with the number of prompts."""
     from clipgen.images.pixels import grid, save_image
 
@@ -208,7 +210,9 @@ def _parts(
     return [*parts, *others]
 
 
-def _write(result: Result, stem: Path, suffix: str, records: Sequence[Receipt]) -> tuple[list[Path], Path | None]:
+def _write(
+    result: GenerationOutput, stem: Path, suffix: str, records: Sequence[Receipt]
+) -> tuple[list[Path], Path | None]:
     """Save the images, best first, and a grid of them when there are several."""
     from clipgen.images.pixels import grid, save_image
     from clipgen.outputs.metadata import together
@@ -224,7 +228,12 @@ def _write(result: Result, stem: Path, suffix: str, records: Sequence[Receipt]) 
 
 
 def _show(
-    text: str, result: Result, files: list[Path], sheet: Path | None, covered: Covered | None, as_json: bool
+    text: str,
+    result: GenerationOutput,
+    files: list[Path],
+    sheet: Path | None,
+    covered: IndexMatch | None,
+    as_json: bool,
 ) -> None:
     """Print one prompt's result on stdout."""
     seconds = round(result.seconds["total"], 3)

@@ -17,6 +17,7 @@ from clipgen import __version__
 from clipgen.cli import app as app_command
 from clipgen.cli import doctor, evaluate, generate, morph, replay, sheet, weights
 from clipgen.cli.common import fail
+from clipgen.errors import ClipGenError
 
 
 class Commands(TyperGroup):
@@ -32,9 +33,7 @@ class Commands(TyperGroup):
             code = super().main(args or ["--help"], **settings | {"standalone_mode": False})
         except typer.TyperException as error:
             fail(error.format_message() + _given(error.__cause__), error.exit_code)
-        except ValueError as error:
-            if not type(error).__module__.startswith("clipgen."):
-                raise
+        except ClipGenError as error:
             fail(str(error))
         if code == 130:
             fail("stopped; the files named so far are complete", 130)

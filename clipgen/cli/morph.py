@@ -46,14 +46,14 @@ def morph(
     from clipgen.images.grids import labelled_grid, save_gif
     from clipgen.images.pixels import save_image
     from clipgen.outputs.metadata import KEY, receipts, together
-    from clipgen.request import Request
+    from clipgen.request import GenerationRequest
 
     settings: dict[str, Any] = {"candidates": candidates, "guidance": guidance, "temperature": temperature}
     settings["seed"] = new_seed() if seed is None else seed
-    ends = [Request(t.checked_text(text), **settings) for text in (start, end)]
+    ends = [GenerationRequest(t.checked_text(text), **settings) for text in (start, end)]
     pipe, digest = t.load(weights, device, dtype)
     path = arc(pipe.embed(start), pipe.embed(end), steps)
-    requests = [Request([(start, a), (end, b)], **settings) for a, b in path[1:-1]]
+    requests = [GenerationRequest([(start, a), (end, b)], **settings) for a, b in path[1:-1]]
     with t.progress(f"{steps} steps") as report:
         results = pipe.generate([ends[0], *requests, ends[1]], progress=report)
     pictures = [result.images[0] for result in results]

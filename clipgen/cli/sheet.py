@@ -51,7 +51,7 @@ def sheet(
     from clipgen.images.grids import labelled_grid
     from clipgen.images.pixels import save_image
     from clipgen.outputs.metadata import receipts, together
-    from clipgen.request import Request
+    from clipgen.request import GenerationRequest
 
     given = {"guidance": guidance, "temperature": temperature, "top_k": top_k, "top_p": top_p}
     values = {name: _parse(name, text) for name, text in given.items() if text is not None}
@@ -60,7 +60,7 @@ def sheet(
     shared |= {"candidates": candidates, "seed": new_seed() if seed is None else seed}
     shared["negative"] = None if negative is None else t.checked_text(negative)
     requests = [
-        Request(t.checked_text(prompt), **(shared | ({down: row} if down else {}) | {across: column}))
+        GenerationRequest(t.checked_text(prompt), **(shared | ({down: row} if down else {}) | {across: column}))
         for row, column in itertools.product(rows, columns)
     ]
     pipe, digest = t.load(weights, device, dtype)

@@ -13,7 +13,7 @@ import typer
 from rich.console import Console
 from rich.progress import BarColumn, DownloadColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
 
-from clipgen.weights.catalog import CATALOG, Entry, File
+from clipgen.weights.catalog import CATALOG, File, PretrainedModel
 
 if TYPE_CHECKING:
     from clipgen.weights.cache import Report, Settings
@@ -85,7 +85,7 @@ def fetch(
         typer.echo(target)
         return
     with _progress() as report:
-        paths = fetch_files(entry, settings, report=report, say=_say)
+        paths = fetch_files(entry, settings, report=report, log=_say)
     if not target:
         for path in paths.values():
             typer.echo(path)
@@ -152,7 +152,7 @@ def _settings(cache: Path | None) -> Settings:
     return replace(settings, cache=cache.expanduser()) if cache else settings
 
 
-def _record(entry: Entry, settings: Settings) -> dict[str, Any]:
+def _record(entry: PretrainedModel, settings: Settings) -> dict[str, Any]:
     from clipgen.weights.cache import known_print, state
 
     files = []
@@ -189,7 +189,8 @@ def _is_model(folder: Path, name: str | None) -> bool:
     if not (folder / "manifest.json").exists():
         return False
     from clipgen.config import load_model_config
-    from clipgen.weights.model_dir import WeightsError, load_weights
+    from clipgen.errors import WeightsError
+    from clipgen.weights.model_dir import load_weights
 
     found = load_model_config(folder / "config.yaml").name
     if found != name:
@@ -266,14 +267,14 @@ def _progress() -> Iterator[Report]:
         yield report
 
 
-def _milestones(say: Callable[[str], None]) -> Report:
+def _milestones(log: Callable[[str], None]) -> Report:
     seen: dict[File, int] = {}
 
     def report(file: File, done: int, total: int | None) -> None:
         step = 10 * done // total if total else done // 100_000_000
         if seen.get(file) != step:
             seen[file] = step
-            say(f"{file.name}: {done / 1e6:,.0f} of {f'{total / 1e6:,.0f}' if total else '?'} MB")
+            log(f"{file.name}: {done / 1e6:,.0f} of {f'{total / 1e6:,.0f}' if total else '?'} MB")
 
     return report
 

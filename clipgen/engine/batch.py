@@ -21,10 +21,10 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from clipgen.config import SamplingConfig
 from clipgen.engine.cuda_graphs import Graphs
-from clipgen.engine.sampling import Knobs, choose, draw_uniforms, guide
+from clipgen.engine.sampling import SamplingTensors, choose, draw_uniforms, guide
 from clipgen.models.gpt import GPT
+from clipgen.request import SamplingParams
 
 CHUNK, WIDTH = 16, 64
 
@@ -36,7 +36,7 @@ class Picture:
     condition: Tensor
     """(n_things * D,): `condition_of` embeddings."""
     seed: int
-    sampling: SamplingConfig
+    sampling: SamplingParams
     kept: Tensor | None = None
     """(K,) int64, K < T: its first tokens, where they are given."""
     negative: Tensor | None = None
@@ -152,7 +152,7 @@ class Batch:
         self.kept = self._index([0 if p.kept is None else len(p.kept) for p in self.pictures])
         self.keeps = any(p.kept is not None for p in self.pictures)
         self.guided = any(p.width == 2 for p in self.pictures)
-        knobs = Knobs.of([p.sampling for p in self.pictures], self.vocab_size, self.device)
+        knobs = SamplingTensors.of([p.sampling for p in self.pictures], self.vocab_size, self.device)
         self.knobs = replace(knobs, width=min(_rounded(knobs.width, WIDTH), self.vocab_size))
 
     def _index(self, values: Sequence[int]) -> Tensor:

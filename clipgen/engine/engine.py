@@ -25,28 +25,16 @@ from torch import Tensor
 
 from clipgen.engine.batch import Batch, Picture
 from clipgen.engine.cuda_graphs import Graphs, build_graphs
-from clipgen.engine.sampling import Cancelled
+from clipgen.errors import Cancelled, EngineError, InsufficientMemoryError, UnavailableError
 from clipgen.models.gpt import GPT
-from clipgen.utils.compute_thread import Worker
-from clipgen.utils.memory import MOST_ROWS, MemoryShortage, fitting, halve, is_out_of_memory, reason_of, token_bytes
+from clipgen.utils.compute_thread import ComputeThread
+from clipgen.utils.memory import MOST_ROWS, fitting, halve, is_out_of_memory, reason_of, token_bytes
 
 SHARE = 4
 BACKLOG = 1024
 """Pictures that may wait for a row before further calls are refused."""
 
 log = logging.getLogger(__name__)
-
-
-class QueueFull(ValueError):
-    """Too many pictures wait already; the message says how many."""
-
-
-class EngineClosed(ValueError):
-    """The engine was closed before a call was done."""
-
-
-class EngineError(RuntimeError):
-    """A step failed, and not for lack of memory; `__cause__` says why. Calls that had no part in it go on."""
 
 
 @dataclass(frozen=True)
@@ -65,7 +53,7 @@ class _Call:
 
     pictures: list[Picture]
     progress: Callable[[int, int], None] | None
-    should_stop: Callable[[], bool] | None
+    is_cancelled: Callable[[], bool] | None
     every: int
     context: Context = field(default_factory=copy_context)
     submitted: float = field(default_factory=time.perf_counter)
@@ -83,7 +71,7 @@ class _Call:
     def ask(self) -> None:
         """Whether to go on, in the caller's context; what its callback raises is the caller's."""
         try:
-            if self.error is None and self.should_stop is not None and self.context.run(self.should_stop):
+            if self.error is None and self.is_cancelled is not None and self.context.run(self.is_cancelled):
                 self.stopped = True
         except BaseException as error:
             self.error = error
@@ -109,9 +97,9 @@ class Engine:
         worker: the thread that takes the steps.
     """
 
-    def __init__(self, gpt: GPT, most: int = MOST_ROWS, worker: Worker | None = None) -> None:
+    def __init__(self, gpt: GPT, most: int = MOST_ROWS, worker: ComputeThread | None = None) -> None:
         self.gpt = gpt
-        self._worker = worker or Worker()
+        self._worker = worker or ComputeThread()
         self.most = 2 * most * (SHARE + 1) // SHARE  # rows
         self._news = threading.Condition()  # guards what follows
         self._calls: list[_Call] = []  # as they came
@@ -127,7 +115,7 @@ class Engine:
         self,
         pictures: Sequence[Picture],
         progress: Callable[[int, int], None] | None = None,
-        should_stop: Callable[[], bool] | None = None,
+        is_cancelled: Callable[[], bool] | None = None,
         watch: Callable[[Tensor], None] | None = None,
         every: int = 0,
     ) -> Drawn:
@@ -137,19 +125,19 @@ class Engine:
             pictures: n of them.
             progress: called with (tokens done, tokens in all) after each step, in the caller's context but on the
                 worker's thread: it must be quick, for everyone waits.
-            should_stop: asked before each step, likewise.
+            is_cancelled: asked before each step, likewise.
             watch: called in the caller's own thread with the tokens so far (n, T), -1 for those not drawn, after every
                 `every` steps until all are drawn; while it runs, steps may have to wait.
 
         Raises:
-            Cancelled: `should_stop` said so; the rows were free before the next step.
-            QueueFull: BACKLOG pictures wait already.
-            EngineClosed: the engine was closed.
-            MemoryShortage: not even one picture fits.
+            Cancelled: `is_cancelled` said so; the rows were free before the next step.
+            UnavailableError: BACKLOG pictures wait already.
+            UnavailableError: the engine was closed.
+            InsufficientMemoryError: not even one picture fits.
             EngineError: a step failed otherwise.
         """
         own = [replace(picture) for picture in pictures]  # each is known by its identity, here only
-        call = _Call(own, progress, should_stop, every if watch else 0, waiting=deque(own))
+        call = _Call(own, progress, is_cancelled, every if watch else 0, waiting=deque(own))
         if not own:
             return Drawn(torch.empty(0, self.gpt.config.block_size, dtype=torch.long), 0.0)
         self._submit(call)
@@ -171,7 +159,7 @@ class Engine:
         return Drawn(torch.stack([call.tokens[picture] for picture in own]), call.begun - call.submitted)
 
     def close(self, seconds: float | None = None) -> tuple[int, int]:
-        """Refuse new calls and wait for those under way; after `seconds` the rest fail with EngineClosed.
+        """Refuse new calls and wait for those under way; after `seconds` the rest fail with UnavailableError.
 
         Returns:
             How many finished, and how many did not.
@@ -181,7 +169,7 @@ class Engine:
             calls = list(self._calls)
             self._news.wait_for(lambda: not self._calls, seconds)
             for call in self._calls:
-                call.error = call.error or EngineClosed("the engine was closed while this was drawn; ask elsewhere")
+                call.error = call.error or UnavailableError("the engine was closed while this was drawn; ask elsewhere")
             self._news.wait_for(lambda: not self._calls)
         failed = sum(call.error is not None for call in calls)
         if calls:
@@ -192,9 +180,9 @@ class Engine:
         with self._news:
             waiting = sum(len(other.waiting) for other in self._calls)
             if self._closed:
-                raise EngineClosed("the engine is closed; nothing more is drawn by it")
+                raise UnavailableError("the engine is closed; nothing more is drawn by it")
             if waiting >= BACKLOG:
-                raise QueueFull(f"{waiting} pictures are waiting to be drawn already; try again in a moment")
+                raise UnavailableError(f"{waiting} pictures are waiting to be drawn already; try again in a moment")
             self._calls.append(call)
 
     def _wait_or_drive(self, call: _Call) -> bool:
@@ -321,7 +309,7 @@ class Engine:
             try:
                 self._limit = halve(pictures, "decoding tokens", reason)
                 return
-            except MemoryShortage as error:
+            except InsufficientMemoryError as error:
                 failures: dict[_Call, BaseException] = dict.fromkeys(calls, error)
         else:
             failures = {call: EngineError(f"decoding tokens failed: {reason}") for call in calls}

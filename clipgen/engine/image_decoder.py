@@ -15,16 +15,16 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from clipgen.engine.sampling import Cancelled
+from clipgen.errors import Cancelled
 from clipgen.images.pixels import clip_from_pixels, from_pixels
 from clipgen.models.clip import Clip
 from clipgen.models.vqgan import VQGAN
-from clipgen.utils.compute_thread import Worker
+from clipgen.utils.compute_thread import ComputeThread
 from clipgen.utils.memory import MOST_PICTURES, fitting, in_batches, pixel_bytes
 
 
 @dataclass(frozen=True)
-class Painted:
+class DecodedImage:
     """One picture."""
 
     pixels: Tensor
@@ -39,35 +39,37 @@ class Painted:
 class _Item:
     tokens: Tensor
     condition: Tensor
-    result: Painted | None = None
+    result: DecodedImage | None = None
     error: Exception | None = None
 
 
-class Painter:
+class ImageDecoder:
     """The VQGAN's decoder and CLIP's image tower, for any number of threads at once, in batches that fit."""
 
-    def __init__(self, vqgan: VQGAN, clip: Clip, worker: Worker | None = None) -> None:
+    def __init__(self, vqgan: VQGAN, clip: Clip, worker: ComputeThread | None = None) -> None:
         self.vqgan, self.clip = vqgan, clip
-        self._worker = worker or Worker()
+        self._worker = worker or ComputeThread()
         self._turn = threading.Lock()  # held by the thread that paints
         self._waiting: deque[_Item] = deque()  # as they came; its single operations are thread-safe
 
-    def paint(self, tokens: Tensor, conditions: Tensor, should_stop: Callable[[], bool] | None = None) -> list[Painted]:
+    def paint(
+        self, tokens: Tensor, conditions: Tensor, is_cancelled: Callable[[], bool] | None = None
+    ) -> list[DecodedImage]:
         """Decode tokens (n, T) and rank the pictures against conditions (n, D), unit norm.
 
         Args:
-            should_stop: asked before each batch.
+            is_cancelled: asked before each batch.
 
         Raises:
-            Cancelled: `should_stop` said so.
-            MemoryShortage: not even one picture fits.
+            Cancelled: `is_cancelled` said so.
+            InsufficientMemoryError: not even one picture fits.
         """
         own = [_Item(*pair) for pair in zip(tokens, conditions, strict=True)]
         self._waiting.extend(own)
         with self._turn:
             try:
                 while any(item.result is None and item.error is None for item in own):
-                    if should_stop is not None and should_stop():
+                    if is_cancelled is not None and is_cancelled():
                         raise Cancelled
                     self._worker.run(self._paint_next)
             except BaseException:
@@ -114,7 +116,7 @@ class Painter:
             for item in left:
                 item.error = error
 
-    def _run(self, items: Sequence[_Item]) -> list[Painted]:
+    def _run(self, items: Sequence[_Item]) -> list[DecodedImage]:
         started = time.perf_counter()
         images = self.vqgan.decode_tokens(torch.stack([item.tokens for item in items])).float().clamp(-1, 1)
         self._wait()
@@ -123,7 +125,7 @@ class Painter:
         cosines = (found * torch.stack([item.condition for item in items])).sum(-1).tolist()
         ranked = time.perf_counter()
         seconds = ((decoded - started) / len(items), (ranked - decoded) / len(items))
-        return [Painted(image, cosine, seconds) for image, cosine in zip(images.cpu(), cosines, strict=True)]
+        return [DecodedImage(image, cosine, seconds) for image, cosine in zip(images.cpu(), cosines, strict=True)]
 
     def _wait(self) -> None:
         if self.clip.device.type == "cuda":

@@ -11,15 +11,12 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from clipgen.config import SamplingConfig
+from clipgen.errors import Cancelled
 from clipgen.models.gpt import GPT
+from clipgen.request import SamplingParams
 
 _COLDEST = 1e-6
 """Logits divided by less become infinite."""
-
-
-class Cancelled(Exception):
-    """Generation was asked to stop; nothing of it is kept."""
 
 
 def draw_uniforms(seeds: Sequence[int], steps: int) -> Tensor:
@@ -32,10 +29,10 @@ def draw_uniforms(seeds: Sequence[int], steps: int) -> Tensor:
 
 
 @dataclass(frozen=True)
-class Knobs:
+class SamplingTensors:
     """How each row of a batch samples, as tensors on the device, so that a batch can mix requests.
 
-    Every tensor is (B,), or (1,) for all rows alike. `SamplingConfig` says what the values mean.
+    Every tensor is (B,), or (1,) for all rows alike. `SamplingParams` says what the values mean.
     """
 
     temperature: Tensor
@@ -46,14 +43,16 @@ class Knobs:
     """float32."""
     guidance: Tensor
     """float32."""
-    luck: Tensor
+    is_random: Tensor
     """float32, 1, or 0 for greedy rows: what their uniforms are multiplied with."""
     width: int
     """How many of the likeliest tokens are looked at: at least every row's top_k, V where a row has none.
     0: no row filters anything."""
 
     @classmethod
-    def of(cls, samplings: Sequence[SamplingConfig], vocab_size: int, device: torch.device | str = "cpu") -> Knobs:
+    def of(
+        cls, samplings: Sequence[SamplingParams], vocab_size: int, device: torch.device | str = "cpu"
+    ) -> SamplingTensors:
         """The knobs of rows that sample as these say."""
         limits = [1 if s.temperature == 0 else min(s.top_k or vocab_size, vocab_size) for s in samplings]
         plain = all(k == vocab_size and s.top_p == 1 for k, s in zip(limits, samplings, strict=True))
@@ -66,12 +65,12 @@ class Knobs:
             top_k=torch.tensor(limits).to(device),
             top_p=column([s.top_p for s in samplings]),
             guidance=column([s.guidance for s in samplings]),
-            luck=column([float(s.temperature > 0) for s in samplings]),
+            is_random=column([float(s.temperature > 0) for s in samplings]),
             width=0 if plain else max(limits),
         )
 
 
-def filter_logits(logits: Tensor, knobs: Knobs) -> Tensor:
+def filter_logits(logits: Tensor, knobs: SamplingTensors) -> Tensor:
     """Keep the `top_k` likeliest tokens, then the smallest set of them that has probability `top_p`.
 
     Tokens as likely as the last one kept stay too: no order among equals is made up.
@@ -104,7 +103,7 @@ def guide(conditional: Tensor, unconditional: Tensor, scale: float | Tensor) -> 
     return unconditional + scale * (conditional - unconditional)
 
 
-def choose(logits: Tensor, uniforms: Tensor, knobs: Knobs) -> Tensor:
+def choose(logits: Tensor, uniforms: Tensor, knobs: SamplingTensors) -> Tensor:
     """Draw one token per row by inverting the CDF in the codebook's order; never waits for the device.
 
     Args:
@@ -116,7 +115,7 @@ def choose(logits: Tensor, uniforms: Tensor, knobs: Knobs) -> Tensor:
     logits = filter_logits(logits.float() / knobs.temperature[:, None], knobs)
     cdf = logits.softmax(dim=-1).cumsum(dim=-1)
     # Scaled by the last entry, which rounding leaves a little off 1, so that a draw never falls behind the last token.
-    target = (uniforms * knobs.luck)[:, None] * cdf[:, -1:]
+    target = (uniforms * knobs.is_random)[:, None] * cdf[:, -1:]
     return torch.searchsorted(cdf, target, right=True).squeeze(1).clamp(max=logits.shape[-1] - 1)
 
 
@@ -125,9 +124,9 @@ def generate_tokens(
     gpt: GPT,
     embedding: Tensor,
     seeds: Sequence[int],
-    sampling: SamplingConfig,
+    sampling: SamplingParams,
     progress: Callable[[int, int], None] | None = None,
-    should_stop: Callable[[], bool] | None = None,
+    is_cancelled: Callable[[], bool] | None = None,
 ) -> Tensor:
     """Decode one image of tokens per row.
 
@@ -135,13 +134,13 @@ def generate_tokens(
         embedding: conditions, (B, n_things * D).
         seeds: B of them.
         progress: called with (tokens done, tokens in all) of each row, after each.
-        should_stop: asked before each token.
+        is_cancelled: asked before each token.
 
     Returns:
         (B, T) int64.
 
     Raises:
-        Cancelled: `should_stop` said so.
+        Cancelled: `is_cancelled` said so.
     """
     config, batch = gpt.config, len(embedding)
     weight = gpt.head.weight
@@ -150,11 +149,11 @@ def generate_tokens(
     if guided:  # the lower half of the rows is the same images without the condition
         condition = torch.cat([condition, torch.zeros_like(condition)])
     cache = gpt.allocate(len(condition))
-    knobs = Knobs.of([sampling], config.vocab_size, weight.device)
+    knobs = SamplingTensors.of([sampling], config.vocab_size, weight.device)
     uniforms = draw_uniforms(seeds, config.block_size).to(weight.device)
     tokens = torch.empty(batch, config.block_size, dtype=torch.long, device=weight.device)
     for position in range(config.block_size):
-        if should_stop is not None and should_stop():
+        if is_cancelled is not None and is_cancelled():
             raise Cancelled
         if position == 0:
             logits = gpt.prefill(condition, cache)

@@ -14,11 +14,8 @@ import torch
 from PIL import Image
 from torch import Tensor
 
+from clipgen.errors import WeightsError
 from clipgen.evaluation.metrics import geometric_mean
-
-
-class CaptionerError(ValueError):
-    """A captioner that cannot be used; the message says what its folder must hold."""
 
 
 class Captioner:
@@ -28,21 +25,21 @@ class Captioner:
         """Read a folder as `save_pretrained` of a model and its processor writes it.
 
         Raises:
-            CaptionerError: `transformers` is missing, or the folder holds nothing it can use.
+            WeightsError: `transformers` is missing, or the folder holds nothing it can use.
         """
         if not folder.is_dir():
-            raise CaptionerError(f"no captioner in {folder}: no such folder")
+            raise WeightsError(f"no captioner in {folder}: no such folder")
         try:
             from transformers import AutoModelForImageTextToText, AutoProcessor
         except ImportError as error:
-            raise CaptionerError("a captioner needs transformers; install requirements-dev.txt") from error
+            raise WeightsError("a captioner needs transformers; install requirements-dev.txt") from error
         try:
             self.processor: Any = AutoProcessor.from_pretrained(folder, local_files_only=True)
             model: Any = AutoModelForImageTextToText.from_pretrained(
                 folder, local_files_only=True, dtype=torch.float32, use_safetensors=True
             )
         except (OSError, ValueError, KeyError) as error:
-            raise CaptionerError(
+            raise WeightsError(
                 f"{folder} holds no captioner ({str(error).splitlines()[0]}); it needs config.json, "
                 "model.safetensors and the files of its processor, as of BLIP or GIT"
             ) from error

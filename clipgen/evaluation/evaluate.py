@@ -16,13 +16,14 @@ import torch
 from PIL import Image, ImageFilter
 from torch import Tensor, nn
 
+from clipgen.errors import DataError, RequestError
 from clipgen.evaluation.caption_score import Captioner
 from clipgen.evaluation.features import Extractor, as_bytes
 from clipgen.evaluation.metrics import ClassScore, Gaussian, clip_score, cosines, frechet_distance, psnr, r_precision
-from clipgen.images.pixels import ImageError, from_pixels, load_image, to_clip, to_pixels
-from clipgen.images.sources import DataError, Source
+from clipgen.images.pixels import from_pixels, load_image, to_clip, to_pixels
+from clipgen.images.sources import Source
 from clipgen.pipeline import ClipGen
-from clipgen.request import MAX_SEED, Part, Request, RequestError
+from clipgen.request import MAX_SEED, GenerationRequest, Part
 from clipgen.utils.distributed import Processes
 
 RADII = (0, 1, 2, 4, 8)
@@ -39,7 +40,7 @@ NAMES = {
 
 
 @dataclass(frozen=True)
-class Instruments:
+class Evaluators:
     """What measures; None is left out and named so."""
 
     extractor: Extractor
@@ -47,7 +48,7 @@ class Instruments:
     captioner: Captioner | None = None
 
 
-class Side:
+class FeatureStats:
     """One of the two sets that are compared: a Gaussian of its features for every radius."""
 
     def __init__(self, extractor: Extractor) -> None:
@@ -75,7 +76,7 @@ class Run:
     """One evaluation under way in this process."""
 
     pipe: ClipGen
-    instruments: Instruments
+    instruments: Evaluators
     source: Source
     seed: int
     candidates: int
@@ -87,14 +88,14 @@ class Run:
         """A reference picture at the model's size; None, and noted, if it cannot be read."""
         try:
             picture = load_image(self.source.read(index))
-        except (ImageError, OSError) as error:
+        except (DataError, OSError) as error:
             self.unreadable.append(f"{self.source.names[index]}: {error}")
             return None
         return from_pixels(to_pixels([picture], self.pipe.config.vqgan.image_size))[0]
 
-    def reference(self) -> tuple[Side, list[int], dict[str, float | None]]:
+    def reference(self) -> tuple[FeatureStats, list[int], dict[str, float | None]]:
         """Measure the real pictures and what the VQGAN makes of them: their side, their numbers, its figures."""
-        real, made = Side(self.instruments.extractor), Gaussian(self.instruments.extractor.size)
+        real, made = FeatureStats(self.instruments.extractor), Gaussian(self.instruments.extractor.size)
         readable: list[int] = []
         sums = torch.zeros(2, dtype=torch.float64)  # PSNR, LPIPS
         codes = torch.zeros(self.pipe.config.vqgan.codebook_size, dtype=torch.float64)
@@ -139,16 +140,18 @@ class Run:
         x, y = (to_pixels(side, side[0].width).to(self.pipe.device) for side in (a, b))
         return self.instruments.lpips(x, y).double().sum().cpu()
 
-    def drawn(self, prompts: Sequence[str] | Sequence[int]) -> tuple[Side, dict[str, Any]]:
+    def drawn(self, prompts: Sequence[str] | Sequence[int]) -> tuple[FeatureStats, dict[str, Any]]:
         """Draw the best of the candidates for each prompt, a text or the number of a reference picture."""
         tools = self.instruments
-        side = Side(tools.extractor)
+        side = FeatureStats(tools.extractor)
         score = ClassScore(len(prompts), tools.extractor.classes) if tools.extractor.classes else None
         rows: list[tuple[int, Tensor, Tensor, float]] = []
         for numbers in _chunks(self.processes.own(len(prompts)), max(1, CANDIDATES // self.candidates)):
             parts = [self.part(prompts[i]) for i in numbers]
             seeds = [(self.seed + i * self.candidates) % (MAX_SEED - self.candidates) for i in numbers]
-            requests = [Request(p, candidates=self.candidates, seed=s) for p, s in zip(parts, seeds, strict=True)]
+            requests = [
+                GenerationRequest(p, candidates=self.candidates, seed=s) for p, s in zip(parts, seeds, strict=True)
+            ]
             pictures = [result.images[0] for result in self.pipe.generate(requests)]
             logits = side.add(pictures)
             if score:
@@ -194,7 +197,7 @@ class Run:
 
 def evaluate(
     pipe: ClipGen,
-    instruments: Instruments,
+    instruments: Evaluators,
     prompts: Sequence[str] | None,
     source: Source,
     seed: int = 0,
@@ -221,7 +224,7 @@ def evaluate(
     """
     if prompts is None and instruments.captioner:
         raise RequestError("captioner", "needs sentences to find likely; give --prompts")
-    Request("a prompt", candidates=candidates, seed=seed)  # its ranges
+    GenerationRequest("a prompt", candidates=candidates, seed=seed)  # its ranges
     processes = processes or Processes()
     started = time.perf_counter()
     run = Run(pipe, instruments, source, seed, candidates, processes, progress)
@@ -235,7 +238,7 @@ def evaluate(
     distances = {str(r): frechet_distance(drawn.gaussians[r], real.gaussians[r]) for r in RADII}
     count = len(readable) if prompts is None else len(prompts)
     asked = "\n".join(prompts or []).encode()
-    sampling = Request("a prompt").sampling(pipe.config.sampling)
+    sampling = GenerationRequest("a prompt").sampling(pipe.config.sampling)
     return {
         "figures": {distance: distances, **figures, "vqgan": {k: v for k, v in vqgan.items() if v is not None}},
         "left_out": _left_out(instruments, classes, prompts),
@@ -267,7 +270,7 @@ def evaluate(
     }
 
 
-def _left_out(instruments: Instruments, classes: str, prompts: Sequence[str] | None) -> dict[str, str]:
+def _left_out(instruments: Evaluators, classes: str, prompts: Sequence[str] | None) -> dict[str, str]:
     """What is not among the figures, and why."""
     found = {}
     if not instruments.extractor.classes:

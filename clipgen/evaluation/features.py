@@ -15,20 +15,17 @@ import torch
 from PIL import Image
 from torch import Tensor, nn
 
+from clipgen.errors import DownloadError, WeightsError
 from clipgen.images.pixels import to_clip, to_pixels
 from clipgen.models.clip import Clip
 from clipgen.utils.files import sha256
-from clipgen.weights.cache import FetchError, Settings, fetch
+from clipgen.weights.cache import Settings, fetch
 from clipgen.weights.catalog import CATALOG
 
 KINDS = ("inception", "clip", "efficientnet")
 IMAGENET_MEAN = (0.485, 0.456, 0.406)
 IMAGENET_STD = (0.229, 0.224, 0.225)
 _EFFICIENTNET_SIDE = 224
-
-
-class FeatureError(ValueError):
-    """Features that cannot be had; the message says why and what can be used in their place."""
 
 
 @dataclass(frozen=True)
@@ -52,7 +49,7 @@ class Extractor:
     run: Callable[[Sequence[Image.Image]], tuple[Tensor, Tensor]]
 
 
-def build_extractor(kind: str, clip: Clip, clip_file: Path, say: Callable[[str], None]) -> Extractor:
+def build_extractor(kind: str, clip: Clip, clip_file: Path, log: Callable[[str], None]) -> Extractor:
     """The network of a kind, on CLIP's device.
 
     Args:
@@ -61,29 +58,29 @@ def build_extractor(kind: str, clip: Clip, clip_file: Path, say: Callable[[str],
         say: told what takes long, such as fetching.
 
     Raises:
-        FeatureError: no such kind, a package is missing, or weights that cannot be fetched.
+        WeightsError: no such kind, a package is missing, or weights that cannot be fetched.
     """
     if kind not in KINDS:
-        raise FeatureError(f"there are no features {kind!r}; use one of {', '.join(KINDS)}")
+        raise WeightsError(f"there are no features {kind!r}; use one of {', '.join(KINDS)}")
     try:
         if kind == "inception":
-            return _inception(fetched("inception", say), clip.device)
+            return _inception(fetched("inception", log), clip.device)
         return _efficientnet(clip.device) if kind == "efficientnet" else _clip(clip, clip_file)
     except ImportError as error:
-        raise FeatureError(
+        raise WeightsError(
             f"{error.name} is missing; install requirements-train.txt, or use --features clip"
         ) from error
-    except FetchError as error:
-        raise FeatureError(f"{error}. Or use --features clip or efficientnet, which need nothing fetched") from error
+    except DownloadError as error:
+        raise WeightsError(f"{error}. Or use --features clip or efficientnet, which need nothing fetched") from error
 
 
-def fetched(name: str, say: Callable[[str], None]) -> Path:
+def fetched(name: str, log: Callable[[str], None]) -> Path:
     """The file of a catalog entry that has one, checked; fetched first if it is not here.
 
     Raises:
-        FetchError: it cannot be had.
+        DownloadError: it cannot be had.
     """
-    (path,) = fetch(CATALOG[name], Settings.from_environment(), say=say).values()
+    (path,) = fetch(CATALOG[name], Settings.from_environment(), log=log).values()
     return path
 
 

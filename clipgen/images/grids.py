@@ -10,7 +10,8 @@ from pathlib import Path
 
 from PIL import Image, ImageDraw, ImageFont
 
-from clipgen.images.pixels import ImageError, grid, to_rgb
+from clipgen.errors import DataError
+from clipgen.images.pixels import grid, to_rgb
 
 LABEL = 14
 """Height of the labels' letters in pixels."""
@@ -28,10 +29,10 @@ def labelled_grid(
         title: a line above, cut where it does not fit.
 
     Raises:
-        ImageError: not as many images as cells.
+        DataError: not as many images as cells.
     """
     if len(images) != len(columns) * len(rows):
-        raise ImageError(f"{len(images)} images do not fill {len(rows)} x {len(columns)} cells")
+        raise DataError(f"{len(images)} images do not fill {len(rows)} x {len(columns)} cells")
     font = ImageFont.load_default(LABEL)
     cells = grid(images, len(columns), gap=2)
     left = int(max(font.getlength(label) for label in rows)) + 2 * MARGIN if any(rows) else 0
@@ -69,10 +70,10 @@ def save_gif(images: Sequence[Image.Image], path: str | Path, seconds: float = 0
         comment: text to embed.
 
     Raises:
-        ImageError: no images, or the file cannot be written.
+        DataError: no images, or the file cannot be written.
     """
     if not images:
-        raise ImageError("an animation needs at least one image")
+        raise DataError("an animation needs at least one image")
     path = Path(path)
     frames = [to_rgb(image) for image in (*images, *images[-2:0:-1])]
     times = [int(1000 * seconds) * (2 if i in (0, len(images) - 1) else 1) for i in range(len(frames))]
@@ -88,5 +89,5 @@ def save_gif(images: Sequence[Image.Image], path: str | Path, seconds: float = 0
         finally:
             temporary.unlink(missing_ok=True)
     except OSError as error:
-        raise ImageError(f"cannot write '{path}': {error}") from error
+        raise DataError(f"cannot write '{path}': {error}") from error
     return path

@@ -7,7 +7,7 @@ Three representations exist, and only this module converts between them:
 - CLIP input: float32 (B, 3, S, S), `(x - mean) / std` with OpenAI's per-channel mean and std.
 
 Image files are treated as hostile: only common formats are decoded, the size in the header is checked before any
-pixel is, and whatever goes wrong inside a decoder becomes an `ImageError` that says what to do.
+pixel is, and whatever goes wrong inside a decoder becomes an `DataError` that says what to do.
 """
 
 from __future__ import annotations
@@ -27,6 +27,8 @@ import torch.nn.functional as F
 from PIL import ExifTags, Image, ImageOps, PngImagePlugin
 from torch import Tensor
 
+from clipgen.errors import DataError
+
 # github.com/openai/CLIP, clip/clip.py: the statistics that its image towers were trained with.
 CLIP_MEAN = (0.48145466, 0.4578275, 0.40821073)
 CLIP_STD = (0.26862954, 0.26130258, 0.27577711)
@@ -35,10 +37,6 @@ MAX_MEGAPIXELS = 64
 READ_FORMATS = ("PNG", "JPEG", "WEBP", "GIF", "BMP", "TIFF")
 SAVE_FORMATS = {"png": "PNG", "webp": "WEBP", "jpg": "JPEG", "jpeg": "JPEG"}
 _ASCII = b"ASCII\0\0\0"  # EXIF 2.3, 4.6.5: the first 8 bytes of UserComment name its code
-
-
-class ImageError(ValueError):
-    """An image that cannot be read, converted or written; the message says which, why and what to do about it."""
 
 
 def load_image(source: str | Path | bytes | BinaryIO) -> Image.Image:
@@ -51,7 +49,7 @@ def load_image(source: str | Path | bytes | BinaryIO) -> Image.Image:
         source: path, the bytes of a file, or a binary file object.
 
     Raises:
-        ImageError: no such file, empty, damaged, a format outside `READ_FORMATS`, or above `MAX_MEGAPIXELS`.
+        DataError: no such file, empty, damaged, a format outside `READ_FORMATS`, or above `MAX_MEGAPIXELS`.
     """
     name = f"'{source}'" if isinstance(source, (str, Path)) else "the given image"
     file = io.BytesIO(source) if isinstance(source, bytes) else source
@@ -62,23 +60,23 @@ def load_image(source: str | Path | bytes | BinaryIO) -> Image.Image:
             picture = to_rgb(_upright(image))
             picture.info = {"name": Path(source).name} if isinstance(source, (str, Path)) else {}
             return picture
-    except ImageError as error:
-        raise ImageError(f"{name}: {error}") from None
+    except DataError as error:
+        raise DataError(f"{name}: {error}") from None
     except FileNotFoundError:
-        raise ImageError(f"{name}: no such file; check the path") from None
+        raise DataError(f"{name}: no such file; check the path") from None
     except IsADirectoryError:
-        raise ImageError(f"{name} is a folder; give the path of one image file") from None
+        raise DataError(f"{name} is a folder; give the path of one image file") from None
     except PermissionError:
-        raise ImageError(f"{name} may not be read; check its permissions") from None
+        raise DataError(f"{name} may not be read; check its permissions") from None
     except (Image.DecompressionBombError, Image.DecompressionBombWarning):
-        raise ImageError(f"{name} has {_TOO_LARGE}") from None
+        raise DataError(f"{name} has {_TOO_LARGE}") from None
     except Image.UnidentifiedImageError:
         allowed = ", ".join(READ_FORMATS)
         reason = "is empty (0 bytes)" if _is_empty(file) else "is not an image that can be read, or is damaged"
-        raise ImageError(f"{name} {reason}; allowed formats are {allowed}: convert or export it again") from None
+        raise DataError(f"{name} {reason}; allowed formats are {allowed}: convert or export it again") from None
     except Exception as error:  # on damaged files PIL's decoders raise everything from struct.error to IndexError
         message = f"{name} is truncated or damaged ({error}); download or export it again"
-        raise ImageError(message) from error
+        raise DataError(message) from error
 
 
 MAX_METADATA = 1_000_000
@@ -89,7 +87,7 @@ def read_metadata(path: str | Path) -> dict[str, str]:
     """What `save_image` has embedded in a file; {} when there is nothing of the kind. No pixel is decoded.
 
     Raises:
-        ImageError: no such file, not a PNG, WebP or JPEG, damaged, or an endless value.
+        DataError: no such file, not a PNG, WebP or JPEG, damaged, or an endless value.
     """
     try:
         with Image.open(path, formats=[*dict.fromkeys(SAVE_FORMATS.values())]) as image:
@@ -97,14 +95,14 @@ def read_metadata(path: str | Path) -> dict[str, str]:
             # A PNG's `text` would decode the pixels to look behind them; ours comes before them.
             found = image.info if image.format == "PNG" else _user_comment(image)
     except FileNotFoundError:
-        raise ImageError(f"'{path}': no such file; check the path") from None
+        raise DataError(f"'{path}': no such file; check the path") from None
     except Image.UnidentifiedImageError:
-        raise ImageError(f"'{path}' is no image of the kinds written here: {', '.join(SAVE_FORMATS)}") from None
+        raise DataError(f"'{path}' is no image of the kinds written here: {', '.join(SAVE_FORMATS)}") from None
     except Exception as error:  # as in `load_image`
-        raise ImageError(f"'{path}' cannot be read ({error})") from error
+        raise DataError(f"'{path}' cannot be read ({error})") from error
     metadata = {str(key): str(value) for key, value in found.items() if isinstance(value, str)}
     if any(len(value) > MAX_METADATA for value in metadata.values()):
-        raise ImageError(f"'{path}' has metadata of more than {MAX_METADATA:,} characters; it is not from here")
+        raise DataError(f"'{path}' has metadata of more than {MAX_METADATA:,} characters; it is not from here")
     return metadata
 
 
@@ -129,7 +127,7 @@ def _check_size(image: Image.Image) -> None:
     """Refuse by the size in the header, before decoding would allocate it."""
     width, height = image.size
     if width * height > MAX_MEGAPIXELS * 1_000_000:
-        raise ImageError(f"the image has {width} x {height} pixels, {_TOO_LARGE}")
+        raise DataError(f"the image has {width} x {height} pixels, {_TOO_LARGE}")
 
 
 def _is_empty(file: object) -> bool:
@@ -150,12 +148,12 @@ def to_rgb(image: Image.Image) -> Image.Image:
     """Convert a PIL image of any common mode to 8-bit RGB, transparency on white.
 
     Raises:
-        ImageError: a mode whose range is unknown (32-bit integers, floats).
+        DataError: a mode whose range is unknown (32-bit integers, floats).
     """
     if image.mode == "RGB" and "transparency" not in image.info:
         return image
     if image.mode in ("I", "F"):
-        raise ImageError(
+        raise DataError(
             f"the image has 32 bits per channel (mode {image.mode}), whose range is unknown; convert it to 8 or 16"
         )
     if image.mode.startswith("I;16"):  # PIL's own conversion clips: everything above 255 would become white
@@ -173,7 +171,7 @@ def _square_bytes(images: Sequence[Image.Image], size: int) -> Tensor:
     resize: a 10 x 1,000,000 picture never becomes 224 x 22,400,000.
     """
     if size < 1:
-        raise ImageError(f"size is {size}; it must be at least 1 pixel")
+        raise DataError(f"size is {size}; it must be at least 1 pixel")
     if not images:
         return torch.empty(0, 3, size, size, dtype=torch.uint8)
     arrays = []
@@ -199,13 +197,13 @@ def from_pixels(x: Tensor) -> list[Image.Image]:
     """The VQGAN's pixels (B, 3, H, W) in about [-1, 1], clamped to it, to B RGB images.
 
     Raises:
-        ImageError: a wrong shape, or values that are not finite.
+        DataError: a wrong shape, or values that are not finite.
     """
     if x.ndim != 4 or x.shape[1] != 3:
-        raise ImageError(f"pixels have the shape {tuple(x.shape)}; it must be (B, 3, H, W)")
+        raise DataError(f"pixels have the shape {tuple(x.shape)}; it must be (B, 3, H, W)")
     x = x.detach().float()
     if not x.isfinite().all():
-        raise ImageError("the generated pixels are not finite (NaN or infinity); try float32, or check the weights")
+        raise DataError("the generated pixels are not finite (NaN or infinity); try float32, or check the weights")
     x = ((x.clamp(-1, 1) + 1) * 127.5).round().to(torch.uint8)  # on the device: a quarter of the bytes to copy
     return [Image.fromarray(array) for array in x.permute(0, 2, 3, 1).contiguous().cpu().numpy()]
 
@@ -252,14 +250,14 @@ def grid(images: Sequence[Image.Image], columns: int | None = None, gap: int = 2
         gap: pixels between the cells.
 
     Raises:
-        ImageError: no images, columns below 1 or gap below 0.
+        DataError: no images, columns below 1 or gap below 0.
     """
     if not images:
-        raise ImageError("a grid needs at least one image")
+        raise DataError("a grid needs at least one image")
     if columns is not None and columns < 1:
-        raise ImageError(f"columns is {columns}; it must be at least 1")
+        raise DataError(f"columns is {columns}; it must be at least 1")
     if gap < 0:
-        raise ImageError(f"gap is {gap}; it must be 0 or more pixels")
+        raise DataError(f"gap is {gap}; it must be 0 or more pixels")
     columns = min(columns or math.ceil(math.sqrt(len(images))), len(images))
     rows = math.ceil(len(images) / columns)
     width, height = max(i.width for i in images) + gap, max(i.height for i in images) + gap
@@ -284,16 +282,14 @@ def save_image(
         The path written.
 
     Raises:
-        ImageError: unknown suffix, quality out of range, metadata that does not fit, or the file cannot be written.
+        DataError: unknown suffix, quality out of range, metadata that does not fit, or the file cannot be written.
     """
     path = Path(path)
     suffix = path.suffix.lower().removeprefix(".")
     if suffix not in SAVE_FORMATS:
-        raise ImageError(
-            f"'{path}' has the format '{suffix}'; allowed are {', '.join(SAVE_FORMATS)}: change the suffix"
-        )
+        raise DataError(f"'{path}' has the format '{suffix}'; allowed are {', '.join(SAVE_FORMATS)}: change the suffix")
     if not 1 <= quality <= 100:
-        raise ImageError(f"quality is {quality}; it must be from 1 to 100")
+        raise DataError(f"quality is {quality}; it must be from 1 to 100")
     # Not tempfile: it makes files that only their owner can read. Same folder, so that the rename is atomic.
     temporary = path.parent / f".{uuid.uuid4().hex}.tmp"
     try:
@@ -304,7 +300,7 @@ def save_image(
         finally:
             temporary.unlink(missing_ok=True)
     except (OSError, ValueError) as error:
-        raise ImageError(f"cannot write '{path}': {error}") from error
+        raise DataError(f"cannot write '{path}': {error}") from error
     return path
 
 

@@ -22,13 +22,10 @@ from rich.progress import track
 from webdataset.shardlists import expand_urls
 from webdataset.tariterators import base_plus_ext
 
-from clipgen.utils.download import DownloadError, download
+from clipgen.errors import DataError, DownloadError
+from clipgen.utils.download import download
 
 SUFFIXES = {".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif", ".tif", ".tiff"}
-
-
-class DataError(ValueError):
-    """A data set that cannot be trained on; the message says what was found and what is needed."""
 
 
 class Source(Protocol):

@@ -18,6 +18,8 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from urllib.parse import SplitResult, quote, unquote_to_bytes, urljoin, urlsplit
 
+from clipgen.errors import DataError
+
 MAX_BYTES = 64 << 20
 MAX_SECONDS = 30.0
 """For all of a download, redirects included."""
@@ -32,31 +34,27 @@ _TOO_LARGE = f"the file has more than the {MAX_BYTES >> 20} MB allowed; make the
 _INSTEAD = "send the file itself as data:image/png;base64,..."
 
 
-class UrlError(ValueError):
-    """A URL that stands for nothing that can be had; the message says why."""
-
-
-def read_url(url: str, should_stop: Callable[[], bool] = lambda: False) -> bytes:
+def read_url(url: str, is_cancelled: Callable[[], bool] = lambda: False) -> bytes:
     """What a `data:`, `http:` or `https:` URL stands for. The media type is not looked at: it is a claim.
 
     Args:
         url: an http(s): URL must lead to a public address, and so must its redirects.
-        should_stop: asked ten times a second; True ends a download.
+        is_cancelled: asked ten times a second; True ends a download.
 
     Raises:
-        UrlError: another scheme, damaged base64, more than `MAX_BYTES`, no public address, no answer 200, too slow.
+        DataError: another scheme, damaged base64, more than `MAX_BYTES`, no public address, no answer 200, too slow.
     """
     scheme, _, rest = url.partition(":")
     if scheme.lower() == "data":
         return _decode(rest)
     if scheme.lower() not in ("http", "https"):
-        raise UrlError(f"{url[:100]!r} is no data: or http(s): URL; {_INSTEAD}")
+        raise DataError(f"{url[:100]!r} is no data: or http(s): URL; {_INSTEAD}")
     try:
-        return _download(url, should_stop)
-    except UrlError:
+        return _download(url, is_cancelled)
+    except DataError:
         raise
     except (OSError, http.client.HTTPException, ValueError) as error:
-        raise UrlError(f"the URL cannot be read ({_reason(error)})") from error
+        raise DataError(f"the URL cannot be read ({_reason(error)})") from error
 
 
 def is_public(address: str) -> bool:
@@ -75,25 +73,25 @@ def _decode(rest: str) -> bytes:
     """RFC 2397, behind `data:`."""
     header, comma, data = rest.partition(",")
     if not comma:
-        raise UrlError("the data: URL has no comma; it must be like data:image/png;base64,...")
+        raise DataError("the data: URL has no comma; it must be like data:image/png;base64,...")
     if len(data) > MAX_BYTES * 4 // 3 + 4:
-        raise UrlError(_TOO_LARGE)
+        raise DataError(_TOO_LARGE)
     found = unquote_to_bytes(data)
     if not header.lower().endswith(";base64"):
         return found
     try:
         return base64.b64decode(found, validate=True)
     except binascii.Error as error:
-        raise UrlError(f"the data: URL's base64 is damaged ({error}); encode the file again") from None
+        raise DataError(f"the data: URL's base64 is damaged ({error}); encode the file again") from None
 
 
-def _download(url: str, should_stop: Callable[[], bool]) -> bytes:
+def _download(url: str, is_cancelled: Callable[[], bool]) -> bytes:
     end = time.monotonic() + MAX_SECONDS
     for _ in range(MAX_REDIRECTS + 1):
         target = urlsplit(url)
         if target.scheme not in ("http", "https") or not target.hostname:
-            raise UrlError("the URL leads to something that is no http(s): URL")
-        with _connection(target, end, should_stop) as connection:
+            raise DataError("the URL leads to something that is no http(s): URL")
+        with _connection(target, end, is_cancelled) as connection:
             path = (target.path or "/") + (f"?{target.query}" if target.query else "")
             headers = {"User-Agent": "clipgen", "Accept-Encoding": "identity"}
             connection.request("GET", quote(path, safe=_IN_PATH), headers=headers)
@@ -103,33 +101,33 @@ def _download(url: str, should_stop: Callable[[], bool]) -> bytes:
             elif response.status == 200:
                 return _receive(response)
             else:
-                raise UrlError(f"the URL's server answers {response.status}, not with the file")
-    raise UrlError(f"the URL is redirected more than {MAX_REDIRECTS} times")
+                raise DataError(f"the URL's server answers {response.status}, not with the file")
+    raise DataError(f"the URL is redirected more than {MAX_REDIRECTS} times")
 
 
 def _receive(response: http.client.HTTPResponse) -> bytes:
     if (response.length or 0) > MAX_BYTES:
-        raise UrlError(_TOO_LARGE)
+        raise DataError(_TOO_LARGE)
     body = bytearray()
     while chunk := response.read1(_CHUNK):
         body += chunk
         if len(body) > MAX_BYTES:
-            raise UrlError(_TOO_LARGE)
+            raise DataError(_TOO_LARGE)
     if response.length:
-        raise UrlError(f"the download broke off after {len(body)} bytes")
+        raise DataError(f"the download broke off after {len(body)} bytes")
     return bytes(body)
 
 
 @contextmanager
 def _connection(
-    target: SplitResult, end: float, should_stop: Callable[[], bool]
+    target: SplitResult, end: float, is_cancelled: Callable[[], bool]
 ) -> Iterator[http.client.HTTPConnection]:
     """To a public address, and cut when the time is up or nobody waits any more."""
     host = target.hostname or ""
     secure = target.scheme == "https"
     connection = (http.client.HTTPSConnection if secure else http.client.HTTPConnection)(host, target.port)
     line = _connect(host, connection.port)
-    with line, line.dup() as spare, _cut(spare, end, should_stop):  # TLS takes the line, and leaves its copy
+    with line, line.dup() as spare, _cut(spare, end, is_cancelled):  # TLS takes the line, and leaves its copy
         context = ssl.create_default_context()
         connection.sock = context.wrap_socket(line, server_hostname=host) if secure else line
         try:
@@ -142,25 +140,25 @@ def _connect(host: str, port: int) -> socket.socket:
     found = [str(entry[4][0]) for entry in socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)]
     public = [address for address in found if is_public(address)]
     if not public:
-        raise UrlError(f"the URL is not on the public internet; {_INSTEAD}")
+        raise DataError(f"the URL is not on the public internet; {_INSTEAD}")
     return socket.create_connection((public[0], port), _SILENCE)
 
 
 @contextmanager
-def _cut(line: socket.socket, end: float, should_stop: Callable[[], bool]) -> Iterator[None]:
+def _cut(line: socket.socket, end: float, is_cancelled: Callable[[], bool]) -> Iterator[None]:
     """A server that sends a byte now and then never times out: the watch ends what waits for it.
 
     To who waits, a cut line looks like an end, like a reset, or like half an answer: whatever it is called there, here
     it is named for what it was.
 
     Raises:
-        UrlError: the watch has cut the line.
+        DataError: the watch has cut the line.
     """
     done, cut = threading.Event(), threading.Event()
 
     def watch() -> None:
         while not done.wait(0.1):
-            if should_stop() or time.monotonic() > end:
+            if is_cancelled() or time.monotonic() > end:
                 cut.set()
                 with suppress(OSError):  # the other side was faster
                     line.shutdown(socket.SHUT_RDWR)  # of every copy of the line
@@ -177,4 +175,4 @@ def _cut(line: socket.socket, end: float, should_stop: Callable[[], bool]) -> It
         done.set()
         thread.join()
     if cut.is_set():
-        raise UrlError(f"the download took more than {MAX_SECONDS:.0f} seconds")
+        raise DataError(f"the download took more than {MAX_SECONDS:.0f} seconds")

@@ -18,7 +18,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from clipgen.models.meta_init import skeleton
+from clipgen.errors import WeightsError
+from clipgen.models.meta_init import meta_init
 
 if TYPE_CHECKING:
     from clip.model import CLIP
@@ -50,10 +51,6 @@ _SIZE_KEYS = ("input_resolution", "context_length", "vocab_size")
 _CHARACTERS_PER_TOKEN = 64
 
 
-class ClipError(ValueError):
-    """CLIP weights or inputs that do not fit; the message says what was given and what is expected."""
-
-
 @lru_cache(maxsize=1)
 def _bpe() -> SimpleTokenizer:
     """OpenAI's byte-pair encoder, read once, on first use."""
@@ -76,7 +73,7 @@ def tokenize(prompts: Sequence[str], context_length: int) -> tuple[Tensor, list[
     if isinstance(prompts, str):  # a string is a sequence of strings too: its letters would become prompts
         prompts = [prompts]
     if context_length < 2:
-        raise ClipError(f"context_length is {context_length}; it must be at least 2, for the start and end tokens")
+        raise WeightsError(f"context_length is {context_length}; it must be at least 2, for the start and end tokens")
     start, end = _bpe().encoder["<|startoftext|>"], _bpe().encoder["<|endoftext|>"]
     tokens = torch.zeros(len(prompts), context_length, dtype=torch.long)
     dropped = []
@@ -128,19 +125,23 @@ class Clip(nn.Module):
             dtype: precision of the products; LayerNorm and BatchNorm stay in float32.
 
         Raises:
-            ClipError: missing, unexpected or wrongly shaped weights, or a vocabulary that is not OpenAI's.
+            WeightsError: missing, unexpected or wrongly shaped weights, or a vocabulary that is not OpenAI's.
         """
         weights = {name: tensor for name, tensor in state_dict.items() if name not in _SIZE_KEYS}
         # `build_model` reads the sizes and checks names and shapes, but rounds what it loads to float16, and first
         # draws random weights. In a skeleton it does the former and there is nothing to round or to draw.
         try:
-            with skeleton():
+            with meta_init():
                 model = _openai.build_model({name: torch.empty_like(t, device="meta") for name, t in weights.items()})
         except (LookupError, AssertionError, ArithmeticError, RuntimeError, TypeError) as error:
             reason = f"{type(error).__name__}: {error}"
-            raise ClipError(f"not the weights of an OpenAI CLIP ({reason}); check that the file is complete") from error
+            raise WeightsError(
+                f"not the weights of an OpenAI CLIP ({reason}); check that the file is complete"
+            ) from error
         if model.vocab_size != len(_bpe().encoder):
-            raise ClipError(f"token_embedding has {model.vocab_size} rows; OpenAI's tokens need {len(_bpe().encoder)}")
+            raise WeightsError(
+                f"token_embedding has {model.vocab_size} rows; OpenAI's tokens need {len(_bpe().encoder)}"
+            )
         model.to(dtype)
         for module in model.modules():
             if isinstance(module, (_openai.LayerNorm, nn.BatchNorm2d)):
@@ -184,11 +185,11 @@ class Clip(nn.Module):
             float32 (B, D), unit norm.
 
         Raises:
-            ClipError: a wrong shape.
+            WeightsError: a wrong shape.
         """
         expected = (3, self.image_size, self.image_size)
         if pixels.ndim != 4 or tuple(pixels.shape[1:]) != expected:
-            raise ClipError(
+            raise WeightsError(
                 f"pixels have the shape {tuple(pixels.shape)}; it must be (B, {', '.join(map(str, expected))})"
             )
         return F.normalize(self.model.encode_image(pixels.to(self.device)).float(), dim=-1)

@@ -15,7 +15,8 @@ import torch.nn as nn
 import torch.nn.functional as F
 from torch import Tensor
 
-from clipgen.config import ConfigError, GPTConfig
+from clipgen.config import GPTConfig
+from clipgen.errors import ConfigError
 
 SEGMENT = 128
 """Most positions of a cache that lie together on a CPU: a step reads whole segments, as few as it needs."""

@@ -12,7 +12,7 @@ from torch.overrides import TorchFunctionMode
 
 
 @contextmanager
-def skeleton() -> Iterator[None]:
+def meta_init() -> Iterator[None]:
     """Networks made in here are on the meta device: their tensors have shapes and types only."""
     with torch.device("meta"), _NoValues():
         yield

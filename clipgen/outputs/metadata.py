@@ -15,10 +15,11 @@ from typing import TYPE_CHECKING, Any
 import torch
 from PIL import Image
 
+from clipgen.errors import DataError
 from clipgen import __version__
 from clipgen.images.pixels import read_metadata, to_rgb
-from clipgen.outputs.metadata_rules import MAX_NAME, MAX_TEXT, VERSION, ReceiptError, checked, parse
-from clipgen.request import MAX_SEED, Part, Request, Result, parts_of
+from clipgen.outputs.metadata_rules import MAX_NAME, MAX_TEXT, VERSION, checked, parse
+from clipgen.request import MAX_SEED, Part, GenerationRequest, GenerationOutput, parts_of
 from clipgen.weights.model_dir import MANIFEST, read_manifest
 
 if TYPE_CHECKING:
@@ -84,27 +85,27 @@ class Receipt:
         """The prompt for people: its texts, and its images by name, with weights that are not 1."""
         return _for_people(self.prompt) + (f", not {_for_people(self.negative)}" if self.negative else "")
 
-    def request(self, pictures: Mapping[str, Image.Image] | None = None) -> Request:
-        """What draws this picture, and no other, again: `Result.images[Result.seeds.index(image_seed)]`.
+    def request(self, pictures: Mapping[str, Image.Image] | None = None) -> GenerationRequest:
+        """What draws this picture, and no other, again: `GenerationOutput.images[GenerationOutput.seeds.index(image_seed)]`.
 
         Args:
             pictures: the images among the parts of prompt and negative prompt and the one to keep rows of, by their
                 `image_digest`.
 
         Raises:
-            ReceiptError: one of them is not given, or the prompt was shortened.
+            DataError: one of them is not given, or the prompt was shortened.
         """
         if self.shortened:
-            raise ReceiptError("the prompt was too long for the receipt, which holds only its beginning")
+            raise DataError("the prompt was too long for the receipt, which holds only its beginning")
         parts = _restored(self.prompt, pictures)
         settings: dict[str, Any] = {name: getattr(self, name) for name in SAMPLING}
         settings["negative"] = _restored(self.negative, pictures) or None
         if self.keep:
             settings |= {"keep": _find(pictures, self.keep), "keep_rows": self.keep_rows}
         if self.image_seed <= MAX_SEED:
-            return Request(parts, seed=self.image_seed, **settings)
+            return GenerationRequest(parts, seed=self.image_seed, **settings)
         drawn = self.image_seed - self.seed + 1  # no request begins behind the last seed: draw those before it too
-        return Request(parts, drawn, drawn, seed=self.seed, **settings)
+        return GenerationRequest(parts, drawn, drawn, seed=self.seed, **settings)
 
     def to_metadata(self) -> dict[str, str]:
         """What `images.save_image` embeds: names and texts, at most 64 KB of them."""
@@ -115,13 +116,13 @@ class Receipt:
         """Read what `to_metadata` wrote, or anything else.
 
         Raises:
-            ReceiptError: there is no receipt, it is damaged, of another version, or asks for what cannot be.
+            DataError: there is no receipt, it is damaged, of another version, or asks for what cannot be.
         """
         if KEY not in metadata:
-            raise ReceiptError("there is no receipt in it; a copy that another program made may have lost it")
+            raise DataError("there is no receipt in it; a copy that another program made may have lost it")
         record = parse(metadata[KEY])
         if isinstance(record, list):
-            raise ReceiptError(f"it holds {len(record)} pictures; give the file of one of them")
+            raise DataError(f"it holds {len(record)} pictures; give the file of one of them")
         fields = checked(record)
         parts = {name: tuple(PromptPart(**part) for part in fields[name]) for name in ("prompt", "negative")}
         return cls(**fields | parts)
@@ -131,16 +132,16 @@ class Receipt:
         """The receipt of an image file.
 
         Raises:
-            ReceiptError: as `from_metadata`.
-            ImageError: the file cannot be read.
+            DataError: as `from_metadata`.
+            DataError: the file cannot be read.
         """
         try:
             return cls.from_metadata(read_metadata(path))
-        except ReceiptError as error:
-            raise ReceiptError(f"'{path}': {error}") from None
+        except DataError as error:
+            raise DataError(f"'{path}': {error}") from None
 
 
-def receipts(pipe: ClipGen, result: Result, weights: str) -> list[Receipt]:
+def receipts(pipe: ClipGen, result: GenerationOutput, weights: str) -> list[Receipt]:
     """One receipt per picture of a result.
 
     Args:
@@ -169,7 +170,7 @@ def receipts(pipe: ClipGen, result: Result, weights: str) -> list[Receipt]:
     return [Receipt(image_seed=seed, index=i, score=round(score, 6), **shared) for i, (seed, score) in enumerate(own)]
 
 
-def _parts(request: Request) -> dict[str, Any]:
+def _parts(request: GenerationRequest) -> dict[str, Any]:
     """The parts of prompt and negative prompt, and whether their texts were shortened to fit into a file's metadata."""
     prompt, negative = parts_of(request.prompt), [] if request.negative is None else parts_of(request.negative)
     for limit in (MAX_TEXT >> halved for halved in range(MAX_TEXT.bit_length())):
@@ -206,11 +207,11 @@ def _find(pictures: Mapping[str, Image.Image] | None, digest: str, name: str = "
     """The picture that has this digest.
 
     Raises:
-        ReceiptError: it is not among them.
+        DataError: it is not among them.
     """
     if digest not in (pictures or {}):
         shown = f"'{name}'" if name else "an image"
-        raise ReceiptError(f"it was drawn from {shown} (SHA-256 of its pixels {digest}), which is not here")
+        raise DataError(f"it was drawn from {shown} (SHA-256 of its pixels {digest}), which is not here")
     return (pictures or {})[digest]
 
 

@@ -10,6 +10,7 @@ import re
 from collections.abc import Callable, Mapping
 from typing import Any
 
+from clipgen.errors import DataError
 from clipgen.request import MAX_CANDIDATES, MAX_PARTS, MAX_SEED
 
 VERSION = 2
@@ -21,22 +22,18 @@ MAX_READ = 200_000
 """Characters of a receipt that are looked at."""
 
 
-class ReceiptError(ValueError):
-    """A file without a receipt, or with one that cannot be used; the message says why."""
-
-
 def parse(text: str) -> Any:
     """JSON in which no name stands twice; that NaN is no number is for the rules to see.
 
     Raises:
-        ReceiptError: it is too long, or no JSON.
+        DataError: it is too long, or no JSON.
     """
     if len(text) > MAX_READ:
-        raise ReceiptError(f"its receipt has {len(text):,} characters; {MAX_READ:,} are allowed")
+        raise DataError(f"its receipt has {len(text):,} characters; {MAX_READ:,} are allowed")
     try:
         return json.loads(text, object_pairs_hook=_object)
     except (ValueError, RecursionError) as error:
-        raise ReceiptError(f"its receipt is damaged: no JSON ({error})") from None
+        raise DataError(f"its receipt is damaged: no JSON ({error})") from None
 
 
 def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
@@ -104,13 +101,13 @@ def checked(record: Any) -> dict[str, Any]:
     """The fields of a receipt, of any version, out of any JSON value.
 
     Raises:
-        ReceiptError: it is damaged, of a later version, or asks for what cannot be.
+        DataError: it is damaged, of a later version, or asks for what cannot be.
     """
     if not isinstance(record, dict):
         raise _damaged("no JSON object")
     version = record.get("version")
     if type(version) is int and version > VERSION:
-        raise ReceiptError(f"its receipt has the version {version}; this clipgen reads {VERSION}: upgrade it")
+        raise DataError(f"its receipt has the version {version}; this clipgen reads {VERSION}: upgrade it")
     if version == 1:
         record = {"negative": []} | record
     _check(record, _RULES, "")
@@ -129,8 +126,8 @@ def checked(record: Any) -> dict[str, Any]:
     return {name: value for name, value in record.items() if name != "version"}
 
 
-def _damaged(what: str) -> ReceiptError:
-    return ReceiptError(f"its receipt is damaged: {what}")
+def _damaged(what: str) -> DataError:
+    return DataError(f"its receipt is damaged: {what}")
 
 
 def _check(record: Mapping[str, Any], rules: Mapping[str, Rule], where: str) -> None:

@@ -23,21 +23,18 @@ from typing import Any
 from filelock import FileLock
 from PIL import Image
 
+from clipgen.errors import OutputError
 from clipgen.utils.files import write_text
 from clipgen.images.pixels import save_image
 from clipgen.pipeline import ClipGen
 from clipgen.outputs.metadata import KEY, image_digest, receipts
-from clipgen.request import Request
+from clipgen.request import GenerationRequest
 
 PROMPTS = 64
 """Prompts of one shard, and so the most that a kill costs each process."""
 CANDIDATES = 64
 """Candidates drawn together."""
 INDEX = "index.json"
-
-
-class BulkError(ValueError):
-    """A folder of shards that cannot be gone on with; the message says what differs or what failed."""
 
 
 @dataclass(frozen=True)
@@ -51,8 +48,8 @@ class Shard:
 
 
 def claim(
-    folder: Path, requests: Sequence[Request], weights: str, suffix: str, seed: int | None, new_seed: Callable[[], int]
-) -> list[Request]:
+    folder: Path, requests: Sequence[GenerationRequest], weights: str, suffix: str, seed: int | None, new_seed: Callable[[], int]
+) -> list[GenerationRequest]:
     """Make a folder this work's own, or see that it is: the first process to come writes its index.
 
     Args:
@@ -66,7 +63,7 @@ def claim(
         The requests with the seed that all processes use.
 
     Raises:
-        BulkError: the folder holds shards of other prompts, settings or weights, or cannot be written.
+        OutputError: the folder holds shards of other prompts, settings or weights, or cannot be written.
     """
     try:
         folder.mkdir(parents=True, exist_ok=True)
@@ -77,11 +74,11 @@ def claim(
                 before = _about(requests, weights, suffix) | {"seed": new_seed() if seed is None else seed}
                 write_text(path, json.dumps(before, indent=1) + "\n")
     except (OSError, ValueError) as error:
-        raise BulkError(f"--shards '{folder}' cannot be used: {error}") from error
+        raise OutputError(f"--shards '{folder}' cannot be used: {error}") from error
     now = _about(requests, weights, suffix) | {"seed": before.get("seed") if seed is None else seed}
     other = [f"{name} ({before.get(name)}, not {value})" for name, value in now.items() if before.get(name) != value]
     if other:
-        raise BulkError(
+        raise OutputError(
             f"{folder} was begun with another {', '.join(other)}; give another folder, or the same settings"
         )
     return [replace(request, seed=before["seed"]) for request in requests]
@@ -97,10 +94,10 @@ def missing(folder: Path, prompts: int, rank: int, count: int) -> list[Shard]:
 def write_shard(
     pipe: ClipGen,
     shard: Shard,
-    requests: Sequence[Request],
+    requests: Sequence[GenerationRequest],
     weights: str,
     suffix: str,
-    say: Callable[[str], None] = lambda message: None,
+    log: Callable[[str], None] = lambda message: None,
 ) -> int:
     """Draw one shard; it gets its name when it is complete.
 
@@ -113,14 +110,14 @@ def write_shard(
         How many pictures it holds.
 
     Raises:
-        BulkError: it cannot be written.
+        OutputError: it cannot be written.
     """
     work, packed = (shard.path.with_name(f".{shard.number:06d}{end}") for end in ("", ".tmp"))
     shutil.rmtree(work, ignore_errors=True)
     try:
         work.mkdir()
         try:
-            files = list(_draw(pipe, shard, requests, weights, suffix, work, say))
+            files = list(_draw(pipe, shard, requests, weights, suffix, work, log))
             _pack(files, packed)
         finally:
             shutil.rmtree(work, ignore_errors=True)
@@ -129,18 +126,18 @@ def write_shard(
         )  # the last step: a finished shard leaves nothing beside it, whenever it is killed
     except OSError as error:
         packed.unlink(missing_ok=True)
-        raise BulkError(f"{shard.path} cannot be written: {error.strerror or error}") from error
+        raise OutputError(f"{shard.path} cannot be written: {error.strerror or error}") from error
     return len(files) // 2
 
 
 def _draw(
     pipe: ClipGen,
     shard: Shard,
-    requests: Sequence[Request],
+    requests: Sequence[GenerationRequest],
     weights: str,
     suffix: str,
     work: Path,
-    say: Callable[[str], None],
+    log: Callable[[str], None],
 ) -> Iterator[Path]:
     """Draw a shard's pictures into a folder; yields the files in the order of the tar."""
     size = max(1, CANDIDATES // requests[0].drawn)
@@ -149,7 +146,7 @@ def _draw(
         results = pipe.generate([requests[n] for n in numbers])
         for n, result in zip(numbers, results, strict=True):
             if result.dropped:
-                say(f"prompt {n} is too long for the model, which did not read this part: {result.dropped}")
+                log(f"prompt {n} is too long for the model, which did not read this part: {result.dropped}")
             for place, (image, record) in enumerate(
                 zip(result.images, receipts(pipe, result, weights), strict=True), start=1
             ):
@@ -174,9 +171,9 @@ def _pack(files: Sequence[Path], path: Path) -> None:
         os.fsync(file.fileno())
 
 
-def _about(requests: Sequence[Request], weights: str, suffix: str) -> dict[str, Any]:
+def _about(requests: Sequence[GenerationRequest], weights: str, suffix: str) -> dict[str, Any]:
     """What a folder's shards hold, as JSON: the settings that all requests share, and a fingerprint of the prompts."""
-    names = [field.name for field in fields(Request) if field.name not in ("prompt", "seed")]
+    names = [field.name for field in fields(GenerationRequest) if field.name not in ("prompt", "seed")]
     prompts = json.dumps([_plain(request.prompt) for request in requests])
     return {
         "prompts": len(requests),

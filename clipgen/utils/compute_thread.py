@@ -18,7 +18,7 @@ P = ParamSpec("P")
 R = TypeVar("R")
 
 
-class Worker:
+class ComputeThread:
     """A thread; what is run by it runs one after the other, in inference mode.
 
     It has as many of PyTorch's threads as whoever makes it (`torch.set_num_threads` is for the calling thread alone).

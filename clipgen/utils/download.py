@@ -22,6 +22,8 @@ from urllib import error as urllib_error
 from urllib import request as urllib_request
 from urllib.parse import urlsplit
 
+from clipgen.errors import DownloadError
+
 CHUNK = 1 << 18
 """Bytes read at once, at most."""
 PROGRESS = 1 << 20
@@ -30,11 +32,7 @@ _TRANSIENT = {408, 425, 429, 500, 502, 503, 504}
 
 Report = Callable[[int, int | None], None]
 """Called with the bytes that have arrived and the bytes there will be, None while that is unknown."""
-Say = Callable[[str], None]
-
-
-class DownloadError(ValueError):
-    """A URL that cannot be downloaded; the message names it and what went wrong."""
+Log = Callable[[str], None]
 
 
 class _Broken(Exception):
@@ -47,7 +45,7 @@ class _Broken(Exception):
 
 
 @dataclass(frozen=True)
-class Policy:
+class RetryPolicy:
     """How patient a download is.
 
     Attributes:
@@ -67,7 +65,7 @@ class Policy:
     largest: int = 1 << 34
 
 
-PATIENT = Policy()
+PATIENT = RetryPolicy()
 
 
 @dataclass(frozen=True)
@@ -78,7 +76,7 @@ class _Job:
     path: Path
     size: int | None
     checked: bool
-    policy: Policy
+    policy: RetryPolicy
     report: Report
 
 
@@ -96,9 +94,9 @@ def download(
     path: Path,
     size: int | None = None,
     checked: bool = False,
-    policy: Policy = PATIENT,
+    policy: RetryPolicy = PATIENT,
     report: Report = lambda done, total: None,
-    say: Say = lambda message: None,
+    log: Log = lambda message: None,
 ) -> None:
     """Bring all of `url` into `path`, going on from what is there.
 
@@ -129,7 +127,7 @@ def download(
             if failures >= policy.attempts:
                 raise DownloadError(f"{url} {broken}; gave up after {failures} attempts in a row") from broken
             wait = min(policy.longest_wait, max(broken.wait, policy.backoff * 2 ** (failures - 1)))
-            say(f"{url} {broken}; trying again in {wait:.0f} s")
+            log(f"{url} {broken}; trying again in {wait:.0f} s")
             time.sleep(wait)
         except OSError as error:  # of the disk: those of the network have become _Broken
             raise DownloadError(f"{path} cannot be written: {error.strerror or error}") from error

@@ -14,6 +14,7 @@ from typing import TypeVar
 import torch
 
 from clipgen.config import GPTConfig, VQGANConfig
+from clipgen.errors import InsufficientMemoryError
 
 Item = TypeVar("Item")
 Output = TypeVar("Output")
@@ -34,10 +35,6 @@ the results of its convolutions, and what a convolution lays out anew."""
 
 # What the allocators of CPUs and GPUs say when nothing is left; only CUDA's has an exception of its own.
 _PHRASES = ("can't allocate memory", "not enough memory", "out of memory", "ALLOC_FAILED", "bad_alloc")
-
-
-class MemoryShortage(ValueError):
-    """Not even one picture fits; the message says what was tried and what helps."""
 
 
 def token_bytes(config: GPTConfig, dtype: torch.dtype, guided: bool) -> int:
@@ -112,7 +109,7 @@ def in_batches(
         what: names the work in messages.
 
     Raises:
-        MemoryShortage: one item alone does not fit.
+        InsufficientMemoryError: one item alone does not fit.
     """
     start = 0
     while start < len(items):
@@ -140,10 +137,10 @@ def halve(count: int, what: str, reason: str) -> int:
     """With how many pictures to go on when memory ran out with `count`; frees what can be freed.
 
     Raises:
-        MemoryShortage: it was one.
+        InsufficientMemoryError: it was one.
     """
     if count <= 1:
-        raise MemoryShortage(
+        raise InsufficientMemoryError(
             f"{what}: not even one picture fits into memory ({reason}); close other programs, take a smaller "
             "model or a device with more memory, or dtype bfloat16 or float16 where the device has it"
         )

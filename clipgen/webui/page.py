@@ -20,6 +20,7 @@ import gradio as gr
 from PIL import Image
 from starlette.middleware import Middleware
 
+from clipgen.errors import UnavailableError
 from clipgen.images.pixels import load_image
 from clipgen.webui.middleware import LocalOnly
 from clipgen.webui.session import HISTORY, WORKERS, Drawing, Form, Studio, View, plain, read_receipt
@@ -313,15 +314,11 @@ def launch(page: Page, host: str, port: int, block: bool) -> str:
             app_kwargs={"middleware": [Middleware(LocalOnly)]},
         )
     except OSError as error:
-        raise PageError(f"port {port} cannot be used ({error}); give another with --port") from None
+        raise UnavailableError(f"port {port} cannot be used ({error}); give another with --port") from None
     if block:
         print(f"open {page.blocks.local_url} in a browser; Ctrl-C stops it", file=sys.stderr, flush=True)
         page.blocks.block_thread()
     return page.blocks.local_url
-
-
-class PageError(ValueError):
-    """The page cannot be served; the message says what to change."""
 
 
 def serve(weights: Path, host: str, port: int, device: str | None, dtype: str | None) -> None:

@@ -14,15 +14,15 @@ from typing import TYPE_CHECKING, Any
 
 from PIL import Image
 
-from clipgen.engine.sampling import Cancelled
+from clipgen.errors import Cancelled, ClipGenError, RequestError
 from clipgen.images.pixels import load_image, save_image
 from clipgen.outputs.metadata import Receipt, receipts, weights_digest
 from clipgen.outputs.naming import free_stem
 from clipgen.pipeline import ClipGen
-from clipgen.request import Part, Request, RequestError, new_seed
+from clipgen.request import GenerationRequest, Part, new_seed
 
 if TYPE_CHECKING:
-    from clipgen.request import Result
+    from clipgen.request import GenerationOutput
 
 HISTORY = 20
 """Drawings of a visitor that are kept, in memory."""
@@ -49,19 +49,19 @@ class Form:
     random: bool = True
     seed: float | None = 0
 
-    def request(self, keep: Image.Image | None = None, keep_rows: float | None = 0) -> Request:
+    def request(self, keep: Image.Image | None = None, keep_rows: float | None = 0) -> GenerationRequest:
         """What to draw, with the seed chosen.
 
         Raises:
             RequestError: a field is empty or out of its range.
-            ImageError: the image cannot be read.
+            DataError: the image cannot be read.
         """
         parts: list[tuple[Part, float]] = []
         if self.image:
             parts.append((load_image(self.image), self._given("image_weight")))
         if self.prompt.strip() or not parts:  # an empty prompt is an error, unless there is an image
             parts.append((self.prompt, 1.0))
-        return Request(
+        return GenerationRequest(
             parts,
             num_outputs=int(self._given("num_outputs")),
             candidates=max(int(self._given("candidates")), int(self._given("num_outputs"))),
@@ -192,7 +192,7 @@ class Studio:
             request = form.request(keep, keep_rows)
             [result] = self.pipe.generate(
                 [request],
-                should_stop=stop.is_set,
+                is_cancelled=stop.is_set,
                 preview=lambda pictures: news.put(View("Drawing …", pictures)),
                 previews=PREVIEWS,
             )
@@ -201,7 +201,7 @@ class Studio:
         except Exception as error:
             news.put(View(plain(error), failed=True))
 
-    def _note(self, result: Result) -> str:
+    def _note(self, result: GenerationOutput) -> str:
         count = len(result.images)
         pictures = "1 picture" if count == 1 else f"{count} pictures"
         said = [f"{pictures}, the best of {result.drawn}, in {result.seconds['total']:.1f} s; seed {result.seed}."]
@@ -227,7 +227,7 @@ def read_receipt(path: str, form: Form) -> tuple[Form, str]:
     """The form that draws a file again, as far as a page can hold it, and what to say about it.
 
     Raises:
-        ReceiptError, ImageError: there is no receipt in it, or no picture.
+        DataError, DataError: there is no receipt in it, or no picture.
     """
     record = Receipt.from_file(path)
     prompt, negative, image, left = "", "", None, []
@@ -259,7 +259,7 @@ def plain(error: Exception) -> str:
     """An error as a sentence for the page; what no visitor can help goes to the log, and not to them."""
     if isinstance(error, Cancelled):
         return "Cancelled."
-    if isinstance(error, ValueError) and type(error).__module__.startswith("clipgen."):
+    if isinstance(error, ClipGenError):
         return hide_folders(str(error))
     logging.getLogger(__name__).error("drawing failed", exc_info=error)
     return "Something went wrong on the server; its log says what."

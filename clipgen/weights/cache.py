@@ -20,16 +20,13 @@ from urllib.parse import quote, urlsplit
 
 from filelock import FileLock, Timeout
 
-from clipgen.utils.download import PATIENT, DownloadError, Policy, Say, discard, download
+from clipgen.errors import DownloadError
+from clipgen.utils.download import PATIENT, Log, RetryPolicy, discard, download
 from clipgen.utils.files import sha256
-from clipgen.weights.catalog import CATALOG, Entry, File
+from clipgen.weights.catalog import CATALOG, File, PretrainedModel
 
 Report = Callable[[File, int, int | None], None]
 """Called with the file, the bytes that have arrived, and the bytes there will be, None while that is unknown."""
-
-
-class FetchError(ValueError):
-    """A file that cannot be had, or is not what it should be; the message says what to do."""
 
 
 @dataclass(frozen=True)
@@ -51,7 +48,7 @@ class Settings:
         """Read CLIPGEN_CACHE, CLIPGEN_MIRROR (one URL or several, separated by commas) and CLIPGEN_OFFLINE.
 
         Raises:
-            FetchError: a mirror is no http(s) URL.
+            DownloadError: a mirror is no http(s) URL.
         """
         cache = environ.get("CLIPGEN_CACHE", "").strip()
         mirrors = [part.strip() for part in environ.get("CLIPGEN_MIRROR", "").split(",")]
@@ -61,11 +58,11 @@ class Settings:
             offline=environ.get("CLIPGEN_OFFLINE", "").strip().lower() not in ("", "0", "false", "no", "off"),
         )
 
-    def path(self, entry: Entry, file: File) -> Path:
+    def path(self, entry: PretrainedModel, file: File) -> Path:
         """Where a file is when it is there."""
         return self.cache / entry.name / file.name
 
-    def urls(self, entry: Entry, file: File) -> list[str]:
+    def urls(self, entry: PretrainedModel, file: File) -> list[str]:
         """Where to ask for a file, in order."""
         return [f"{mirror}/{entry.name}/{quote(file.name)}" for mirror in self.mirrors] or [file.url]
 
@@ -81,29 +78,29 @@ def _checked_mirror(url: str) -> str:
     except ValueError:  # no such port, or no such IPv6 address
         plain = False
     if not plain:
-        raise FetchError(
+        raise DownloadError(
             f"CLIPGEN_MIRROR {url!r} is no mirror: give http:// or https://, a host and a folder, without user, ? or #"
         )
     return url.rstrip("/")
 
 
-def find(name: str) -> Entry:
+def find(name: str) -> PretrainedModel:
     """The catalog's entry of this name.
 
     Raises:
-        FetchError: there is none.
+        DownloadError: there is none.
     """
     if name not in CATALOG:
-        raise FetchError(f"there is no {name!r} to fetch; there is {', '.join(CATALOG)}")
+        raise DownloadError(f"there is no {name!r} to fetch; there is {', '.join(CATALOG)}")
     return CATALOG[name]
 
 
 def fetch(
-    entry: Entry,
+    entry: PretrainedModel,
     settings: Settings,
-    policy: Policy = PATIENT,
+    policy: RetryPolicy = PATIENT,
     report: Report = lambda file, done, total: None,
-    say: Say = lambda message: None,
+    log: Log = lambda message: None,
 ) -> dict[str, Path]:
     """Have all files of an entry in the cache, complete and checked.
 
@@ -118,17 +115,17 @@ def fetch(
         The paths of the files by part.
 
     Raises:
-        FetchError: a file cannot be had, or is not what the publisher states or the first download was.
+        DownloadError: a file cannot be had, or is not what the publisher states or the first download was.
     """
     missing = [file for file in entry.files if settings.offline and not settings.path(entry, file).is_file()]
     if missing:
         names = ", ".join(file.name for file in missing)
         todo = "; ".join(_by_hand(file, settings.path(entry, file)) for file in missing)
-        raise FetchError(f"{names}: not in the cache, and CLIPGEN_OFFLINE is set. Unset it, or {todo}")
-    return {file.part: _Fetch(entry, file, settings, policy, report, say).run() for file in entry.files}
+        raise DownloadError(f"{names}: not in the cache, and CLIPGEN_OFFLINE is set. Unset it, or {todo}")
+    return {file.part: _Fetch(entry, file, settings, policy, report, log).run() for file in entry.files}
 
 
-def state(entry: Entry, file: File, settings: Settings) -> str:
+def state(entry: PretrainedModel, file: File, settings: Settings) -> str:
     """ "present", "partial" or "absent", by what is on the disk; nothing is hashed."""
     path = settings.path(entry, file)
     return "present" if path.is_file() else "partial" if _beside(path, ".part").is_file() else "absent"
@@ -138,7 +135,7 @@ def known_print(file: File, path: Path) -> dict[str, int | str | None]:
     """Size and SHA-256 that a file must have, None where that is open: as published, else as first downloaded.
 
     Raises:
-        FetchError: the record of the first download cannot be read.
+        DownloadError: the record of the first download cannot be read.
     """
     record = _beside(path, ".json")
     recorded: dict[str, int | str] = {}
@@ -147,7 +144,7 @@ def known_print(file: File, path: Path) -> dict[str, int | str | None]:
             notes = json.loads(record.read_text(encoding="utf-8"))
             recorded = {"size": int(notes["size"]), "sha256": str(notes["sha256"])}
         except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
-            raise FetchError(
+            raise DownloadError(
                 f"{record}, the record of the first download, cannot be read; restore it, or delete it to trust the "
                 f"next {file.name} that comes"
             ) from error
@@ -158,12 +155,12 @@ def known_print(file: File, path: Path) -> dict[str, int | str | None]:
 class _Fetch:
     """One file on its way into the cache."""
 
-    entry: Entry
+    entry: PretrainedModel
     file: File
     settings: Settings
-    policy: Policy
+    policy: RetryPolicy
     report: Report
-    say: Say
+    log: Log
 
     @property
     def path(self) -> Path:
@@ -180,9 +177,11 @@ class _Fetch:
                     self.arrive()
         except OSError as error:
             what, why = error.filename or self.path, error.strerror or error
-            raise FetchError(f"{what} cannot be used: {why}; CLIPGEN_CACHE names another cache") from error
+            raise DownloadError(f"{what} cannot be used: {why}; CLIPGEN_CACHE names another cache") from error
         except NotImplementedError as error:
-            raise FetchError(f"{self.path.parent} has no file locks; name another cache with CLIPGEN_CACHE") from error
+            raise DownloadError(
+                f"{self.path.parent} has no file locks; name another cache with CLIPGEN_CACHE"
+            ) from error
         return self.path
 
     @property
@@ -195,7 +194,7 @@ class _Fetch:
         try:
             lock.acquire(timeout=0)
         except Timeout:
-            self.say(f"another process is fetching {self.file.name}; waiting for it")
+            self.log(f"another process is fetching {self.file.name}; waiting for it")
             lock.acquire()
         try:
             yield
@@ -209,9 +208,9 @@ class _Fetch:
         problem = self.problem(self.path)
         if problem and self.settings.offline:
             todo = _by_hand(self.file, self.path)
-            raise FetchError(f"{self.path} {problem}, and CLIPGEN_OFFLINE is set. Unset it, or {todo}")
+            raise DownloadError(f"{self.path} {problem}, and CLIPGEN_OFFLINE is set. Unset it, or {todo}")
         if problem:
-            self.say(f"{self.path} {problem}; fetching it again")
+            self.log(f"{self.path} {problem}; fetching it again")
             return False
         self.record(self.path, url=None)
         return True
@@ -222,21 +221,21 @@ class _Fetch:
         part = _beside(self.path, ".part")
         for url in self.settings.urls(self.entry, self.file):
             try:
-                self.obtain(url, part)
+                self.resolve_weights(url, part)
             except DownloadError as error:
                 failures.append(str(error))
-                self.say(str(error))
+                self.log(str(error))
                 continue
             self.record(part, url)
             os.replace(part, self.path)
             discard(part)
             return
-        raise FetchError(
+        raise DownloadError(
             f"{self.file.name} cannot be fetched: {'; '.join(failures)}. Set CLIPGEN_MIRROR to a server that has "
             f"{self.entry.name}/{self.file.name}, or {_by_hand(self.file, self.path)}"
         )
 
-    def obtain(self, url: str, part: Path) -> None:
+    def resolve_weights(self, url: str, part: Path) -> None:
         """Download `url` and check it; bytes from an earlier attempt that do not fit are thrown away once."""
         resumed = part.is_file()
         known = self.known
@@ -248,15 +247,15 @@ class _Fetch:
             checked=known["sha256"] is not None,
             policy=self.policy,
             report=lambda done, total: self.report(self.file, done, total),
-            say=self.say,
+            log=self.log,
         )
         problem = self.problem(part)
         if not problem:
             return
         discard(part)
         if resumed:
-            self.say(f"{url}: what arrived in parts {problem}; starting over")
-            return self.obtain(url, part)
+            self.log(f"{url}: what arrived in parts {problem}; starting over")
+            return self.resolve_weights(url, part)
         record = _beside(self.path, ".json")
         if self.file.sha256 is None and known["sha256"]:
             problem += (
@@ -282,7 +281,7 @@ class _Fetch:
         temporary = _beside(self.path, ".json.tmp")
         temporary.write_text(json.dumps(notes, indent=2) + "\n", encoding="utf-8")
         os.replace(temporary, _beside(self.path, ".json"))
-        self.say(f"{self.file.name}: its publisher states no hash; SHA-256 {notes['sha256']} is recorded from now on")
+        self.log(f"{self.file.name}: its publisher states no hash; SHA-256 {notes['sha256']} is recorded from now on")
 
 
 def _by_hand(file: File, path: Path) -> str:

@@ -34,7 +34,7 @@ class File:
 
 
 @dataclass(frozen=True)
-class Entry:
+class PretrainedModel:
     """Files that belong together.
 
     Attributes:
@@ -54,10 +54,10 @@ class Entry:
     config: str | None = None
 
 
-CATALOG: dict[str, Entry] = {
+CATALOG: dict[str, PretrainedModel] = {
     entry.name: entry
     for entry in (
-        Entry(
+        PretrainedModel(
             name="coco",
             what="the whole CLIP-GEN model trained on MS-COCO, 256 px: CLIP ViT-B/32, VQGAN, GPT2-medium",
             page="https://github.com/HFAiLab/clip-gen",
@@ -69,7 +69,7 @@ CATALOG: dict[str, Entry] = {
             ),
             config="coco",
         ),
-        Entry(
+        PretrainedModel(
             name="openai-vit-b32",
             what="OpenAI's CLIP ViT-B/32: the CLIP of coco and imagenet",
             page="https://github.com/openai/CLIP",
@@ -84,7 +84,7 @@ CATALOG: dict[str, Entry] = {
                 ),
             ),
         ),
-        Entry(
+        PretrainedModel(
             name="taming-imagenet-f16-16384",
             what="CompVis' VQGAN trained on ImageNet, 16,384 codes: stage 1 for imagenet",
             page="https://github.com/CompVis/taming-transformers",
@@ -98,7 +98,7 @@ CATALOG: dict[str, Entry] = {
                 ),
             ),
         ),
-        Entry(
+        PretrainedModel(
             name="inception",
             what="InceptionV3 as FID and Inception Score are defined by, for evaluate",
             page="https://github.com/toshas/torch-fidelity",
@@ -115,7 +115,7 @@ CATALOG: dict[str, Entry] = {
                 ),
             ),
         ),
-        Entry(
+        PretrainedModel(
             name="vgg16",
             what="torchvision's VGG16 trained on ImageNet: the network under LPIPS, for evaluate and stage 1",
             page="https://github.com/pytorch/vision",

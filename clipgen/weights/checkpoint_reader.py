@@ -22,7 +22,7 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor
 
-from clipgen.weights.model_dir import WeightsError
+from clipgen.errors import WeightsError
 
 _STORAGES = {
     f"{name}Storage": dtype

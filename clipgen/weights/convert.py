@@ -14,11 +14,12 @@ import torch
 from torch import Tensor, nn
 
 from clipgen.config import GPTConfig, VQGANConfig
-from clipgen.models.clip import Clip, ClipError
+from clipgen.errors import WeightsError
+from clipgen.models.clip import Clip
 from clipgen.models.gpt import GPT
-from clipgen.models.meta_init import skeleton
+from clipgen.models.meta_init import meta_init
 from clipgen.models.vqgan import VQGAN, AttnBlock, Downsample, ResBlock, Upsample
-from clipgen.weights.model_dir import WeightsError, check_fit
+from clipgen.weights.model_dir import check_fit
 
 Rules = Sequence[tuple[str, str]]
 
@@ -61,7 +62,7 @@ def map_clip(state_dict: Mapping[str, Tensor]) -> dict[str, Tensor]:
     given = {name: tensor for name, tensor in state_dict.items() if not re.fullmatch(_CLIP_STATE, name)}
     try:
         Clip.from_state_dict({name: torch.empty_like(tensor, device="meta") for name, tensor in given.items()}, "meta")
-    except ClipError as error:
+    except WeightsError as error:
         raise WeightsError(str(error)) from error
     return given
 
@@ -79,7 +80,7 @@ def map_vqgan(state_dict: Mapping[str, Tensor], config: VQGANConfig) -> dict[str
         return map_taming_vqgan(state_dict, config)
     if "decoder.quant_conv_in.weight" in state_dict:
         return map_hfailab_vqgan(state_dict, config)
-    with skeleton():
+    with meta_init():
         expected = _shapes(VQGAN(config))
     check_fit(expected, state_dict, "VQGAN")
     return dict(state_dict)
@@ -93,7 +94,7 @@ def map_gpt(state_dict: Mapping[str, Tensor], config: GPTConfig) -> dict[str, Te
     """
     if any(name.startswith("blocks.0.encoder.") for name in state_dict):
         return map_hfailab_gpt(state_dict, config)
-    with skeleton():
+    with meta_init():
         expected = _shapes(GPT(config))
     check_fit(expected, state_dict, "GPT")
     return dict(state_dict)
@@ -105,7 +106,7 @@ def map_hfailab_vqgan(state_dict: Mapping[str, Tensor], config: VQGANConfig) -> 
     Raises:
         WeightsError: a tensor is missing, unknown or of another shape; only the discriminator is left out.
     """
-    with skeleton():
+    with meta_init():
         expected = _shapes(VQGAN(config))
     sources = {name: [_rename(name, _HFAILAB_VQGAN)] for name in expected}
     return _take(state_dict, expected, sources, ignored=r"discriminator\.", model="HFAiLab VQGAN")
@@ -118,7 +119,7 @@ def map_taming_vqgan(state_dict: Mapping[str, Tensor], config: VQGANConfig) -> d
         WeightsError: a tensor is missing, unknown or of another shape; only `loss.*`, which holds the discriminator and
             the perceptual network, is left out.
     """
-    with skeleton():
+    with meta_init():
         model = VQGAN(config)
     expected = _shapes(model)
     levels = len(config.ch_mult)
@@ -134,7 +135,7 @@ def map_hfailab_gpt(state_dict: Mapping[str, Tensor], config: GPTConfig) -> dict
     Raises:
         WeightsError: a tensor is missing, unknown or of another shape; only the causal masks are left out.
     """
-    with skeleton():
+    with meta_init():
         expected = _shapes(GPT(config))
     sources = {name: [_rename(name, _HFAILAB_GPT)] for name in expected}
     return _take(state_dict, expected, sources, ignored=r"blocks\.\d+\.mask$", model="HFAiLab GPT")

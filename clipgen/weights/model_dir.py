@@ -22,8 +22,9 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from clipgen.config import ConfigError, ModelConfig, load_model_config
-from clipgen.models.meta_init import skeleton
+from clipgen.config import ModelConfig, load_model_config
+from clipgen.errors import ConfigError, WeightsError
+from clipgen.models.meta_init import meta_init
 from clipgen.utils.files import sha256
 
 PARTS = ("clip", "vqgan", "gpt")
@@ -37,10 +38,6 @@ VERSION = 1
 
 Config = TypeVar("Config")
 Model = TypeVar("Model", bound=nn.Module)
-
-
-class WeightsError(ValueError):
-    """Weights that cannot be used; the message names the file or tensor, what was expected and how to fix it."""
 
 
 def save_weights(
@@ -246,7 +243,7 @@ def build(
     Raises:
         WeightsError: missing, unexpected or wrongly shaped weights.
     """
-    with skeleton():
+    with meta_init():
         model = kind(config)
     check_fit(
         {name: tuple(value.shape) for name, value in model.state_dict().items()},

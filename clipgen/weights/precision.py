@@ -10,9 +10,9 @@ import torch
 from torch import Tensor
 
 from clipgen.config import GPTConfig
+from clipgen.errors import RequestError
 from clipgen.models.gpt import GPT
 from clipgen.models.quantise import has_half_products, quantise
-from clipgen.request import RequestError
 from clipgen.weights.model_dir import DTYPES, build
 
 PRECISIONS = (*DTYPES, "int8")

@@ -14,13 +14,14 @@ from filelock import FileLock
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from clipgen.config import ConfigError, ModelConfig, load_model_config, load_preset
+from clipgen.config import ModelConfig, load_model_config, load_preset
+from clipgen.errors import ConfigError, WeightsError
 from clipgen.utils.memory import HEADROOM, MOST_PICTURES, MOST_ROWS, pixel_bytes, token_bytes
 from clipgen.weights.cache import Settings, fetch
 from clipgen.weights.catalog import CATALOG
 from clipgen.weights.checkpoint_reader import read_tensors
 from clipgen.weights.convert import map_clip, map_gpt, map_vqgan
-from clipgen.weights.model_dir import DTYPES, MANIFEST, PARTS, WeightsError, save_weights
+from clipgen.weights.model_dir import DTYPES, MANIFEST, PARTS, save_weights
 
 GPUS = {"T4": 15.0, "RTX 3060": 12.0, "L4": 22.5, "A10G": 22.5, "A100 40GB": 39.5, "A100 80GB": 79.2, "H100": 79.6}
 """GiB that a program finds on them, which is less than the name says."""
@@ -82,7 +83,7 @@ def convert_parts(paths: Mapping[str, Path], config: ModelConfig) -> dict[str, d
     return parts
 
 
-def obtain(weights: str | Path, say: Callable[[str], None]) -> Path:
+def resolve_weights(weights: str | Path, log: Callable[[str], None]) -> Path:
     """The folder that a setting such as CLIPGEN_WEIGHTS means.
 
     Args:
@@ -91,7 +92,7 @@ def obtain(weights: str | Path, say: Callable[[str], None]) -> Path:
         say: told what takes long.
 
     Raises:
-        FetchError: a file cannot be had.
+        DownloadError: a file cannot be had.
         WeightsError: what arrived cannot be converted.
     """
     entry = CATALOG.get(str(weights))
@@ -101,11 +102,11 @@ def obtain(weights: str | Path, say: Callable[[str], None]) -> Path:
     folder = settings.cache / "models" / entry.name
     if (folder / MANIFEST).is_file():
         return folder
-    files = fetch(entry, settings, say=say)
+    files = fetch(entry, settings, log=log)
     folder.parent.mkdir(parents=True, exist_ok=True)
     with FileLock(folder.with_name(f"{entry.name}.lock")):  # several containers may share a cache
         if not (folder / MANIFEST).is_file():
-            say(f"converting {entry.name} into {folder}")
+            log(f"converting {entry.name} into {folder}")
             convert_checkpoints(files["clip"], files["vqgan"], files["gpt"], folder, entry.config)
     return folder
 

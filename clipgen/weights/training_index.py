@@ -1,4 +1,4 @@
-"""Coverage: how near a prompt is to what a model was trained on, and to which pictures; where those lie.
+"""TrainingIndex: how near a prompt is to what a model was trained on, and to which pictures; where those lie.
 
 The training pictures' embeddings lie in a small index beside the weights (`train/mini/index.py` makes it). Sentences
 and pictures lie apart on CLIP's sphere (Liang et al. 2022, arXiv 2203.02053), so the mean way from sentences to their
@@ -17,7 +17,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from clipgen.weights.model_dir import WeightsError, load_extra
+from clipgen.errors import WeightsError
+from clipgen.weights.model_dir import load_extra
 
 FILE = "coverage.safetensors"
 RANK = 128
@@ -30,7 +31,7 @@ SHOWN = 3
 LOW = 0.05
 """Share of the sentences measured beneath which a prompt counts as unlike the training pictures."""
 SHARPNESS = 75
-"""Inverse temperature of `Coverage.project`: a cosine larger by a hundredth counts e^0.75 times as much."""
+"""Inverse temperature of `TrainingIndex.project`: a cosine larger by a hundredth counts e^0.75 times as much."""
 GAIN = 0.01
 """A sentence is about two things when they explain it better than pictures of one do: by so much of a cosine ...
 
@@ -50,7 +51,7 @@ _MOST_NAMES = 8_000_000
 
 
 @dataclass(frozen=True)
-class Covered:
+class IndexMatch:
     """What the index says of one prompt."""
 
     similarity: float
@@ -80,8 +81,8 @@ class Covered:
         return [name.partition(": ")[2] or name for name, _ in self.nearest]
 
 
-class Coverage:
-    """An index of training pictures, in memory. Make one with `Coverage.load`."""
+class TrainingIndex:
+    """An index of training pictures, in memory. Make one with `TrainingIndex.load`."""
 
     def __init__(self, tensors: dict[str, Tensor]) -> None:
         """Take an index apart; raises WeightsError when it is none."""
@@ -101,7 +102,7 @@ class Coverage:
             raise WeightsError(f"{FILE} is no index of training pictures: its parts do not fit; make it again")
 
     @classmethod
-    def load(cls, folder: str | Path) -> Coverage | None:
+    def load(cls, folder: str | Path) -> TrainingIndex | None:
         """The index of a folder of weights; None when it has none.
 
         Raises:
@@ -110,7 +111,7 @@ class Coverage:
         tensors = load_extra(folder, FILE)
         return None if tensors is None else cls(tensors)
 
-    def look(self, embedding: Tensor, texts: float = 1.0) -> Covered:
+    def look(self, embedding: Tensor, texts: float = 1.0) -> IndexMatch:
         """Compare a prompt with the training pictures.
 
         Args:
@@ -121,7 +122,7 @@ class Coverage:
         values, places = similar.topk(min(NEAREST, len(similar)))
         figure = values.mean().item()
         percentile = 100 * (self.held < figure).float().mean().item()
-        return Covered(
+        return IndexMatch(
             figure, percentile, [(self.names[i], v) for i, v in zip(places.tolist(), values.tolist(), strict=True)]
         )
 

@@ -8,14 +8,15 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from clipgen.config import GPTConfig, SamplingConfig
+from clipgen.config import GPTConfig
 from clipgen.engine.batch import Batch, Picture
 from clipgen.engine.cuda_graphs import Graphs
 from clipgen.models.gpt import GPT
+from clipgen.request import SamplingParams
 
 SMALL = GPTConfig(n_layer=2, n_head=2, n_embd=32, vocab_size=100, block_size=20, n_cond=16)
-GUIDED = SamplingConfig(top_k=30, top_p=0.9, guidance=3.0)
-SAMPLINGS = [GUIDED, SamplingConfig(), SamplingConfig(top_p=0.8), SamplingConfig(temperature=0.0, guidance=2.0)]
+GUIDED = SamplingParams(top_k=30, top_p=0.9, guidance=3.0)
+SAMPLINGS = [GUIDED, SamplingParams(), SamplingParams(top_p=0.8), SamplingParams(temperature=0.0, guidance=2.0)]
 
 
 def sharp_gpt(config: GPTConfig = SMALL) -> GPT:
@@ -28,7 +29,7 @@ def sharp_gpt(config: GPTConfig = SMALL) -> GPT:
     return gpt
 
 
-def some(count: int, sampling: SamplingConfig = GUIDED, first: int = 0, d: int = SMALL.n_cond) -> list[Picture]:
+def some(count: int, sampling: SamplingParams = GUIDED, first: int = 0, d: int = SMALL.n_cond) -> list[Picture]:
     """Pictures whose conditions and seeds follow from their numbers."""
     conditions = [torch.randn(d, generator=torch.Generator().manual_seed(first + i)) for i in range(count)]
     return [Picture(F.normalize(c, dim=0), first + i, sampling) for i, c in enumerate(conditions)]

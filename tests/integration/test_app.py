@@ -14,11 +14,11 @@ import torch
 import torch.nn.functional as F
 from PIL import Image
 
-from clipgen.images.pixels import ImageError, read_metadata, save_image
-from clipgen.outputs.metadata import Receipt, ReceiptError
-from clipgen.request import RequestError
+from clipgen.errors import DataError, RequestError
+from clipgen.images.pixels import read_metadata, save_image
+from clipgen.outputs.metadata import Receipt
 from clipgen.webui.session import Form, Studio, View, hide_folders, plain, read_receipt
-from clipgen.weights.training_index import Coverage, build_index
+from clipgen.weights.training_index import TrainingIndex, build_index
 
 LEMON = Form(prompt="a lemon", num_outputs=2, candidates=3, random=False, seed=7)
 
@@ -90,14 +90,16 @@ def test_how_near_it_is_to_the_training_pictures_is_said(
 ) -> None:
     assert "nearest" not in last(studio.draw(LEMON)).note, "these weights have no index"
     images = F.normalize(torch.randn(9, 32, generator=torch.Generator().manual_seed(0)), dim=1)
-    index = Coverage(build_index(images, [f"Picture {i}" for i in range(9)], images[:4]))
+    index = TrainingIndex(build_index(images, [f"Picture {i}" for i in range(9)], images[:4]))
     monkeypatch.setattr(studio.pipe, "coverage", index)
     monkeypatch.setattr("clipgen.weights.training_index.LOW", 1.01 if low else 0)
     note = last(studio.draw(LEMON)).note
     if low:
         assert "This model has seen little like it; the nearest of its training pictures is Picture " in note
     else:
-        assert re.search(r"Coverage \d+ of 100, nearest training pictures: Picture \d; Picture \d; Picture \d\.", note)
+        assert re.search(
+            r"TrainingIndex \d+ of 100, nearest training pictures: Picture \d; Picture \d; Picture \d\.", note
+        )
 
 
 def test_an_image_changes_the_point_that_is_drawn_from(studio: Studio, tmp_path: Path) -> None:
@@ -205,7 +207,7 @@ def test_a_hostile_upload_is_refused(studio: Studio, tmp_path: Path, data: bytes
     file.write_bytes(data)
     view = last(studio.draw(replace(LEMON, image=str(file))))
     assert view.failed and "'photo.png'" in view.note and str(tmp_path) not in view.note
-    with pytest.raises((ImageError, ReceiptError)):
+    with pytest.raises((DataError, DataError)):
         read_receipt(str(file), LEMON)
 
 
@@ -227,7 +229,7 @@ def test_a_receipt_says_what_a_page_cannot_fill_in(studio: Studio, tmp_path: Pat
     filled, note = read_receipt(str(end.files[0]), Form())
     assert filled.image is None and filled.image_weight == 0.5 and filled.prompt == "a lemon"
     assert "add photo.png" in note
-    with pytest.raises(ReceiptError, match="no receipt"):
+    with pytest.raises(DataError, match="no receipt"):
         read_receipt(str(photo), Form())
 
 

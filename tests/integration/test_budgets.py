@@ -7,9 +7,10 @@ from pathlib import Path
 import pytest
 
 from clipgen import ClipGen
+from clipgen.errors import RequestError
 from clipgen.outputs.metadata import receipts
 from clipgen.pipeline import WAVE
-from clipgen.request import Request, RequestError, Result
+from clipgen.request import GenerationOutput, GenerationRequest
 
 CANDIDATES = 4 * WAVE
 
@@ -20,17 +21,17 @@ def pipe(tiny_weights: Path) -> ClipGen:
 
 
 @pytest.fixture(scope="module")
-def everything(pipe: ClipGen) -> Result:
+def everything(pipe: ClipGen) -> GenerationOutput:
     """All candidates, best first."""
     return pipe("a lemon", num_outputs=CANDIDATES, seed=5)
 
 
-def best_of(everything: Result, drawn: int, count: int) -> list[int]:
+def best_of(everything: GenerationOutput, drawn: int, count: int) -> list[int]:
     """Seeds of the best among the first candidates."""
     return [seed for seed in everything.seeds if seed < 5 + drawn][:count]
 
 
-def test_a_target_that_is_met_ends_it_after_that_wave(pipe: ClipGen, everything: Result) -> None:
+def test_a_target_that_is_met_ends_it_after_that_wave(pipe: ClipGen, everything: GenerationOutput) -> None:
     scores = dict(zip(everything.seeds, everything.scores, strict=True))
     for waves in (1, 2, 3, 4):
         best = best_of(everything, waves * WAVE, 2)
@@ -41,12 +42,12 @@ def test_a_target_that_is_met_ends_it_after_that_wave(pipe: ClipGen, everything:
         assert min(result.scores) >= target
 
 
-def test_a_target_out_of_reach_draws_all_and_gives_the_best(pipe: ClipGen, everything: Result) -> None:
+def test_a_target_out_of_reach_draws_all_and_gives_the_best(pipe: ClipGen, everything: GenerationOutput) -> None:
     result = pipe("a lemon", num_outputs=3, candidates=CANDIDATES, seed=5, target_score=1.0)
     assert result.drawn == CANDIDATES and result.seeds == everything.seeds[:3]
 
 
-def test_all_outputs_must_meet_the_target(pipe: ClipGen, everything: Result) -> None:
+def test_all_outputs_must_meet_the_target(pipe: ClipGen, everything: GenerationOutput) -> None:
     just_one = everything.scores[0] - 1e-6
     assert everything.scores[1] < just_one
     one = pipe("a lemon", num_outputs=1, candidates=CANDIDATES, seed=5, target_score=just_one)
@@ -54,12 +55,12 @@ def test_all_outputs_must_meet_the_target(pipe: ClipGen, everything: Result) -> 
     assert one.seeds == everything.seeds[:1] and two.drawn == CANDIDATES
 
 
-def test_time_that_is_over_leaves_the_first_wave(pipe: ClipGen, everything: Result) -> None:
+def test_time_that_is_over_leaves_the_first_wave(pipe: ClipGen, everything: GenerationOutput) -> None:
     result = pipe("a lemon", num_outputs=2, candidates=CANDIDATES, seed=5, seconds=0)
     assert result.drawn == WAVE and result.seeds == best_of(everything, WAVE, 2)
 
 
-def test_time_that_is_not_over_leaves_all(pipe: ClipGen, everything: Result) -> None:
+def test_time_that_is_not_over_leaves_all(pipe: ClipGen, everything: GenerationOutput) -> None:
     result = pipe("a lemon", num_outputs=2, candidates=CANDIDATES, seed=5, seconds=3600)
     assert result.drawn == CANDIDATES and result.seeds == everything.seeds[:2]
 
@@ -78,11 +79,11 @@ def test_progress_ends_at_the_end_all_the_same(pipe: ClipGen) -> None:
     assert seen == sorted(seen)
 
 
-def test_each_request_of_a_call_has_its_own_budget(pipe: ClipGen, everything: Result) -> None:
+def test_each_request_of_a_call_has_its_own_budget(pipe: ClipGen, everything: GenerationOutput) -> None:
     hasty, patient = pipe.generate(
         [
-            Request("a lemon", candidates=CANDIDATES, seed=5, target_score=-1.0),
-            Request("a lemon", candidates=CANDIDATES, seed=5),
+            GenerationRequest("a lemon", candidates=CANDIDATES, seed=5, target_score=-1.0),
+            GenerationRequest("a lemon", candidates=CANDIDATES, seed=5),
         ]
     )
     assert hasty.drawn == WAVE and patient.drawn == CANDIDATES
@@ -101,4 +102,4 @@ def test_the_receipt_counts_what_was_drawn(pipe: ClipGen) -> None:
 )
 def test_budgets_out_of_range_are_named(field: str, value: float) -> None:
     with pytest.raises(RequestError, match=field):
-        Request("a", **{field: value})  # type: ignore[arg-type]
+        GenerationRequest("a", **{field: value})  # type: ignore[arg-type]

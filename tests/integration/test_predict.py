@@ -16,9 +16,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image
 
-from clipgen.engine.image_decoder import Painter
+from clipgen.engine.image_decoder import ImageDecoder
 from clipgen.outputs.metadata import Receipt
-from clipgen.weights.training_index import Coverage, build_index
+from clipgen.weights.training_index import TrainingIndex, build_index
 from predict import Predictor, check
 
 PARAMETERS = {n: p for n, p in inspect.signature(Predictor.predict).parameters.items() if n != "self"}
@@ -202,7 +202,7 @@ def test_coverage_is_a_metric_and_a_warning_without_a_name(
     draw(predictor, prompt="a", candidates=1)
     assert "coverage" not in metrics, "these weights have no index"
     images = F.normalize(torch.randn(9, 32, generator=torch.Generator().manual_seed(0)), dim=1)
-    index = Coverage(build_index(images, [f"secret {i}" for i in range(9)], images[:4]))
+    index = TrainingIndex(build_index(images, [f"secret {i}" for i in range(9)], images[:4]))
     monkeypatch.setattr(predictor.pipe, "coverage", index)
     monkeypatch.setattr("clipgen.weights.training_index.LOW", 1.01 if low else 0)
     capsys.readouterr()
@@ -218,9 +218,9 @@ def test_set_up_draws_a_picture_and_says_how_long_that_took(
     tiny_weights: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     drawn: list[int] = []
-    paint = Painter.paint
+    paint = ImageDecoder.paint
     monkeypatch.setattr(
-        Painter, "paint", lambda self, tokens, *rest: drawn.append(len(tokens)) or paint(self, tokens, *rest)
+        ImageDecoder, "paint", lambda self, tokens, *rest: drawn.append(len(tokens)) or paint(self, tokens, *rest)
     )
     monkeypatch.setenv("CLIPGEN_WEIGHTS", str(tiny_weights))
     monkeypatch.setenv("CLIPGEN_DEVICE", "cpu")

@@ -18,8 +18,9 @@ from typer.testing import Result as RunResult
 
 from clipgen.cli.main import app
 from clipgen.cli.morph import arc
+from clipgen.errors import DataError
 from clipgen.images.grids import labelled_grid, save_gif
-from clipgen.images.pixels import ImageError, read_metadata
+from clipgen.images.pixels import read_metadata
 from clipgen.outputs.metadata import KEY
 
 Run = Callable[..., RunResult]
@@ -155,10 +156,10 @@ def test_any_label(columns: list[str], rows: list[str]) -> None:
 
 
 def test_figures_refuse_what_does_not_fit(tmp_path: Path) -> None:
-    with pytest.raises(ImageError, match="do not fill"):
+    with pytest.raises(DataError, match="do not fill"):
         labelled_grid([Image.new("RGB", (8, 8))], ["a", "b"], [""])
-    with pytest.raises(ImageError, match="at least one"):
+    with pytest.raises(DataError, match="at least one"):
         save_gif([], tmp_path / "a.gif")
     (tmp_path / "file").touch()
-    with pytest.raises(ImageError, match="cannot write"):
+    with pytest.raises(DataError, match="cannot write"):
         save_gif([Image.new("RGB", (8, 8))], tmp_path / "file" / "a.gif")

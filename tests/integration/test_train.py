@@ -13,8 +13,9 @@ from safetensors.torch import load_file
 from training_kit import draw_pictures, run, scalars, write_config
 
 from clipgen import ClipGen
-from clipgen.config import GPTConfig, ModelConfig, SamplingConfig
+from clipgen.config import GPTConfig, ModelConfig
 from clipgen.models.gpt import GPT
+from clipgen.request import SamplingParams
 from train import export, stage1, stage2
 from train.config import Stage2Config
 from train.loop.common import build_optimizers
@@ -171,7 +172,7 @@ def test_reduced_precision_learns_about_the_same(
 
 def test_samples_of_many_tokens() -> None:
     gpt = GPT(GPTConfig(n_layer=1, n_head=1, n_embd=8, vocab_size=8, block_size=300, n_cond=4)).eval()
-    tokens = stage2.draw(gpt, F.normalize(torch.ones(2, 4), dim=1), SamplingConfig(top_k=0, guidance=2.0))
+    tokens = stage2.draw(gpt, F.normalize(torch.ones(2, 4), dim=1), SamplingParams(top_k=0, guidance=2.0))
     assert tokens.shape == (2, 300) and tokens.min() >= 0 and tokens.max() < 8
 
 

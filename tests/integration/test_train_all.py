@@ -19,7 +19,8 @@ from training_kit import draw_pictures, run, write_config
 
 from clipgen import ClipGen
 from clipgen.config import ModelConfig
-from clipgen.images.sources import DataError, open_source
+from clipgen.errors import DataError
+from clipgen.images.sources import open_source
 from clipgen.models.vqgan import VQGAN
 from train import all as everything
 from train import roundtrip

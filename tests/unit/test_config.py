@@ -12,7 +12,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 from omegaconf import OmegaConf
 
-from clipgen.config import ConfigError, GPTConfig, ModelConfig, SamplingConfig, VQGANConfig, load_model_config
+from clipgen.config import GPTConfig, ModelConfig, VQGANConfig, load_model_config
+from clipgen.errors import ConfigError, RequestError
+from clipgen.request import SamplingParams
 from train.config import Config, Stage1Config, Stage2Config, TrainConfig, load_config
 
 
@@ -91,7 +93,7 @@ model:
         ("model.vqgan.norm_eps=0", "vqgan.norm_eps is 0"),
         ("model.sampling.top_p=0", "top_p is 0.0; it must be above 0 and at most 1"),
         ("model.sampling.top_p=nan", "top_p is nan"),
-        ("model.sampling.top_k=-1", "top_k is -1; it must be 0 (off)"),
+        ("model.sampling.top_k=-1", "top_k is -1; it must be a whole number from 0"),
         ("model.sampling.temperature=inf", "temperature is inf; it must be a number from 0 to 10"),
         ("model.sampling.guidance=31", "guidance is 31.0; it must be a number from 0 to 30"),
         ("model.sampling.guidance=null", "guidance"),
@@ -156,8 +158,8 @@ def test_sampling_takes_what_can_be_sampled_and_nothing_else(
 ) -> None:
     good = 0 <= temperature <= 10 and top_k >= 0 and 0 < top_p <= 1 and 0 <= guidance <= 30
     try:
-        config = SamplingConfig(temperature, top_k, top_p, guidance)
-    except ConfigError as error:
+        config = SamplingParams(temperature, top_k, top_p, guidance)
+    except RequestError as error:
         assert not good
         assert any(name in str(error) for name in ("temperature", "top_k", "top_p", "guidance"))
     else:
@@ -177,7 +179,7 @@ def test_a_valid_vqgan_covers_its_image(patch: int, levels: int, size: int, code
 
 
 @pytest.mark.parametrize(
-    "kind", [Config, ModelConfig, VQGANConfig, GPTConfig, SamplingConfig, TrainConfig, Stage1Config, Stage2Config]
+    "kind", [Config, ModelConfig, VQGANConfig, GPTConfig, SamplingParams, TrainConfig, Stage1Config, Stage2Config]
 )
 def test_defaults_are_valid(kind: type) -> None:
     kind()

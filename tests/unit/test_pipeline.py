@@ -11,11 +11,11 @@ import torch.nn.functional as F
 from PIL import Image
 
 from clipgen import ClipGen
-from clipgen.engine.sampling import Cancelled
+from clipgen.errors import Cancelled, RequestError
 from clipgen.images.pixels import clip_from_pixels, to_clip, to_pixels
 from clipgen.models.gpt import Linear
 from clipgen.models.quantise import has_half_products
-from clipgen.request import Request, RequestError
+from clipgen.request import GenerationRequest
 from clipgen.weights.precision import Precision, pick_precision
 
 
@@ -50,12 +50,12 @@ def test_same_seed_same_picture_alone_in_a_batch_and_among_candidates(tiny_weigh
     among = pipe("a lemon", num_outputs=8, seed=0)
     assert same(alone, among.images[among.seeds.index(3)])
     prompts = ["a dog", "a lemon", "a red heart", "pizza", "a cat", "a bus", "snow", "sun"]
-    batch = pipe.generate([Request(p, seed=3) for p in prompts])
+    batch = pipe.generate([GenerationRequest(p, seed=3) for p in prompts])
     assert same(alone, batch[1].images[0])
 
 
 def test_requests_that_sample_differently_share_a_call(pipe: ClipGen) -> None:
-    requests = [Request("a cat", seed=1, guidance=1.0), Request("a cat", seed=1, guidance=4.0)]
+    requests = [GenerationRequest("a cat", seed=1, guidance=1.0), GenerationRequest("a cat", seed=1, guidance=4.0)]
     together = pipe.generate(requests)
     for request, result in zip(requests, together, strict=True):
         assert same(result.images[0], pipe.generate([request])[0].images[0])
@@ -103,10 +103,10 @@ def test_progress_counts_up_to_all_tokens(pipe: ClipGen) -> None:
 
 def test_cancelling_stops(pipe: ClipGen) -> None:
     with pytest.raises(Cancelled):
-        pipe("a", seed=0, should_stop=lambda: True)
+        pipe("a", seed=0, is_cancelled=lambda: True)
     asked: list[bool] = []
     with pytest.raises(Cancelled):  # when all tokens are there and pixels remain
-        pipe("a", seed=0, should_stop=lambda: asked.append(True) or len(asked) > 16)
+        pipe("a", seed=0, is_cancelled=lambda: asked.append(True) or len(asked) > 16)
     assert len(asked) == 17
 
 
@@ -135,7 +135,7 @@ def test_cancelling_stops(pipe: ClipGen) -> None:
 )
 def test_bad_requests_name_their_field(field: str, arguments: dict) -> None:
     with pytest.raises(RequestError, match=field):
-        Request(**{"prompt": "a lemon", **arguments})
+        GenerationRequest(**{"prompt": "a lemon", **arguments})
 
 
 def test_parts_that_cancel_out_are_refused(pipe: ClipGen) -> None:

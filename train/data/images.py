@@ -18,8 +18,9 @@ from PIL import Image
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, Sampler
 
-from clipgen.images.pixels import ImageError, load_image, to_clip, to_pixels
-from clipgen.images.sources import DataError, Source, open_source
+from clipgen.errors import DataError
+from clipgen.images.pixels import load_image, to_clip, to_pixels
+from clipgen.images.sources import Source, open_source
 
 Key = tuple[int, int]
 """Which picture, and the seed of its crop and flip."""
@@ -71,7 +72,7 @@ class Images(Dataset[Batch]):
                     crop = self.augment(load_image(self.source.read(at)), random.Random(seed))
                     clip = to_clip([crop], self.clip_size) if self.clip_size else torch.empty(1, 0)
                     return Batch(to_pixels([crop], self.size), clip, found)
-            except (ImageError, OSError) as error:
+            except (DataError, OSError) as error:
                 self.failures[name] = reason(error)
             found.append((name, self.failures[name]))
         raise DataError(f"none of the {len(self)} images can be read, {found[0][0]}: {found[0][1]}")
@@ -103,7 +104,7 @@ def collate(items: list[Batch]) -> Batch:
     return Batch(torch.cat(pixels), torch.cat(clip), [failure for found in failures for failure in found])
 
 
-class Order:
+class ResumableSampler:
     """Endless positions -> keys: every picture once an epoch, shuffled anew in each."""
 
     def __init__(self, length: int, seed: int) -> None:

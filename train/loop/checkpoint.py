@@ -23,6 +23,7 @@ from torch import Tensor
 from torch.distributed.checkpoint.api import CheckpointException
 
 from clipgen.config import GPTConfig, VQGANConfig
+from clipgen.errors import ClipGenError
 from train.config import TrainConfig
 from train.loop.sharding import Sharded
 
@@ -33,7 +34,7 @@ KEPT_TO_THE_END = (
 """Settings with another value of which it would not be the training that was begun; the others may change."""
 
 
-class CheckpointError(ValueError):
+class CheckpointError(ClipGenError):
     """A checkpoint or weights that cannot be written, or belong to another training; the message says what to do."""
 
 

@@ -22,9 +22,9 @@ from torch import Tensor
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 from torch.utils.checkpoint import checkpoint
 
-from clipgen.config import ConfigError
+from clipgen.errors import ClipGenError, ConfigError, WeightsError
 from clipgen.utils.files import write_text
-from clipgen.weights.model_dir import WeightsError, check_fit
+from clipgen.weights.model_dir import check_fit
 from train.config import Config, Stage2Config, TrainConfig, load_config
 from train.loop.checkpoint import Checkpoints
 from train.loop.checkpoint import save_tensors as save_tensors
@@ -83,9 +83,8 @@ def command(main: Callable[[], None]) -> Callable[[], None]:
             print("stopped; the same command goes on from what is saved", file=sys.stderr)
             raise SystemExit(130) from error
         except (ValueError, OSError) as error:
-            ours = type(error).__module__.startswith(("clipgen.", "train."))
             full = isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT)
-            if not (ours or full or isinstance(error, FileNotFoundError)):
+            if not (isinstance(error, ClipGenError) or full or isinstance(error, FileNotFoundError)):
                 raise
             print(f"error: {error}", file=sys.stderr)
             raise SystemExit(2) from error

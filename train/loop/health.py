@@ -9,10 +9,12 @@ from dataclasses import dataclass, field
 
 from torch import Tensor
 
+from clipgen.errors import ClipGenError
+
 Scalars = Mapping[str, float | Tensor]
 
 
-class TrainingError(ValueError):
+class TrainingError(ClipGenError):
     """A training that makes no sense to go on with; the message says since when and what to try."""
 
 

@@ -15,7 +15,7 @@ import numpy as np
 from accelerate.tracking import GeneralTracker, TensorBoardTracker, WandBTracker
 from PIL import Image
 
-from clipgen.config import ConfigError
+from clipgen.errors import ConfigError
 from clipgen.utils.files import write_text
 from train.loop.health import Scalars
 

@@ -26,7 +26,7 @@ from torch.distributed.checkpoint.state_dict import (
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 
-from clipgen.config import ConfigError
+from clipgen.errors import ConfigError
 
 
 def shard(model: nn.Module, blocks: Iterable[nn.Module], device: torch.device, bf16: bool) -> None:

@@ -15,7 +15,7 @@ Sum = Callable[[Tensor], Tensor]
 """Adds up a tensor over all processes."""
 
 
-class Usage(nn.Module):
+class CodeUsage(nn.Module):
     """How often each code was chosen, since the dead ones were last looked for and since the last log line.
 
     Part of a checkpoint.

@@ -7,7 +7,7 @@ import torch.nn as nn
 import torch.nn.functional as F
 from torch import Tensor
 
-from clipgen.config import ConfigError
+from clipgen.errors import ConfigError
 from clipgen.images.pixels import clip_from_pixels
 from clipgen.models.clip import Clip
 from clipgen.models.vqgan import VQGAN
@@ -43,7 +43,7 @@ class EmbeddingLoss(nn.Module):
         return torch.where(condition.any(1), 1 - (seen * wanted).sum(1), 0.0).mean()
 
 
-def looked_at(config: Stage2Config, processes: int) -> slice:
+def clip_loss_rows(config: Stage2Config, processes: int) -> slice:
     """Which rows of each part of a batch CLIP looks at: `clip_batch` of the whole, whoever holds them.
 
     Raises:

@@ -16,8 +16,8 @@ from train.loop.common import in_parts, means
 from train.losses.stage1 import (
     Crop,
     LeCam,
-    Likeness,
     PatchDiscriminator,
+    ReconstructionLoss,
     adaptive_weight,
     discriminator_loss,
     generator_loss,
@@ -39,7 +39,7 @@ class Gan:
     vqgan: VQGAN
     discriminator: torch.nn.Module
     optimizer: torch.optim.Optimizer
-    likeness: Likeness
+    likeness: ReconstructionLoss
     lecam: LeCam
 
     def __post_init__(self) -> None:

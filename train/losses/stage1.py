@@ -57,7 +57,7 @@ def build_perceptual(kind: str) -> nn.Module | None:
     """The perceptual distance called `kind`: "efficientnet", "lpips" (VGG16, fetched and verified) or "none".
 
     Raises:
-        FetchError: VGG16 is not here and cannot be had.
+        DownloadError: VGG16 is not here and cannot be had.
     """
     if kind == "efficientnet":
         return EfficientNetPerceptual()
@@ -85,7 +85,7 @@ class Crop:
         return x[..., self.top : self.top + self.side, self.left : self.left + self.side]
 
 
-class Likeness(nn.Module):
+class ReconstructionLoss(nn.Module):
     """How far reconstructions are from their originals: L1, L2 and perceptual distance, weighted."""
 
     def __init__(self, config: Stage1Config) -> None:

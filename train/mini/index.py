@@ -17,7 +17,8 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor
 
-from clipgen.images.sources import DataError, open_source
+from clipgen.errors import DataError
+from clipgen.images.sources import open_source
 from clipgen.models.clip import Clip
 from clipgen.weights.model_dir import add_extra, load_weights
 from clipgen.weights.training_index import FILE, build_index

@@ -17,7 +17,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from clipgen.images.sources import DataError
+from clipgen.errors import DataError
 from clipgen.utils.files import write_text
 from train.encode import Encoded, shard_path
 from train.loop.checkpoint import save_tensors

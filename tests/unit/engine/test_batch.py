@@ -11,10 +11,10 @@ import torch
 from engine_kit import GUIDED, SAMPLINGS, SMALL, alone, sharp_gpt, some, together
 from torch import Tensor
 
-from clipgen.config import SamplingConfig
 from clipgen.engine.batch import Batch
 from clipgen.engine.sampling import choose, generate_tokens
 from clipgen.models.gpt import GPT
+from clipgen.request import SamplingParams
 from clipgen.weights.model_dir import build, load_weights
 
 
@@ -37,9 +37,9 @@ def test_whoever_joins_when_the_mini_model_draws_the_same_tokens(root: Path, dty
     gpt = build(GPT, replace(config.gpt, block_size=40), weights, torch.device("cpu"), dtype).pack()
     d = config.gpt.condition_size
     picture = some(1, config.sampling, first=50, d=d)[0]
-    plain = replace(picture, sampling=SamplingConfig())
+    plain = replace(picture, sampling=SamplingParams())
     expected = [alone(gpt, picture), alone(gpt, plain)]
-    neighbours = [some(3, config.sampling, 0, d), some(2, SamplingConfig(top_p=0.9), 3, d), some(6, SAMPLINGS[3], 6, d)]
+    neighbours = [some(3, config.sampling, 0, d), some(2, SamplingParams(top_p=0.9), 3, d), some(6, SAMPLINGS[3], 6, d)]
     for schedule in [
         [(0, [picture, plain, *neighbours[0]])],  # together
         [(0, neighbours[1]), (9, [picture]), (11, [plain]), (30, neighbours[2])],  # joining midway, and being joined
@@ -118,5 +118,5 @@ def test_only_the_rows_in_use_are_worked_on(gpt: GPT, monkeypatch: pytest.Monkey
     rows: list[int] = []
     advance = gpt.advance
     monkeypatch.setattr(gpt, "advance", lambda x, *rest: rows.append(len(x)) or advance(x, *rest))
-    together(gpt, [(0, some(2)), (10, some(3, SamplingConfig(), 5))])
+    together(gpt, [(0, some(2)), (10, some(3, SamplingParams(), 5))])
     assert rows == [4] * 10 + [7] * 10 + [3] * 10

@@ -11,11 +11,12 @@ import torch
 import torch.nn.functional as F
 from engine_kit import sharp_gpt, together
 
-from clipgen.config import GPTConfig, SamplingConfig
+from clipgen.config import GPTConfig
 from clipgen.engine.batch import Picture
 from clipgen.engine.cuda_graphs import SPAN, Graphs, Run, agree, build_graphs
 from clipgen.engine.engine import Engine
 from clipgen.models.gpt import GPT
+from clipgen.request import SamplingParams
 
 CONFIG = GPTConfig(n_layer=2, n_head=2, n_embd=32, vocab_size=50, block_size=SPAN + 9, n_cond=16)
 NEEDS_GPU = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
@@ -33,7 +34,7 @@ def again(run: Run) -> Run:
 
 def pictures(count: int) -> list[Picture]:
     conditions = F.normalize(torch.randn(count, CONFIG.n_cond, generator=torch.Generator().manual_seed(1)), dim=1)
-    samplings = [SamplingConfig(guidance=3.0), SamplingConfig(top_p=0.8), SamplingConfig(temperature=0.0)]
+    samplings = [SamplingParams(guidance=3.0), SamplingParams(top_p=0.8), SamplingParams(temperature=0.0)]
     return [Picture(c, i, samplings[i % 3]) for i, c in enumerate(conditions)]
 
 
@@ -96,7 +97,7 @@ def test_on_a_gpu_the_engine_draws_with_graphs_what_it_draws_without(
     there = GPT(CONFIG).eval()
     there.load_state_dict(gpt.state_dict())
     there.to("cuda", dtype)
-    wanted = [replace(picture, sampling=SamplingConfig(temperature=0.0)) for picture in pictures(5)]
+    wanted = [replace(picture, sampling=SamplingParams(temperature=0.0)) for picture in pictures(5)]
     with caplog.at_level(logging.WARNING):
         recorded = Engine(there).draw(wanted).tokens
     assert not caplog.records

@@ -18,10 +18,10 @@ from torch import Tensor
 from clipgen.config import GPTConfig
 from clipgen.engine import engine as engine_module
 from clipgen.engine.batch import Batch, Picture
-from clipgen.engine.engine import Engine, EngineClosed, EngineError, QueueFull
-from clipgen.engine.sampling import Cancelled, generate_tokens
+from clipgen.engine.engine import Engine
+from clipgen.engine.sampling import generate_tokens
+from clipgen.errors import Cancelled, EngineError, InsufficientMemoryError, UnavailableError
 from clipgen.models.gpt import GPT, KVCache
-from clipgen.utils.memory import MemoryShortage
 
 
 @pytest.fixture(scope="module")
@@ -141,7 +141,7 @@ def test_cancelling_frees_the_rows_before_the_next_step(gpt: GPT, gate: Gate) ->
     engine = Engine(gpt)
     stop = threading.Event()
     with ThreadPoolExecutor() as pool:
-        stopped = pool.submit(engine.draw, some(5), should_stop=stop.is_set)
+        stopped = pool.submit(engine.draw, some(5), is_cancelled=stop.is_set)
         going = pool.submit(engine.draw, some(2, first=50))
         until(lambda: len(engine._calls) == 2)
         gate.let(4)
@@ -167,7 +167,7 @@ def test_a_call_that_waits_can_be_cancelled_too(gpt: GPT, gate: Gate) -> None:
         first = pool.submit(engine.draw, some(1))
         until(lambda: engine._calls)
         gate.let(1)
-        second = pool.submit(engine.draw, some(1), should_stop=lambda: True)
+        second = pool.submit(engine.draw, some(1), is_cancelled=lambda: True)
         gate.let(1)
         with pytest.raises(Cancelled):
             second.result(30)
@@ -182,7 +182,7 @@ def test_a_full_queue_refuses_and_says_so(gpt: GPT, gate: Gate, monkeypatch: pyt
     with ThreadPoolExecutor() as pool:
         first = pool.submit(engine.draw, some(5, SAMPLINGS[1]))
         until(lambda: engine._calls and len(engine._calls[0].waiting) <= 4)
-        with pytest.raises(QueueFull, match=r"\d pictures are waiting .* try again"):
+        with pytest.raises(UnavailableError, match=r"\d pictures are waiting .* try again"):
             engine.draw(some(1))
         gate.open()
         first.result(30)
@@ -201,7 +201,7 @@ def test_progress_counts_every_step(engine: Engine) -> None:
 
 def test_should_stop_is_asked_before_each_step(engine: Engine) -> None:
     asked: list[bool] = []
-    engine.draw(some(1), should_stop=lambda: bool(asked.append(True)))
+    engine.draw(some(1), is_cancelled=lambda: bool(asked.append(True)))
     assert len(asked) == SMALL.block_size
 
 
@@ -218,7 +218,7 @@ def test_callbacks_run_in_their_callers_context(engine: Engine) -> None:
     assert seen == {"a": {"a"}, "b": {"b"}}
 
 
-@pytest.mark.parametrize("name", ["progress", "should_stop", "watch"])
+@pytest.mark.parametrize("name", ["progress", "is_cancelled", "watch"])
 def test_a_callback_that_fails_fails_its_own_call(engine: Engine, gpt: GPT, name: str) -> None:
     def broken(*_: object) -> bool:
         raise LookupError("my callback")
@@ -320,7 +320,7 @@ def test_out_of_memory_halves_and_changes_nothing(
 
 def test_not_even_one_fits(engine: Engine, monkeypatch: pytest.MonkeyPatch) -> None:
     failing(monkeypatch, MemoryError(), lambda batch: True)
-    with pytest.raises(MemoryShortage, match="not even one picture"):
+    with pytest.raises(InsufficientMemoryError, match="not even one picture"):
         engine.draw(some(2))
     monkeypatch.undo()
     assert len(engine.draw(some(2)).tokens) == 2
@@ -353,7 +353,7 @@ def test_ctrl_c_in_a_step_stops_its_caller_and_the_others_start_again(
 
     def first() -> None:
         with pytest.raises(KeyboardInterrupt):
-            engine.draw(some(1), should_stop=lambda: until(lambda: len(engine._calls) == 2 or together.is_set()))
+            engine.draw(some(1), is_cancelled=lambda: until(lambda: len(engine._calls) == 2 or together.is_set()))
 
     with ThreadPoolExecutor() as pool:
         stopped = pool.submit(first)
@@ -371,7 +371,7 @@ def test_closing_finishes_what_is_under_way(gpt: GPT, gate: Gate, caplog: pytest
         until(lambda: len(engine._calls) == 2)
         closing = pool.submit(engine.close)
         until(lambda: engine._closed)
-        with pytest.raises(EngineClosed):
+        with pytest.raises(UnavailableError):
             engine.draw(some(1))
         gate.open()
         assert closing.result(30) == (2, 0)
@@ -389,6 +389,6 @@ def test_closing_at_once_fails_the_rest_and_says_which(gpt: GPT, gate: Gate) -> 
         until(lambda: running.error)
         gate.open()
         assert closing.result(30) == (0, 1)
-        with pytest.raises(EngineClosed, match="closed"):
+        with pytest.raises(UnavailableError, match="closed"):
             call.result(30)
     assert engine.close() == (0, 0)

@@ -15,14 +15,15 @@ from torch import Tensor
 
 import clipgen.engine.batch
 from clipgen import ClipGen
-from clipgen.config import GPTConfig, SamplingConfig
+from clipgen.config import GPTConfig
 from clipgen.engine.batch import Batch, Picture
+from clipgen.errors import RequestError
 from clipgen.models.gpt import GPT
-from clipgen.request import Request, RequestError
+from clipgen.request import GenerationRequest, SamplingParams
 
 SMALL = GPTConfig(n_layer=2, n_head=2, n_embd=32, vocab_size=96, block_size=20, n_cond=16)
 SCALE = 2.5
-GUIDED = SamplingConfig(top_k=40, top_p=0.9, guidance=SCALE)
+GUIDED = SamplingParams(top_k=40, top_p=0.9, guidance=SCALE)
 
 
 @pytest.fixture(scope="module")
@@ -64,7 +65,7 @@ def test_logits_are_moved_away_from_the_negatives_exactly(gpt: GPT, monkeypatch:
     guided = Picture(condition, 3, GUIDED, negative=negative)
     (tokens,), logits = run(gpt, [guided], monkeypatch)
     # Both conditions alone, led along the same tokens; the last one is free, as at least one must be.
-    plain = [Picture(point, 3, SamplingConfig(), kept=tokens[:-1]) for point in (condition, negative)]
+    plain = [Picture(point, 3, SamplingParams(), kept=tokens[:-1]) for point in (condition, negative)]
     _, parts = run(gpt, plain, monkeypatch)
     assert torch.equal(logits[:, 0], parts[:, 1] + SCALE * (parts[:, 0] - parts[:, 1]))
     assert not torch.equal(parts[:, 0], parts[:, 1])
@@ -93,7 +94,7 @@ def test_same_seed_same_tokens_among_others_with_and_without_negatives(
     model = GPT(SMALL).eval().to(dtype)
     model.load_state_dict(gpt.state_dict())
     pictures = [Picture(point(i), i, GUIDED, negative=point(50 + i) if i % 2 else None) for i in range(7)]
-    pictures.insert(2, Picture(point(9), 9, SamplingConfig()))
+    pictures.insert(2, Picture(point(9), 9, SamplingParams()))
     together, _ = run(model, pictures, monkeypatch)
     for picture, tokens in zip(pictures, together, strict=True):
         ((alone,), _) = run(model, [picture], monkeypatch)
@@ -107,7 +108,7 @@ def pixels(image: Image.Image) -> np.ndarray:
 def test_any_prompt_can_be_negative(pipe: ClipGen) -> None:
     photo = Image.linear_gradient("L").convert("RGB")
     negatives = [None, "a dog", photo, [("a dog", 1.0), (photo, -0.5)]]
-    results = pipe.generate([Request("a lemon", seed=4, negative=negative) for negative in negatives])
+    results = pipe.generate([GenerationRequest("a lemon", seed=4, negative=negative) for negative in negatives])
     pictures = [pixels(result.images[0]) for result in results]
     for i, one in enumerate(pictures):
         assert all((one != other).any() for other in pictures[i + 1 :])
@@ -124,21 +125,21 @@ def test_what_of_a_long_negative_was_not_read_is_told(pipe: ClipGen) -> None:
 @pytest.mark.parametrize("guidance", [0, 0.5, 1])
 def test_without_guidance_it_is_refused_and_the_message_says_how_to_fix_it(pipe: ClipGen, guidance: float) -> None:
     with pytest.raises(RequestError, match=f"guidance is {guidance:g}; .* above 1: raise it") as caught:
-        Request("a lemon", negative="a dog", guidance=guidance)
+        GenerationRequest("a lemon", negative="a dog", guidance=guidance)
     assert caught.value.field == "guidance"
 
 
 def test_where_the_models_own_guidance_is_off_it_is_refused_too(pipe: ClipGen) -> None:
-    request = Request("a lemon", negative="a dog")
+    request = GenerationRequest("a lemon", negative="a dog")
     with pytest.raises(RequestError, match="guidance is 1"):
-        request.sampling(SamplingConfig(guidance=1.0))
-    assert request.sampling(SamplingConfig(guidance=2.0)).guidance == 2
+        request.sampling(SamplingParams(guidance=1.0))
+    assert request.sampling(SamplingParams(guidance=2.0)).guidance == 2
 
 
 @pytest.mark.parametrize("negative", ["", " ", [], 3, [("a", float("nan"))], [""]])
 def test_a_bad_negative_is_named(negative: object) -> None:
     with pytest.raises(RequestError, match="negative") as caught:
-        Request("a lemon", negative=negative)  # type: ignore[arg-type]
+        GenerationRequest("a lemon", negative=negative)  # type: ignore[arg-type]
     assert caught.value.field.startswith("negative")
 
 
@@ -161,7 +162,9 @@ def test_the_mini_models_pictures_go_away_from_the_negative(root: Path) -> None:
     pipe = ClipGen.from_pretrained(root / "weights" / "mini", device="cpu")
     nearer = []
     for prompt, negative in PAIRS:
-        plain, moved = (Request(prompt, 8, seed=0, guidance=3.0, negative=other) for other in (None, negative))
+        plain, moved = (
+            GenerationRequest(prompt, 8, seed=0, guidance=3.0, negative=other) for other in (None, negative)
+        )
         cosines = [
             torch.stack([pipe.embed(image) for image in result.images]) @ pipe.embed(negative)
             for result in pipe.generate([plain, moved])

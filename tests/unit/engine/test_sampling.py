@@ -11,13 +11,15 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors.torch import load_file
 
-from clipgen.config import GPTConfig, SamplingConfig
-from clipgen.engine.sampling import Cancelled, Knobs, choose, draw_uniforms, filter_logits, generate_tokens, guide
+from clipgen.config import GPTConfig
+from clipgen.engine.sampling import SamplingTensors, choose, draw_uniforms, filter_logits, generate_tokens, guide
+from clipgen.errors import Cancelled
 from clipgen.models.gpt import GPT
+from clipgen.request import SamplingParams
 
 
-def knobs(*samplings: SamplingConfig, vocab_size: int = 96, **changes: float) -> Knobs:
-    return Knobs.of(samplings or [SamplingConfig(**changes)], vocab_size)
+def knobs(*samplings: SamplingParams, vocab_size: int = 96, **changes: float) -> SamplingTensors:
+    return SamplingTensors.of(samplings or [SamplingParams(**changes)], vocab_size)
 
 
 @pytest.mark.parametrize(("name", "top_k", "top_p"), [("k20_p09", 20, 0.9), ("k20", 20, 1.0), ("p05", 0, 0.5)])
@@ -68,7 +70,7 @@ def test_temperature_zero_is_greedy() -> None:
 @given(
     st.lists(
         st.builds(
-            SamplingConfig,
+            SamplingParams,
             temperature=st.sampled_from([0.0, 0.1, 1.0, 2.5]),
             top_k=st.integers(0, 120),
             top_p=st.floats(0.05, 1.0),
@@ -79,7 +81,7 @@ def test_temperature_zero_is_greedy() -> None:
     st.integers(0, 1000),
 )
 @settings(max_examples=50, deadline=None)
-def test_each_row_samples_as_its_request_says_whatever_the_others(samplings: list[SamplingConfig], seed: int) -> None:
+def test_each_row_samples_as_its_request_says_whatever_the_others(samplings: list[SamplingParams], seed: int) -> None:
     generator = torch.Generator().manual_seed(seed)
     logits = torch.randn(len(samplings), 96, generator=generator) * 3
     uniforms = torch.rand(len(samplings), generator=generator)
@@ -132,7 +134,7 @@ def test_same_seed_same_tokens_alone_and_in_a_batch(gpt: GPT, guidance: float, d
     model = GPT(gpt.config).to(dtype).eval()
     model.load_state_dict(gpt.state_dict())
     embedding = F.normalize(torch.randn(8, 32, generator=torch.Generator().manual_seed(2)), dim=-1)
-    sampling = SamplingConfig(top_k=32, top_p=0.95, guidance=guidance)
+    sampling = SamplingParams(top_k=32, top_p=0.95, guidance=guidance)
     together = generate_tokens(model, embedding, range(8), sampling)
     alone = torch.cat([generate_tokens(model, embedding[i : i + 1], [i], sampling) for i in range(8)])
     assert torch.equal(together, alone)
@@ -141,7 +143,7 @@ def test_same_seed_same_tokens_alone_and_in_a_batch(gpt: GPT, guidance: float, d
 
 def test_greedy_decoding_agrees_with_the_full_forward_pass(gpt: GPT) -> None:
     embedding = F.normalize(torch.randn(3, 32), dim=-1)
-    tokens = generate_tokens(gpt, embedding, [0, 1, 2], SamplingConfig(temperature=0.0))
+    tokens = generate_tokens(gpt, embedding, [0, 1, 2], SamplingParams(temperature=0.0))
     with torch.no_grad():
         logits = gpt(tokens[:, :-1], embedding)
     assert torch.equal(logits.argmax(-1), tokens)
@@ -154,8 +156,8 @@ def test_stops_within_one_token(gpt: GPT) -> None:
             gpt,
             F.normalize(torch.randn(1, 32), dim=-1),
             [0],
-            SamplingConfig(),
+            SamplingParams(),
             progress=lambda n, _: done.append(n),
-            should_stop=lambda: len(done) == 3,
+            is_cancelled=lambda: len(done) == 3,
         )
     assert done == [1, 2, 3]

@@ -18,8 +18,9 @@ from typer.testing import CliRunner
 from typer.testing import Result as RunResult
 
 from clipgen.cli.main import app
+from clipgen.errors import WeightsError
 from clipgen.evaluation import features
-from clipgen.evaluation.caption_score import Captioner, CaptionerError
+from clipgen.evaluation.caption_score import Captioner
 from clipgen.evaluation.features import KINDS, build_extractor, build_lpips
 from clipgen.images.pixels import to_pixels
 from clipgen.models.clip import Clip
@@ -185,7 +186,7 @@ def test_a_captioner_says_how_likely_a_text_is(tmp_path: Path, run: Run, picture
     assert 0 < found["figures"]["caption_score"] < 1 and "caption_score" not in found["left_out"]
     assert "captioner needs sentences" in run(*flags).stderr
     (tmp_path / "blip" / "config.json").write_text("{}")
-    with pytest.raises(CaptionerError, match=r"holds no captioner .* needs config\.json"):
+    with pytest.raises(WeightsError, match=r"holds no captioner .* needs config\.json"):
         Captioner(tmp_path / "blip", torch.device("cpu"))
 
 

@@ -16,9 +16,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import ExifTags, Image
 
+from clipgen.errors import DataError
 from clipgen.images.pixels import (
     CLIP_STD,
-    ImageError,
     clip_from_pixels,
     from_pixels,
     grid,
@@ -154,9 +154,9 @@ def test_an_animation_gives_its_first_frame(format: str) -> None:
 def test_what_is_not_an_image_is_refused(tmp_path: Path, data: bytes, message: str) -> None:
     path = tmp_path / "upload.png"
     path.write_bytes(data)
-    with pytest.raises(ImageError, match=message):
+    with pytest.raises(DataError, match=message):
         load_image(data)
-    with pytest.raises(ImageError, match=message) as refusal:
+    with pytest.raises(DataError, match=message) as refusal:
         load_image(path)
     assert "upload.png" in str(refusal.value)
 
@@ -165,7 +165,7 @@ def test_what_is_not_an_image_is_refused(tmp_path: Path, data: bytes, message: s
 def test_truncated_files_are_refused(format: str) -> None:
     data = encoded(picture(256, 256), format)
     for length in (len(data) // 2, 10):
-        with pytest.raises(ImageError, match="damaged"):
+        with pytest.raises(DataError, match="damaged"):
             load_image(data[:length])
 
 
@@ -174,14 +174,14 @@ def test_too_many_pixels_are_refused_by_the_header(size: tuple[int, int]) -> Non
     data = bytearray(encoded(picture(), "PNG"))
     data[16:24] = struct.pack(">II", *size)
     data[29:33] = struct.pack(">I", zlib.crc32(data[12:29]))
-    with pytest.raises(ImageError, match="64 megapixels"):
+    with pytest.raises(DataError, match="64 megapixels"):
         load_image(bytes(data))
 
 
 def test_paths_that_are_not_files_are_refused(tmp_path: Path) -> None:
-    with pytest.raises(ImageError, match="no such file"):
+    with pytest.raises(DataError, match="no such file"):
         load_image(tmp_path / "missing.png")
-    with pytest.raises(ImageError, match="is a folder"):
+    with pytest.raises(DataError, match="is a folder"):
         load_image(tmp_path)
 
 
@@ -191,7 +191,7 @@ def test_damaged_bytes_give_a_picture_or_a_refusal(format: str, draw: st.DataObj
     data = bytearray(encoded(picture(24, 16), format))
     for _ in range(draw.draw(st.integers(1, 8))):
         data[draw.draw(st.integers(0, len(data) - 1))] = draw.draw(st.integers(0, 255))
-    with contextlib.suppress(ImageError):
+    with contextlib.suppress(DataError):
         assert load_image(bytes(data)).mode == "RGB"
 
 
@@ -211,9 +211,9 @@ def test_from_pixels_clamps_and_refuses_nonsense() -> None:
     image = from_pixels(torch.tensor([-7.0, 0.0, 7.0]).view(1, 3, 1, 1))[0]
     assert corner(image) == (0, 128, 255)
     assert from_pixels(torch.zeros(2, 3, 4, 4, dtype=torch.bfloat16, requires_grad=True))[1].size == (4, 4)
-    with pytest.raises(ImageError, match="not finite"):
+    with pytest.raises(DataError, match="not finite"):
         from_pixels(torch.full((1, 3, 2, 2), float("nan")))
-    with pytest.raises(ImageError, match=r"\(B, 3, H, W\)"):
+    with pytest.raises(DataError, match=r"\(B, 3, H, W\)"):
         from_pixels(torch.zeros(3, 2, 2))
 
 
@@ -268,7 +268,7 @@ def test_grid_places_images_row_by_row() -> None:
 
 @pytest.mark.parametrize("arguments", [([], 1, 2), ([picture()], 0, 2), ([picture()], 1, -1)])
 def test_impossible_grids_are_refused(arguments: tuple[list[Image.Image], int, int]) -> None:
-    with pytest.raises(ImageError):
+    with pytest.raises(DataError):
         grid(*arguments)
 
 
@@ -315,7 +315,7 @@ def test_quality_has_an_effect_and_png_is_exact(tmp_path: Path) -> None:
 def test_what_cannot_be_saved_writes_nothing(
     tmp_path: Path, name: str, options: dict[str, object], message: str
 ) -> None:
-    with pytest.raises(ImageError, match=message):
+    with pytest.raises(DataError, match=message):
         save_image(picture(), tmp_path / name, **options)  # type: ignore[arg-type]
     assert not list(tmp_path.iterdir())
 
@@ -323,11 +323,11 @@ def test_what_cannot_be_saved_writes_nothing(
 def test_a_failed_write_keeps_the_old_file(tmp_path: Path) -> None:
     path = save_image(picture(), tmp_path / "a.jpg")
     before = path.read_bytes()
-    with pytest.raises(ImageError):
+    with pytest.raises(DataError):
         save_image(picture(seed=1), path, metadata={"prompt": "x" * 70_000})
     assert path.read_bytes() == before and list(tmp_path.iterdir()) == [path]
     (tmp_path / "file").write_text("")
-    with pytest.raises(ImageError, match="cannot write"):
+    with pytest.raises(DataError, match="cannot write"):
         save_image(picture(), tmp_path / "file" / "a.png")
 
 

@@ -14,8 +14,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 from local_server import Answer, Server, serving
 
+from clipgen.errors import DataError
 from clipgen.images import urls
-from clipgen.images.urls import UrlError, is_public, read_url
+from clipgen.images.urls import is_public, read_url
 
 
 @pytest.fixture
@@ -41,7 +42,7 @@ def test_any_text_is_bytes_or_refused(text: str, start: str) -> None:
         patch.setattr(socket, "getaddrinfo", lambda *_, **__: [(0, 0, 0, "", ("127.0.0.1", 0))])
         try:
             read_url(start + text)
-        except UrlError as error:
+        except DataError as error:
             assert 0 < len(str(error)) < 250
 
 
@@ -62,13 +63,13 @@ def test_any_text_is_bytes_or_refused(text: str, start: str) -> None:
     ],
 )
 def test_refusals_say_why(url: str, words: str) -> None:
-    with pytest.raises(UrlError, match=words):
+    with pytest.raises(DataError, match=words):
         read_url(url)
 
 
 def test_too_much_data_is_refused_before_it_is_decoded(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(urls, "MAX_BYTES", 30)
-    with pytest.raises(UrlError, match="MB allowed"):
+    with pytest.raises(DataError, match="MB allowed"):
         read_url("data:;base64," + "A" * 48)
 
 
@@ -101,7 +102,7 @@ def test_addresses_that_are() -> None:
 def test_this_machine_is_never_asked_however_it_is_spelt(host: str) -> None:
     with serving() as server:
         port = server.address.rpartition(":")[2]
-        with pytest.raises(UrlError, match=r"not on the public internet|cannot be read"):
+        with pytest.raises(DataError, match=r"not on the public internet|cannot be read"):
             read_url(f"http://{host}:{port}/a.png")
         assert not server.requests
 
@@ -111,7 +112,7 @@ def test_a_redirect_to_this_machine_is_not_followed(monkeypatch: pytest.MonkeyPa
         answers = iter([True])
         monkeypatch.setattr(urls, "is_public", lambda address: next(answers, False))
         server.default = Answer(status=302, headers={"Location": inner.put("/secret", b"x")})
-        with pytest.raises(UrlError, match="not on the public internet"):
+        with pytest.raises(DataError, match="not on the public internet"):
             read_url(f"{server.address}/a")
         assert len(server.requests) == 1 and not inner.requests
 
@@ -137,14 +138,14 @@ def test_a_download(server: Server) -> None:
 def test_downloads_that_are_refused(server: Server, answer: Answer, words: str) -> None:
     url = server.put("/a", b"x" * 500)
     server.default = answer
-    with pytest.raises(UrlError, match=words):
+    with pytest.raises(DataError, match=words):
         read_url(url)
 
 
 def test_endless_bytes_are_refused_where_they_are_too_many(server: Server, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(urls, "MAX_BYTES", 1000)
     server.default = Answer(headers={"Content-Length": None})
-    with pytest.raises(UrlError, match="MB allowed"):
+    with pytest.raises(DataError, match="MB allowed"):
         read_url(server.put("/a", b"x" * 5000))
 
 
@@ -155,7 +156,7 @@ def test_drops_now_and_then_are_ended(server: Server, monkeypatch: pytest.Monkey
     url, stop = server.put("/a", b"x" * 10_000), threading.Event()
     threading.Timer(0.5, stop.set).start()
     started = time.monotonic()
-    with pytest.raises(UrlError, match="took more than"):
+    with pytest.raises(DataError, match="took more than"):
         read_url(url, stop.is_set if stopped else lambda: False)
     server.default.hurry.set()
     assert time.monotonic() - started < 10
@@ -172,7 +173,7 @@ def test_a_cut_line_is_called_so_also_where_it_looks_reset(server: Server, monke
 
     monkeypatch.setattr(http.client.HTTPResponse, "read1", late)
     server.default = Answer(pace=0.01, piece=1)
-    with pytest.raises(UrlError, match="took more than"):
+    with pytest.raises(DataError, match="took more than"):
         read_url(server.put("/a", b"x" * 10_000))
     server.default.hurry.set()
 
@@ -180,5 +181,5 @@ def test_a_cut_line_is_called_so_also_where_it_looks_reset(server: Server, monke
 def test_a_server_that_does_not_begin_is_left(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(urls, "is_public", lambda address: True)
     monkeypatch.setattr(urls, "MAX_SECONDS", 0.3)
-    with socket.create_server(("127.0.0.1", 0)) as silent, pytest.raises(UrlError, match="took more than"):
+    with socket.create_server(("127.0.0.1", 0)) as silent, pytest.raises(DataError, match="took more than"):
         read_url(f"http://127.0.0.1:{silent.getsockname()[1]}/a")

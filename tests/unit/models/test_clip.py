@@ -12,7 +12,8 @@ from hypothesis import strategies as st
 from safetensors.torch import load_file
 from torch import Tensor
 
-from clipgen.models.clip import Clip, ClipError, tokenize
+from clipgen.errors import WeightsError
+from clipgen.models.clip import Clip, tokenize
 
 GOLDEN = Path(__file__).parents[2] / "golden"
 START, END = 49406, 49407
@@ -96,7 +97,7 @@ def test_a_single_string_is_one_prompt() -> None:
 
 
 def test_a_context_without_room_is_refused() -> None:
-    with pytest.raises(ClipError, match="context_length is 1"):
+    with pytest.raises(WeightsError, match="context_length is 1"):
         tokenize(["a"], 1)
 
 
@@ -207,19 +208,19 @@ def test_a_resnet_clip_loads_too(weights: dict[str, Tensor], golden: dict[str, T
 
 def test_wrong_weights_are_refused(weights: dict[str, Tensor]) -> None:
     without = {k: v for k, v in weights.items() if k != "visual.ln_post.weight"}
-    with pytest.raises(ClipError, match=r"visual\.ln_post\.weight"):
+    with pytest.raises(WeightsError, match=r"visual\.ln_post\.weight"):
         Clip.from_state_dict(without)
-    with pytest.raises(ClipError, match="surplus"):
+    with pytest.raises(WeightsError, match="surplus"):
         Clip.from_state_dict(weights | {"surplus": torch.zeros(1)})
-    with pytest.raises(ClipError, match="size mismatch for text_projection"):
+    with pytest.raises(WeightsError, match="size mismatch for text_projection"):
         Clip.from_state_dict(weights | {"text_projection": torch.zeros(3, 32)})
-    with pytest.raises(ClipError, match="not the weights of an OpenAI CLIP"):
+    with pytest.raises(WeightsError, match="not the weights of an OpenAI CLIP"):
         Clip.from_state_dict({})
-    with pytest.raises(ClipError, match="has 100 rows"):
+    with pytest.raises(WeightsError, match="has 100 rows"):
         Clip.from_state_dict(weights | {"token_embedding.weight": torch.zeros(100, 64)})
 
 
 @pytest.mark.parametrize("shape", [(3, 32, 32), (1, 3, 64, 64), (1, 1, 32, 32)])
 def test_pixels_of_a_wrong_shape_are_refused(clip: Clip, shape: tuple[int, ...]) -> None:
-    with pytest.raises(ClipError, match=r"must be \(B, 3, 32, 32\)"):
+    with pytest.raises(WeightsError, match=r"must be \(B, 3, 32, 32\)"):
         clip.encode_image(torch.zeros(shape))

@@ -14,7 +14,8 @@ from hypothesis import strategies as st
 from safetensors.torch import load_file
 from torch import Tensor
 
-from clipgen.config import ConfigError, GPTConfig
+from clipgen.config import GPTConfig
+from clipgen.errors import ConfigError
 from clipgen.models.gpt import GPT, KVCache, causal_attention, condition_of
 from clipgen.weights.convert import map_hfailab_gpt
 from clipgen.weights.model_dir import build

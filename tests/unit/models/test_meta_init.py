@@ -14,7 +14,7 @@ from torch import nn
 from clipgen.config import GPTConfig, VQGANConfig
 from clipgen.models.clip import _openai
 from clipgen.models.gpt import GPT
-from clipgen.models.meta_init import skeleton
+from clipgen.models.meta_init import meta_init
 from clipgen.models.vqgan import VQGAN
 
 
@@ -28,7 +28,7 @@ from clipgen.models.vqgan import VQGAN
     ],
 )
 def test_names_shapes_and_types_are_the_networks(make: Callable[[], nn.Module]) -> None:
-    with skeleton():
+    with meta_init():
         bones = make()
     assert all(value.is_meta for value in bones.state_dict().values())
     whole = {name: (value.shape, value.dtype) for name, value in make().state_dict().items()}
@@ -36,7 +36,7 @@ def test_names_shapes_and_types_are_the_networks(make: Callable[[], nn.Module]) 
 
 
 def test_outside_of_it_numbers_are_numbers() -> None:
-    with skeleton():
+    with meta_init():
         pass
     assert nn.init.constant_(torch.randn(3).mul(2), 5.0).tolist() == [5.0] * 3
 

@@ -13,10 +13,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import ExifTags, Image, PngImagePlugin
 
-from clipgen import ClipGen, Request, Result, __version__
-from clipgen.config import SamplingConfig
-from clipgen.images.pixels import ImageError, load_image, read_metadata, save_image
-from clipgen.outputs.metadata import KEY, MAX_TEXT, SAMPLING, PromptPart, Receipt, ReceiptError, image_digest, receipts, together
+from clipgen.errors import DataError
+from clipgen import ClipGen, GenerationRequest, GenerationOutput, __version__
+from clipgen.request import SamplingParams
+from clipgen.images.pixels import load_image, read_metadata, save_image
+from clipgen.outputs.metadata import KEY, MAX_TEXT, SAMPLING, PromptPart, Receipt, image_digest, receipts, together
 from clipgen.outputs.metadata import weights_digest as digest
 from clipgen.request import MAX_CANDIDATES, MAX_PARTS, MAX_SEED
 
@@ -29,7 +30,7 @@ def pipe(tiny_weights: Path) -> ClipGen:
 
 
 @pytest.fixture(scope="module")
-def drawn(pipe: ClipGen) -> Result:
+def drawn(pipe: ClipGen) -> GenerationOutput:
     return pipe("a", seed=1)
 
 
@@ -69,16 +70,16 @@ def read(value: Any) -> Receipt:
 
 def test_a_receipt_covers_every_setting() -> None:
     """A new setting of a request or of the sampling must find its way into receipts, or replaying would lose it."""
-    assert {field.name for field in fields(SamplingConfig)} == set(SAMPLING)
+    assert {field.name for field in fields(SamplingParams)} == set(SAMPLING)
     known = {"prompt", "negative", "num_outputs", "candidates", "seed", "keep", "keep_rows", *SAMPLING}
     budgets = {"target_score", "seconds"}  # they change how many candidates there are, which the receipt counts
-    assert {field.name for field in fields(Request)} - budgets == known <= {field.name for field in fields(Receipt)}
+    assert {field.name for field in fields(GenerationRequest)} - budgets == known <= {field.name for field in fields(Receipt)}
 
 
 def test_what_a_result_says(pipe: ClipGen, tiny_weights: Path) -> None:
     photo = Image.linear_gradient("L").convert("RGB")
     photo.info["name"] = "photo.jpg"
-    result = pipe.generate([Request([("a lemon", 1.0), (photo, -0.5)], 2, 4, seed=7, top_k=5)])[0]
+    result = pipe.generate([GenerationRequest([("a lemon", 1.0), (photo, -0.5)], 2, 4, seed=7, top_k=5)])[0]
     first, second = receipts(pipe, result, digest(tiny_weights))
     assert (first.seed, first.index, second.index, first.candidates, first.num_outputs) == (7, 0, 1, 4, 2)
     assert [first.image_seed, second.image_seed] == result.seeds
@@ -116,16 +117,16 @@ def test_any_request_comes_back_as_it_was(parts: list[tuple[str, float]], seed: 
 @pytest.mark.parametrize("suffix", FORMATS)
 @pytest.mark.parametrize("text", ["🍋" * 4_000_000, "a lemon " * 1000, '"\\\x00' * 40_000])
 def test_endless_prompts_fit_into_every_format(
-    pipe: ClipGen, drawn: Result, tmp_path: Path, suffix: str, text: str
+    pipe: ClipGen, drawn: GenerationOutput, tmp_path: Path, suffix: str, text: str
 ) -> None:
-    result = replace(drawn, request=Request([(text, 1.0), (text, -1.0), "a"]))
+    result = replace(drawn, request=GenerationRequest([(text, 1.0), (text, -1.0), "a"]))
     (written,) = receipts(pipe, result, "a" * 64)
     path = save_image(result.images[0], tmp_path / f"a.{suffix}", metadata=written.to_metadata())
     assert path.stat().st_size < 80_000
     found = Receipt.from_file(path)
     assert found == written and found.text.startswith(text[:200])
     if found.shortened:
-        with pytest.raises(ReceiptError, match="too long"):
+        with pytest.raises(DataError, match="too long"):
             found.request()
     assert found.shortened == ("🍋" in text)
 
@@ -170,7 +171,7 @@ def test_an_image_is_asked_for_by_its_digest(pipe: ClipGen, tmp_path: Path) -> N
     result = pipe(picture, seed=3)
     (written,) = receipts(pipe, result, "a" * 64)
     assert written.prompt[0].name == "a.png"
-    with pytest.raises(ReceiptError, match=r"a\.png.*not here"):
+    with pytest.raises(DataError, match=r"a\.png.*not here"):
         written.request()
     twin = load_image(tmp_path / "b.bmp")
     request = written.request({image_digest(twin): twin})
@@ -182,7 +183,7 @@ def test_kept_rows_come_back(pipe: ClipGen) -> None:
     result = pipe("a lemon", num_outputs=2, candidates=2, seed=3, keep=photo, keep_rows=2)
     written = receipts(pipe, result, "a" * 64)[1]
     assert (written.keep, written.keep_rows) == (image_digest(photo), 2)
-    with pytest.raises(ReceiptError, match="not here"):
+    with pytest.raises(DataError, match="not here"):
         written.request()
     again = pipe.generate([written.request({written.keep: photo})])[0]
     assert farthest(again.images[0], result.images[1]) <= 1
@@ -195,7 +196,7 @@ def test_a_negative_prompt_comes_back(pipe: ClipGen) -> None:
     (written,) = receipts(pipe, result, "a" * 64)
     assert written.negative == (PromptPart(1.0, "a dog"), PromptPart(0.5, image=image_digest(photo)))
     assert written.text == "a lemon, not a dog + an image (0.5)"
-    with pytest.raises(ReceiptError, match="not here"):
+    with pytest.raises(DataError, match="not here"):
         written.request()
     again = pipe.generate([read(json.loads(written.to_metadata()[KEY])).request({image_digest(photo): photo})])[0]
     assert farthest(again.images[0], result.images[0]) <= 1 < farthest(again.images[0], plain.images[0])
@@ -205,7 +206,7 @@ def test_receipts_from_before_there_were_negative_prompts() -> None:
     old = record(version=1)
     del old["negative"]
     assert read(old) == a_receipt()
-    with pytest.raises(ReceiptError, match="'negative' is missing"):
+    with pytest.raises(DataError, match="'negative' is missing"):
         read(old | {"version": 2})
 
 
@@ -221,7 +222,7 @@ def test_the_digest_of_weights_changes_with_them(tiny_weights: Path, tmp_path: P
 def test_many_pictures_in_one_file(tmp_path: Path) -> None:
     many = [a_receipt(index=i % 2, prompt=(PromptPart(1.0, "x" * 3000),)) for i in range(40)]
     path = save_image(Image.new("RGB", (8, 8)), tmp_path / "grid.jpg", metadata=together(many))
-    with pytest.raises(ReceiptError, match=r"grid\.jpg.*holds \d+ pictures"):
+    with pytest.raises(DataError, match=r"grid\.jpg.*holds \d+ pictures"):
         Receipt.from_file(path)
     assert json.loads(read_metadata(path)[KEY])[0] == json.loads(many[0].to_metadata()[KEY])
 
@@ -279,7 +280,7 @@ def test_many_pictures_in_one_file(tmp_path: Path) -> None:
     ],
 )
 def test_hostile_receipts(value: Any, words: str) -> None:
-    with pytest.raises(ReceiptError, match=words) as caught:
+    with pytest.raises(DataError, match=words) as caught:
         read(value)
     assert len(str(caught.value)) < 250
 
@@ -298,11 +299,11 @@ def test_whatever_stands_in_a_receipt_it_is_usable_or_refused(changes: dict[str,
     text = json.dumps(record(prompt=[asdict(PromptPart(1.0, "a")) | part]) | changes)
     try:
         found = read(text)
-    except ReceiptError:
+    except DataError:
         return
     try:
         request = found.request()
-    except ReceiptError:
+    except DataError:
         assert found.shortened or any(part.image for part in found.prompt)
     else:
         assert request.drawn <= MAX_CANDIDATES and found.text
@@ -310,25 +311,25 @@ def test_whatever_stands_in_a_receipt_it_is_usable_or_refused(changes: dict[str,
 
 @given(st.text())
 def test_any_text_is_refused(text: str) -> None:
-    with pytest.raises(ReceiptError):
+    with pytest.raises(DataError):
         read(text)
 
 
 def test_files_without_a_receipt(tmp_path: Path) -> None:
     plain = save_image(Image.new("RGB", (8, 8)), tmp_path / "plain.png")
-    with pytest.raises(ReceiptError, match=r"plain\.png.*no receipt"):
+    with pytest.raises(DataError, match=r"plain\.png.*no receipt"):
         Receipt.from_file(plain)
     exif = Image.Exif()
     exif[ExifTags.IFD.Exif] = {ExifTags.Base.UserComment: b"ASCII\0\0\0[1, 2"}
     Image.new("RGB", (8, 8)).save(tmp_path / "camera.jpg", exif=exif)
-    with pytest.raises(ReceiptError, match="no receipt"):
+    with pytest.raises(DataError, match="no receipt"):
         Receipt.from_file(tmp_path / "camera.jpg")
     (tmp_path / "text.png").write_text("a lemon")
-    with pytest.raises(ImageError, match="no image"):
+    with pytest.raises(DataError, match="no image"):
         Receipt.from_file(tmp_path / "text.png")
-    with pytest.raises(ImageError, match="no such file"):
+    with pytest.raises(DataError, match="no such file"):
         Receipt.from_file(tmp_path / "missing.png")
-    with pytest.raises(ImageError, match="cannot be read"):
+    with pytest.raises(DataError, match="cannot be read"):
         Receipt.from_file(tmp_path)
 
 
@@ -337,7 +338,7 @@ def test_a_bomb_in_a_text_chunk(tmp_path: Path) -> None:
     info.add_itxt(KEY, "[" * 50_000_000, zip=True)
     Image.new("RGB", (8, 8)).save(tmp_path / "bomb.png", pnginfo=info)
     assert (tmp_path / "bomb.png").stat().st_size < 100_000
-    with pytest.raises((ImageError, ReceiptError)):
+    with pytest.raises((DataError, DataError)):
         Receipt.from_file(tmp_path / "bomb.png")
 
 
@@ -352,5 +353,5 @@ def test_damaged_files_never_crash(tmp_path_factory: pytest.TempPathFactory, dat
     path.write_bytes(content[: data.draw(st.integers(0, len(content)))])
     try:
         assert isinstance(Receipt.from_file(path), Receipt)
-    except (ReceiptError, ImageError) as error:
+    except (DataError, DataError) as error:
         assert path.name in str(error)

@@ -20,10 +20,11 @@ from hypothesis import strategies as st
 from local_server import serving
 from PIL import Image
 
+from clipgen.errors import DataError
 from clipgen.images.pixels import to_clip
-from clipgen.images.sources import DataError, Files, Shards, open_source
+from clipgen.images.sources import Files, Shards, open_source
 from train import check
-from train.data.images import Images, Order, image_batches
+from train.data.images import Images, ResumableSampler, image_batches
 
 
 def encoded(image: Image.Image, kind: str, **options: object) -> bytes:
@@ -195,17 +196,17 @@ def _text(path: Path, data: bytes) -> Path:
 
 @given(length=st.integers(1, 50), seed=st.integers(0, 1000), at=st.integers(0, 200), count=st.integers(0, 60))
 def test_the_order_covers_every_epoch_and_starts_anywhere(length: int, seed: int, at: int, count: int) -> None:
-    order = Order(length, seed)
+    order = ResumableSampler(length, seed)
     whole = order.keys(0, 260)
     for epoch in range(260 // length):
         assert sorted(i for i, _ in whole[epoch * length : (epoch + 1) * length]) == list(range(length))
-    assert Order(length, seed).keys(at, count) == whole[at : at + count]
+    assert ResumableSampler(length, seed).keys(at, count) == whole[at : at + count]
     assert len({key for _, key in whole}) == 260  # no two crops alike
 
 
 def test_batches_begin_at_any_step_and_do_not_depend_on_workers(nasty: Path) -> None:
     data = Images(nasty, 16, min_scale=0.5)
-    order = Order(len(data), 3)
+    order = ResumableSampler(len(data), 3)
     keys = lambda step: order.keys(step * 4, 4)  # noqa: E731
     whole = list(islice(image_batches(data, keys, 0, workers=0), 8))
     fresh = Images(nasty, 16, min_scale=0.5)

@@ -22,12 +22,12 @@ from train.loop.health import (
     discriminator_wins,
     worse_than_guessing,
 )
-from train.losses.codes import AverageCodes, Usage, perplexity, revive_codes
+from train.losses.codes import AverageCodes, CodeUsage, perplexity, revive_codes
 from train.losses.stage1 import (
     Crop,
     LeCam,
-    Likeness,
     PatchDiscriminator,
+    ReconstructionLoss,
     adaptive_weight,
     discriminator_loss,
     generator_loss,
@@ -84,9 +84,9 @@ def test_lecam_holds_logits_to_the_other_sides_average() -> None:
 
 def test_likeness_is_the_weighted_sum_of_its_parts() -> None:
     x, y = (torch.rand(2, 3, 32, 32, generator=seeded(seed)) * 2 - 1 for seed in (0, 1))
-    loss, parts = Likeness(Stage1Config(perceptual="none", l2_weight=0.5))(y, x)
+    loss, parts = ReconstructionLoss(Stage1Config(perceptual="none", l2_weight=0.5))(y, x)
     assert loss.item() == pytest.approx((F.l1_loss(y, x) + 0.5 * F.mse_loss(y, x)).item()) and parts.keys() == {"l1"}
-    likeness = Likeness(Stage1Config(perceptual="efficientnet", perceptual_weight=0.3))
+    likeness = ReconstructionLoss(Stage1Config(perceptual="efficientnet", perceptual_weight=0.3))
     crop = Crop(4, 8, 16)
     loss, parts = likeness(y, x, crop)
     inside = likeness.perceptual(y[..., 4:20, 8:24], x[..., 4:20, 8:24])
@@ -152,7 +152,7 @@ def test_a_code_ends_where_its_latents_are_and_a_revived_one_begins_there(tiny_c
 def test_usage_is_of_the_steps_since_it_was_told() -> None:
     assert perplexity(torch.ones(8)).item() == pytest.approx(8.0)
     assert perplexity(torch.tensor([5.0, 0, 0])).item() == pytest.approx(1.0)
-    usage = Usage(4)
+    usage = CodeUsage(4)
     usage.count(torch.tensor([[0, 0], [1, 1]]))
     found = usage.report(lambda t: t)
     assert found["codes_used"].item() == 0.5 and found["perplexity"].item() == pytest.approx(2.0)

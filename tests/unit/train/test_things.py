@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 from safetensors.torch import save_file
 
-from clipgen.images.sources import DataError
+from clipgen.errors import DataError
 from train.encode import Encoded, shard_path
 from train.mini.things import split_things
 

@@ -11,13 +11,13 @@ import pytest
 import torch
 
 from clipgen import ClipGen
-from clipgen.utils.compute_thread import Worker
+from clipgen.utils.compute_thread import ComputeThread
 
 NAME: ContextVar[str] = ContextVar("NAME", default="nobody")
 
 
 def test_work_is_done_by_one_thread_in_its_callers_context() -> None:
-    worker = Worker()
+    worker = ComputeThread()
 
     def work(asked: str) -> tuple[str, str, int, bool]:
         return asked, NAME.get(), threading.get_ident(), torch.is_inference_mode_enabled()
@@ -39,13 +39,13 @@ def test_it_has_its_makers_number_of_threads() -> None:
     try:
         for count in (1, 3):
             torch.set_num_threads(count)
-            assert Worker().run(torch.get_num_threads) == count
+            assert ComputeThread().run(torch.get_num_threads) == count
     finally:
         torch.set_num_threads(before)
 
 
 def test_what_goes_wrong_is_the_callers() -> None:
-    worker = Worker()
+    worker = ComputeThread()
     with pytest.raises(ZeroDivisionError):
         worker.run(lambda: 1 // 0)
     assert worker.run(sum, [1, 2]) == 3
@@ -64,7 +64,7 @@ def test_a_pipeline_computes_on_its_thread_only(tiny_weights: Path, monkeypatch:
         with ThreadPoolExecutor(3) as callers:
             list(callers.map(lambda seed: pipe("a lemon", num_outputs=2, seed=seed), range(6)))
         pipe.covered("a lemon")
-        pipe.painter.preview(torch.zeros(1, pipe.config.gpt.block_size, dtype=torch.long))
+        pipe.image_decoder.preview(torch.zeros(1, pipe.config.gpt.block_size, dtype=torch.long))
     finally:
         hook.remove()
     assert threads == {pipe.worker.run(threading.get_ident)}

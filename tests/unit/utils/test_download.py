@@ -15,11 +15,12 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from local_server import Answer, Server, serving
 
+from clipgen.errors import DownloadError
 from clipgen.utils import download as module
-from clipgen.utils.download import DownloadError, Policy, _Redirects, download
+from clipgen.utils.download import RetryPolicy, _Redirects, download
 
 CONTENT = random.Random(0).randbytes(300_000)
-HASTY = Policy(timeout=5, attempts=4, backoff=0.001, longest_wait=0.01)
+HASTY = RetryPolicy(timeout=5, attempts=4, backoff=0.001, longest_wait=0.01)
 NO_LENGTH: dict[str, str | None] = {"Content-Length": None}
 
 
@@ -46,7 +47,7 @@ def test_brings_the_file_and_reports_progress(server: Server, part: Path) -> Non
 def test_goes_on_after_a_break(server: Server, part: Path) -> None:
     server.answers = [Answer(cut=100_000), Answer(cut=50_000)]
     told: list[str] = []
-    download(f"{server.address}/file", part, policy=HASTY, say=told.append)
+    download(f"{server.address}/file", part, policy=HASTY, log=told.append)
     assert part.read_bytes() == CONTENT
     assert server.ranges_asked() == [None, "bytes=100000-", "bytes=150000-"]
     assert [asked.get("if-range") for _, asked in server.requests] == [None, '"one"', '"one"']
@@ -56,7 +57,7 @@ def test_goes_on_after_a_break(server: Server, part: Path) -> None:
 def test_goes_on_in_another_run(server: Server, part: Path) -> None:
     server.answers = [Answer(cut=100_000)]
     with pytest.raises(DownloadError, match=r"broke off at 100,000 of 300,000 bytes; gave up after 1 attempts"):
-        download(f"{server.address}/file", part, policy=Policy(attempts=1))
+        download(f"{server.address}/file", part, policy=RetryPolicy(attempts=1))
     download(f"{server.address}/file", part, policy=HASTY)
     assert part.read_bytes() == CONTENT and server.ranges_asked() == [None, "bytes=100000-"]
 
@@ -70,7 +71,7 @@ def test_a_server_that_ignores_range_sends_all_of_it_again(server: Server, part:
 def test_two_versions_are_never_joined(server: Server, part: Path) -> None:
     server.answers = [Answer(cut=100_000)]
     with pytest.raises(DownloadError):
-        download(f"{server.address}/file", part, policy=Policy(attempts=1))
+        download(f"{server.address}/file", part, policy=RetryPolicy(attempts=1))
     server.etag = '"two"'
     server.put("/file", CONTENT[::-1])
     download(f"{server.address}/file", part, policy=HASTY)
@@ -81,7 +82,7 @@ def test_bytes_of_another_url_are_not_gone_on_from(server: Server, part: Path) -
     server.put("/other", CONTENT[::-1])
     server.answers = [Answer(cut=100_000)]
     with pytest.raises(DownloadError):
-        download(f"{server.address}/other", part, policy=Policy(attempts=1))
+        download(f"{server.address}/other", part, policy=RetryPolicy(attempts=1))
     download(f"{server.address}/file", part, policy=HASTY)
     assert part.read_bytes() == CONTENT and server.ranges_asked() == [None, None]
 
@@ -139,7 +140,7 @@ def test_what_may_change_is_tried_again_ever_later(
     waits: list[float] = []
     monkeypatch.setattr(module.time, "sleep", waits.append)
     server.answers = [Answer(status=status)] * 3 + [Answer(status=status, headers={"Retry-After": "9"})]
-    download(f"{server.address}/file", part, policy=Policy(longest_wait=8.5))
+    download(f"{server.address}/file", part, policy=RetryPolicy(longest_wait=8.5))
     assert part.read_bytes() == CONTENT and waits == [1, 2, 4, 8.5]
 
 
@@ -178,10 +179,10 @@ def test_a_server_that_sends_without_end(server: Server, part: Path) -> None:
     with pytest.raises(DownloadError, match="sends more than 1,000 bytes"):
         download(f"{server.address}/file", part, size=1000, policy=HASTY)
     with pytest.raises(DownloadError, match="sends more than 2,000 bytes"):
-        download(f"{server.address}/file", part, policy=Policy(largest=2000))
+        download(f"{server.address}/file", part, policy=RetryPolicy(largest=2000))
     server.default = Answer()
     with pytest.raises(DownloadError, match="offers 300,000 bytes; no file here is larger than 2,000"):
-        download(f"{server.address}/file", part, policy=Policy(largest=2000))
+        download(f"{server.address}/file", part, policy=RetryPolicy(largest=2000))
     assert not part.exists() or part.stat().st_size <= 2000
 
 
@@ -193,7 +194,7 @@ def test_a_length_that_is_not_stated_is_fine(server: Server, part: Path) -> None
 
 
 def test_crumbs_and_silence_count_as_broken_off(server: Server, part: Path) -> None:
-    policy = Policy(timeout=0.2, attempts=1, slowest=1000)
+    policy = RetryPolicy(timeout=0.2, attempts=1, slowest=1000)
     server.default = Answer(pace=0.05, piece=10)
     with pytest.raises(DownloadError, match=r"sends only \d+ bytes/s; gave up"):
         download(f"{server.address}/file", part, policy=policy)
@@ -204,14 +205,14 @@ def test_crumbs_and_silence_count_as_broken_off(server: Server, part: Path) -> N
 
 def test_a_throttled_line_gets_there(server: Server, part: Path) -> None:
     server.default = Answer(pace=0.05, piece=10_000)  # 1.5 s
-    download(f"{server.address}/file", part, policy=Policy(timeout=1, attempts=1, slowest=1000))
+    download(f"{server.address}/file", part, policy=RetryPolicy(timeout=1, attempts=1, slowest=1000))
     assert part.read_bytes() == CONTENT and len(server.requests) == 1
 
 
 def test_many_breaks_are_fine_while_it_gets_on(server: Server, part: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(module, "PROGRESS", 20_000)
     server.default = Answer(cut=20_000)
-    download(f"{server.address}/file", part, policy=Policy(attempts=2, backoff=0))
+    download(f"{server.address}/file", part, policy=RetryPolicy(attempts=2, backoff=0))
     assert part.read_bytes() == CONTENT and len(server.requests) == 15
 
 
@@ -286,7 +287,7 @@ def test_whatever_the_server_did_before_the_bytes_are_right(script: list[Answer]
         url, part = server.put("/file", content), Path(folder) / "file.part"
         server.answers = list(script)
         try:
-            download(url, part, size=2000, checked=checked, policy=Policy(timeout=5, attempts=10, backoff=0))
+            download(url, part, size=2000, checked=checked, policy=RetryPolicy(timeout=5, attempts=10, backoff=0))
         except DownloadError as error:
             assert "offers 2,500 bytes" in str(error)
         else:

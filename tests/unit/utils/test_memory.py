@@ -21,11 +21,12 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from clipgen import ClipGen
 from clipgen.engine.batch import Batch
 from clipgen.engine.engine import Engine
-from clipgen.engine.image_decoder import Painter
+from clipgen.engine.image_decoder import ImageDecoder
+from clipgen.errors import InsufficientMemoryError
 from clipgen.models.gpt import KVCache
-from clipgen.request import Request, Result
+from clipgen.request import GenerationOutput, GenerationRequest
 from clipgen.utils import memory
-from clipgen.utils.memory import MemoryShortage, fitting, in_batches, pixel_bytes, token_bytes
+from clipgen.utils.memory import fitting, in_batches, pixel_bytes, token_bytes
 from train.config import load_config
 
 CPU = torch.device("cpu")
@@ -68,14 +69,14 @@ def small_engine(largest: int) -> Iterator[None]:
 @contextmanager
 def small_painter(largest: int) -> Iterator[None]:
     """Such an allocator for what paints, and for nothing else."""
-    paint = Painter._run
+    paint = ImageDecoder._run
 
-    def limited(self: Painter, items: Sequence[Any]) -> Any:
+    def limited(self: ImageDecoder, items: Sequence[Any]) -> Any:
         with SmallDevice(largest):
             return paint(self, items)
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(Painter, "_run", limited)
+        patch.setattr(ImageDecoder, "_run", limited)
         yield
 
 
@@ -84,7 +85,7 @@ def row_bytes(pipe: ClipGen) -> int:
     return KVCache.allocate(pipe.config.gpt, 1).data.nbytes
 
 
-def same(a: Result, b: Result) -> bool:
+def same(a: GenerationOutput, b: GenerationOutput) -> bool:
     """Equal pictures, but for the last of 255 levels, where another batch size rounds differently."""
     pairs = zip(a.images, b.images, strict=True)
     close = all(np.abs(np.asarray(x, int) - np.asarray(y, int)).max() <= 1 for x, y in pairs)
@@ -113,8 +114,8 @@ def test_running_out_halves_the_batch_says_so_and_changes_nothing(
 
 def test_requests_that_share_a_call_survive_it_too(pipe: ClipGen) -> None:
     requests = [
-        Request("a cat", num_outputs=3, seed=1),
-        Request("a dog", num_outputs=4, candidates=8, seed=9, guidance=1.0),
+        GenerationRequest("a cat", num_outputs=3, seed=1),
+        GenerationRequest("a dog", num_outputs=4, candidates=8, seed=9, guidance=1.0),
     ]
     expected = pipe.generate(requests)
     with small_engine(9 * row_bytes(pipe)), small_painter(60_000):
@@ -124,9 +125,9 @@ def test_requests_that_share_a_call_survive_it_too(pipe: ClipGen) -> None:
 
 def test_one_picture_that_does_not_fit_is_an_error_that_helps(pipe: ClipGen) -> None:
     match = r"not even one picture fits .* smaller model"
-    with small_engine(15_000), pytest.raises(MemoryShortage, match=f"decoding tokens: {match}"):
+    with small_engine(15_000), pytest.raises(InsufficientMemoryError, match=f"decoding tokens: {match}"):
         pipe("a lemon", candidates=4, seed=3)
-    with small_painter(15_000), pytest.raises(MemoryShortage, match=f"decoding pixels: {match}"):
+    with small_painter(15_000), pytest.raises(InsufficientMemoryError, match=f"decoding pixels: {match}"):
         pipe("a lemon", candidates=4, seed=3)
     assert pipe("a lemon", seed=3).images
 

@@ -22,12 +22,13 @@ from hypothesis import given
 from hypothesis import strategies as st
 from local_server import Answer, Server, serving, wait_until
 
-from clipgen.utils.download import Policy
+from clipgen.errors import DownloadError
+from clipgen.utils.download import RetryPolicy
 from clipgen.weights import cache as module
-from clipgen.weights.cache import FetchError, Settings, fetch, find, known_print, state
-from clipgen.weights.catalog import CATALOG, Entry, File
+from clipgen.weights.cache import Settings, fetch, find, known_print, state
+from clipgen.weights.catalog import CATALOG, File, PretrainedModel
 
-HASTY = Policy(timeout=5, attempts=3, backoff=0.001)
+HASTY = RetryPolicy(timeout=5, attempts=3, backoff=0.001)
 
 
 def checkpoint(seed: int = 0, size: int = 200_000) -> bytes:
@@ -53,10 +54,10 @@ def settings(tmp_path: Path) -> Settings:
     return Settings(cache=tmp_path / "cache")
 
 
-def entry(server: Server, sha256: bytes | None = None, size: int | None = None) -> Entry:
+def entry(server: Server, sha256: bytes | None = None, size: int | None = None) -> PretrainedModel:
     """An entry with one file; `sha256` is the content whose hash its publisher states."""
     stated = hashlib.sha256(sha256).hexdigest() if sha256 else None
-    return Entry("toy", "", "", "", (File("gpt.pt", "gpt", f"{server.address}/gpt.pt", size, stated),))
+    return PretrainedModel("toy", "", "", "", (File("gpt.pt", "gpt", f"{server.address}/gpt.pt", size, stated),))
 
 
 def left(settings: Settings) -> set[str]:
@@ -81,13 +82,13 @@ def test_a_damaged_file_is_fetched_again(server: Server, settings: Settings, dam
     path = fetch(toy, settings, HASTY)["gpt"]
     path.write_bytes(damage(CONTENT))
     told: list[str] = []
-    fetch(toy, settings, HASTY, say=told.append)
+    fetch(toy, settings, HASTY, log=told.append)
     assert path.read_bytes() == CONTENT and "fetching it again" in told[0] and str(path) in told[0]
 
 
 def test_wrong_bytes_are_refused(server: Server, settings: Settings) -> None:
     toy = entry(server, sha256=OTHER)
-    with pytest.raises(FetchError) as refused:
+    with pytest.raises(DownloadError) as refused:
         fetch(toy, settings, HASTY)
     message = str(refused.value)
     assert hashlib.sha256(CONTENT).hexdigest() in message and hashlib.sha256(OTHER).hexdigest() in message
@@ -100,8 +101,8 @@ def test_parts_that_do_not_fit_are_thrown_away_once(server: Server, settings: Se
     server.etag, server.answers = None, [Answer(cut=1000)]
     server.put("/gpt.pt", OTHER)
     toy = entry(server, sha256=CONTENT)
-    with pytest.raises(FetchError):
-        fetch(toy, settings, Policy(attempts=1))
+    with pytest.raises(DownloadError):
+        fetch(toy, settings, RetryPolicy(attempts=1))
     assert left(settings) == {"gpt.pt.part", "gpt.pt.part.json"} and state(toy, toy.files[0], settings) == "partial"
     server.put("/gpt.pt", CONTENT)
     assert fetch(toy, settings, HASTY)["gpt"].read_bytes() == CONTENT
@@ -110,7 +111,7 @@ def test_parts_that_do_not_fit_are_thrown_away_once(server: Server, settings: Se
 
 def test_without_a_stated_hash_the_first_download_is_recorded(server: Server, settings: Settings) -> None:
     toy, told = entry(server), []
-    path = fetch(toy, settings, HASTY, say=told.append)["gpt"]
+    path = fetch(toy, settings, HASTY, log=told.append)["gpt"]
     record = path.with_name("gpt.pt.json")
     notes = json.loads(record.read_text())
     assert notes == {"size": len(CONTENT), "sha256": hashlib.sha256(CONTENT).hexdigest(), "url": toy.files[0].url}
@@ -121,7 +122,7 @@ def test_without_a_stated_hash_the_first_download_is_recorded(server: Server, se
     path.unlink()
     server.put("/gpt.pt", OTHER)  # of the same size
     assert len(OTHER) == len(CONTENT)
-    with pytest.raises(FetchError, match=r"not what the first download was.* delete .*gpt\.pt\.json"):
+    with pytest.raises(DownloadError, match=r"not what the first download was.* delete .*gpt\.pt\.json"):
         fetch(toy, settings, HASTY)
     assert left(settings) == {"gpt.pt.json"} and json.loads(record.read_text()) == notes
 
@@ -133,7 +134,7 @@ def test_a_record_that_cannot_be_read_is_not_overlooked(server: Server, settings
     record = fetch(entry(server), settings, HASTY)["gpt"].with_name("gpt.pt.json")
     for text in ("", "[1]", '{"size": 5}', "[" * 100_000):
         record.write_text(text)
-        with pytest.raises(FetchError, match=r"gpt\.pt\.json, the record of the first download, cannot be read"):
+        with pytest.raises(DownloadError, match=r"gpt\.pt\.json, the record of the first download, cannot be read"):
             fetch(entry(server), settings, HASTY)
 
 
@@ -150,7 +151,7 @@ def test_what_is_no_whole_checkpoint_is_not_recorded(
 ) -> None:
     """A server that lies about the length by sending less and saying so."""
     server.put("/gpt.pt", content)
-    with pytest.raises(FetchError, match=problem):
+    with pytest.raises(DownloadError, match=problem):
         fetch(entry(server), settings, HASTY)
     assert left(settings) == set()
     server.put("/gpt.pt", b"\x80\x02" + CONTENT)  # what PyTorch wrote before 1.6
@@ -169,7 +170,7 @@ def test_a_mirror_with_wrong_bytes_is_passed_over(server: Server, settings: Sett
     server.put("/b/toy/gpt.pt", CONTENT)
     mirrored = dataclasses.replace(settings, mirrors=(f"{server.address}/a", f"{server.address}/b"))
     told: list[str] = []
-    assert fetch(entry(server, sha256=CONTENT), mirrored, HASTY, say=told.append)["gpt"].read_bytes() == CONTENT
+    assert fetch(entry(server, sha256=CONTENT), mirrored, HASTY, log=told.append)["gpt"].read_bytes() == CONTENT
     assert "/a/toy/gpt.pt" in told[0] and "SHA-256" in told[0]
 
 
@@ -177,7 +178,7 @@ def test_a_mirror_with_wrong_bytes_is_passed_over(server: Server, settings: Sett
 def test_a_refusal_says_what_to_do(server: Server, settings: Settings, status: int) -> None:
     server.default = Answer(status=status)
     toy = entry(server, sha256=CONTENT)
-    with pytest.raises(FetchError, match=rf"answered {status} .*Set CLIPGEN_MIRROR .* put it at .*/toy/gpt\.pt"):
+    with pytest.raises(DownloadError, match=rf"answered {status} .*Set CLIPGEN_MIRROR .* put it at .*/toy/gpt\.pt"):
         fetch(toy, settings, HASTY)
     assert left(settings) == set()
 
@@ -185,7 +186,7 @@ def test_a_refusal_says_what_to_do(server: Server, settings: Settings, status: i
 def test_offline_asks_nobody(server: Server, settings: Settings) -> None:
     offline, toy = dataclasses.replace(settings, offline=True), entry(server)
     path = settings.path(toy, toy.files[0])
-    with pytest.raises(FetchError, match=r"gpt\.pt: not in the cache, and CLIPGEN_OFFLINE is set") as refused:
+    with pytest.raises(DownloadError, match=r"gpt\.pt: not in the cache, and CLIPGEN_OFFLINE is set") as refused:
         fetch(toy, offline, HASTY)
     assert toy.files[0].url in str(refused.value) and f"put it at {path}" in str(refused.value)
     assert not settings.cache.exists()
@@ -196,7 +197,7 @@ def test_offline_asks_nobody(server: Server, settings: Settings) -> None:
     assert json.loads(path.with_name("gpt.pt.json").read_text())["sha256"] == hashlib.sha256(CONTENT).hexdigest()
 
     path.write_bytes(OTHER)
-    with pytest.raises(FetchError, match="CLIPGEN_OFFLINE is set"):
+    with pytest.raises(DownloadError, match="CLIPGEN_OFFLINE is set"):
         fetch(toy, offline, HASTY)
     assert path.read_bytes() == OTHER and not server.requests
 
@@ -214,7 +215,7 @@ def test_what_is_there_needs_no_lock(server: Server, settings: Settings, monkeyp
 
 def test_a_cache_that_cannot_be(server: Server, tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
-    with pytest.raises(FetchError, match=r"cannot be used: Not a directory; CLIPGEN_CACHE names another"):
+    with pytest.raises(DownloadError, match=r"cannot be used: Not a directory; CLIPGEN_CACHE names another"):
         fetch(entry(server), Settings(tmp_path / "file" / "cache"), HASTY)
 
 
@@ -299,7 +300,7 @@ def test_settings_come_from_the_environment() -> None:
     ],
 )
 def test_what_is_no_mirror_is_refused(mirror: str) -> None:
-    with pytest.raises(FetchError, match=r"CLIPGEN_MIRROR .* is no mirror: give http"):
+    with pytest.raises(DownloadError, match=r"CLIPGEN_MIRROR .* is no mirror: give http"):
         Settings.from_environment({"CLIPGEN_MIRROR": mirror})
 
 
@@ -307,7 +308,7 @@ def test_what_is_no_mirror_is_refused(mirror: str) -> None:
 def test_any_mirror_is_refused_or_a_plain_address(text: str) -> None:
     try:
         mirrors = Settings.from_environment({"CLIPGEN_MIRROR": text}).mirrors
-    except FetchError:
+    except DownloadError:
         return
     for mirror in mirrors:
         parts = urlsplit(mirror)
@@ -324,7 +325,7 @@ def test_the_catalog_holds_together() -> None:
         for file in item.files:
             assert re.fullmatch(r"[A-Za-z0-9][\w.-]+", file.name) and urlsplit(file.url).scheme == "https"
             assert file.sha256 is None or re.fullmatch(r"[0-9a-f]{64}", file.sha256)
-    with pytest.raises(FetchError, match="there is no 'cocoa' to fetch; there is coco, openai-vit-b32"):
+    with pytest.raises(DownloadError, match="there is no 'cocoa' to fetch; there is coco, openai-vit-b32"):
         find("cocoa")
 
 

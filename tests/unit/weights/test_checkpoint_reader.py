@@ -13,8 +13,8 @@ import pytest
 import torch
 from published import Source
 
+from clipgen.errors import WeightsError
 from clipgen.weights.checkpoint_reader import read_tensors
-from clipgen.weights.model_dir import WeightsError
 
 
 class Touch:

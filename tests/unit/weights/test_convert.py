@@ -13,10 +13,10 @@ import torch
 from torch import Tensor
 
 from clipgen.config import GPTConfig
+from clipgen.errors import WeightsError
 from clipgen.models.gpt import GPT
 from clipgen.models.vqgan import VQGAN
 from clipgen.weights.convert import map_hfailab_gpt, map_hfailab_vqgan, map_taming_vqgan
-from clipgen.weights.model_dir import WeightsError
 from train.config import load_config
 
 HFAILAB = "hfailab_v0.1.0_state_dicts.json"

@@ -14,11 +14,12 @@ from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 
 from clipgen.config import ModelConfig
+from clipgen.errors import WeightsError
 from clipgen.models.clip import Clip
 from clipgen.models.gpt import GPT
 from clipgen.models.vqgan import VQGAN
 from clipgen.weights import model_dir as weights
-from clipgen.weights.model_dir import FILES, MANIFEST, WeightsError, build, load_weights, save_weights
+from clipgen.weights.model_dir import FILES, MANIFEST, build, load_weights, save_weights
 
 
 @pytest.fixture

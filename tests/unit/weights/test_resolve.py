@@ -21,16 +21,17 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from clipgen import ClipGen
-from clipgen.config import GPTConfig, ModelConfig, SamplingConfig, VQGANConfig
+from clipgen.config import GPTConfig, ModelConfig, VQGANConfig
+from clipgen.errors import WeightsError
 from clipgen.models.clip import Clip
 from clipgen.models.gpt import GPT, KVCache
 from clipgen.models.vqgan import VQGAN
-from clipgen.request import Request
+from clipgen.request import GenerationRequest, SamplingParams
 from clipgen.weights import resolve as checkpoints
-from clipgen.weights.catalog import Entry, File
+from clipgen.weights.catalog import File, PretrainedModel
 from clipgen.weights.checkpoint_reader import read_tensors
-from clipgen.weights.model_dir import WeightsError, load_weights
-from clipgen.weights.resolve import convert_checkpoints, describe, obtain
+from clipgen.weights.model_dir import load_weights
+from clipgen.weights.resolve import convert_checkpoints, describe, resolve_weights
 from train.config import load_config
 
 CLOSE = {"rtol": 0.0, "atol": 1e-4}
@@ -222,11 +223,11 @@ def test_describe_what_is_not_there(hfailab: Source, tmp_path: Path) -> None:
 
 
 def test_a_folder_stays_a_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    assert obtain(tmp_path, print) == tmp_path
-    assert obtain("weights/nowhere", print) == Path("weights/nowhere")
+    assert resolve_weights(tmp_path, print) == tmp_path
+    assert resolve_weights("weights/nowhere", print) == Path("weights/nowhere")
     monkeypatch.chdir(tmp_path)
     (tmp_path / "coco").mkdir()
-    assert obtain("coco", print) == Path("coco")
+    assert resolve_weights("coco", print) == Path("coco")
 
 
 def test_a_name_is_fetched_and_converted_once(hfailab: Source, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -238,7 +239,7 @@ def test_a_name_is_fetched_and_converted_once(hfailab: Source, tmp_path: Path, m
     ]
     for file in files:
         shutil.copy(getattr(hfailab, file.part), mirror / file.name)
-    entry = Entry("tiny", "", "", "", tuple(files), config=hfailab.config)
+    entry = PretrainedModel("tiny", "", "", "", tuple(files), config=hfailab.config)
     monkeypatch.setattr(checkpoints, "CATALOG", {"tiny": entry})
 
     class Handler(SimpleHTTPRequestHandler):
@@ -251,20 +252,20 @@ def test_a_name_is_fetched_and_converted_once(hfailab: Source, tmp_path: Path, m
     monkeypatch.setenv("CLIPGEN_CACHE", str(tmp_path / "cache"))
     said: list[str] = []
     try:
-        folder = obtain("tiny", said.append)
+        folder = resolve_weights("tiny", said.append)
     finally:
         server.shutdown()
         server.server_close()
     assert folder == tmp_path / "cache" / "models" / "tiny"
     assert any("converting tiny" in line for line in said)
     assert ClipGen.from_pretrained(folder, device="cpu").config.name == "tiny"
-    assert obtain("tiny", said.append) == folder  # the server is gone
+    assert resolve_weights("tiny", said.append) == folder  # the server is gone
 
 
 def test_the_settings_of_the_original_demo() -> None:
     """64 candidates, top_k 500, top_p 0.95, best 8; test_pipeline and test_clip hold the fixes of its two mistakes."""
-    request = Request("a city bus", num_outputs=8, candidates=64)
-    assert request.sampling(load_config("coco").model.sampling) == SamplingConfig(1.0, 500, 0.95, guidance=1.0)
+    request = GenerationRequest("a city bus", num_outputs=8, candidates=64)
+    assert request.sampling(load_config("coco").model.sampling) == SamplingParams(1.0, 500, 0.95, guidance=1.0)
     assert (request.drawn, request.num_outputs) == (64, 8)
 
 

@@ -1,4 +1,4 @@
-"""Coverage: what lies among the training pictures is told from what does not, and a damaged index is refused."""
+"""TrainingIndex: what lies among the training pictures is told from what does not, and a damaged index is refused."""
 
 from __future__ import annotations
 
@@ -20,9 +20,10 @@ from typer.testing import CliRunner
 
 from clipgen import ClipGen
 from clipgen.cli.main import app
-from clipgen.request import Request
-from clipgen.weights.model_dir import WeightsError, add_extra, load_extra, load_weights, save_weights
-from clipgen.weights.training_index import FILE, MOST_PICTURES, Coverage, Covered, build_index
+from clipgen.errors import WeightsError
+from clipgen.request import GenerationRequest
+from clipgen.weights.model_dir import add_extra, load_extra, load_weights, save_weights
+from clipgen.weights.training_index import FILE, MOST_PICTURES, IndexMatch, TrainingIndex, build_index
 from train.mini.index import add_index
 
 D = 64
@@ -45,12 +46,12 @@ def world() -> tuple[Tensor, Tensor, Tensor]:
 
 
 @pytest.fixture(scope="module")
-def index(world: tuple[Tensor, Tensor, Tensor]) -> Coverage:
+def index(world: tuple[Tensor, Tensor, Tensor]) -> TrainingIndex:
     images, _, texts = world
-    return Coverage(build_index(images, [f"picture {i}" for i in range(len(images))], texts))
+    return TrainingIndex(build_index(images, [f"picture {i}" for i in range(len(images))], texts))
 
 
-def test_near_and_far(world: tuple[Tensor, Tensor, Tensor], index: Coverage) -> None:
+def test_near_and_far(world: tuple[Tensor, Tensor, Tensor], index: TrainingIndex) -> None:
     images, gap, _ = world
     near = index.look(F.normalize(images[250] + gap + 0.3 * points(1, 2)[0], dim=0))
     assert near.nearest[0][0] == "picture 250" and not near.low and 5 < near.percentile < 100
@@ -61,21 +62,21 @@ def test_near_and_far(world: tuple[Tensor, Tensor, Tensor], index: Coverage) -> 
     assert far.low and far.percentile < 1 and far.similarity < near.similarity
 
 
-def test_a_training_picture_finds_itself(world: tuple[Tensor, Tensor, Tensor], index: Coverage) -> None:
+def test_a_training_picture_finds_itself(world: tuple[Tensor, Tensor, Tensor], index: TrainingIndex) -> None:
     images, *_ = world
     for i in range(0, 300, 50):
         name, cosine = index.look(images[i], texts=0).nearest[0]
         assert name == f"picture {i}" and cosine == pytest.approx(1, abs=0.02)
 
 
-def test_the_gap_is_measured(world: tuple[Tensor, Tensor, Tensor], index: Coverage) -> None:
+def test_the_gap_is_measured(world: tuple[Tensor, Tensor, Tensor], index: TrainingIndex) -> None:
     _, gap, _ = world
     assert F.cosine_similarity(index.gap, gap, dim=0) > 0.8
 
 
 def test_large_sets_are_thinned() -> None:
     count = MOST_PICTURES + 100
-    made = Coverage(build_index(points(count, 3), [str(i) for i in range(count)], points(40, 4)))
+    made = TrainingIndex(build_index(points(count, 3), [str(i) for i in range(count)], points(40, 4)))
     assert len(made.names) == MOST_PICTURES and made.names[0] == "0" and made.names[-1] == str(count - 1)
 
 
@@ -89,13 +90,13 @@ def folder(tiny_weights: Path, tmp_path: Path) -> Path:
 
 
 def test_it_travels_with_the_weights(folder: Path, tiny_weights: Path) -> None:
-    assert Coverage.load(tiny_weights) is None
-    found = Coverage.load(folder)
+    assert TrainingIndex.load(tiny_weights) is None
+    found = TrainingIndex.load(folder)
     assert found is not None and found.names[39] == "39.png"
     config, parts = load_weights(folder)  # the model loads as before
     assert not list(folder.glob(".saving-*"))
     save_weights(folder, config, {part: {k: v.clone() for k, v in tensors.items()} for part, tensors in parts.items()})
-    assert Coverage.load(folder) is None, "an index of other weights must not be believed"
+    assert TrainingIndex.load(folder) is None, "an index of other weights must not be believed"
 
 
 def test_a_damaged_index(folder: Path) -> None:
@@ -103,10 +104,10 @@ def test_a_damaged_index(folder: Path) -> None:
     data[-1] ^= 1
     (folder / FILE).write_bytes(data)
     with pytest.raises(WeightsError, match=r"coverage\.safetensors is damaged"):
-        Coverage.load(folder)
+        TrainingIndex.load(folder)
     (folder / FILE).unlink()
     with pytest.raises(WeightsError, match="missing"):
-        Coverage.load(folder)
+        TrainingIndex.load(folder)
 
 
 @pytest.mark.parametrize("change", ["names", "scale", "basis", "held", "bomb", "gone"])
@@ -124,7 +125,7 @@ def test_an_index_that_does_not_fit(folder: Path, change: str) -> None:
         tensors[change] = tensors[change][: 0 if change == "held" else 3]
     add_extra(folder, FILE, tensors)
     with pytest.raises(WeightsError, match="no index"):
-        Coverage.load(folder)
+        TrainingIndex.load(folder)
 
 
 def test_generate_says_so(folder: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
@@ -149,7 +150,7 @@ def test_generate_says_it_to_people(folder: Path, monkeypatch: pytest.MonkeyPatc
 
 
 def test_people_read_captions_not_files() -> None:
-    covered = Covered(0.5, 3.0, [("7.png: red heart", 0.6), ("8.png", 0.5)])
+    covered = IndexMatch(0.5, 3.0, [("7.png: red heart", 0.6), ("8.png", 0.5)])
     assert str(covered) == "coverage 3 of 100, nearest training pictures: red heart; 8.png"
     assert covered.warning("it").endswith("little like it; the nearest of its training pictures is red heart")
 
@@ -181,14 +182,14 @@ def test_the_script(root: Path, tiny_weights: Path, tmp_path: Path) -> None:
     command = [sys.executable, "-m", "train.mini.index", "--weights", weights, "--data", data, "--encoded"]
     done = subprocess.run([*command, tmp_path / "encoded.safetensors"], cwd=root, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
-    found = Coverage.load(weights)
+    found = TrainingIndex.load(weights)
     assert found is not None and found.names[3] == "03.png: lemon, line on red"
     assert len(found.names) == 22, "of one thing only"
     assert not len(found.things)
     things = torch.stack([embeddings, torch.zeros(48, 32)], dim=1)
     things[23] = embeddings[[5, 3]]  # the last picture shows what two others show alone
     save_file({"embeddings": things.half()}, tmp_path / "things.safetensors")
-    found = Coverage.load(add_index(weights, tmp_path / "things.safetensors", data).parent)
+    found = TrainingIndex.load(add_index(weights, tmp_path / "things.safetensors", data).parent)
     assert found is not None and len(found.names) == 22
     assert torch.allclose(found.things, embeddings[[3, 5]], atol=0.03)
     (data / "00.png").unlink()
@@ -199,7 +200,7 @@ def test_the_script(root: Path, tiny_weights: Path, tmp_path: Path) -> None:
 def test_a_sentence_takes_the_place_of_the_pictures_it_is_about() -> None:
     generator = torch.Generator().manual_seed(0)
     images = F.normalize(torch.randn(40, 32, generator=generator), dim=1)
-    index = Coverage(build_index(images, [str(i) for i in range(40)], images[:20]))
+    index = TrainingIndex(build_index(images, [str(i) for i in range(40)], images[:20]))
     for i in (0, 7, 39):
         near = F.normalize(images[i] + 0.4 * F.normalize(torch.randn(32, generator=generator), dim=0), dim=0)
         [moved] = index.project(near)
@@ -212,7 +213,7 @@ def test_a_sentence_about_two_things_is_taken_apart() -> None:
     images = F.normalize(torch.randn(60, 32, generator=generator), dim=1)
     images[41] = F.normalize(images[40] + 0.3 * images[41], dim=0)  # a thing and one much like it
     names, things = [str(i) for i in range(60)], range(30, 60)
-    index = Coverage(build_index(images, names, images[:20], things))
+    index = TrainingIndex(build_index(images, names, images[:20], things))
     for a, b in ((30, 31), (59, 45), (40, 33)):
         sentence = F.normalize(images[a] + 0.9 * images[b] + 0.5 * F.normalize(images[5], dim=0), dim=0)
         found = index.project(sentence, things=2)
@@ -222,14 +223,14 @@ def test_a_sentence_about_two_things_is_taken_apart() -> None:
         assert index.project(alone, things=2).shape == (1, 32)
     untaught = F.normalize(images[1] + images[2], dim=0)  # of these the GPT has never drawn two
     assert (index.project(untaught, things=2) @ images[[1, 2]].t()).amax(dim=0).min() < 0.9
-    assert Coverage(build_index(images, names, images[:20])).project(untaught, things=2).shape == (1, 32)
+    assert TrainingIndex(build_index(images, names, images[:20])).project(untaught, things=2).shape == (1, 32)
 
 
 def test_things_survive_the_thinning_of_an_index() -> None:
     count = MOST_PICTURES + 5000
     images = points(count, 3)
     things = list(range(1, count, 1000))
-    made = Coverage(build_index(images, [str(i) for i in range(count)], points(40, 4), things))
+    made = TrainingIndex(build_index(images, [str(i) for i in range(count)], points(40, 4), things))
     assert MOST_PICTURES <= len(made.names) <= MOST_PICTURES + len(things)
     assert (made.things @ images[things].t()).diagonal().min() > 0.99
 
@@ -253,8 +254,10 @@ def test_two_things_reach_the_gpt_side_by_side(tiny_weights: Path, tmp_path: Pat
     condition = pipe.condition("a b").unflatten(0, (2, 32))
     assert (condition * images[:2]).sum(1).min() > 0.99
     assert not pipe.condition([("a b", 1.0), ("c", 1.0)])[32:].any(), "what is mixed becomes one"
-    together = pipe.generate([Request("a b", seed=1), Request("c", seed=2)])
-    for request, result in zip([Request("a b", seed=1), Request("c", seed=2)], together, strict=True):
+    together = pipe.generate([GenerationRequest("a b", seed=1), GenerationRequest("c", seed=2)])
+    for request, result in zip(
+        [GenerationRequest("a b", seed=1), GenerationRequest("c", seed=2)], together, strict=True
+    ):
         assert result.images[0].tobytes() == pipe.generate([request])[0].images[0].tobytes()
 
 

@@ -1,0 +1,51 @@
+"""What can go wrong, by what the user can do about it. Every message is one line that says what to change."""
+
+from __future__ import annotations
+
+
+class ClipGenError(ValueError):
+    """A mistake or a circumstance that the user can change; shown as one line, never as a traceback."""
+
+
+class RequestError(ClipGenError):
+    """A value of a request that is not allowed: change that field. The message names field, value and range."""
+
+    def __init__(self, field: str, message: str) -> None:
+        super().__init__(f"{field} {message}")
+        self.field = field
+
+
+class ConfigError(ClipGenError):
+    """A configuration that cannot work: change the named setting."""
+
+
+class WeightsError(ClipGenError):
+    """Weights that are missing, damaged or of another model: fetch, convert or train them again."""
+
+
+class DataError(ClipGenError):
+    """An image, URL, receipt or data set that cannot be used: give another one."""
+
+
+class OutputError(ClipGenError):
+    """A file or folder that cannot be written or continued: give another one or make room."""
+
+
+class DownloadError(ClipGenError):
+    """A file that cannot be fetched: check the network or fetch it by hand."""
+
+
+class UnavailableError(ClipGenError):
+    """Busy or closed: try again later or elsewhere."""
+
+
+class InsufficientMemoryError(ClipGenError):
+    """Not even one image fits into memory: take a smaller model, a lower precision or another device."""
+
+
+class EngineError(RuntimeError):
+    """A decoding step failed for a reason that no user can change; `__cause__` tells it."""
+
+
+class Cancelled(Exception):
+    """Generation was asked to stop; nothing of it is kept."""
