@@ -156,7 +156,7 @@ def test_weights_without_a_configuration(tmp_path: Path) -> None:
 def test_sampling_takes_what_can_be_sampled_and_nothing_else(
     temperature: float, top_k: int, top_p: float, guidance: float
 ) -> None:
-    good = 0 <= temperature <= 10 and top_k >= 0 and 0 < top_p <= 1 and 0 <= guidance <= 30
+    good = 0 <= temperature <= 10 and 0 <= top_k < 2**31 and 0 < top_p <= 1 and 0 <= guidance <= 30
     try:
         config = SamplingParams(temperature, top_k, top_p, guidance)
     except RequestError as error:
