@@ -15,11 +15,11 @@ from typing import TYPE_CHECKING, Any
 import torch
 from PIL import Image
 
-from clipgen.errors import DataError
 from clipgen import __version__
+from clipgen.errors import DataError
 from clipgen.images.pixels import read_metadata, to_rgb
 from clipgen.outputs.metadata_rules import MAX_NAME, MAX_TEXT, VERSION, checked, parse
-from clipgen.request import MAX_SEED, Part, GenerationRequest, GenerationOutput, parts_of
+from clipgen.request import MAX_SEED, GenerationOutput, GenerationRequest, Part, parts_of
 from clipgen.weights.model_dir import MANIFEST, read_manifest
 
 if TYPE_CHECKING:

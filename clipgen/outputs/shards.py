@@ -18,17 +18,19 @@ import tarfile
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from filelock import FileLock
 from PIL import Image
 
 from clipgen.errors import OutputError
-from clipgen.utils.files import write_text
 from clipgen.images.pixels import save_image
-from clipgen.pipeline import ClipGen
 from clipgen.outputs.metadata import KEY, image_digest, receipts
 from clipgen.request import GenerationRequest
+from clipgen.utils.files import write_text
+
+if TYPE_CHECKING:
+    from clipgen.pipeline import ClipGen
 
 PROMPTS = 64
 """Prompts of one shard, and so the most that a kill costs each process."""
@@ -48,7 +50,12 @@ class Shard:
 
 
 def claim(
-    folder: Path, requests: Sequence[GenerationRequest], weights: str, suffix: str, seed: int | None, new_seed: Callable[[], int]
+    folder: Path,
+    requests: Sequence[GenerationRequest],
+    weights: str,
+    suffix: str,
+    seed: int | None,
+    new_seed: Callable[[], int],
 ) -> list[GenerationRequest]:
     """Make a folder this work's own, or see that it is: the first process to come writes its index.
 

@@ -73,7 +73,11 @@ def test_a_receipt_covers_every_setting() -> None:
     assert {field.name for field in fields(SamplingParams)} == set(SAMPLING)
     known = {"prompt", "negative", "num_outputs", "candidates", "seed", "keep", "keep_rows", *SAMPLING}
     budgets = {"target_score", "seconds"}  # they change how many candidates there are, which the receipt counts
-    assert {field.name for field in fields(GenerationRequest)} - budgets == known <= {field.name for field in fields(Receipt)}
+    assert (
+        {field.name for field in fields(GenerationRequest)} - budgets
+        == known
+        <= {field.name for field in fields(Receipt)}
+    )
 
 
 def test_what_a_result_says(pipe: ClipGen, tiny_weights: Path) -> None:
