@@ -1,40 +1,190 @@
-"""`python -m clipgen doctor`: whether everything is as it should be, in plain words."""
+"""`clipgen doctor`: check the installation, the machine and the weights, and say what to do about each problem."""
 
 from __future__ import annotations
 
 import json
-from dataclasses import asdict
-from typing import Annotated
+import os
+import platform
+import re
+import statistics
+import sys
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import asdict, dataclass
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
 
-from clipgen.cli import common as t
-from clipgen.cli.common import FILES, option
+from clipgen import __version__
+from clipgen.cli.common import FILES, MINI, Device, Dtype, Weights, option, printable
 
-EXAMPLE = "Example: python -m clipgen doctor --weights weights/mini"
+if TYPE_CHECKING:
+    from clipgen.pipeline import ClipGen
+
+EXAMPLE = "Example: clipgen doctor --weights weights/mini"
+REQUIREMENTS = Path(__file__).resolve().parents[2] / "requirements.txt"
+SLOW_SECONDS = 60.0
+"""Seconds per image from which the user is warned."""
 _SIGNS = {"ok": "ok", "warning": "note", "wrong": "WRONG"}
 
 
 def doctor(
-    weights: t.Weights = t.MINI,
-    device: t.Device = None,
-    dtype: t.Dtype = None,
+    weights: Weights = MINI,
+    device: Device = None,
+    dtype: Dtype = None,
     as_json: Annotated[bool, option(FILES, "Print one JSON object: ok, and the findings.", "--json")] = False,
 ) -> None:
-    """Check the installation, the machine and the weights, and draw a picture.
+    """Check the installation, the machine and the weights, and draw an image.
 
-    Exit code 0: it works, whatever is noted; 1: something is wrong.
+    Exit code 0: it works, perhaps with notes; 1: something is wrong.
     """
-    from clipgen.cli.examine import examine
-
     findings = []
-    for finding in examine(weights, device, dtype):
+    for finding in diagnose(weights, device, dtype):
         findings.append(finding)
         if not as_json:
-            print(f"{_SIGNS[finding.state]:>5}  {finding.name:9}{t.printable(finding.text)}", flush=True)
+            print(f"{_SIGNS[finding.state]:>5}  {finding.name:9}{printable(finding.text)}", flush=True)
     wrong = sum(finding.state == "wrong" for finding in findings)
     if as_json:
         print(json.dumps({"ok": not wrong, "findings": [asdict(finding) for finding in findings]}))
     else:
         print(f"{wrong} wrong" if wrong else "everything works")
     raise typer.Exit(1 if wrong else 0)
+
+
+@dataclass(frozen=True)
+class Finding:
+    """The result of one check."""
+
+    name: str
+    state: Literal["ok", "warning", "wrong"]
+    """ "wrong" means that something will not work."""
+    text: str
+    figure: float | None = None
+    """For "time", seconds per image; for "memory", free bytes."""
+
+
+def diagnose(weights: Path, device: str | None = None, dtype: str | None = None) -> Iterator[Finding]:
+    """Run all checks in order and yield their findings. Problems are reported as findings, never raised."""
+    yield check_python()
+    yield check_packages(REQUIREMENTS)
+    yield check_memory()
+    yield check_threads()
+    from clipgen.pipeline import ClipGen
+
+    try:
+        pipe = ClipGen.from_pretrained(weights, device=device, dtype=dtype)
+    except (ValueError, OSError, RuntimeError) as error:
+        yield Finding("weights", "wrong", str(error))
+        return
+    count = sum(tensor.numel() for part in (pipe.clip, pipe.gpt, pipe.vqgan) for tensor in part.state_dict().values())
+    yield Finding("weights", "ok", f"{weights}: {pipe.config.name}, {count / 1e6:.1f} M numbers, as its manifest says")
+    yield check_training_index(weights)
+    yield check_device(pipe)
+    yield time_images(lambda: pipe("a lemon", seed=0))
+
+
+def check_python() -> Finding:
+    """Check that the Python version is supported."""
+    found = f"clipgen {__version__}, Python {platform.python_version()} on {platform.system()} {platform.machine()}"
+    if not (3, 11) <= sys.version_info < (3, 15):
+        return Finding(
+            "python", "wrong", f"{found}; clipgen needs Python 3.11 to 3.14: make a new environment with one"
+        )
+    return Finding("python", "ok", found)
+
+
+def check_packages(requirements: Path) -> Finding:
+    """Compare installed versions with the pins of requirements.txt, which an installed wheel does not carry."""
+    torch_version = version("torch")
+    if not requirements.is_file():
+        return Finding("packages", "ok", f"PyTorch {torch_version}; no requirements.txt here to compare with")
+    pins = re.findall(r"^([\w.-]+)==([\w.+!-]+)", requirements.read_text(encoding="utf-8"), re.MULTILINE)
+    missing, different = [], []
+    for name, wanted in pins:
+        try:
+            found = version(name)
+        except PackageNotFoundError:
+            missing.append(f"{name} {wanted}")
+            continue
+        if found.split("+")[0] != wanted:  # 2.11.0+cpu is 2.11.0, built for CPUs
+            different.append(f"{name} is {found}, {wanted} was tested")
+    remedy = "run `make setup`, or `pip install -r requirements.txt`"
+    if missing:
+        return Finding("packages", "wrong", f"missing: {', '.join(missing)}; {remedy}")
+    if different:
+        return Finding("packages", "warning", f"{'; '.join(different)}: images may differ; {remedy}")
+    return Finding("packages", "ok", f"all {len(pins)} as in requirements.txt, PyTorch {torch_version}")
+
+
+def check_memory() -> Finding:
+    """Report free main memory and warn below 2 GB in total."""
+    pages = {name: os.sysconf(name) for name in ("SC_PAGE_SIZE", "SC_PHYS_PAGES", "SC_AVPHYS_PAGES")}
+    total, free = (pages["SC_PAGE_SIZE"] * pages[name] for name in ("SC_PHYS_PAGES", "SC_AVPHYS_PAGES"))
+    text = f"{free / 1e9:.1f} of {total / 1e9:.1f} GB free, not counting the system's file cache"
+    if total < 2e9:
+        return Finding("memory", "warning", f"{text}; 2 GB are little even for the mini model", free)
+    return Finding("memory", "ok", text, free)
+
+
+def check_threads() -> Finding:
+    """Compare PyTorch's threads with the cores that this process may use, and warn of a busy machine."""
+    import torch
+
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    threads, load = torch.get_num_threads(), os.getloadavg()[0]
+    text = f"PyTorch uses {threads} of {cores} cores that this process may use, load {load:.1f}"
+    if threads > cores:
+        return Finding("threads", "warning", f"{text}: they slow each other down; set OMP_NUM_THREADS={cores}")
+    if load > 1.5 * cores:
+        return Finding("threads", "warning", f"{text}: other programs are busy, so drawing is slower than it could be")
+    return Finding("threads", "ok", text)
+
+
+def check_training_index(weights: Path) -> Finding:
+    """Check that the index of training images can be read, if the weights have one."""
+    from clipgen.weights.training_index import TrainingIndex
+
+    try:
+        index = TrainingIndex.load(weights)
+    except ValueError as error:
+        return Finding("coverage", "wrong", str(error))
+    if index is None:
+        return Finding("coverage", "ok", "these weights have no index of training images to compare prompts with")
+    return Finding("coverage", "ok", f"an index of {len(index.names)} training images")
+
+
+def check_device(pipe: ClipGen) -> Finding:
+    """Name the device and precision in use, and warn where a better choice is available."""
+    import torch
+
+    from clipgen.outputs.metadata import device_name
+
+    text = f"{device_name(pipe.device)}, {pipe.precision}"
+    if pipe.device.type == "cpu" and torch.cuda.is_available():
+        return Finding("device", "warning", f"{text}, though there is a GPU: leave --device and CLIPGEN_DEVICE out")
+    if pipe.device.type == "cpu" and pipe.precision == "bfloat16" and not torch.cpu._is_avx512_bf16_supported():
+        return Finding("device", "warning", f"{text}, which is slow on this CPU: leave --dtype and CLIPGEN_DTYPE out")
+    if pipe.device.type == "cuda":
+        free, total = torch.cuda.mem_get_info(pipe.device)
+        text += f", {free / 1e9:.1f} of {total / 1e9:.1f} GB free"
+    return Finding("device", "ok", text)
+
+
+def time_images(draw: Callable[[], object]) -> Finding:
+    """Time the first image, which warms up, and the median of up to three more within ten seconds."""
+    try:
+        started = time.perf_counter()
+        draw()
+        first = time.perf_counter() - started
+        repeats: list[float] = []
+        while len(repeats) < 3 and time.perf_counter() - started < 10:
+            begun = time.perf_counter()
+            draw()
+            repeats.append(time.perf_counter() - begun)
+    except (ValueError, RuntimeError, MemoryError) as error:
+        return Finding("time", "wrong", f"drawing fails: {error}")
+    median = statistics.median(repeats or [first])
+    text = f"an image takes {median:.1f} s (the first one {first:.1f} s), measured just now"
+    return Finding("time", "warning" if median > SLOW_SECONDS else "ok", text, round(median, 3))
