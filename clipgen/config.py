@@ -65,6 +65,8 @@ class VQGANConfig:
     """Compare unit-norm latents with unit-norm codes (Yu et al., arXiv 2110.04627): no code is left unused."""
     beta: float = 0.25
     """Weight of the term that moves the codes; 1 is the weight of the term that moves the encoder."""
+    norm: str = "group"
+    """group: GroupNorm before every convolution, as published; none: without, several times as fast on a CPU."""
     norm_eps: float = 1e-6
 
     def __post_init__(self) -> None:
@@ -75,7 +77,8 @@ class VQGANConfig:
         require(0 < self.norm_eps < 1, f"vqgan.norm_eps is {self.norm_eps}; it must be between 0 and 1")
         require(len(self.ch_mult) >= 1, "vqgan.ch_mult is empty; give one multiplier per resolution")
         require(min(self.ch_mult) >= 1, f"vqgan.ch_mult is {self.ch_mult}; every multiplier must be at least 1")
-        require(self.ch % 32 == 0, f"vqgan.ch is {self.ch}; GroupNorm needs a multiple of 32")
+        require_choice(self, "norm", "group", "none")
+        require(self.norm == "none" or self.ch % 32 == 0, f"vqgan.ch is {self.ch}; GroupNorm needs a multiple of 32")
         require(
             self.image_size % self.downsampling == 0,
             f"vqgan.image_size {self.image_size} is no multiple of patch x 2^(levels - 1) = {self.downsampling}",

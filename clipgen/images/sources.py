@@ -8,7 +8,9 @@ per machine into a cache, resumed after a break; processes of one machine share 
 from __future__ import annotations
 
 import hashlib
+import importlib
 import os
+import re
 import tarfile
 from bisect import bisect_right
 from collections.abc import Sequence
@@ -118,7 +120,8 @@ def open_source(data: str | Path) -> Source:
     Args:
         data: a folder of images or of .tar shards, searched to any depth; a .txt file with one path a line (relative
             to its folder; empty lines and those that begin with # do not count); or shards, with braces for many:
-            "data/{000000..000127}.tar", also http:// and https://.
+            "data/{000000..000127}.tar", also http:// and https://; or MODULE:FUNCTION=TEXT, a function that is given
+            the text and returns a Source of one's own, such as images that are made when they are asked for.
 
     Raises:
         DataError: nothing there, nothing usable in it, or a shard that cannot be had.
@@ -127,6 +130,9 @@ def open_source(data: str | Path) -> Source:
     if text.endswith(".tar") or urlsplit(text).scheme in ("http", "https"):
         return _checked(Shards(_local(expand_urls(text))), text)
     path = Path(data)
+    made_by = _FUNCTION.fullmatch(text)
+    if made_by and not path.exists():
+        return _checked(_call(*made_by.groups()), text)
     if path.is_dir():
         files = sorted(p for p in path.rglob("*") if not p.name.startswith(".") and p.is_file())
         pictures = [p for p in files if p.suffix.lower() in SUFFIXES]
@@ -135,9 +141,23 @@ def open_source(data: str | Path) -> Source:
     if path.suffix.lower() == ".txt" and path.is_file():
         return _checked(Files(_listed(path)), text)
     raise DataError(
-        f"{text} is not a folder, a .txt file of paths or .tar shards; "
+        f"{text} is not a folder, a .txt file of paths, .tar shards or MODULE:FUNCTION=TEXT; "
         'use a folder of images, a list file, or shards such as "data/{000000..000127}.tar"'
     )
+
+
+_FUNCTION = re.compile(r"([A-Za-z_]\w*(?:\.\w+)*):([A-Za-z_]\w*)=(.*)")
+
+
+def _call(module: str, function: str, text: str) -> Source:
+    """The source that a function of one's own makes of a text."""
+    try:
+        make = getattr(importlib.import_module(module), function)
+    except (ImportError, AttributeError) as error:
+        raise DataError(
+            f"{module}:{function} cannot be had: {error}; name a module on PYTHONPATH and a function in it"
+        ) from error
+    return make(text)
 
 
 def _checked(source: Source, text: str) -> Source:

@@ -13,6 +13,16 @@ from torch import Tensor
 from clipgen.config import VQGANConfig
 
 
+def _norm(config: VQGANConfig, channels: int) -> nn.Module:
+    return nn.GroupNorm(32, channels, config.norm_eps) if config.norm == "group" else nn.Identity()
+
+
+def _zero(layer: nn.Conv2d | nn.Linear) -> None:
+    nn.init.zeros_(layer.weight)
+    if layer.bias is not None:
+        nn.init.zeros_(layer.bias)
+
+
 def _silu(x: Tensor) -> Tensor:
     # In place where no gradient needs the input: fresh memory for such large maps costs more than the arithmetic.
     return F.silu(x, inplace=not torch.is_grad_enabled())
@@ -38,17 +48,20 @@ class Downsample(nn.Module):
 
 
 class ResBlock(nn.Module):
-    def __init__(self, in_channels: int, out_channels: int, eps: float) -> None:
+    def __init__(self, config: VQGANConfig, in_channels: int, out_channels: int) -> None:
         super().__init__()
-        self.norm1 = nn.GroupNorm(32, in_channels, eps)
+        self.norm1 = _norm(config, in_channels)
         self.conv1 = nn.Conv2d(in_channels, out_channels, 3, padding=1)
-        self.norm2 = nn.GroupNorm(32, out_channels, eps)
+        self.norm2 = _norm(config, out_channels)
         self.conv2 = nn.Conv2d(out_channels, out_channels, 3, padding=1)
         same = in_channels == out_channels
         self.shortcut = nn.Identity() if same else nn.Conv2d(in_channels, out_channels, 1)
+        if config.norm == "none":  # nothing keeps the sums in bounds, so they grow from zero
+            _zero(self.conv2)
 
     def forward(self, x: Tensor) -> Tensor:
-        h = self.conv1(_silu(self.norm1(x)))
+        h = self.norm1(x)
+        h = self.conv1(F.silu(x) if h is x else _silu(h))  # x is still needed
         h = self.conv2(_silu(self.norm2(h)))
         return h.add_(self.shortcut(x))
 
@@ -56,11 +69,13 @@ class ResBlock(nn.Module):
 class AttnBlock(nn.Module):
     """Self-attention over all positions, one head."""
 
-    def __init__(self, channels: int, eps: float) -> None:
+    def __init__(self, config: VQGANConfig, channels: int) -> None:
         super().__init__()
-        self.norm = nn.GroupNorm(32, channels, eps)
+        self.norm = _norm(config, channels)
         self.qkv = nn.Linear(channels, 3 * channels)
         self.proj = nn.Linear(channels, channels)
+        if config.norm == "none":
+            _zero(self.proj)
 
     def forward(self, x: Tensor) -> Tensor:
         b, c, h, w = x.shape
@@ -70,8 +85,10 @@ class AttnBlock(nn.Module):
         return x + y.transpose(1, 2).reshape(b, c, h, w)
 
 
-def _middle(channels: int, eps: float) -> nn.Sequential:
-    return nn.Sequential(ResBlock(channels, channels, eps), AttnBlock(channels, eps), ResBlock(channels, channels, eps))
+def _middle(config: VQGANConfig, channels: int) -> nn.Sequential:
+    return nn.Sequential(
+        ResBlock(config, channels, channels), AttnBlock(config, channels), ResBlock(config, channels, channels)
+    )
 
 
 class Encoder(nn.Module):
@@ -79,23 +96,23 @@ class Encoder(nn.Module):
 
     def __init__(self, config: VQGANConfig) -> None:
         super().__init__()
-        c, eps = config, config.norm_eps
+        c = config
         self.unshuffle = nn.PixelUnshuffle(c.patch)
         self.conv_in = nn.Conv2d(3 * c.patch**2, c.ch, 3, padding=1)
         resolution, channels = c.image_size // c.patch, c.ch
         down: list[nn.Module] = []
         for level, mult in enumerate(c.ch_mult):
             for _ in range(c.num_res_blocks):
-                down.append(ResBlock(channels, c.ch * mult, eps))
+                down.append(ResBlock(c, channels, c.ch * mult))
                 channels = c.ch * mult
                 if resolution in c.attn_resolutions:
-                    down.append(AttnBlock(channels, eps))
+                    down.append(AttnBlock(c, channels))
             if level < len(c.ch_mult) - 1:
                 down.append(Downsample(channels))
                 resolution //= 2
         self.down = nn.Sequential(*down)
-        self.mid = _middle(channels, eps)
-        self.norm_out = nn.GroupNorm(32, channels, eps)
+        self.mid = _middle(c, channels)
+        self.norm_out = _norm(c, channels)
         self.conv_out = nn.Conv2d(channels, c.z_channels, 3, padding=1)
 
     def forward(self, x: Tensor) -> Tensor:
@@ -108,22 +125,22 @@ class Decoder(nn.Module):
 
     def __init__(self, config: VQGANConfig) -> None:
         super().__init__()
-        c, eps = config, config.norm_eps
+        c = config
         resolution, channels = c.grid, c.ch * c.ch_mult[-1]
         self.conv_in = nn.Conv2d(c.z_channels, channels, 3, padding=1)
-        self.mid = _middle(channels, eps)
+        self.mid = _middle(c, channels)
         up: list[nn.Module] = []
         for level, mult in reversed(list(enumerate(c.ch_mult))):
             for _ in range(c.num_res_blocks + 1):
-                up.append(ResBlock(channels, c.ch * mult, eps))
+                up.append(ResBlock(c, channels, c.ch * mult))
                 channels = c.ch * mult
                 if resolution in c.attn_resolutions:
-                    up.append(AttnBlock(channels, eps))
+                    up.append(AttnBlock(c, channels))
             if level > 0:
                 up.append(Upsample(channels))
                 resolution *= 2
         self.up = nn.Sequential(*up)
-        self.norm_out = nn.GroupNorm(32, channels, eps)
+        self.norm_out = _norm(c, channels)
         self.conv_out = nn.Conv2d(channels, 3 * c.patch**2, 3, padding=1)
         self.shuffle = nn.PixelShuffle(c.patch)
 

@@ -1,1 +1,1 @@
-"""Everything that only the mini model needs: its images, its sentences, its CLIP."""
+"""Everything that only the mini model needs: its world of scenes, its sentences, its CLIP."""

@@ -1,0 +1,198 @@
+"""Facts -> pixels: the same facts and seed give the same image, composed in about a millisecond.
+
+A figure is a thing with what is on it: layers in the pixels of the thing's sprite. Figures are put in places of the
+frame, at random sizes and angles, on a ground, and the style is painted over all.
+"""
+
+from __future__ import annotations
+
+import random
+from dataclasses import dataclass
+from functools import lru_cache
+from pathlib import Path
+
+import cv2
+import numpy as np
+
+from train.mini import styles
+from train.mini.attachments import ATTACHMENTS, draw_variants
+from train.mini.colours import Bytes, Floats, floats, recolour
+from train.mini.facts import Facts, Thing
+from train.mini.grounds import draw_ground
+from train.mini.objects import read_objects
+from train.mini.sprites import Anchors, find_anchors, load_render, premultiply, trim
+
+Box = tuple[float, float, float, float]
+"""Left, top, right, bottom."""
+_FLAT_STYLES = ("flat", "line art", "pixel art")
+"""Styles that are painted over the flat renders; the others are over the 3D ones."""
+
+
+@dataclass(frozen=True)
+class Layer:
+    """A sprite and where it is in a figure: premultiplied RGBA, a scale, and its left top corner."""
+
+    image: Floats
+    scale: float
+    left: float
+    top: float
+
+    @property
+    def box(self) -> Box:
+        height, width = self.image.shape[:2]
+        return self.left, self.top, self.left + self.scale * width, self.top + self.scale * height
+
+
+@dataclass(frozen=True)
+class Figure:
+    """Layers from back to front, and the box that holds them all."""
+
+    layers: list[Layer]
+    box: Box
+
+
+@dataclass(frozen=True)
+class Slot:
+    """A part of the frame for a figure, in [0, 1]: its centre and its size."""
+
+    x: float
+    y: float
+    width: float
+    height: float
+
+
+class Composer:
+    """The world's images, from the renders in a folder. Sprites are read once and kept."""
+
+    def __init__(self, renders: Path, size: int = 128) -> None:
+        """Args: renders: the folder of STYLE/CODE.png that `train.mini.emoji` writes; size: side of the images, px."""
+        self.renders, self.size = renders, size
+        self._sprite = lru_cache(maxsize=4096)(self._read_sprite)
+        self._bank = lru_cache(maxsize=None)(self._read_bank)
+
+    def compose(self, facts: Facts, seed: int) -> Bytes:
+        """An image, RGB (size, size, 3); the seed decides all that the facts leave open."""
+        rng = random.Random(seed)
+        base = "flat" if facts.style in _FLAT_STYLES else "3d"
+        figures = [self._figure(thing, base, rng) for thing in facts.things for _ in range(facts.count)]
+        slots = _slots(facts, rng)
+        if facts.relation == "on":
+            figures, slots = figures[::-1], slots[::-1]  # what stands on something hides its edge
+        colourless = facts.style in ("sketch", "line art")
+        ground = draw_ground(facts.ground, facts.second_ground, self.size, rng)
+        frame = np.ones_like(ground) if colourless else ground.copy()
+        alpha = np.zeros(frame.shape[:2], np.float32)
+        for figure, slot in zip(figures, slots, strict=True):
+            for cover in self._place(figure, slot, rng):
+                rest = 1 - cover[..., 3:]
+                frame = frame * rest + cover[..., :3]
+                alpha = alpha * rest[..., 0] + cover[..., 3]
+        painted = _paint(facts.style, frame, alpha, ground[0, 0], rng)
+        return (np.clip(painted, 0, 1) * 255 + 0.5).astype(np.uint8)
+
+    def _figure(self, thing: Thing, base: str, rng: random.Random) -> Figure:
+        image, anchors = self._sprite(base, thing.object, thing.colour)
+        layers = [Layer(image, 1.0, 0.0, 0.0)]
+        box = anchors.box
+        if thing.attachment is not None:
+            bank = self._bank(base, thing.attachment, thing.kind)
+            layer = _attach(bank[rng.randrange(len(bank))], thing.attachment, anchors, rng)
+            layers.insert(0 if ATTACHMENTS[thing.attachment].behind else 1, layer)
+            box = _union(box, layer.box)
+        return Figure(layers, box)
+
+    def _place(self, figure: Figure, slot: Slot, rng: random.Random) -> list[Floats]:
+        """The layers of a figure in the frame, premultiplied RGBA (size, size, 4)."""
+        left, top, right, bottom = figure.box
+        turn, mirror = np.radians(rng.gauss(0, 6)), rng.choice((-1, 1))
+        fit = min(slot.width / (right - left), slot.height / (bottom - top), slot.height / 90)
+        scale = self.size * fit * rng.uniform(0.88, 1.0)
+        room_x = max(0.0, slot.width - fit * (right - left)) / 2
+        room_y = max(0.0, slot.height - fit * (bottom - top)) / 2
+        x = self.size * (slot.x + rng.uniform(-0.7, 0.7) * room_x)
+        y = self.size * (slot.y + rng.uniform(-0.7, 0.7) * room_y)
+        cos, sin = scale * np.cos(turn), scale * np.sin(turn)
+        linear = np.array([[mirror * cos, -sin], [mirror * sin, cos]])
+        shift = np.array([x, y]) - linear @ np.array([(left + right) / 2, (top + bottom) / 2])
+        covers = []
+        for layer in figure.layers:
+            move = np.hstack([linear * layer.scale, (linear @ [layer.left, layer.top] + shift)[:, None]])
+            image, smaller = layer.image, scale * layer.scale
+            if smaller < 0.6:  # halved first: nothing is skipped between its pixels
+                image, move = _halved(image), move * [[2, 2, 1]]
+            moved = cv2.warpAffine(image, move.astype(np.float32), (self.size, self.size), flags=cv2.INTER_LINEAR)
+            covers.append(floats(moved))
+        return covers
+
+    def _read_sprite(self, base: str, name: str, colour: str | None) -> tuple[Floats, Anchors]:
+        image = load_render(self.renders, base, read_objects()[name].code)
+        anchors = find_anchors(image[..., 3])
+        return premultiply(recolour(image, colour) if colour else image), anchors
+
+    def _read_bank(self, base: str, attachment: str, kind: tuple[str, str] | None) -> list[Floats]:
+        source = ATTACHMENTS[attachment].source
+        if isinstance(source, str):
+            return [premultiply(trim(load_render(self.renders, base, source)))]
+        return [premultiply(trim(image)) for image in draw_variants(attachment, kind)]
+
+
+def _halved(image: Floats) -> Floats:
+    height, width = image.shape[:2]
+    return floats(cv2.resize(image, (max(1, width // 2), max(1, height // 2)), interpolation=cv2.INTER_AREA))
+
+
+def _union(a: Box, b: Box) -> Box:
+    return min(a[0], b[0]), min(a[1], b[1]), max(a[2], b[2]), max(a[3], b[3])
+
+
+def _attach(image: Floats, attachment: str, anchors: Anchors, rng: random.Random) -> Layer:
+    """Where an attachment goes on a thing with such anchors."""
+    how = ATTACHMENTS[attachment]
+    height, width = image.shape[:2]
+    radius = anchors.radius
+    scale = how.width * radius / width * rng.uniform(0.95, 1.08)
+    x = anchors.face[0] + (how.right + rng.uniform(-0.05, 0.05)) * radius
+    y = (anchors.face[1] if how.at == "face" else anchors.top) + (how.down + rng.uniform(-0.04, 0.04)) * radius
+    return Layer(image, scale, x - scale * width / 2, y - scale * height / 2)
+
+
+def _slots(facts: Facts, rng: random.Random) -> list[Slot]:
+    """Where the figures go, in the order of the things."""
+    if facts.relation is not None:
+        return _pair_slots(facts.relation, rng)
+    if facts.count == 1:
+        return [Slot(0.5, 0.5, *(2 * [rng.uniform(0.78, 0.98)]))]
+    if facts.count == 2:
+        return [Slot(x, 0.5, 0.47, 0.6) for x in (0.26, 0.74)]
+    up: tuple[float, ...] = (0.5,)
+    down: tuple[float, ...] = (0.26, 0.74)
+    if rng.random() < 0.5:
+        up, down = down, up
+    return [Slot(x, y, 0.44, 0.42) for y, row in ((0.26, up), (0.74, down)) for x in row]
+
+
+def _pair_slots(relation: str, rng: random.Random) -> list[Slot]:
+    left, right = Slot(0.26, 0.5, 0.48, 0.62), Slot(0.74, 0.5, 0.48, 0.62)
+    upper, lower = Slot(0.5, 0.26, 0.7, 0.47), Slot(0.5, 0.74, 0.7, 0.47)
+    if relation == "beside":
+        relation = rng.choice(("left of", "right of"))
+    if relation == "on":  # close together, the lower one larger
+        return [Slot(0.5, 0.25, 0.44, 0.44), Slot(0.5, 0.7, 0.62, 0.56)]
+    return {
+        "left of": [left, right],
+        "right of": [right, left],
+        "above": [upper, lower],
+        "below": [lower, upper],
+    }[relation]
+
+
+def _paint(style: str, frame: Floats, alpha: Floats, paper: Floats, rng: random.Random) -> Floats:
+    if style == "sketch":
+        return styles.sketch(frame, paper, rng)
+    if style == "line art":
+        return styles.line_art(frame, alpha, paper)
+    if style == "oil painting":
+        return styles.oil_painting(frame, rng)
+    if style == "watercolor":
+        return styles.watercolor(frame, alpha, rng)
+    return styles.pixel_art(frame, alpha, rng) if style == "pixel art" else frame

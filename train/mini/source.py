@@ -1,0 +1,88 @@
+"""The world's scenes as a source of images for the training scripts, like a folder or shards (`--data`).
+
+    python train/stage1.py --data train.mini.source:all_scenes=data/emoji ...
+    python train/stage2.py --data train.mini.source:trained_scenes=data/emoji ...
+
+Nothing is stored: scene number i is composed anew whenever it is asked for, from i alone.
+"""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import overload
+
+import cv2
+
+from train.mini.colours import Bytes
+from train.mini.facts import Facts
+from train.mini.sampling import draw_facts, draw_trained_facts
+from train.mini.scene import Composer
+
+SCENES = 2_000_000
+"""Scenes of a source: more than a training looks at."""
+SIZE = 128
+"""Side of a scene, px."""
+
+
+class _Numbered(Sequence[str]):
+    """The names of scenes, made when they are asked for."""
+
+    def __init__(self, length: int) -> None:
+        self._rows = range(length)
+
+    def __len__(self) -> int:
+        return len(self._rows)
+
+    @overload
+    def __getitem__(self, index: int) -> str: ...
+    @overload
+    def __getitem__(self, index: slice) -> list[str]: ...
+    def __getitem__(self, index: int | slice) -> str | list[str]:
+        if isinstance(index, slice):
+            return [f"scene {i}" for i in self._rows[index]]
+        return f"scene {self._rows[index]}"
+
+    def __iter__(self) -> Iterator[str]:
+        return (f"scene {i}" for i in self._rows)
+
+
+class Scenes:
+    """Numbered scenes (`clipgen.images.sources.Source`), each a pure function of its number and the source's seed."""
+
+    def __init__(
+        self,
+        renders: Path,
+        draw: Callable[[random.Random], Facts],
+        seed: int = 0,
+        count: int = SCENES,
+        size: int = SIZE,
+    ) -> None:
+        """Args: the renders of `train.mini.emoji`, what draws facts, a seed, how many, the side of an image, px."""
+        self.names: Sequence[str] = _Numbered(count)
+        self.draw, self.seed = draw, seed
+        self.composer = Composer(renders, size)
+
+    def facts(self, index: int) -> Facts:
+        """What a scene shows."""
+        return self.draw(random.Random(f"{self.seed} {index}"))
+
+    def image(self, index: int) -> Bytes:
+        """A scene, RGB (size, size, 3)."""
+        return self.composer.compose(self.facts(index), hash((self.seed, index)))
+
+    def read(self, index: int) -> bytes:
+        """A scene as a file, of the kind that is quickest to write and to read."""
+        image = cv2.cvtColor(self.image(index), cv2.COLOR_RGB2BGR)
+        return cv2.imencode(".bmp", image)[1].tobytes()
+
+
+def all_scenes(data: str) -> Scenes:
+    """Scenes with every combination: what the VQGAN and the CLIP may see; data: the folder that `make emoji` fills."""
+    return Scenes(Path(data) / "renders", draw_facts, seed=1)
+
+
+def trained_scenes(data: str) -> Scenes:
+    """Scenes without held-out combinations: what the GPT may see; data: as above."""
+    return Scenes(Path(data) / "renders", draw_trained_facts, seed=2)

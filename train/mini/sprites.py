@@ -1,0 +1,75 @@
+"""Emoji renders as sprites, and where a sprite has its head and its face."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import cv2
+import numpy as np
+
+from clipgen.errors import DataError
+from train.mini.colours import Bytes, Floats
+
+SIDE = 160
+"""Of a sprite, px."""
+
+
+def load_render(renders: Path, style: str, code: str) -> Bytes:
+    """One render of `train.mini.emoji`, RGBA (SIDE, SIDE, 4).
+
+    Raises:
+        DataError: it is not there.
+    """
+    path = renders / style / f"{code}.png"
+    image = cv2.imread(str(path), cv2.IMREAD_UNCHANGED) if path.is_file() else None
+    if image is None or image.shape != (SIDE, SIDE, 4):
+        raise DataError(f"{path} is no render of {SIDE} x {SIDE} px; `make emoji` makes them all")
+    return cv2.cvtColor(image, cv2.COLOR_BGRA2RGBA).astype(np.uint8)
+
+
+def premultiply(image: Bytes) -> Floats:
+    """RGBA bytes (H, W, 4) -> floats in [0, 1], colours times alpha: what can be scaled and blended."""
+    out = image.astype(np.float32) / 255
+    out[..., :3] *= out[..., 3:]
+    return np.ascontiguousarray(out)
+
+
+def trim(image: Bytes) -> Bytes:
+    """Without its transparent margins."""
+    ys, xs = np.nonzero(image[..., 3] > 20)
+    return np.ascontiguousarray(image[ys.min() : ys.max() + 1, xs.min() : xs.max() + 1])
+
+
+@dataclass(frozen=True)
+class Anchors:
+    """Where things are put on a sprite, in its pixels.
+
+    Attributes:
+        box: what is not transparent: left, top, right, bottom.
+        face: the centre of the widest round place, rather high up.
+        radius: of that place.
+        top: where the head ends above the face.
+    """
+
+    box: tuple[float, float, float, float]
+    face: tuple[float, float]
+    radius: float
+    top: float
+
+
+def find_anchors(alpha: Bytes) -> Anchors:
+    """The anchors of a sprite by its outline alone, alpha (H, W): the largest circle that fits in it is its face."""
+    inside = (alpha > 128).astype(np.uint8)
+    ys, xs = np.nonzero(inside)
+    left, right, top, bottom = xs.min(), xs.max(), ys.min(), ys.max()
+    distance = cv2.distanceTransform(np.pad(inside, 1), cv2.DIST_L2, 5)[1:-1, 1:-1]
+    y, x = np.mgrid[: alpha.shape[0], : alpha.shape[1]]
+    # Of places of about one size, the one in the middle and a little above.
+    liked = distance - 0.03 * np.abs(y - (top + 0.42 * (bottom - top))) - 0.03 * np.abs(x - (left + right) / 2)
+    cy, cx = np.unravel_index(int(liked.argmax()), distance.shape)
+    radius = float(np.clip(distance[cy, cx], 30, 58))
+    columns = range(max(0, int(cx - radius / 3)), min(alpha.shape[1], int(cx + radius / 3) + 1))
+    tops = [int(np.argmax(inside[:, c])) for c in columns if inside[:, c].any()]
+    head = max(float(np.median(tops)), cy - 1.5 * radius)  # a stalk or a funnel is no head
+    return Anchors((float(left), float(top), float(right), float(bottom)), (float(cx), float(cy)), radius, head)
