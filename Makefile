@@ -127,6 +127,9 @@ emoji: $(VENV)/.dev ## the mini model's images: emoji art from npm, rendered to 
 	npm install --no-fund --no-audit --prefix data/npm $(EMOJI)
 	$(BIN)/python -m train.mini.emoji --npm data/npm/node_modules --out data/emoji
 
+scenes: emoji ## a contact sheet of the mini model's world, outputs/scenes.png
+	$(BIN)/python -m train.mini.sheet --data data/emoji --out outputs/scenes.png
+
 mini: emoji ## rebuild the mini model from its data (hours); run it again to resume; needs WordNet (wordnet-base)
 	$(BIN)/python train/mini/clip_image.py --data data/emoji --out runs/clip
 	$(BIN)/python train/mini/clip_text.py --data data/emoji --out runs/clip
@@ -144,4 +147,4 @@ clean: ## remove caches and build products; keeps .venv, data, runs and outputs
 	@rm -rf .pytest_cache .mypy_cache .ruff_cache .hypothesis .cog *.egg-info
 	@find . -name __pycache__ -not -path './$(VENV)/*' -prune -exec rm -rf {} +
 
-.PHONY: help setup predict .prompt serve app test test-slow test-browser lint format bench emoji mini clean
+.PHONY: help setup predict .prompt serve app test test-slow test-browser lint format bench emoji scenes mini clean
