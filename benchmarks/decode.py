@@ -132,7 +132,7 @@ def contenders(config: GPTConfig, names: Sequence[str]) -> dict[str, Contender]:
         elif name.startswith("ours"):
             gpt = copy.deepcopy(exact)
             kind = name.removeprefix("ours, ")
-            built[name] = ours(gpt.to(torch.bfloat16).pack() if kind == "bfloat16" else quantise(gpt, kind, CACHE))
+            built[name] = ours(gpt.to(torch.bfloat16).prepack() if kind == "bfloat16" else quantise(gpt, kind, CACHE))
         else:
             built[name] = transformers_generate(config, name.split()[1])
         gc.collect()

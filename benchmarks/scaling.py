@@ -65,7 +65,7 @@ def measure(config: GPTConfig, lengths: Sequence[int], rows: int, whole: int) ->
         gpt: Any = random_weights(empty)
         if length <= whole:
             series["uncached"].append((length, uncached(gpt, rows)))
-        series["cached"].append((length, cached(gpt.pack(), rows)))
+        series["cached"].append((length, cached(gpt.prepack(), rows)))
         for name, points in series.items():
             if points and points[-1][0] == length:
                 print(f"  {name}, {length} tokens: {points[-1][1]:.2f} s", file=sys.stderr, flush=True)

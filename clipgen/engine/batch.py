@@ -4,7 +4,7 @@ A picture holds one row of the cache, or two under guidance: the second has no c
 in use are always the first of the cache, so a step works on no others: where rows leave, the last ones move into the
 gaps.
 
-Same seed, same tokens, whoever else is there. On CPUs this holds bit for bit: a step of `GPT.advance`
+Same seed, same tokens, whoever else is there. On CPUs this holds bit for bit: a step of `GPT.decode_step`
 gives a row the same whatever the others are; sums over keys and over likely tokens run over multiples of CHUNK and
 WIDTH, where what is masked adds exact zeros. The limits: GPUs choose kernels by the size of the batch, and with several
 threads attention in float32 rounds by where its scratch memory lies; a draw within that rounding comes out as another
@@ -58,7 +58,7 @@ class Batch:
 
     def __init__(self, gpt: GPT, graphs: Graphs | None = None) -> None:
         self.gpt = gpt
-        self.advance = gpt.advance if graphs is None else graphs.advance
+        self.advance = gpt.decode_step if graphs is None else graphs.advance
         weight, config = gpt.head.weight, gpt.config
         self.device, self.length, self.vocab_size = weight.device, config.block_size, config.vocab_size
         self.pictures: list[Picture] = []
@@ -77,7 +77,7 @@ class Batch:
         new += [(picture, True) for picture in joining if picture.width == 2]
         self._grow(len(self.rows) + len(new), most)
         conditions = torch.stack([p.other if is_second else p.condition for p, is_second in new]).to(self.x)
-        inputs = self.gpt.start(conditions)
+        inputs = self.gpt.embed_condition(conditions)
         self.x = torch.cat([self.x[: len(self.rows)], inputs])
         tokens = torch.zeros(len(joining), self.length, dtype=torch.long, device=self.device)
         for row, picture in zip(tokens, joining, strict=True):

@@ -12,7 +12,8 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from clipgen.models.gpt import GPT, KVCache
+from clipgen.models.gpt import GPT
+from clipgen.models.kv_cache import KVCache
 
 SPAN = 64
 """Positions of the cache by which one graph sees more than the next smaller one."""
@@ -42,7 +43,7 @@ class Recorder:
 
 
 class Graphs:
-    """`GPT.advance` for up to `rows` rows, recorded.
+    """`GPT.decode_step` for up to `rows` rows, recorded.
 
     Args:
         gpt: in eval mode; its weights must stay where they are.
@@ -63,7 +64,7 @@ class Graphs:
         self.replays = {size: record(self._run(*size)) for size in sizes}
 
     def advance(self, x: Tensor, positions: Tensor, cache: KVCache, longest: int) -> Tensor:
-        """As `GPT.advance`, on this cache only. The logits (B, V) are overwritten by the next step."""
+        """As `GPT.decode_step`, on this cache only. The logits (B, V) are overwritten by the next step."""
         if cache is not self.cache:
             raise ValueError("these graphs were recorded over another cache")
         count = len(x)
@@ -76,7 +77,7 @@ class Graphs:
 
     def _run(self, rows: int, span: int) -> Run:
         def run() -> None:
-            self.logits[:rows] = self.gpt.advance(self.x[:rows], self.at[:rows], self.cache, span)
+            self.logits[:rows] = self.gpt.decode_step(self.x[:rows], self.at[:rows], self.cache, span)
 
         return run
 
@@ -105,12 +106,12 @@ def agree(graphs: Graphs) -> bool:
     gpt = graphs.gpt
     width = gpt.config.condition_size
     conditions = torch.eye(width)[torch.arange(len(graphs.x)) % width]
-    inputs = gpt.start(conditions.to(graphs.x))
+    inputs = gpt.embed_condition(conditions.to(graphs.x))
     for rows, span in graphs.replays:
         at = torch.full((rows,), span - 1, device=inputs.device)
         graphs.logits.fill_(torch.nan)  # what a larger graph has left here would pass
         found = graphs.advance(inputs[:rows], at, graphs.cache, span).float().clone()
-        expected = gpt.advance(inputs[:rows], at, graphs.cache, span).float()
+        expected = gpt.decode_step(inputs[:rows], at, graphs.cache, span).float()
         if not bool((found - expected).abs().max() <= 0.02 * expected.abs().max()):
             return False
     return True

@@ -7,7 +7,6 @@ Shapes: B batch, T tokens of an image (= block_size), V codebook size, D embeddi
 from __future__ import annotations
 
 from collections.abc import Iterable
-from dataclasses import dataclass
 from typing import Literal, cast
 
 import torch
@@ -17,9 +16,8 @@ from torch import Tensor
 
 from clipgen.config import GPTConfig
 from clipgen.errors import ConfigError
+from clipgen.models.kv_cache import KVCache, KVCacheView
 
-SEGMENT = 128
-"""Most positions of a cache that lie together on a CPU: a step reads whole segments, as few as it needs."""
 LEAST_ROWS = 5
 """Packed weights are read fastest for five or six rows, a fifth faster than for one or two, so a step of fewer gets
 rows of zeros. (One row alone would also be summed in halves by two threads, and so differ from that row among others.)
@@ -49,85 +47,6 @@ class Linear(nn.Linear):
         return torch.ops.mkldnn._linear_pointwise.default(
             x, self.packed, self.bias, "gelu" if gelu else "none", [], "none"
         )
-
-
-@dataclass
-class KVCache:
-    """Keys and values of all layers, allocated once and written by position.
-
-    A row may be given to another image at any time: what it held before is not seen, and need not be cleared.
-    """
-
-    data: Tensor
-    """(n_layer, 2, B, segments, n_head, S, head): position t is place t % S of segment t // S."""
-
-    @classmethod
-    def allocate(
-        cls, config: GPTConfig, batch: int, device: torch.device | str = "cpu", dtype: torch.dtype = torch.float32
-    ) -> KVCache:
-        """A cache for `batch` sequences of full length; it belongs to the caller and can be used again."""
-        segments = -(-config.block_size // SEGMENT) if torch.device(device).type == "cpu" else 1
-        size = -(-config.block_size // segments)
-        shape = (config.n_layer, 2, segments, batch, config.n_head, size, config.n_embd // config.n_head)
-        return cls(torch.zeros(shape, device=device, dtype=dtype).transpose(2, 3))
-
-
-class Window:
-    """What one step writes to a cache and reads of it: worked out once, the same for all layers."""
-
-    def __init__(self, cache: KVCache, positions: int | Tensor, rows: int, longest: int) -> None:
-        data, device = cache.data, cache.data.device
-        _, _, slots, _, heads, size, _ = data.shape
-        if rows > slots:
-            raise ValueError(f"{rows} rows for a cache of {slots}; allocate one for at least as many")
-        self.rows, self.dtype = rows, data.dtype
-        self.whole = device.type != "cpu"  # one segment, of which a part can be read
-        length = longest if self.whole else -(-longest // size) * size
-        seen = torch.arange(length, device=device) <= (positions if isinstance(positions, int) else positions[:, None])
-        mask = torch.zeros(seen.shape, dtype=data.dtype, device=device).masked_fill_(~seen, -torch.inf)
-        if self.whole:
-            self.mask = None if isinstance(positions, int) else mask[:, None, None]
-            self.read = data[:, :, :rows, 0, :, :longest].unbind(0)  # (2, B, n_head, longest, head) of each layer
-        else:
-            mask = mask.view(-1, 1, length).expand(rows, heads, length).reshape(rows * heads, 1, length)
-            self.masks = mask.split(size, dim=-1)
-            segments = [s.flatten(2, 3) for s in data[:, :, :rows, : length // size].unbind(3)]
-            # Of each segment the layers': keys (B * n_head, head, S), values (B * n_head, S, head).
-            self.keys = [segment[:, 0].transpose(-1, -2).unbind(0) for segment in segments]
-            self.values = [segment[:, 1].unbind(0) for segment in segments]
-        self.index: Tensor | None = None
-        if isinstance(positions, int):
-            self.write = data[:, :, :rows, positions // size, :, positions % size].unbind(0)  # (2, B, n_head, head)
-        else:
-            place = positions[:, None].expand(rows, heads).flatten()
-            row = torch.arange(rows * heads, device=device) + place // size * slots * heads
-            self.index = row * size + place % size
-            self.write = data.transpose(2, 3).flatten(2, 5).unbind(0)  # (2, segments * slots * n_head * S, head)
-
-    def attend(self, layer: int, qkv: Tensor) -> Tensor:
-        """Keep the keys and values of this step and look at all; qkv (B, 3, n_head, head) -> (B, n_head, head)."""
-        q, new = qkv[:, 0], qkv[:, 1:].transpose(0, 1)
-        if self.index is None:
-            self.write[layer].copy_(new)
-        else:
-            self.write[layer].index_copy_(1, self.index, new.flatten(1, 2))
-        if self.whole:
-            k, v = self.read[layer].unbind(0)
-            return F.scaled_dot_product_attention(q[:, :, None], k, v, attn_mask=self.mask)[:, :, 0]
-        # A query each: products of whole segments run at the speed of the memory, the fused kernel at a fifth of it.
-        query, scale = q.reshape(-1, 1, q.shape[-1]), q.shape[-1] ** -0.5
-        scores = [
-            torch.baddbmm(mask, query, keys[layer], alpha=scale)
-            for mask, keys in zip(self.masks, self.keys, strict=True)
-        ]
-        # In reduced precision softmax computes in float32 and rounds at the end.
-        if len(scores) == 1:
-            return torch.bmm(scores[0].softmax(-1), self.values[0][layer]).view(q.shape)
-        parts = torch.cat(scores, dim=-1).softmax(-1).split(scores[0].shape[-1], dim=-1)
-        y = torch.bmm(parts[0], self.values[0][layer])
-        for part, values in zip(parts[1:], self.values[1:], strict=True):
-            y = torch.baddbmm(y, part, values[layer])
-        return y.view(q.shape)
 
 
 def causal_attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
@@ -184,11 +103,11 @@ class Block(nn.Module):
         x = x + self._drop(self.proj(y))
         return x + self._drop(self.fc2(self._drop(F.gelu(self.fc1(self.norm2(x))))))
 
-    def advance(self, x: Tensor, window: Window, layer: int) -> Tensor:
-        """One position of each row (B, C), which sees those before it in the cache; rows beyond the window's idle."""
-        rows, c = window.rows, x.shape[1]
+    def decode_step(self, x: Tensor, view: KVCacheView, layer: int) -> Tensor:
+        """One position of each row (B, C), which sees those before it in the cache; rows beyond the view's idle."""
+        rows, c = view.rows, x.shape[1]
         qkv = self.qkv(self.norm1(x))[:rows].view(rows, 3, self.n_head, c // self.n_head)
-        y = window.attend(layer, qkv.to(window.dtype)).reshape(rows, c).to(x.dtype)
+        y = view.attend(layer, qkv.to(view.dtype)).reshape(rows, c).to(x.dtype)
         x = x + self.proj(pad_rows(y, len(x)))
         return x + self.fc2(self.fc1(self.norm2(x), gelu=True))
 
@@ -243,7 +162,7 @@ class GPT(nn.Module):
             x = block(x)
         return self.head(self.norm(x))
 
-    def pack(self) -> GPT:
+    def prepack(self) -> GPT:
         """Get ready for decoding on a CPU; elsewhere nothing happens. It cannot be trained after that."""
         weight = self.head.weight
         ready = weight.dtype in (torch.bfloat16, torch.float32) and torch.backends.mkldnn.is_available()
@@ -258,27 +177,29 @@ class GPT(nn.Module):
         weight = self.head.weight
         return KVCache.allocate(self.config, rows, weight.device, self.cache_as or weight.dtype)
 
-    def start(self, embedding: Tensor) -> Tensor:
+    def embed_condition(self, embedding: Tensor) -> Tensor:
         """The inputs at position 0, (B, C), of conditions (B, n_things * D); they depend on no other row."""
         rows = -(-len(embedding) // BLOCK) * BLOCK
         return self.cond_proj(pad_rows(embedding, rows))[: len(embedding)]
 
     def prefill(self, embedding: Tensor, cache: KVCache) -> Tensor:
         """Start sequences in a cache: conditions (B, n_things * D) -> logits of token 0, (B, V)."""
-        return self.advance(self.start(embedding), 0, cache)
+        return self.decode_step(self.embed_condition(embedding), 0, cache)
 
     def step(self, tokens: Tensor, position: int, cache: KVCache) -> Tensor:
         """Append token `position - 1` (B,), 0 < position < T; returns the logits of token `position`, (B, V)."""
-        return self.advance(self.tok_emb(tokens), position, cache)
+        return self.decode_step(self.tok_emb(tokens), position, cache)
 
-    def advance(self, x: Tensor, positions: int | Tensor, cache: KVCache, longest: int | None = None) -> Tensor:
+    def decode_step(
+        self, x: Tensor, positions: int | Tensor, cache: KVCache, max_position: int | None = None
+    ) -> Tensor:
         """One step of every row, each at its own place: rows join and leave between steps.
 
         Args:
-            x: (B, C), `start(embedding)` at position 0, `tok_emb(token)` of the token before at later ones.
+            x: (B, C), `embed_condition(embedding)` at position 0, `tok_emb(token)` of the token before at later ones.
             positions: where all rows are, from 0 to T - 1, or (B,) int64 on the device, where each row is.
             cache: of at least B rows; the first B are used, and what others left in them is not seen.
-            longest: with a tensor, its largest value + 1 as the host knows it, or any more, up to T, which is what
+            max_position: with a tensor, its largest value + 1 as the host knows it, or any more, up to T, which is what
                 None means; no position may lie at or beyond it. With it a step never waits for the device.
 
         Returns:
@@ -288,15 +209,15 @@ class GPT(nn.Module):
             ValueError: more rows than the cache has, or positions it does not have.
         """
         length = self.config.block_size
-        longest = positions + 1 if isinstance(positions, int) else length if longest is None else longest
-        if not 0 < longest <= length:
-            raise ValueError(f"a step up to position {longest - 1}; there are {length} positions, from 0")
-        window = Window(cache, positions, len(x), longest)
+        max_position = positions + 1 if isinstance(positions, int) else length if max_position is None else max_position
+        if not 0 < max_position <= length:
+            raise ValueError(f"a step up to position {max_position - 1}; there are {length} positions, from 0")
+        view = KVCacheView(cache, positions, len(x), max_position)
         x = x + self.pos_emb[0, positions]
         x = pad_rows(x, self._idle(len(x)))
         for layer, block in enumerate(cast(Iterable[Block], self.blocks)):
-            x = block.advance(x, window, layer)
-        return self.head(self.norm(x))[: window.rows]
+            x = block.decode_step(x, view, layer)
+        return self.head(self.norm(x))[: view.rows]
 
     def _idle(self, rows: int) -> int:
         """How many rows a step multiplies, those included that nobody wants, so that no row depends on the others."""

@@ -112,7 +112,7 @@ def _fbgemm() -> Iterator[None]:
 
 
 def quantise(gpt: GPT, weights: Literal["int8", "float16"], cache: torch.dtype) -> GPT:
-    """Replace the GPT's large weights, in place; it can only decode after that (`GPT.advance`).
+    """Replace the GPT's large weights, in place; it can only decode after that (`GPT.decode_step`).
 
     Args:
         gpt: in any precision; its weights are rounded from that.

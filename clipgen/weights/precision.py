@@ -32,7 +32,7 @@ class Precision:
             WeightsError: missing, unexpected or wrongly shaped weights.
         """
         if DTYPES.get(self.name) == self.compute:
-            return build(GPT, config, weights, device, self.compute).pack()
+            return build(GPT, config, weights, device, self.compute).prepack()
         # Rounded from as many bits as folders of weights have.
         gpt = build(GPT, config, weights, device, torch.float16)
         return quantise(gpt, cast(Literal["int8", "float16"], self.name), self.compute)

@@ -34,7 +34,7 @@ def test_a_batch_draws_what_the_plain_loop_draws(gpt: GPT) -> None:
 def test_whoever_joins_when_the_mini_model_draws_the_same_tokens(root: Path, dtype: torch.dtype) -> None:
     config, parts = load_weights(root / "weights" / "mini")
     weights = parts["gpt"] | {"pos_emb": parts["gpt"]["pos_emb"][:, :40].clone()}  # the first 40 tokens, to be quick
-    gpt = build(GPT, replace(config.gpt, block_size=40), weights, torch.device("cpu"), dtype).pack()
+    gpt = build(GPT, replace(config.gpt, block_size=40), weights, torch.device("cpu"), dtype).prepack()
     d = config.gpt.condition_size
     picture = some(1, config.sampling, first=50, d=d)[0]
     plain = replace(picture, sampling=SamplingParams())
@@ -116,7 +116,7 @@ def test_kept_tokens_stay_and_the_rest_follows_from_them(gpt: GPT) -> None:
 def test_only_the_rows_in_use_are_worked_on(gpt: GPT, monkeypatch: pytest.MonkeyPatch) -> None:
     gpt = build(GPT, SMALL, gpt.state_dict(), torch.device("cpu"), torch.bfloat16)
     rows: list[int] = []
-    advance = gpt.advance
-    monkeypatch.setattr(gpt, "advance", lambda x, *rest: rows.append(len(x)) or advance(x, *rest))
+    advance = gpt.decode_step
+    monkeypatch.setattr(gpt, "decode_step", lambda x, *rest: rows.append(len(x)) or advance(x, *rest))
     together(gpt, [(0, some(2)), (10, some(3, SamplingParams(), 5))])
     assert rows == [4] * 10 + [7] * 10 + [3] * 10

@@ -21,7 +21,8 @@ from clipgen.engine.batch import Batch, Picture
 from clipgen.engine.engine import Engine
 from clipgen.engine.sampling import generate_tokens
 from clipgen.errors import Cancelled, EngineError, InsufficientMemoryError, UnavailableError
-from clipgen.models.gpt import GPT, KVCache
+from clipgen.models.gpt import GPT
+from clipgen.models.kv_cache import KVCache
 
 
 @pytest.fixture(scope="module")

@@ -16,7 +16,8 @@ from torch import Tensor
 
 from clipgen.config import GPTConfig
 from clipgen.errors import ConfigError
-from clipgen.models.gpt import GPT, KVCache, causal_attention, condition_of
+from clipgen.models.gpt import GPT, causal_attention, condition_of
+from clipgen.models.kv_cache import KVCache
 from clipgen.weights.convert import map_hfailab_gpt
 from clipgen.weights.model_dir import build
 
@@ -28,7 +29,7 @@ CLOSE = {"rtol": 0.0, "atol": 1e-4}
 @pytest.fixture(autouse=True)
 def short_segments(monkeypatch: pytest.MonkeyPatch) -> None:
     """Several segments in a small cache."""
-    monkeypatch.setattr("clipgen.models.gpt.SEGMENT", 4)
+    monkeypatch.setattr("clipgen.models.kv_cache.SEGMENT", 4)
 
 
 def decode(gpt: GPT, tokens: Tensor, embedding: Tensor, cache: KVCache | None = None) -> Tensor:
@@ -65,9 +66,11 @@ def test_a_condition_has_a_place_for_each_thing() -> None:
     with pytest.raises(ConfigError, match=r"embeddings of 2 things, but gpt\.n_things is 1"):
         condition_of(both, SMALL)
     gpt = GPT(two)
-    x = gpt.start(condition_of(both, two))
-    assert not torch.allclose(x, gpt.start(condition_of(both.flip(1), two))), "their order counts"
-    assert torch.allclose(gpt.start(condition_of(one, two)), one @ gpt.cond_proj.weight[:, :6].t() + gpt.cond_proj.bias)
+    x = gpt.embed_condition(condition_of(both, two))
+    assert not torch.allclose(x, gpt.embed_condition(condition_of(both.flip(1), two))), "their order counts"
+    assert torch.allclose(
+        gpt.embed_condition(condition_of(one, two)), one @ gpt.cond_proj.weight[:, :6].t() + gpt.cond_proj.bias
+    )
 
 
 def test_agrees_with_the_original(golden: Path) -> None:
@@ -126,7 +129,7 @@ def test_rows_that_join_and_leave_get_what_they_get_alone(
         x = torch.stack([gpt.tok_emb(tokens[i, t - 1]) if t else gpt.cond_proj(embedding[i]) for i, t in rows])
         positions = torch.tensor([t for _, t in rows])
         longest = int(positions.max()) + 1 if exact else None
-        step = gpt.advance(x, positions, cache, longest)
+        step = gpt.decode_step(x, positions, cache, longest)
         for slot, occupant in enumerate(place):
             if occupant is not None:
                 picture, position = occupant
@@ -142,8 +145,8 @@ def test_a_ragged_step_of_equal_places_is_the_plain_one(gpt: GPT) -> None:
     plain, ragged = KVCache.allocate(SMALL, 3), KVCache.allocate(SMALL, 3)
     for position in range(9):
         x = gpt.tok_emb(tokens[:, position - 1]) if position else gpt.cond_proj(embedding)
-        expected = gpt.advance(x, position, plain)
-        found = gpt.advance(x, torch.full((3,), position), ragged, position + 1)
+        expected = gpt.decode_step(x, position, plain)
+        found = gpt.decode_step(x, torch.full((3,), position), ragged, position + 1)
         torch.testing.assert_close(found, expected, rtol=0, atol=1e-5)
         assert torch.equal(ragged.data, plain.data)
 
@@ -153,7 +156,7 @@ def packed() -> GPT:
     """Large enough that threads share a product."""
     torch.manual_seed(0)
     gpt = GPT(GPTConfig(n_layer=2, n_head=4, n_embd=256, vocab_size=512, block_size=40, n_cond=64))
-    return gpt.to(torch.bfloat16).eval().requires_grad_(False).pack()
+    return gpt.to(torch.bfloat16).eval().requires_grad_(False).prepack()
 
 
 def steps(gpt: GPT, tokens: Tensor, embedding: Tensor) -> Tensor:
@@ -175,7 +178,7 @@ def test_in_bfloat16_a_row_is_the_same_to_the_bit_whatever_the_batch(packed: GPT
         with torch.inference_mode():
             for position in range(37):  # beside a row that stays at the start, with more of the cache in view
                 x = packed.tok_emb(tokens[:1, position - 1]) if position else packed.cond_proj(embedding[:1])
-                ragged = packed.advance(x.expand(2, -1), torch.tensor([position, 0]), cache)
+                ragged = packed.decode_step(x.expand(2, -1), torch.tensor([position, 0]), cache)
                 assert torch.equal(ragged[0], together[0, position])
     finally:
         torch.set_num_threads(before)
@@ -196,9 +199,9 @@ def test_packed_weights_give_what_plain_ones_give(packed: GPT) -> None:
 
 
 def test_in_float32_packing_changes_nothing(gpt: GPT) -> None:
-    assert copy.deepcopy(gpt).pack().state_dict().keys() == gpt.state_dict().keys()
+    assert copy.deepcopy(gpt).prepack().state_dict().keys() == gpt.state_dict().keys()
     tokens, embedding = inputs(2, 8)
-    assert torch.equal(decode(copy.deepcopy(gpt).pack(), tokens, embedding), decode(gpt, tokens, embedding))
+    assert torch.equal(decode(copy.deepcopy(gpt).prepack(), tokens, embedding), decode(gpt, tokens, embedding))
 
 
 @pytest.mark.parametrize(
@@ -209,7 +212,7 @@ def test_what_a_cache_does_not_have_is_refused(
     gpt: GPT, rows: int, positions: int | Tensor, longest: int | None, message: str
 ) -> None:
     with pytest.raises(ValueError, match=message):
-        gpt.advance(torch.zeros(rows, 16), positions, KVCache.allocate(SMALL, 2), longest)
+        gpt.decode_step(torch.zeros(rows, 16), positions, KVCache.allocate(SMALL, 2), longest)
 
 
 @pytest.mark.parametrize("position", range(8))

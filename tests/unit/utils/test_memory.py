@@ -23,7 +23,7 @@ from clipgen.engine.batch import Batch
 from clipgen.engine.engine import Engine
 from clipgen.engine.image_decoder import ImageDecoder
 from clipgen.errors import InsufficientMemoryError
-from clipgen.models.gpt import KVCache
+from clipgen.models.kv_cache import KVCache
 from clipgen.request import GenerationOutput, GenerationRequest
 from clipgen.utils import memory
 from clipgen.utils.memory import fitting, in_batches, pixel_bytes, token_bytes

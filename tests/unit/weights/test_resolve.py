@@ -24,7 +24,8 @@ from clipgen import ClipGen
 from clipgen.config import GPTConfig, ModelConfig, VQGANConfig
 from clipgen.errors import WeightsError
 from clipgen.models.clip import Clip
-from clipgen.models.gpt import GPT, KVCache
+from clipgen.models.gpt import GPT
+from clipgen.models.kv_cache import KVCache
 from clipgen.models.vqgan import VQGAN
 from clipgen.request import GenerationRequest, SamplingParams
 from clipgen.weights import resolve as checkpoints
