@@ -38,14 +38,6 @@ _PLACES: dict[str, tuple[str, ...]] = {
     "city": ("in a city", "in the city", "in front of skyscrapers", "on a street"),
 }
 _RELATIONS: dict[str, tuple[str, ...]] = {
-    "beside": (
-        "{a} next to {b}",
-        "{a} beside {b}",
-        "{a} and {b}",
-        "{b} and {a}",
-        "{a} with {b}",
-        "{a} by the side of {b}",
-    ),
     "left of": (
         "{a} to the left of {b}",
         "{a} left of {b}",
@@ -62,6 +54,8 @@ _RELATIONS: dict[str, tuple[str, ...]] = {
     "below": ("{a} below {b}", "{a} under {b}", "{a} beneath {b}", "{b} above {a}"),
     "on": ("{a} on {b}", "{a} on top of {b}", "{a} standing on {b}", "{a} sitting on {b}"),
 }
+_BESIDE = ("{a} next to {b}", "{a} beside {b}", "{a} and {b}", "{a} with {b}", "{a} by the side of {b}")
+"""Said of two things side by side, whichever is on the left."""
 _NUMBERS: dict[int, tuple[str, ...]] = {
     2: ("two {}", "2 {}", "a pair of {}"),
     3: ("three {}", "3 {}", "a group of three {}"),
@@ -138,6 +132,9 @@ def _grounded(phrase: str, facts: Facts, rng: random.Random) -> str:
 def _things(facts: Facts, rng: random.Random) -> str:
     if facts.relation:
         a, b = (_one(thing, rng) for thing in facts.things)
+        if facts.relation in ("left of", "right of") and rng.random() < 0.4:
+            a, b = rng.sample((a, b), 2)
+            return rng.choice(_BESIDE).format(a=a, b=b)
         return rng.choice(_RELATIONS[facts.relation]).format(a=a, b=b)
     if facts.count > 1:
         before, name, after = _parts(facts.things[0], rng)

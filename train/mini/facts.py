@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import hashlib
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import cache
 
 STYLES = ("3d", "flat", "sketch", "line art", "oil painting", "watercolor", "pixel art")
 COLOURLESS = ("sketch", "line art")
 """Styles in which things have no colour."""
-RELATIONS = ("beside", "left of", "right of", "above", "below", "on")
+RELATIONS = ("left of", "right of", "above", "below", "on")
 PLACES = ("beach", "meadow", "desert", "snow", "sea", "sky", "night sky", "city")
 """Grounds that are no plain colour."""
 
@@ -92,9 +92,3 @@ def is_held_out(facts: Facts) -> bool:
         if thing.colour and held_out_colour(thing.object, thing.colour):
             return True
     return len(facts.things) == 2 and held_out_pair(*(thing.object for thing in facts.things))
-
-
-def mirrored(facts: Facts) -> Facts:
-    """The facts of a scene that is turned left to right."""
-    swapped = {"left of": "right of", "right of": "left of"}
-    return replace(facts, relation=swapped.get(facts.relation or "", facts.relation))

@@ -28,7 +28,7 @@ def draw_facts(rng: random.Random, objects: list[Object] | None = None) -> Facts
     things = [_draw_thing(chosen[0], style, adorned, rng)]
     things += [_draw_thing(other, style, 0.0, rng) for other in chosen[1:]]
     ground, second = _draw_ground(style, {thing.colour for thing in things}, rng)
-    relation = rng.choices(RELATIONS, (4, 3, 3, 3, 3, 3))[0] if layout == "two" else None
+    relation = rng.choice(RELATIONS) if layout == "two" else None
     count = rng.choice((2, 3)) if layout == "many" else 1
     return Facts(tuple(things), style, ground, second, count, relation)
 

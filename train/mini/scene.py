@@ -159,7 +159,7 @@ def _attach(image: Floats, attachment: str, anchors: Anchors, rng: random.Random
 def _slots(facts: Facts, rng: random.Random) -> list[Slot]:
     """Where the figures go, in the order of the things."""
     if facts.relation is not None:
-        return _pair_slots(facts.relation, rng)
+        return _pair_slots(facts.relation)
     if facts.count == 1:
         return [Slot(0.5, 0.5, *(2 * [rng.uniform(0.78, 0.98)]))]
     if facts.count == 2:
@@ -171,11 +171,9 @@ def _slots(facts: Facts, rng: random.Random) -> list[Slot]:
     return [Slot(x, y, 0.44, 0.42) for y, row in ((0.26, up), (0.74, down)) for x in row]
 
 
-def _pair_slots(relation: str, rng: random.Random) -> list[Slot]:
+def _pair_slots(relation: str) -> list[Slot]:
     left, right = Slot(0.26, 0.5, 0.48, 0.62), Slot(0.74, 0.5, 0.48, 0.62)
     upper, lower = Slot(0.5, 0.26, 0.7, 0.47), Slot(0.5, 0.74, 0.7, 0.47)
-    if relation == "beside":
-        relation = rng.choice(("left of", "right of"))
     if relation == "on":  # close together, the lower one larger
         return [Slot(0.5, 0.25, 0.44, 0.44), Slot(0.5, 0.7, 0.62, 0.56)]
     return {
