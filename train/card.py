@@ -18,7 +18,7 @@ from clipgen import ClipGen
 from clipgen.errors import DataError
 from clipgen.images.grids import labelled_grid
 from clipgen.images.pixels import from_pixels, load_image, save_image, to_pixels
-from clipgen.images.sources import Source, Spread, open_source
+from clipgen.images.sources import Source, Subset, open_source
 from clipgen.request import GenerationRequest
 from clipgen.utils.files import write_text
 from clipgen.weights.resolve import describe
@@ -31,7 +31,7 @@ ROWS, COLUMNS, CANDIDATES = 6, 4, 16
 def sample_grid(pipe: ClipGen, prompts: Sequence[str], source: Source) -> Image.Image:
     """The best 4 of 16 candidates, seed 0, for some prompts, or where there are none for some pictures, shown first."""
     size = pipe.config.vqgan.image_size
-    pictures = [] if prompts else list(_readable(Spread(source, 2 * ROWS), size))[:ROWS]
+    pictures = [] if prompts else list(_readable(Subset(source, 2 * ROWS), size))[:ROWS]
     asked: list[str | Image.Image] = [*prompts[:ROWS], *pictures]
     requests = [GenerationRequest(prompt, num_outputs=COLUMNS, candidates=CANDIDATES, seed=0) for prompt in asked]
     cells: list[Image.Image] = []

@@ -20,7 +20,7 @@ from torch import Tensor
 from clipgen.errors import DataError
 from clipgen.evaluation.metrics import psnr
 from clipgen.images.pixels import from_pixels, grid, load_image, save_image, to_pixels
-from clipgen.images.sources import Source, Spread, open_source
+from clipgen.images.sources import Source, Subset, open_source
 from clipgen.models.vqgan import VQGAN
 from clipgen.utils.files import write_text
 from train.encode import load_vqgan
@@ -71,7 +71,7 @@ def measure(vqgan: VQGAN, source: Source) -> tuple[RoundTrip, Image.Image]:
     kept: list[float] = []
     flat: list[float] = []
     shown: tuple[Tensor, Tensor] | None = None
-    for x in _batches(Spread(source, PICTURES), size):
+    for x in _batches(Subset(source, PICTURES), size):
         tokens = vqgan.tokens(x)
         copy = vqgan.decode_tokens(tokens).clamp(-1, 1)
         mean = x.mean((2, 3), keepdim=True).expand_as(x)

@@ -92,11 +92,11 @@ def evaluate(
 
 def _open(reference: str, limit: int | None) -> Any:
     try:
-        from clipgen.images.sources import Spread, open_source
+        from clipgen.images.sources import Subset, open_source
     except ImportError as error:
         raise typer.BadParameter(f"evaluate needs {error.name}; install requirements-train.txt") from None
     source = open_source(reference)
-    return source if limit is None else Spread(source, limit)
+    return source if limit is None else Subset(source, limit)
 
 
 def _show(result: dict[str, Any], out: Path | None) -> None:

@@ -1,4 +1,4 @@
-"""Every pixel range, resize and normalisation of the project, and images in and out of files.
+"""Every pixel range, resize and normalisation of the project, and images read from and written to files.
 
 Three representations exist, and only this module converts between them:
 
@@ -7,24 +7,27 @@ Three representations exist, and only this module converts between them:
 - CLIP input: float32 (B, 3, S, S), `(x - mean) / std` with OpenAI's per-channel mean and std.
 
 Image files are treated as hostile: only common formats are decoded, the size in the header is checked before any
-pixel is, and whatever goes wrong inside a decoder becomes an `DataError` that says what to do.
+pixel is, and whatever goes wrong inside a decoder becomes a `DataError` that says what to do.
 """
 
 from __future__ import annotations
 
+import importlib
 import io
 import json
 import math
 import os
 import uuid
 from collections.abc import Mapping, Sequence
+from functools import cache
 from pathlib import Path
 from typing import BinaryIO
 
 import numpy as np
 import torch
 import torch.nn.functional as F
-from PIL import ExifTags, Image, ImageOps, PngImagePlugin
+from einops import rearrange
+from PIL import ExifTags, Image, ImageOps, PngImagePlugin, features
 from torch import Tensor
 
 from clipgen.errors import DataError
@@ -35,31 +38,53 @@ CLIP_STD = (0.26862954, 0.26130258, 0.27577711)
 
 MAX_MEGAPIXELS = 64
 READ_FORMATS = ("PNG", "JPEG", "WEBP", "GIF", "BMP", "TIFF")
+OPTIONAL_FORMATS = {"AVIF": ("pillow with AVIF", (".avif",)), "HEIF": ("pillow-heif", (".heic", ".heif"))}
+"""Formats that are read where a library is installed: its name, and the usual suffixes."""
 SAVE_FORMATS = {"png": "PNG", "webp": "WEBP", "jpg": "JPEG", "jpeg": "JPEG"}
-_ASCII = b"ASCII\0\0\0"  # EXIF 2.3, 4.6.5: the first 8 bytes of UserComment name its code
+PARAMETERS = "parameters"
+"""Name of the text that Stable Diffusion web UIs read: a PNG text chunk, and UserComment in EXIF."""
+MAX_METADATA = 1_000_000  # characters of one value; ours have some hundred
+_ASCII, _UNICODE = b"ASCII\0\0\0", b"UNICODE\0"  # EXIF 2.3, 4.6.5: UserComment begins with its encoding
+_EXIF_BYTES = 65_000  # room for EXIF in a JPEG file: 64 KB less its own structure
+_TOO_LARGE = f"more than the {MAX_MEGAPIXELS} megapixels allowed; make it smaller, a few hundred pixels are enough"
+
+
+@cache
+def read_formats() -> tuple[str, ...]:
+    """Pillow's names of the formats that can be read here: `READ_FORMATS`, and those whose library is installed."""
+    found = [*READ_FORMATS]
+    if features.check("avif"):
+        found.append("AVIF")
+    try:
+        importlib.import_module("pillow_heif").register_heif_opener()
+        found.append("HEIF")
+    except ImportError:
+        pass
+    return tuple(found)
 
 
 def load_image(source: str | Path | bytes | BinaryIO) -> Image.Image:
-    """Read an image file, whatever its kind, as an upright 8-bit RGB picture.
+    """Read an image file of any supported format as an upright 8-bit RGB image.
 
     Animations give their first frame, transparency is put on white, 16-bit greys are scaled to 8 bits, and the EXIF
-    orientation is applied. The picture's `info` keeps nothing of the file but its name, under "name", for receipts.
+    orientation is applied. `info` keeps nothing of the file but its name, under "name", for receipts.
 
     Args:
         source: path, the bytes of a file, or a binary file object.
 
     Raises:
-        DataError: no such file, empty, damaged, a format outside `READ_FORMATS`, or above `MAX_MEGAPIXELS`.
+        DataError: the file is missing, empty, damaged, of a format outside `read_formats`, or has more than
+            `MAX_MEGAPIXELS`.
     """
     name = f"'{source}'" if isinstance(source, (str, Path)) else "the given image"
     file = io.BytesIO(source) if isinstance(source, bytes) else source
     try:
-        with Image.open(file, formats=READ_FORMATS) as image:
-            _check_size(image)
-            image.load()
-            picture = to_rgb(_upright(image))
-            picture.info = {"name": Path(source).name} if isinstance(source, (str, Path)) else {}
-            return picture
+        with Image.open(file, formats=read_formats()) as opened:
+            _check_size(opened)
+            opened.load()
+            image = to_rgb(_upright(opened))
+            image.info = {"name": Path(source).name} if isinstance(source, (str, Path)) else {}
+            return image
     except DataError as error:
         raise DataError(f"{name}: {error}") from None
     except FileNotFoundError:
@@ -71,56 +96,50 @@ def load_image(source: str | Path | bytes | BinaryIO) -> Image.Image:
     except (Image.DecompressionBombError, Image.DecompressionBombWarning):
         raise DataError(f"{name} has {_TOO_LARGE}") from None
     except Image.UnidentifiedImageError:
-        allowed = ", ".join(READ_FORMATS)
+        allowed = ", ".join(read_formats())
         reason = "is empty (0 bytes)" if _is_empty(file) else "is not an image that can be read, or is damaged"
         raise DataError(f"{name} {reason}; allowed formats are {allowed}: convert or export it again") from None
     except Exception as error:  # on damaged files PIL's decoders raise everything from struct.error to IndexError
-        message = f"{name} is truncated or damaged ({error}); download or export it again"
-        raise DataError(message) from error
-
-
-MAX_METADATA = 1_000_000
-"""Characters of one value that `read_metadata` returns; ours have some hundred."""
+        raise DataError(f"{name} is truncated or damaged ({error}); download or export it again") from error
 
 
 def read_metadata(path: str | Path) -> dict[str, str]:
-    """What `save_image` has embedded in a file; {} when there is nothing of the kind. No pixel is decoded.
+    """The metadata that `save_image` embedded in a file; {} when there is none. No pixel is decoded.
 
     Raises:
-        DataError: no such file, not a PNG, WebP or JPEG, damaged, or an endless value.
+        DataError: the file is missing, damaged, not a PNG, WebP or JPEG, or a value is longer than `MAX_METADATA`.
     """
     try:
         with Image.open(path, formats=[*dict.fromkeys(SAVE_FORMATS.values())]) as image:
             _check_size(image)
             # A PNG's `text` would decode the pixels to look behind them; ours comes before them.
-            found = image.info if image.format == "PNG" else _user_comment(image)
+            found = image.info if image.format == "PNG" else _read_exif(image)
     except FileNotFoundError:
         raise DataError(f"'{path}': no such file; check the path") from None
     except Image.UnidentifiedImageError:
-        raise DataError(f"'{path}' is no image of the kinds written here: {', '.join(SAVE_FORMATS)}") from None
+        raise DataError(f"'{path}' is not an image in one of the formats {', '.join(SAVE_FORMATS)}") from None
     except Exception as error:  # as in `load_image`
         raise DataError(f"'{path}' cannot be read ({error})") from error
     metadata = {str(key): str(value) for key, value in found.items() if isinstance(value, str)}
     if any(len(value) > MAX_METADATA for value in metadata.values()):
-        raise DataError(f"'{path}' has metadata of more than {MAX_METADATA:,} characters; it is not from here")
+        raise DataError(f"'{path}' has metadata of more than {MAX_METADATA:,} characters; clipgen did not write it")
     return metadata
 
 
-def _user_comment(image: Image.Image) -> dict[str, str]:
-    """The JSON object of names and texts in the EXIF field UserComment; {} when that holds anything else."""
-    comment = image.getexif().get_ifd(ExifTags.IFD.Exif).get(ExifTags.Base.UserComment)
-    if not isinstance(comment, bytes) or not comment.startswith(_ASCII) or len(comment) > MAX_METADATA:
-        return {}
-    try:
-        found = json.loads(comment.removeprefix(_ASCII).decode("ascii"))
-    except (ValueError, RecursionError):  # a camera's comment, or someone's idea of a joke
-        return {}
-    return found if isinstance(found, dict) and all(isinstance(value, str) for value in found.values()) else {}
-
-
-_TOO_LARGE = (
-    f"more than the {MAX_MEGAPIXELS} megapixels allowed; make it smaller first, a few hundred pixels are enough"
-)
+def _read_exif(image: Image.Image) -> dict[str, str]:
+    """The JSON object of names and texts in MakerNote, or in UserComment, where it was before; {} without one."""
+    exif = image.getexif().get_ifd(ExifTags.IFD.Exif)
+    for tag in (ExifTags.Base.MakerNote, ExifTags.Base.UserComment):
+        data = exif.get(tag)
+        if not isinstance(data, bytes) or not data.startswith(_ASCII) or len(data) > MAX_METADATA:
+            continue
+        try:
+            found = json.loads(data.removeprefix(_ASCII).decode("ascii"))
+        except (ValueError, RecursionError):  # a camera's own notes, or crafted data
+            continue
+        if isinstance(found, dict) and all(isinstance(value, str) for value in found.values()):
+            return found
+    return {}
 
 
 def _check_size(image: Image.Image) -> None:
@@ -137,10 +156,10 @@ def _is_empty(file: object) -> bool:
 
 
 def _upright(image: Image.Image) -> Image.Image:
-    """Apply the EXIF orientation; a picture with damaged EXIF data is still a picture."""
+    """Apply the EXIF orientation; an image with damaged EXIF data is returned as it is."""
     try:
         return ImageOps.exif_transpose(image)
-    except Exception:  # as above: anything can come out of parsing hostile EXIF
+    except Exception:  # parsing hostile EXIF can raise anything, too
         return image
 
 
@@ -167,8 +186,8 @@ def to_rgb(image: Image.Image) -> Image.Image:
 def _square_bytes(images: Sequence[Image.Image], size: int) -> Tensor:
     """Resize the shorter side to `size`, crop the centre: uint8 (B, 3, size, size).
 
-    The same picture as torchvision's `Resize(size, BICUBIC)` and `CenterCrop(size)`, but the crop is part of the
-    resize: a 10 x 1,000,000 picture never becomes 224 x 22,400,000.
+    The result is that of torchvision's `Resize(size, BICUBIC)` and `CenterCrop(size)`, but the crop is part of the
+    resize: a 10 x 1,000,000 image never becomes 224 x 22,400,000.
     """
     if size < 1:
         raise DataError(f"size is {size}; it must be at least 1 pixel")
@@ -185,7 +204,7 @@ def _square_bytes(images: Sequence[Image.Image], size: int) -> Tensor:
         sx, sy = width / new_width, height / new_height
         box = (left * sx, top * sy, min((left + size) * sx, width), min((top + size) * sy, height))
         arrays.append(np.asarray(image.resize((size, size), Image.Resampling.BICUBIC, box=box)))
-    return torch.from_numpy(np.stack(arrays)).permute(0, 3, 1, 2).contiguous()  # (B, 3, size, size)
+    return torch.from_numpy(rearrange(arrays, "b h w c -> b c h w"))
 
 
 def to_pixels(images: Sequence[Image.Image], size: int) -> Tensor:
@@ -194,10 +213,10 @@ def to_pixels(images: Sequence[Image.Image], size: int) -> Tensor:
 
 
 def from_pixels(x: Tensor) -> list[Image.Image]:
-    """The VQGAN's pixels (B, 3, H, W) in about [-1, 1], clamped to it, to B RGB images.
+    """The VQGAN's pixels (B, 3, H, W) in about [-1, 1], which are clamped, to B RGB images.
 
     Raises:
-        DataError: a wrong shape, or values that are not finite.
+        DataError: the shape is wrong, or values are not finite.
     """
     if x.ndim != 4 or x.shape[1] != 3:
         raise DataError(f"pixels have the shape {tuple(x.shape)}; it must be (B, 3, H, W)")
@@ -205,7 +224,7 @@ def from_pixels(x: Tensor) -> list[Image.Image]:
     if not x.isfinite().all():
         raise DataError("the generated pixels are not finite (NaN or infinity); try float32, or check the weights")
     x = ((x.clamp(-1, 1) + 1) * 127.5).round().to(torch.uint8)  # on the device: a quarter of the bytes to copy
-    return [Image.fromarray(array) for array in x.permute(0, 2, 3, 1).contiguous().cpu().numpy()]
+    return [Image.fromarray(array) for array in rearrange(x, "b c h w -> b h w c").cpu().numpy()]
 
 
 def _clip_normalise(x: Tensor) -> Tensor:
@@ -227,7 +246,7 @@ def clip_from_pixels(x: Tensor, size: int) -> Tensor:
     kernel as PIL's), clamped where the kernel overshoots, then OpenAI's mean and std.
 
     Args:
-        x: (B, 3, H, W) in about [-1, 1]; values outside are clamped, as they are in the picture that is saved.
+        x: (B, 3, H, W) in about [-1, 1]; values outside are clamped, as they are in the image that is saved.
         size: side of CLIP's input.
 
     Returns:
@@ -270,19 +289,20 @@ def grid(images: Sequence[Image.Image], columns: int | None = None, gap: int = 2
 def save_image(
     image: Image.Image, path: str | Path, quality: int = 90, metadata: Mapping[str, str] | None = None
 ) -> Path:
-    """Write an image atomically, in the format of the path's suffix; missing parent folders are made.
+    """Write an image atomically, in the format of the path's suffix; missing parent folders are created.
 
     Args:
         image: a PIL image.
         path: where to; the suffix is one of `SAVE_FORMATS`.
         quality: 1 (small) to 100 (best), for webp and jpg; png is lossless.
-        metadata: names and values to embed: text chunks of a PNG, else JSON in the EXIF field UserComment.
+        metadata: names and values to embed: text chunks of a PNG, else JSON in the EXIF field MakerNote. The value
+            named `PARAMETERS` is the EXIF field UserComment, where there is room for it.
 
     Returns:
         The path written.
 
     Raises:
-        DataError: unknown suffix, quality out of range, metadata that does not fit, or the file cannot be written.
+        DataError: the suffix is unknown, quality out of range, metadata too large, or the file cannot be written.
     """
     path = Path(path)
     suffix = path.suffix.lower().removeprefix(".")
@@ -313,10 +333,18 @@ def _save_options(suffix: str, quality: int, metadata: Mapping[str, str]) -> dic
         return {"pnginfo": info}
     options: dict[str, object] = {"quality": quality}
     if suffix != "webp":
-        options["subsampling"] = 0  # full colour resolution: small pictures with hard coloured edges need it
+        options["subsampling"] = 0  # full colour resolution: small images with hard coloured edges need it
     if metadata:
         exif = Image.Exif()
-        comment = _ASCII + json.dumps(dict(metadata)).encode("ascii")
-        exif[ExifTags.IFD.Exif] = {ExifTags.Base.UserComment: comment}
+        exif[ExifTags.IFD.Exif] = _exif_fields(metadata)
         options["exif"] = exif
     return options
+
+
+def _exif_fields(metadata: Mapping[str, str]) -> dict[int, bytes]:
+    own = {name: value for name, value in metadata.items() if name != PARAMETERS}
+    fields: dict[int, bytes] = {ExifTags.Base.MakerNote: _ASCII + json.dumps(own).encode("ascii")}
+    comment = _UNICODE + metadata.get(PARAMETERS, "").encode("utf-16-be", "replace")
+    if len(_UNICODE) < len(comment) <= _EXIF_BYTES - len(fields[ExifTags.Base.MakerNote]):
+        fields[ExifTags.Base.UserComment] = comment
+    return fields

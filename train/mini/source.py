@@ -8,7 +8,9 @@ Nothing is stored: scene number i is composed anew whenever it is asked for, fro
 
 from __future__ import annotations
 
+import hashlib
 import random
+from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import overload
@@ -61,6 +63,7 @@ class Scenes:
     ) -> None:
         """Args: the renders of `train.mini.emoji`, what draws facts, a seed, how many, the side of an image, px."""
         self.names: Sequence[str] = _Numbered(count)
+        self.unused = Counter[str]()
         self.draw, self.seed = draw, seed
         self.composer = Composer(renders, size)
 
@@ -76,6 +79,13 @@ class Scenes:
         """A scene as a file, of the kind that is quickest to write and to read."""
         image = cv2.cvtColor(self.image(index), cv2.COLOR_RGB2BGR)
         return cv2.imencode(".bmp", image)[1].tobytes()
+
+    def fingerprint(self) -> str:
+        """SHA-256 of the seed, the number of scenes and the first sixteen of them."""
+        digest = hashlib.sha256(f"{self.seed} {len(self.names)}".encode())
+        for index in range(min(16, len(self.names))):
+            digest.update(self.read(index))
+        return digest.hexdigest()
 
 
 def all_scenes(data: str) -> Scenes:

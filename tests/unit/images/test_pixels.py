@@ -281,7 +281,7 @@ def embedded(path: Path) -> dict[str, str]:
     with Image.open(path) as image:
         if image.format == "PNG":
             return dict(image.text)  # type: ignore[attr-defined]
-        comment = image.getexif().get_ifd(ExifTags.IFD.Exif)[ExifTags.Base.UserComment]
+        comment = image.getexif().get_ifd(ExifTags.IFD.Exif)[ExifTags.Base.MakerNote]
         return json.loads(comment.removeprefix(b"ASCII\0\0\0"))
 
 

@@ -249,7 +249,7 @@ def test_gpts_source_holds_nothing_held_out_back_but_the_combinations() -> None:
 
 @pytest.mark.parametrize("data", ["no_such_module:scenes=5", "scene_kit:no_such=5"])
 def test_unknown_function_as_data_is_named(data: str) -> None:
-    with pytest.raises(DataError, match="cannot be had"):
+    with pytest.raises(DataError, match="cannot be imported"):
         open_source(data)
 
 

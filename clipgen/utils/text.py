@@ -1,0 +1,87 @@
+"""Text that comes from outside or goes to a terminal: prompt files and lists, paths with "~", names to print."""
+
+from __future__ import annotations
+
+import codecs
+import re
+import sys
+from pathlib import Path
+
+from clipgen.errors import ConfigError, DataError
+
+_UTF16 = (codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)
+_LINE_END = re.compile(r"\r\n|\n|\r")
+
+
+def expand_home(path: str | Path) -> Path:
+    """Replace a leading "~" by the user's home folder, as a shell does; other paths stay as they are.
+
+    Raises:
+        ConfigError: the user has no home folder, as in many containers.
+    """
+    try:
+        return Path(path).expanduser()
+    except (RuntimeError, KeyError):
+        message = f"'{path}' begins with ~, but this user has no home folder; set HOME or give a full path"
+        raise ConfigError(message) from None
+
+
+def split_lines(text: str) -> list[str]:
+    r"""Split at \n, \r\n and \r only, so that line numbers are those of a text editor.
+
+    `str.splitlines` also splits at U+2028, form feeds and others, which may stand inside a prompt or a file name.
+    """
+    lines = _LINE_END.split(text)
+    return lines[:-1] if lines[-1] == "" else lines
+
+
+def read_lines(path: Path, errors: str = "strict") -> list[str]:
+    """Read the lines of a text file, or of stdin for "-", without their ends and without surrounding blanks.
+
+    Blank lines are kept as "": line i + 1 of the file is at index i. A byte-order mark is dropped; with one, UTF-16
+    (what PowerShell's `>` writes) is understood as well as UTF-8.
+
+    Args:
+        errors: "surrogateescape" keeps bytes that are not UTF-8, as file names need it.
+
+    Raises:
+        DataError: the file cannot be read or is not such text.
+    """
+    try:
+        data = sys.stdin.buffer.read() if str(path) == "-" else expand_home(path).read_bytes()
+    except OSError as error:
+        raise DataError(f"'{path}' cannot be read: {error.strerror}") from None
+    try:
+        text = data.decode("utf-16") if data.startswith(_UTF16) else data.decode("utf-8-sig", errors)
+    except UnicodeDecodeError:
+        raise DataError(f"'{path}' is not UTF-8 text; save it as UTF-8") from None
+    if "\0" in text:
+        raise DataError(f"'{path}' is not a text file: it contains zero bytes")
+    return [line.strip() for line in split_lines(text)]
+
+
+def read_prompts(path: Path) -> list[str]:
+    """The prompts of a text file, or of stdin for "-": one per line, blank lines left out.
+
+    Raises:
+        DataError: the file cannot be read, is not UTF-8, or holds no prompt.
+    """
+    prompts = [line for line in read_lines(path) if line]
+    if not prompts:
+        raise DataError(f"'{path}' holds no prompt; write one per line")
+    return prompts
+
+
+def printable(text: str) -> str:
+    r"""One line without control characters, safe for a terminal and for every encoding of stdout.
+
+    Bytes of file names that are not UTF-8 are shown as \xff.
+    """
+    text = (
+        text.encode("utf-8", "surrogateescape").decode("utf-8", "backslashreplace") if _has_surrogates(text) else text
+    )
+    return "".join(char if char.isprintable() else " " for char in text).strip()
+
+
+def _has_surrogates(text: str) -> bool:
+    return any("\udc80" <= char <= "\udcff" for char in text)

@@ -1,0 +1,79 @@
+"""Image files of every kind that training meets, good and bad, and tar files of them."""
+
+from __future__ import annotations
+
+import io
+import struct
+import tarfile
+import zlib
+from pathlib import Path
+
+import numpy as np
+from PIL import Image
+
+
+def encoded(image: Image.Image, kind: str, **options: object) -> bytes:
+    buffer = io.BytesIO()
+    image.save(buffer, kind, **options)
+    return buffer.getvalue()
+
+
+def photo(seed: int, size: tuple[int, int] = (48, 40)) -> Image.Image:
+    """Smooth colours that differ from seed to seed."""
+    pixels = np.random.default_rng(seed).integers(0, 256, (4, 4, 3), dtype=np.uint8)
+    return Image.fromarray(pixels).resize(size, Image.Resampling.BICUBIC)
+
+
+def bomb() -> bytes:
+    """A PNG of a few bytes whose header says 60,000 x 60,000."""
+
+    def chunk(kind: bytes, data: bytes) -> bytes:
+        return struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
+
+    header = struct.pack(">IIBBBBB", 60_000, 60_000, 8, 2, 0, 0, 0)
+    return b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", header) + chunk(b"IDAT", zlib.compress(b"")) + chunk(b"IEND", b"")
+
+
+EXIF = Image.Exif()
+EXIF[0x0112] = 6  # lay it on its right side
+GOOD = {
+    "cmyk.jpg": encoded(photo(1).convert("CMYK"), "JPEG"),
+    "grey.png": encoded(photo(2).convert("L"), "PNG"),
+    "grey16.png": encoded(Image.fromarray((np.arange(1600, dtype=np.uint16) * 40).reshape(40, 40)), "PNG"),
+    "alpha.png": encoded(photo(3).convert("RGBA"), "PNG"),
+    "palette.gif": encoded(photo(4).convert("P"), "GIF"),
+    "turned.jpg": encoded(photo(5, (60, 30)), "JPEG", exif=EXIF),
+    "one_pixel.png": encoded(photo(6, (1, 1)), "PNG"),
+    "ribbon.png": encoded(photo(7, (3000, 2)), "PNG"),
+    "large.webp": encoded(photo(8, (3000, 2500)), "WEBP"),
+    "PLAIN.JPEG": encoded(photo(9), "JPEG"),
+}
+BAD = {
+    "bomb.png": bomb(),
+    "cut.jpg": encoded(photo(10, (300, 300)), "JPEG")[:700],
+    "empty.png": b"",
+    "text.jpg": b"<html>not found</html>",
+}
+
+
+def write_difficult_images(folder: Path) -> Path:
+    """`GOOD` and `BAD` in a folder two levels deep, among things that are not images."""
+    deep = folder / "nasty" / "deep"
+    deep.mkdir(parents=True)
+    for name, data in (GOOD | BAD).items():
+        (deep / name).write_bytes(data)
+    (deep / "notes.txt").write_text("not an image, and does not claim to be one")
+    (deep / "folder.png").mkdir()
+    (deep / "nowhere.png").symlink_to(deep / "gone.png")
+    (deep / ".hidden.png").write_bytes(GOOD["grey.png"])
+    return folder / "nasty"
+
+
+def write_tar(path: Path, members: dict[str, bytes]) -> Path:
+    path.parent.mkdir(exist_ok=True)
+    with tarfile.open(path, "w") as tar:
+        for name, data in members.items():
+            info = tarfile.TarInfo(name)
+            info.size = len(data)
+            tar.addfile(info, io.BytesIO(data))
+    return path

@@ -1,0 +1,83 @@
+"""`python -m train.check`: what it reports, near-duplicates, and its exit codes."""
+
+from __future__ import annotations
+
+import io
+import json
+import random
+import sys
+from pathlib import Path
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from image_files import encoded, photo, write_difficult_images
+from PIL import Image
+
+from train import check
+
+
+@pytest.fixture
+def nasty(tmp_path: Path) -> Path:
+    return write_difficult_images(tmp_path)
+
+
+def run_check(monkeypatch: pytest.MonkeyPatch, *arguments: object) -> int:
+    monkeypatch.setattr(sys, "argv", ["check", *map(str, arguments), "--workers", "1"])
+    try:
+        check.main()
+    except SystemExit as stop:
+        return int(stop.code or 0)
+    return 0
+
+
+def test_check_says_what_is_wrong(
+    nasty: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (nasty / "again.png").write_bytes(encoded(photo(9, (200, 160)), "PNG"))  # PLAIN.JPEG, larger
+    assert run_check(monkeypatch, nasty, "--out", tmp_path / "out", "--size", 64) == 0
+    said = capsys.readouterr().out
+    assert "15 pictures: 11 can be used, 4 cannot" in said and "are smaller than 64 px" in said
+    assert "shorter side: 1 to 2500 px" in said and "text.jpg: is not an image" in said
+    duplicates = (tmp_path / "out" / "duplicates.txt").read_text()
+    assert "again.png" in duplicates and "PLAIN.JPEG" in duplicates
+    assert len((tmp_path / "out" / "unreadable.txt").read_text().splitlines()) == 4
+    assert len(json.loads((tmp_path / "out" / "report.json").read_text())["pictures"]) == 15
+    assert Image.open(tmp_path / "out" / "contact.png").width > 300
+
+
+@pytest.mark.parametrize("content", [None, b"broken"])
+def test_check_fails_when_nothing_can_be_used(
+    content: bytes | None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    if content:
+        (tmp_path / "a.png").write_bytes(content)
+    assert run_check(monkeypatch, tmp_path) == 1
+    said = capsys.readouterr().out
+    assert ("no picture that can be read" if content else "holds no image") in said
+
+
+@given(st.lists(st.integers(0, 2**64 - 1), max_size=8), st.randoms(use_true_random=False))
+def test_near_duplicates_are_those_that_a_search_of_all_pairs_finds(values: list[int], rng: random.Random) -> None:
+    for value in values[:4]:
+        flips = rng.sample(range(64), rng.randint(0, 5))
+        values.append(value ^ sum(1 << bit for bit in flips))
+    together = {
+        frozenset((i, j))
+        for i in range(len(values))
+        for j in range(i)
+        if (values[i] ^ values[j]).bit_count() <= check.ALIKE
+    }
+    groups = check.near_duplicates(values)
+    place = {row: n for n, group in enumerate(groups) for row in group}
+    assert all(place.get(i, -1) == place.get(j, -2) for i, j in map(tuple, together))
+    assert set(place) == {row for pair in together for row in pair}
+
+
+def test_the_hash_survives_size_and_compression_and_tells_pictures_apart() -> None:
+    hashes = [check.dhash(photo(seed, (320, 240))) for seed in range(20)]
+    for seed, value in enumerate(hashes):
+        again = Image.open(io.BytesIO(encoded(photo(seed, (200, 150)), "JPEG", quality=60)))
+        assert (check.dhash(again) ^ value).bit_count() <= check.ALIKE
+    pairs = [(a ^ b).bit_count() for i, a in enumerate(hashes) for b in hashes[:i]]
+    assert min(pairs) > check.ALIKE
