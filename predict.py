@@ -1,8 +1,8 @@
 """The Cog schema: https://cog.run. What it declares is what it enforces; the work is done by `clipgen.pipeline`.
 
-Settings from the environment: CLIPGEN_WEIGHTS, a folder (weights/mini) or a model to fetch at set-up (coco);
-CLIPGEN_DEVICE (a GPU if there is one); CLIPGEN_DTYPE (what suits the device); CLIPGEN_LOG_PROMPTS=1 to log prompts,
-which are private otherwise.
+Settings from the environment: CLIPGEN_WEIGHTS, a folder or a model to fetch at set-up (coco, hf://user/repo), by
+default weights/coco where it lies beside weights/mini, else weights/mini; CLIPGEN_DEVICE (a GPU if there is one);
+CLIPGEN_DTYPE (what suits the device); CLIPGEN_LOG_PROMPTS=1 to log prompts, which are private otherwise.
 """
 # No `from __future__ import annotations`: Cog reads the annotations.
 
@@ -36,7 +36,6 @@ from clipgen.pipeline import ClipGen
 from clipgen.request import GenerationOutput, GenerationRequest
 from clipgen.weights.resolve import resolve_weights
 
-WEIGHTS = pathlib.Path(__file__).resolve().parent / "weights" / "mini"
 DROPPED = 2000
 """Characters of what the model did not read that go back to the client, who has them already."""
 
@@ -45,7 +44,7 @@ class Predictor(BasePredictor):
     """Prompt or image in, images out. Up to 8 requests are accepted at a time, and drawn together."""
 
     def setup(self) -> None:
-        """Load the model. Nothing is downloaded unless CLIPGEN_WEIGHTS names a published model in place of a folder."""
+        """Load the model. Nothing is downloaded unless CLIPGEN_WEIGHTS names a published model instead of a folder."""
         self.workers = ThreadPoolExecutor(max_workers=16)  # 8 that wait, and those that are just cancelled
         self.load()
         self.decoding = threading.Lock()  # a picture of 64 megapixels takes a gigabyte: one at a time
@@ -57,7 +56,7 @@ class Predictor(BasePredictor):
     def load(self) -> None:
         """Make the pipeline and warm it up, so that the first request is not slower than the others."""
         started = time.perf_counter()
-        folder = resolve_weights(os.environ.get("CLIPGEN_WEIGHTS") or WEIGHTS, log=print)
+        folder = resolve_weights(log=print)
         self.pipe = ClipGen.from_pretrained(
             folder,
             device=os.environ.get("CLIPGEN_DEVICE") or None,

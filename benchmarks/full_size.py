@@ -116,7 +116,7 @@ def convert(files: dict[str, Path], out: Path, model: str) -> dict[str, Any]:
     """Measure converting published files."""
     meter = Meter()
     with meter.step("import"):
-        from clipgen.weights.resolve import convert_checkpoints
+        from clipgen.weights.convert import convert_checkpoints
     with meter.step("convert"):
         convert_checkpoints(files["clip"], files["vqgan"], files["gpt"], out, model)
     return meter.steps

@@ -30,7 +30,7 @@ from clipgen.models.gpt import GPT, condition_of
 from clipgen.models.vqgan import VQGAN
 from clipgen.request import MAX_SEED, GenerationOutput, GenerationRequest, Prompt, SamplingParams, parts_of
 from clipgen.utils.compute_thread import ComputeThread
-from clipgen.weights.model_dir import build, load_weights
+from clipgen.weights.model_dir import build_module, load_model_dir
 from clipgen.weights.precision import pick_device, pick_precision
 from clipgen.weights.training_index import IndexMatch, TrainingIndex
 
@@ -80,11 +80,11 @@ class ClipGen:
     def _load(cls, folder: str | Path, device: str | None, dtype: str | None, worker: ComputeThread) -> ClipGen:
         place = pick_device(device)
         precision = pick_precision(dtype, place)
-        config, parts = load_weights(folder)
+        config, parts = load_model_dir(folder)
         # Each file is unmapped once its network has been built: what was read of it no longer counts as this process'.
         clip = Clip.from_state_dict(parts.pop("clip"), place, precision.compute)
         gpt = precision.build_gpt(config.gpt, parts.pop("gpt"), place)
-        vqgan = build(VQGAN, config.vqgan, parts.pop("vqgan"), place, precision.compute).pack()
+        vqgan = build_module(VQGAN, config.vqgan, parts.pop("vqgan"), place, precision.compute).pack()
         return cls(config, clip, gpt, vqgan, TrainingIndex.load(folder), worker)
 
     @property

@@ -13,7 +13,7 @@ from clipgen.config import GPTConfig, ModelConfig, VQGANConfig
 from clipgen.models.gpt import GPT
 from clipgen.models.vqgan import VQGAN
 from clipgen.request import SamplingParams
-from clipgen.weights.model_dir import save_weights
+from clipgen.weights.model_dir import save_model_dir
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -74,7 +74,7 @@ def tiny_weights(tiny_config: ModelConfig, tmp_path_factory: pytest.TempPathFact
         vqgan.decoder.conv_out.weight.mul_(4)
         gpt.head.weight.mul_(20)
     parts = {"clip": clip.state_dict(), "vqgan": vqgan.state_dict(), "gpt": gpt.state_dict()}
-    return save_weights(tmp_path_factory.mktemp("weights") / "tiny", tiny_config, parts)
+    return save_model_dir(tmp_path_factory.mktemp("weights") / "tiny", tiny_config, parts)
 
 
 @pytest.fixture

@@ -21,9 +21,9 @@ from clipgen.images.pixels import from_pixels, load_image, save_image, to_pixels
 from clipgen.images.sources import Source, Subset, open_source
 from clipgen.request import GenerationRequest
 from clipgen.utils.files import write_text
-from clipgen.weights.resolve import describe
+from clipgen.weights.describe import describe_model_dir
 from train.config import Config, load_config
-from train.loop.script import command
+from train.loop.common import command
 
 ROWS, COLUMNS, CANDIDATES = 6, 4, 16
 
@@ -55,7 +55,7 @@ def card(
     """README.md of a model.
 
     Args:
-        facts: what `checkpoints.describe` says of the folder.
+        facts: what `describe_model_dir` says of the folder.
         config: how it was trained.
         data: what it was trained on, as given.
         evaluation: what `clipgen evaluate` printed.
@@ -139,7 +139,7 @@ def main() -> None:
     picture = sample_grid(pipe, [line.strip() for line in lines if line.strip()], open_source(args.data))
     save_image(picture, args.weights / "samples.jpg")
     evaluation, minutes = (json.loads(path.read_text()) for path in (args.evaluation, args.minutes))
-    text = card(describe(args.weights), load_config(args.config), args.data, evaluation, minutes)
+    text = card(describe_model_dir(args.weights), load_config(args.config), args.data, evaluation, minutes)
     write_text(args.weights / "README.md", text)
     print(args.weights / "README.md")
 

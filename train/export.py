@@ -14,7 +14,7 @@ from pathlib import Path
 import torch
 from safetensors.torch import load_file
 
-from clipgen.weights.model_dir import save_weights
+from clipgen.weights.model_dir import save_model_dir
 from train.config import load_config
 from train.mini.index import add_index
 
@@ -35,7 +35,7 @@ def main() -> None:
             parser.error(f"{file} is missing; train the {part} first")
     try:
         config = load_config(args.config).model
-        save_weights(args.out, config, {part: load_file(file) for part, file in files.items()}, torch.float16)
+        save_model_dir(args.out, config, {part: load_file(file) for part, file in files.items()}, torch.float16)
         if args.data:
             shards, file = args.gpt / "encoded", args.gpt / "encoded.safetensors"
             add_index(args.out, file if file.is_file() else shards, args.data, args.prompts)

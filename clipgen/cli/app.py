@@ -17,7 +17,7 @@ _HOST = typer.Option(help="Interface to listen on. Whoever reaches it can draw: 
 def app(
     host: Annotated[str, _HOST] = "127.0.0.1",
     port: Annotated[int, _PORT] = 7860,
-    weights: t.Weights = t.MINI,
+    weights: t.Weights = None,
     device: t.Device = None,
     dtype: t.Dtype = None,
 ) -> None:
@@ -28,4 +28,5 @@ def app(
         raise typer.BadParameter("the page needs Gradio: run `make app`, which installs it") from None
     from clipgen.webui.page import serve
 
-    serve(weights, host, port, device, dtype)
+    # Before the page forbids downloads for the rest of its process.
+    serve(t.find_weights(weights), host, port, device, dtype)

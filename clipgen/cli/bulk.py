@@ -21,7 +21,7 @@ def write_shards(
     seed: int | None,
     suffix: str,
     as_json: bool,
-    model: tuple[Path, str | None, str | None],
+    model: tuple[str | None, str | None, str | None],
 ) -> None:
     """Draw this process's shards that are not there yet, and print the path of each when it is.
 
@@ -29,12 +29,12 @@ def write_shards(
         requests: one a prompt; their seed does not count.
         seed: None takes the folder's own, or a new one.
         suffix: format of the pictures.
-        model: folder of the weights, device and dtype.
+        model: --weights, --device and --dtype.
 
     Raises:
         OutputError: the folder holds other shards, or cannot be written.
     """
-    weights, device, dtype = model
+    weights, device, dtype = t.find_weights(model[0]), *model[1:]
     processes = Processes.from_environment()
     digest = weights_digest(weights)
     requests = claim(folder, requests, digest, suffix, seed, new_seed)

@@ -21,8 +21,6 @@ from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 if TYPE_CHECKING:
     from clipgen.pipeline import ClipGen
 
-MINI = Path(__file__).resolve().parents[2] / "weights" / "mini"
-
 console = Console(stderr=True, highlight=False)
 
 
@@ -65,7 +63,13 @@ Out = Annotated[Path, option(FILES, "Folder for the images.", file_okay=False)]
 FileFormat = Annotated[Format, option(FILES, "File format.")]
 Json = Annotated[bool, option(FILES, "Print one JSON object.", "--json")]
 Weights = Annotated[
-    Path, option(MACHINE, "Folder of a model.", envvar="CLIPGEN_WEIGHTS", show_default="weights/mini", file_okay=False)
+    str | None,
+    option(
+        MACHINE,
+        "A model: a folder, a name (mini, coco), or hf://user/repo.",
+        envvar="CLIPGEN_WEIGHTS",
+        model="coco where it was fetched, else mini",
+    ),
 ]
 Device = Annotated[
     str | None,
@@ -114,15 +118,23 @@ def read_lines(file: Path, flag: str) -> list[str]:
     return texts
 
 
-def load(weights: Path, device: str | None, dtype: str | None) -> tuple[ClipGen, str]:
-    """The model in a folder, and its `receipt.weights_digest`; says how long that took."""
+def find_weights(weights: str | None) -> Path:
+    """Return the model folder that --weights means, fetching it if it is a published model that is not here yet."""
+    from clipgen.weights.resolve import resolve_weights
+
+    return resolve_weights(weights, log)
+
+
+def load(weights: str | None, device: str | None, dtype: str | None) -> tuple[ClipGen, str]:
+    """Load the model that --weights means; log the time. Returns it with its digest (`weights_digest`)."""
     from clipgen.outputs.metadata import weights_digest
     from clipgen.pipeline import ClipGen
 
+    folder = find_weights(weights)
     started = time.perf_counter()
-    pipe = ClipGen.from_pretrained(weights, device=device, dtype=dtype)
-    log(f"loaded {weights} on {pipe.device} in {time.perf_counter() - started:.1f} s")
-    return pipe, weights_digest(weights)
+    pipe = ClipGen.from_pretrained(folder, device=device, dtype=dtype)
+    log(f"loaded {folder} on {pipe.device} in {time.perf_counter() - started:.1f} s")
+    return pipe, weights_digest(folder)
 
 
 @contextmanager

@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Annotated, Literal
 import typer
 
 from clipgen import __version__
-from clipgen.cli.common import FILES, MINI, Device, Dtype, Weights, option, printable
+from clipgen.cli.common import FILES, Device, Dtype, Weights, find_weights, option, printable
 
 if TYPE_CHECKING:
     from clipgen.pipeline import ClipGen
@@ -31,7 +31,7 @@ _SIGNS = {"ok": "ok", "warning": "note", "wrong": "WRONG"}
 
 
 def doctor(
-    weights: Weights = MINI,
+    weights: Weights = None,
     device: Device = None,
     dtype: Dtype = None,
     as_json: Annotated[bool, option(FILES, "Print one JSON object: ok, and the findings.", "--json")] = False,
@@ -65,7 +65,7 @@ class Finding:
     """For "time", seconds per image; for "memory", free bytes."""
 
 
-def diagnose(weights: Path, device: str | None = None, dtype: str | None = None) -> Iterator[Finding]:
+def diagnose(weights: str | Path | None, device: str | None = None, dtype: str | None = None) -> Iterator[Finding]:
     """Run all checks in order and yield their findings. Problems are reported as findings, never raised."""
     yield check_python()
     yield check_packages(REQUIREMENTS)
@@ -74,15 +74,31 @@ def diagnose(weights: Path, device: str | None = None, dtype: str | None = None)
     from clipgen.pipeline import ClipGen
 
     try:
-        pipe = ClipGen.from_pretrained(weights, device=device, dtype=dtype)
+        folder, reason = choose_weights(weights)
+        pipe = ClipGen.from_pretrained(folder, device=device, dtype=dtype)
     except (ValueError, OSError, RuntimeError) as error:
         yield Finding("weights", "wrong", str(error))
         return
     count = sum(tensor.numel() for part in (pipe.clip, pipe.gpt, pipe.vqgan) for tensor in part.state_dict().values())
-    yield Finding("weights", "ok", f"{weights}: {pipe.config.name}, {count / 1e6:.1f} M numbers, as its manifest says")
-    yield check_training_index(weights)
+    size = f"{pipe.config.name}, {count / 1e6:.1f} M numbers, as its manifest says"
+    yield Finding("weights", "ok", f"{folder}: {size}; used because {reason}")
+    yield check_training_index(folder)
     yield check_device(pipe)
     yield time_images(lambda: pipe("a lemon", seed=0))
+
+
+def choose_weights(weights: str | Path | None) -> tuple[Path, str]:
+    """Return the model folder to use, and why: it was named, or it is the default.
+
+    Raises:
+        ClipGenError: there is no such model.
+    """
+    from clipgen.weights.resolve import find_default
+
+    if weights:
+        return find_weights(str(weights)), f"--weights or CLIPGEN_WEIGHTS names {weights}"
+    folder, reason = find_default()
+    return folder, f"none is named, and {reason}"
 
 
 def check_python() -> Finding:

@@ -55,7 +55,7 @@ def evaluate(
     candidates: Annotated[int, _CANDIDATES] = 1,
     seed: Annotated[int, option(HOW, "The same seed draws the same pictures.")] = 0,
     out: Annotated[Path | None, option(FILES, "Write the JSON here too.", dir_okay=False)] = None,
-    weights: t.Weights = t.MINI,
+    weights: t.Weights = None,
     device: t.Device = None,
     dtype: t.Dtype = None,
 ) -> None:
@@ -77,15 +77,16 @@ def evaluate(
     from clipgen.outputs.metadata import weights_digest
     from clipgen.pipeline import ClipGen
 
-    pipe = ClipGen.from_pretrained(weights, processes.device(device), dtype)
-    extractor = build_extractor(features.value, pipe.clip, weights / "clip.safetensors", log)
+    folder = t.find_weights(weights)
+    pipe = ClipGen.from_pretrained(folder, processes.device(device), dtype)
+    extractor = build_extractor(features.value, pipe.clip, folder / "clip.safetensors", log)
     lpips = build_lpips(fetched("vgg16", log), pipe.device) if is_here("vgg16") else None
     tools = Evaluators(extractor, lpips, Captioner(captioner, pipe.device) if captioner else None)
     count = len(source.names) + (len(source.names) if texts is None else len(texts))
     with _bar(-(-count // processes.count), processes.rank == 0) as progress:
         result = measure(pipe, tools, texts, source, seed, candidates, processes, progress)
-    named = {"weights": str(weights), "prompts": prompts and str(prompts), "reference": reference}
-    result = {"given": named, "weights_sha256": weights_digest(weights), **result}
+    named = {"weights": str(folder), "prompts": prompts and str(prompts), "reference": reference}
+    result = {"given": named, "weights_sha256": weights_digest(folder), **result}
     if processes.rank == 0:
         _show(result, out)
 

@@ -104,7 +104,7 @@ def generate(
     format: t.FileFormat = t.Format.png,
     previews: Annotated[int, _PREVIEWS] = 0,
     as_json: Annotated[bool, _JSON] = False,
-    weights: t.Weights = t.MINI,
+    weights: t.Weights = None,
     device: t.Device = None,
     dtype: t.Dtype = None,
 ) -> None:

@@ -36,7 +36,7 @@ def morph(
     out: t.Out = Path("outputs"),
     gif: Annotated[bool, _GIF] = False,
     as_json: t.Json = False,
-    weights: t.Weights = t.MINI,
+    weights: t.Weights = None,
     device: t.Device = None,
     dtype: t.Dtype = None,
 ) -> None:

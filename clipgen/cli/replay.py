@@ -36,7 +36,7 @@ def replay(
     images: Annotated[list[Path] | None, _IMAGES] = None,
     save: Annotated[Path | None, _SAVE] = None,
     as_json: t.Json = False,
-    weights: t.Weights = t.MINI,
+    weights: t.Weights = None,
     device: Annotated[str | None, _DEVICE] = None,
     dtype: Annotated[str | None, _DTYPE] = None,
 ) -> None:

@@ -40,7 +40,7 @@ def sheet(
     out: t.Out = Path("outputs"),
     format: t.FileFormat = t.Format.png,
     as_json: t.Json = False,
-    weights: t.Weights = t.MINI,
+    weights: t.Weights = None,
     device: t.Device = None,
     dtype: t.Dtype = None,
 ) -> None:

@@ -74,9 +74,9 @@ def fetch(
     the paths of what there is then.
     """
     from clipgen.weights.cache import fetch as fetch_files
-    from clipgen.weights.cache import find
+    from clipgen.weights.cache import find_model
 
-    entry, settings = find(name), _settings(cache)
+    entry, settings = find_model(name), _settings(cache)
     target = (out or MODELS / name) if entry.config and convert else None
     if out and not target:
         raise typer.BadParameter("--out is for a model that is converted; this one is not")
@@ -96,9 +96,9 @@ def fetch(
 @app.command()
 def verify(folder: Annotated[Path, _FOLDER]) -> None:
     """Check a folder of weights against its manifest: sizes, SHA-256, and that its parts fit together."""
-    from clipgen.weights.model_dir import load_weights
+    from clipgen.weights.model_dir import load_model_dir
 
-    config, parts = load_weights(folder)
+    config, parts = load_model_dir(folder)
     typer.echo(f"{folder} is complete: the model {config.name}, {sum(map(len, parts.values()))} tensors")
 
 
@@ -136,9 +136,9 @@ def convert(
 @app.command()
 def info(folder: Annotated[Path, _FOLDER], as_json: Annotated[bool, _JSON] = False) -> None:
     """Show a model's configuration, its parameters, the memory it needs and the GPUs it fits."""
-    from clipgen.weights.resolve import describe
+    from clipgen.weights.describe import describe_model_dir
 
-    facts = describe(folder)
+    facts = describe_model_dir(folder)
     typer.echo(json.dumps(facts, indent=2) if as_json else "\n".join(_lines(facts)))
 
 
@@ -153,13 +153,13 @@ def _settings(cache: Path | None) -> Settings:
 
 
 def _record(entry: PretrainedModel, settings: Settings) -> dict[str, Any]:
-    from clipgen.weights.cache import known_print, state
+    from clipgen.weights.cache import expected_fingerprint, file_state
 
     files = []
     for file in entry.files:
         path = settings.path(entry, file)
-        known = {"bytes" if key == "size" else key: value for key, value in known_print(file, path).items()}
-        where = {"path": str(path), "state": state(entry, file, settings)}
+        known = {"bytes" if key == "size" else key: value for key, value in expected_fingerprint(file, path).items()}
+        where = {"path": str(path), "state": file_state(entry, file, settings)}
         files.append({"name": file.name, "url": file.url, **known, "tensor_bytes": file.tensors, **where})
     model = MODELS / entry.name if entry.config else None
     return {
@@ -190,13 +190,13 @@ def _is_model(folder: Path, name: str | None) -> bool:
         return False
     from clipgen.config import load_model_config
     from clipgen.errors import WeightsError
-    from clipgen.weights.model_dir import load_weights
+    from clipgen.weights.model_dir import load_model_dir
 
     found = load_model_config(folder / "config.yaml").name
     if found != name:
         raise typer.BadParameter(f"{folder} holds the model {found}; give another --out, or delete it")
     try:
-        load_weights(folder)
+        load_model_dir(folder)
     except WeightsError as error:
         _say(f"{error}. It is made again")
         return False
@@ -205,7 +205,7 @@ def _is_model(folder: Path, name: str | None) -> bool:
 
 def _convert(paths: dict[str, Path], out: Path, config: str) -> None:
     """All three parts become a model."""
-    from clipgen.weights.resolve import convert_checkpoints
+    from clipgen.weights.convert import convert_checkpoints
 
     started = time.perf_counter()
     _say(f"converting into {out} ...")
@@ -220,7 +220,7 @@ def _convert_parts(paths: dict[str, Path], out: Path, config: str) -> None:
     from safetensors.torch import save_file
 
     from clipgen.config import load_preset
-    from clipgen.weights.resolve import convert_parts
+    from clipgen.weights.convert import convert_parts
 
     parts = convert_parts(paths, load_preset(config))  # all, before any is written
     with _writing(out):

@@ -1,3 +1,4 @@
-"""Weights: the catalog of published models, download, conversion, folders of weights, precision.
+"""Weights: the catalog of published models, their download and conversion, model folders, and finding one by name.
 
-Nothing here draws; foreign checkpoints are read without executing them."""
+Knows the networks' shapes, but not how images are generated. Checkpoints are read without executing anything in them.
+"""

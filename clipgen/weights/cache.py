@@ -1,9 +1,9 @@
-"""Published files in a cache that can be trusted: fetched once, checked on arrival and on every use.
+"""Cache of published files: each is downloaded once and verified on arrival and at every use.
 
-CACHE/coco/gpt_coco.pt           complete and checked, or not there
-           gpt_coco.pt.json      size and SHA-256 at the first download, where the publisher states none
-           gpt_coco.pt.part      what has arrived so far
-           gpt_coco.pt.lock      held while fetching: of several processes one fetches, the others wait
+CACHE/coco/gpt_coco.pt           complete and verified, or absent
+           gpt_coco.pt.json      size and SHA-256 of the first download, where the publisher states none
+           gpt_coco.pt.part      the bytes received so far
+           gpt_coco.pt.lock      held while fetching: one process fetches, others wait
 """
 
 from __future__ import annotations
@@ -23,20 +23,21 @@ from filelock import FileLock, Timeout
 from clipgen.errors import DownloadError
 from clipgen.utils.download import PATIENT, Log, RetryPolicy, discard, download
 from clipgen.utils.files import sha256
+from clipgen.utils.paths import cache_dir
 from clipgen.weights.catalog import CATALOG, File, PretrainedModel
 
 Report = Callable[[File, int, int | None], None]
-"""Called with the file, the bytes that have arrived, and the bytes there will be, None while that is unknown."""
+"""Called with the file, the bytes received, and the bytes in all (None while unknown)."""
 
 
 @dataclass(frozen=True)
 class Settings:
-    """Where files come from and go to.
+    """Where files come from and where they are kept.
 
     Attributes:
         cache: folder of the downloads.
-        mirrors: asked in this order in place of the publishers, for MIRROR/ENTRY/FILE.
-        offline: use what is in the cache and nothing else.
+        mirrors: asked in this order instead of the publishers, for MIRROR/MODEL/FILE.
+        offline: use the cache only.
     """
 
     cache: Path
@@ -48,22 +49,22 @@ class Settings:
         """Read CLIPGEN_CACHE, CLIPGEN_MIRROR (one URL or several, separated by commas) and CLIPGEN_OFFLINE.
 
         Raises:
-            DownloadError: a mirror is no http(s) URL.
+            ConfigError: there is no folder for downloads (`cache_dir`).
+            DownloadError: a mirror is not an http(s) URL.
         """
-        cache = environ.get("CLIPGEN_CACHE", "").strip()
         mirrors = [part.strip() for part in environ.get("CLIPGEN_MIRROR", "").split(",")]
         return cls(
-            cache=Path(os.path.expanduser(cache or "~/.cache/clipgen")),
+            cache=cache_dir(environ),
             mirrors=tuple(_checked_mirror(mirror) for mirror in mirrors if mirror),
             offline=environ.get("CLIPGEN_OFFLINE", "").strip().lower() not in ("", "0", "false", "no", "off"),
         )
 
     def path(self, entry: PretrainedModel, file: File) -> Path:
-        """Where a file is when it is there."""
+        """Place of a file in the cache, whether it is there or not."""
         return self.cache / entry.name / file.name
 
     def urls(self, entry: PretrainedModel, file: File) -> list[str]:
-        """Where to ask for a file, in order."""
+        """URLs to try for a file, in order."""
         return [f"{mirror}/{entry.name}/{quote(file.name)}" for mirror in self.mirrors] or [file.url]
 
 
@@ -79,16 +80,17 @@ def _checked_mirror(url: str) -> str:
         plain = False
     if not plain:
         raise DownloadError(
-            f"CLIPGEN_MIRROR {url!r} is no mirror: give http:// or https://, a host and a folder, without user, ? or #"
+            f"CLIPGEN_MIRROR {url!r} is not a mirror: give http:// or https://, a host and a folder, "
+            "without user, ? or #"
         )
     return url.rstrip("/")
 
 
-def find(name: str) -> PretrainedModel:
-    """The catalog's entry of this name.
+def find_model(name: str) -> PretrainedModel:
+    """Look up a published model by name.
 
     Raises:
-        DownloadError: there is none.
+        DownloadError: there is none of that name.
     """
     if name not in CATALOG:
         raise DownloadError(f"there is no {name!r} to fetch; there is {', '.join(CATALOG)}")
@@ -102,37 +104,37 @@ def fetch(
     report: Report = lambda file, done, total: None,
     log: Log = lambda message: None,
 ) -> dict[str, Path]:
-    """Have all files of an entry in the cache, complete and checked.
+    """Make sure that all files of a published model are in the cache and verified.
 
     Args:
         entry: one of `CATALOG`.
-        settings: where files come from and go to.
-        policy: how patient to be with servers.
-        report: progress of the downloads.
-        say: told what a user may want to know, such as why something takes long.
+        settings: where files come from and where they are kept.
+        policy: retries and timeouts.
+        report: called with the progress of the downloads.
+        log: called with messages for the user, such as why something takes long.
 
     Returns:
-        The paths of the files by part.
+        Paths of the files by part.
 
     Raises:
-        DownloadError: a file cannot be had, or is not what the publisher states or the first download was.
+        DownloadError: a file cannot be fetched, or differs from what the publisher states or from the first download.
     """
     missing = [file for file in entry.files if settings.offline and not settings.path(entry, file).is_file()]
     if missing:
         names = ", ".join(file.name for file in missing)
-        todo = "; ".join(_by_hand(file, settings.path(entry, file)) for file in missing)
-        raise DownloadError(f"{names}: not in the cache, and CLIPGEN_OFFLINE is set. Unset it, or {todo}")
+        remedies = "; ".join(_fetch_by_hand(file, settings.path(entry, file)) for file in missing)
+        raise DownloadError(f"{names}: not in the cache, and CLIPGEN_OFFLINE is set. Unset it, or {remedies}")
     return {file.part: _Fetch(entry, file, settings, policy, report, log).run() for file in entry.files}
 
 
-def state(entry: PretrainedModel, file: File, settings: Settings) -> str:
-    """ "present", "partial" or "absent", by what is on the disk; nothing is hashed."""
+def file_state(entry: PretrainedModel, file: File, settings: Settings) -> str:
+    """Return "present", "partial" or "absent", by the names on disk; nothing is hashed."""
     path = settings.path(entry, file)
     return "present" if path.is_file() else "partial" if _beside(path, ".part").is_file() else "absent"
 
 
-def known_print(file: File, path: Path) -> dict[str, int | str | None]:
-    """Size and SHA-256 that a file must have, None where that is open: as published, else as first downloaded.
+def expected_fingerprint(file: File, path: Path) -> dict[str, int | str | None]:
+    """Return the "size" and "sha256" a file must have: as published, else as first downloaded, else None.
 
     Raises:
         DownloadError: the record of the first download cannot be read.
@@ -153,7 +155,7 @@ def known_print(file: File, path: Path) -> dict[str, int | str | None]:
 
 @dataclass(frozen=True)
 class _Fetch:
-    """One file on its way into the cache."""
+    """Download of one file into the cache."""
 
     entry: PretrainedModel
     file: File
@@ -168,16 +170,16 @@ class _Fetch:
 
     def run(self) -> Path:
         try:
-            # Without the lock first: a cache in a container image or on another machine may be read-only.
-            if self.known["sha256"] and self.path.is_file() and not self.problem(self.path):
+            # Try without the lock first: a cache in a container image or on another machine may be read-only.
+            if self.expected["sha256"] and self.path.is_file() and not self.problem(self.path):
                 return self.path
             self.path.parent.mkdir(parents=True, exist_ok=True)
             with self.locked():
                 if not self.reuse():
-                    self.arrive()
+                    self.fetch()
         except OSError as error:
-            what, why = error.filename or self.path, error.strerror or error
-            raise DownloadError(f"{what} cannot be used: {why}; CLIPGEN_CACHE names another cache") from error
+            path, reason = error.filename or self.path, error.strerror or error
+            raise DownloadError(f"{path} cannot be used: {reason}; CLIPGEN_CACHE names another cache") from error
         except NotImplementedError as error:
             raise DownloadError(
                 f"{self.path.parent} has no file locks; name another cache with CLIPGEN_CACHE"
@@ -185,8 +187,8 @@ class _Fetch:
         return self.path
 
     @property
-    def known(self) -> dict[str, int | str | None]:
-        return known_print(self.file, self.path)
+    def expected(self) -> dict[str, int | str | None]:
+        return expected_fingerprint(self.file, self.path)
 
     @contextmanager
     def locked(self) -> Iterator[None]:
@@ -202,26 +204,26 @@ class _Fetch:
             lock.release()
 
     def reuse(self) -> bool:
-        """Whether the cached file is good. One put there by hand, without a record, counts as the first download."""
+        """Whether the cached file is intact. A file put there by hand, without a record, counts as first download."""
         if not self.path.is_file():
             return False
         problem = self.problem(self.path)
         if problem and self.settings.offline:
-            todo = _by_hand(self.file, self.path)
-            raise DownloadError(f"{self.path} {problem}, and CLIPGEN_OFFLINE is set. Unset it, or {todo}")
+            remedy = _fetch_by_hand(self.file, self.path)
+            raise DownloadError(f"{self.path} {problem}, and CLIPGEN_OFFLINE is set. Unset it, or {remedy}")
         if problem:
             self.log(f"{self.path} {problem}; fetching it again")
             return False
         self.record(self.path, url=None)
         return True
 
-    def arrive(self) -> None:
-        """Download, check, record, and only then give the file its name."""
+    def fetch(self) -> None:
+        """Download from the first URL that works; the file gets its name only when it is verified and recorded."""
         failures = []
         part = _beside(self.path, ".part")
         for url in self.settings.urls(self.entry, self.file):
             try:
-                self.resolve_weights(url, part)
+                self.download(url, part)
             except DownloadError as error:
                 failures.append(str(error))
                 self.log(str(error))
@@ -232,19 +234,19 @@ class _Fetch:
             return
         raise DownloadError(
             f"{self.file.name} cannot be fetched: {'; '.join(failures)}. Set CLIPGEN_MIRROR to a server that has "
-            f"{self.entry.name}/{self.file.name}, or {_by_hand(self.file, self.path)}"
+            f"{self.entry.name}/{self.file.name}, or {_fetch_by_hand(self.file, self.path)}"
         )
 
-    def resolve_weights(self, url: str, part: Path) -> None:
-        """Download `url` and check it; bytes from an earlier attempt that do not fit are thrown away once."""
+    def download(self, url: str, part: Path) -> None:
+        """Download `url` and verify it; if bytes of an earlier attempt were to blame, start over once."""
         resumed = part.is_file()
-        known = self.known
-        size = known["size"] if isinstance(known["size"], int) else None
+        expected = self.expected
+        size = expected["size"] if isinstance(expected["size"], int) else None
         download(
             url,
             part,
             size=size,
-            checked=known["sha256"] is not None,
+            checked=expected["sha256"] is not None,
             policy=self.policy,
             report=lambda done, total: self.report(self.file, done, total),
             log=self.log,
@@ -255,27 +257,27 @@ class _Fetch:
         discard(part)
         if resumed:
             self.log(f"{url}: what arrived in parts {problem}; starting over")
-            return self.resolve_weights(url, part)
+            return self.download(url, part)
         record = _beside(self.path, ".json")
-        if self.file.sha256 is None and known["sha256"]:
+        if self.file.sha256 is None and expected["sha256"]:
             problem += (
                 f". It is not what the first download was. If its publisher says why, delete {record} and fetch again"
             )
         raise DownloadError(f"{url}: what arrived {problem}")
 
     def problem(self, path: Path) -> str | None:
-        """What is wrong with a file that lies at `path`, or None."""
-        known, size = self.known, path.stat().st_size
-        if known["size"] is not None and size != known["size"]:
-            return f"has {size:,} bytes instead of {known['size']:,}"
-        if known["sha256"] is None:
-            return _archive_problem(path)
+        """What is wrong with the file at `path`; None if it is intact as far as can be told."""
+        expected, size = self.expected, path.stat().st_size
+        if expected["size"] is not None and size != expected["size"]:
+            return f"has {size:,} bytes instead of {expected['size']:,}"
+        if expected["sha256"] is None:
+            return _find_archive_problem(path)
         found = sha256(path)
-        return None if found == known["sha256"] else f"has the SHA-256 {found} instead of {known['sha256']}"
+        return None if found == expected["sha256"] else f"has the SHA-256 {found} instead of {expected['sha256']}"
 
     def record(self, path: Path, url: str | None) -> None:
-        """Note what came first, if the publisher states no hash and nothing is noted yet."""
-        if self.known["sha256"] is not None:
+        """Record the first download, unless the publisher states a hash or a record exists."""
+        if self.expected["sha256"] is not None:
             return
         notes = {"size": path.stat().st_size, "sha256": sha256(path), "url": url}
         temporary = _beside(self.path, ".json.tmp")
@@ -284,7 +286,7 @@ class _Fetch:
         self.log(f"{self.file.name}: its publisher states no hash; SHA-256 {notes['sha256']} is recorded from now on")
 
 
-def _by_hand(file: File, path: Path) -> str:
+def _fetch_by_hand(file: File, path: Path) -> str:
     return f"download {file.url} elsewhere and put it at {path}"
 
 
@@ -292,10 +294,10 @@ def _beside(path: Path, suffix: str) -> Path:
     return path.with_name(path.name + suffix)
 
 
-def _archive_problem(path: Path) -> str | None:
-    """All there is to go by without a hash: PyTorch writes a ZIP archive, which a cut loses the end of, or a pickle."""
+def _find_archive_problem(path: Path) -> str | None:
+    """Check a file by its format, where no hash is known: a ZIP archive, whose directory is at its end, or a pickle."""
     with path.open("rb") as file:
         begin = file.read(4)
     if begin == b"PK\x03\x04":
         return None if zipfile.is_zipfile(path) else "is a checkpoint without its end"
-    return None if begin[:1] == b"\x80" else "is no PyTorch checkpoint"
+    return None if begin[:1] == b"\x80" else "is not a PyTorch checkpoint"

@@ -1,7 +1,7 @@
-"""What can be fetched: the published checkpoints, where they are, what is known of them. Data only.
+"""Catalog of published checkpoints: addresses, sizes, hashes, licences. Data only.
 
-Nothing here is guessed: a size or hash that the publisher does not state is None, and is recorded at the first download
-instead (`clipgen.weights.cache`).
+Nothing here is guessed. A size or hash that the publisher does not state is None, and is recorded at the first download
+(`clipgen.weights.cache`).
 """
 
 from __future__ import annotations
@@ -17,12 +17,12 @@ class File:
     """One published file.
 
     Attributes:
-        name: what it is called here, in the cache and on mirrors; never taken from a server.
-        part: what it holds: "clip", "vqgan" or "gpt" of a model, "inception" or "vgg16" to evaluate one.
-        url: where its publisher has it.
+        name: file name in the cache and on mirrors; never taken from a server.
+        part: "clip", "vqgan" or "gpt" of a model, "inception" or "vgg16" to evaluate one.
+        url: address at its publisher.
         size: bytes, where the publisher states it.
         sha256: lower-case hexadecimal, where the publisher states it.
-        tensors: bytes of the model's tensors alone, from their published shapes; the file may also hold training state.
+        tensors: bytes of the model's tensors, by their published shapes; the file may also hold training state.
     """
 
     name: str
@@ -35,15 +35,15 @@ class File:
 
 @dataclass(frozen=True)
 class PretrainedModel:
-    """Files that belong together.
+    """A published model, or a part of one.
 
     Attributes:
-        name: what `python -m clipgen weights fetch` is given.
-        what: one line on what it is.
-        page: where its publisher describes it.
+        name: argument of `clipgen weights fetch`.
+        what: description in one line.
+        page: page of its publisher.
         licence: of the files, as far as the publisher states one.
         files: at most one of each part.
-        config: the configuration the files make a whole model of; None when they are only a part of one.
+        config: name of the configuration of a whole model; None for a part of a model.
     """
 
     name: str
@@ -78,7 +78,7 @@ CATALOG: dict[str, PretrainedModel] = {
                 File(
                     "ViT-B-32.pt",
                     "clip",
-                    # As in the `clip` package, which checks the same hash: it is the last folder of the address.
+                    # From the `clip` package, which checks the same hash: the last folder of the address.
                     f"https://openaipublic.azureedge.net/clip/models/{_OPENAI_VIT_B32}/ViT-B-32.pt",
                     sha256=_OPENAI_VIT_B32,
                 ),
@@ -100,14 +100,14 @@ CATALOG: dict[str, PretrainedModel] = {
         ),
         PretrainedModel(
             name="inception",
-            what="InceptionV3 as FID and Inception Score are defined by, for evaluate",
+            what="the InceptionV3 that FID and Inception Score are defined with, for evaluate",
             page="https://github.com/toshas/torch-fidelity",
             licence="Apache 2.0",
             files=(
                 File(
                     "weights-inception-2015-12-05-6726825d.pth",
                     "inception",
-                    # The address is the library's own, the file's name has the first digits of its SHA-256.
+                    # The address is torch-fidelity's own; the file name holds the first digits of its SHA-256.
                     "https://github.com/toshas/torch-fidelity/releases/download/v0.2.0/"
                     "weights-inception-2015-12-05-6726825d.pth",
                     size=95_628_359,

@@ -1,8 +1,8 @@
-"""Checkpoints of others: tensors by name, mapped from the file, and nothing in it is ever executed.
+"""Read published checkpoints: tensors by name, mapped from the file. Nothing in a file is ever executed.
 
-torch.save's files go through PyTorch's `weights_only` unpickler. OpenAI publishes CLIP as a TorchScript program, which
-that one refuses: its data is read here with an unpickler that knows tensors, dictionaries and nothing else, and its
-code is not looked at.
+Files of torch.save go through PyTorch's `weights_only` unpickler. It refuses OpenAI's CLIP, a TorchScript program: the
+program's data is read with an unpickler of our own that knows tensors, dictionaries and nothing else, and its code is
+ignored.
 """
 
 from __future__ import annotations
@@ -19,10 +19,10 @@ from pathlib import Path
 from typing import Any, BinaryIO, cast
 
 import torch
-from safetensors.torch import load_file
 from torch import Tensor
 
 from clipgen.errors import WeightsError
+from clipgen.weights.tensor_file import find_problem, load_tensors
 
 _STORAGES = {
     f"{name}Storage": dtype
@@ -33,44 +33,44 @@ _STORAGES = {
     }.items()
 }
 _WRAPPERS = ("model", "state_dict")  # where HFAiLab and Lightning keep the weights among training state
-_ELSEWHERE = "fetch the file again from its publisher"
+_FETCH_AGAIN = "fetch the file again from its publisher"
 
 
-class Named:
-    """Stands for a class that a checkpoint mentions; it has no behaviour."""
+class Placeholder:
+    """Stands in for a class that a checkpoint mentions; it has no behaviour."""
 
 
-# Lightning's checkpoints name this class as a key of their training state, so CompVis' VQGAN could not be read without.
-_HARMLESS = [(Named, "pytorch_lightning.callbacks.model_checkpoint.ModelCheckpoint")]
+# Lightning's checkpoints use this class as a key in their training state; without it CompVis' VQGAN cannot be read.
+_HARMLESS = [(Placeholder, "pytorch_lightning.callbacks.model_checkpoint.ModelCheckpoint")]
 
 
 def read_tensors(path: Path) -> dict[str, Tensor]:
-    """The weights in a published checkpoint, on the CPU, as they are stored.
+    """Read the weights in a published checkpoint, on the CPU, in their stored precision.
 
     Args:
-        path: what `torch.save` or `torch.jit.save` wrote, or a .safetensors file. A state dict, or a dictionary that
-            has one under "model" or "state_dict".
+        path: a file of `torch.save` or `torch.jit.save`, or .safetensors. It holds a state dict, or a dictionary with
+            one under "model" or "state_dict".
 
     Returns:
-        Tensors by name. Where the format allows it their pages are read from the file when they are first used.
+        Tensors by name. Where the format allows it, their pages are read when they are first used.
 
     Raises:
-        WeightsError: it is none of these, is damaged, or would run something when unpickled.
+        WeightsError: the file is something else, is damaged, or would execute code when unpickled.
     """
-    if not path.is_file():
-        raise WeightsError(f"{path} does not exist; give the path of a checkpoint")
+    if problem := find_problem(path):
+        raise WeightsError(f"{path} cannot be read: it {problem}")
     try:
         content = _read(path)
     except WeightsError:
         raise
     except Exception as error:  # a damaged or hostile pickle can raise anything
-        raise WeightsError(f"{path} cannot be read: {_reason(error)}; {_ELSEWHERE}") from error
+        raise WeightsError(f"{path} cannot be read: {_reason(error)}; {_FETCH_AGAIN}") from error
     for wrapper in _WRAPPERS:
         if isinstance(content, Mapping) and isinstance(content.get(wrapper), Mapping):
             content = content[wrapper]
             break
     if not isinstance(content, Mapping) or not content:
-        raise WeightsError(f"{path} holds no weights but {type(content).__name__}; {_ELSEWHERE}")
+        raise WeightsError(f"{path} holds no weights but {type(content).__name__}; {_FETCH_AGAIN}")
     for name, tensor in content.items():
         _check(path, name, tensor)
     return {name: tensor.detach() for name, tensor in content.items()}
@@ -84,12 +84,12 @@ def _read(path: Path) -> Any:
         return _load(path, mapped=True)
     with path.open("rb") as file:
         start = file.read(9)
-    return load_file(path) if start[8:] == b"{" else _load(path, mapped=False)
+    return load_tensors(path) if start[8:] == b"{" else _load(path, mapped=False)
 
 
 def _load(path: Path, mapped: bool) -> Any:
     with warnings.catch_warnings(), torch.serialization.safe_globals(cast(list[Any], _HARMLESS)):
-        warnings.simplefilter("ignore")  # about pickle protocols: it can be read or it cannot
+        warnings.simplefilter("ignore")  # about pickle protocols, which the user cannot change
         return torch.load(path, map_location="cpu", weights_only=True, mmap=mapped)
 
 
@@ -98,7 +98,7 @@ def _reason(error: Exception) -> str:
     refused = re.search(r"GLOBAL (\S+) (?:was not|whose)", text)
     if isinstance(error, pickle.UnpicklingError) and refused:
         return f"it asks for {refused[1]}, which no weights need; nothing of it was run"
-    if text.startswith("Weights only load failed"):  # PyTorch's advice, which must not be followed, and the reason last
+    if text.startswith("Weights only load failed"):  # PyTorch's advice, not to be followed, then the reason
         text = text.split("\n\n")[-2:][0].strip()
     return f"{type(error).__name__}: {text.splitlines()[0][:200]}" if text else type(error).__name__
 
@@ -106,15 +106,17 @@ def _reason(error: Exception) -> str:
 def _check(path: Path, name: object, tensor: object) -> None:
     if not isinstance(name, str) or not isinstance(tensor, Tensor):
         kind = type(tensor).__name__
-        raise WeightsError(f"{path} holds something that is not a tensor: {str(name)[:80]!r} is a {kind}; {_ELSEWHERE}")
+        raise WeightsError(
+            f"{path} holds something that is not a tensor: {str(name)[:80]!r} is a {kind}; {_FETCH_AGAIN}"
+        )
     if tensor.layout != torch.strided or tensor.is_quantized or tensor.device.type != "cpu":
         raise WeightsError(f"{path}: {name[:80]!r} is stored as a {tensor.layout} tensor; save it as a plain one")
-    if tensor.nbytes > tensor.untyped_storage().nbytes():  # a stride of 0 makes terabytes of one number
-        raise WeightsError(f"{path}: {name[:80]!r} claims more numbers than the file holds; {_ELSEWHERE}")
+    if tensor.nbytes > tensor.untyped_storage().nbytes():  # a stride of 0 turns one number into terabytes
+        raise WeightsError(f"{path}: {name[:80]!r} claims more numbers than the file holds; {_FETCH_AGAIN}")
 
 
 def _read_torchscript(path: Path, archive: zipfile.ZipFile) -> dict[str, Tensor]:
-    """All tensors that the modules of a TorchScript archive have, named as in a state dict."""
+    """Read all tensors of the modules in a TorchScript archive, named as in a state dict."""
     (name,) = (n for n in archive.namelist() if n.endswith("/data.pkl"))
     prefix = name.removesuffix(".pkl")
     with path.open("rb") as file, archive.open(name) as pickled:
@@ -125,7 +127,7 @@ def _read_torchscript(path: Path, archive: zipfile.ZipFile) -> dict[str, Tensor]
 
 
 def _record(file: BinaryIO, info: zipfile.ZipInfo) -> tuple[int, int]:
-    """Where an uncompressed entry of a zip archive begins, and its length; (0, 0) when it is compressed."""
+    """Offset and length of an uncompressed entry of a ZIP archive; (0, 0) if it is compressed."""
     if info.compress_type != zipfile.ZIP_STORED:
         return 0, 0
     file.seek(info.header_offset + 26)  # in the local header, whose fields may be padded to align the data
@@ -134,13 +136,13 @@ def _record(file: BinaryIO, info: zipfile.ZipInfo) -> tuple[int, int]:
 
 
 class _Object(dict):
-    """A module of the program: its attributes, and none of its behaviour."""
+    """A module of the program: its attributes without its behaviour."""
 
     __setstate__ = dict.update
 
 
 class _Unpickler(pickle.Unpickler):
-    """Builds tensors over the pages of a file. Whatever else a pickle asks for is refused."""
+    """Builds tensors over the pages of a file and refuses everything else that a pickle asks for."""
 
     def __init__(
         self, pickled: BinaryIO, prefix: str, records: Mapping[str, tuple[int, int]], pages: mmap.mmap
@@ -149,7 +151,7 @@ class _Unpickler(pickle.Unpickler):
         self.prefix, self.records, self.pages = prefix, records, pages
 
     def find_class(self, module: str, name: str) -> Any:
-        """What a GLOBAL stands for: made anew each time, so that no pickle can alter it for others."""
+        """Resolve a GLOBAL; classes are created anew each time, so that no pickle can alter them for others."""
         if module.split(".")[0] == "__torch__":
             return type("Module", (_Object,), {})
         if module == "torch" and name in _STORAGES:
@@ -163,7 +165,7 @@ class _Unpickler(pickle.Unpickler):
         raise pickle.UnpicklingError(f"GLOBAL {module}.{name} was not expected")
 
     def persistent_load(self, pid: Any) -> Tensor:
-        """The numbers ("storage", type, entry, device, count) of a tensor, one-dimensional."""
+        """Return the one-dimensional storage that ("storage", type, entry, device, count) names."""
         _, kind, entry, _, count = pid
         dtype = _STORAGES[kind]
         start, length = self.records[f"{self.prefix}/{entry}"]
@@ -176,13 +178,13 @@ class _Unpickler(pickle.Unpickler):
 
 def _tensors_of(root: object) -> dict[str, Tensor]:
     found: dict[str, Tensor] = {}
-    seen: set[int] = set()  # a module that contains itself would go on for ever
-    waiting: list[tuple[str, object]] = [("", root)]
-    while waiting:
-        prefix, thing = waiting.pop()
-        if isinstance(thing, _Object) and id(thing) not in seen:
-            seen.add(id(thing))
-            waiting.extend((f"{prefix}.{key}" if prefix else str(key), value) for key, value in thing.items())
-        elif isinstance(thing, Tensor):
-            found[prefix] = thing
+    seen: set[int] = set()  # a module that contains itself would otherwise be an endless loop
+    pending: list[tuple[str, object]] = [("", root)]
+    while pending:
+        prefix, value = pending.pop()
+        if isinstance(value, _Object) and id(value) not in seen:
+            seen.add(id(value))
+            pending.extend((f"{prefix}.{key}" if prefix else str(key), child) for key, child in value.items())
+        elif isinstance(value, Tensor):
+            found[prefix] = value
     return found

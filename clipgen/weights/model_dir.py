@@ -1,8 +1,8 @@
-"""Folders of weights: written in one piece, verified before use, loaded strictly.
+"""Model folders: written completely or not at all, verified before use, loaded strictly.
 
 FOLDER/config.yaml                        the model (`config.ModelConfig`)
        {clip,vqgan,gpt}.safetensors       its tensors; nothing is ever unpickled
-       coverage.safetensors               optional: what the model was trained on (`coverage`)
+       coverage.safetensors               optional: index of the training images (`training_index`)
        manifest.json                      size and SHA-256 of the files above
 """
 
@@ -18,44 +18,48 @@ from typing import Any, TypeVar
 
 import torch
 from omegaconf import OmegaConf
-from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from clipgen.config import ModelConfig, load_model_config
-from clipgen.errors import ConfigError, WeightsError
+from clipgen.errors import ConfigError, OutputError, WeightsError
 from clipgen.models.meta_init import meta_init
 from clipgen.utils.files import sha256
+from clipgen.weights.tensor_file import find_problem, load_tensors
 
 PARTS = ("clip", "vqgan", "gpt")
 FILES = ("config.yaml", *(f"{part}.safetensors" for part in PARTS))
 EXTRAS = ("coverage.safetensors",)
-"""Files that a folder may have besides; drawing works without, but not the same."""
+"""Optional files; generation works without them, with other results."""
+CARD = ("README.md", "samples.jpg")
+"""The model card: copied along where it exists, not verified."""
 MANIFEST = "manifest.json"
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 """Precisions that a model runs in, by the names that users give them."""
 VERSION = 1
+_FETCH_AGAIN = "fetch the folder again (`git checkout` restores what ships with the code)"
+_USE_ITS_CONFIG = "Use the configuration that the weights were trained with"
 
 Config = TypeVar("Config")
 Model = TypeVar("Model", bound=nn.Module)
 
 
-def save_weights(
+def save_model_dir(
     folder: str | Path,
     config: ModelConfig,
     parts: Mapping[str, Mapping[str, Tensor]],
     dtype: torch.dtype | None = None,
 ) -> Path:
-    """Write a folder of weights that `load_weights` accepts; other files in it stay.
+    """Write a model folder that `load_model_dir` accepts; other files in it stay.
 
-    Every file is complete before any takes its place, and the manifest comes last: a folder whose writing was
-    interrupted is refused, never half-loaded.
+    All files are complete before the first is renamed to its place, and the manifest comes last. So a folder whose
+    writing was interrupted is refused, never loaded by halves.
 
     Args:
-        folder: made when it does not exist.
+        folder: created if needed.
         config: the model.
         parts: the state dicts of "clip", "vqgan" and "gpt".
-        dtype: what floating-point tensors are stored as; None keeps theirs.
+        dtype: type that floating-point tensors are stored in; None keeps theirs.
 
     Returns:
         The folder.
@@ -73,7 +77,7 @@ def save_weights(
         for part, weights in parts.items():
             stored = {key: _storable(part, key, tensor, dtype) for key, tensor in weights.items()}
             save_file(stored, temporary / f"{part}.safetensors")
-            # safetensors lets nobody but the owner read; a server often runs as someone else.
+            # safetensors makes files that only their owner can read; a server often runs as another user.
             shutil.copymode(temporary / "config.yaml", temporary / f"{part}.safetensors")
         files = {file: _fingerprint(temporary / file) for file in FILES}
         manifest = json.dumps({"version": VERSION, "files": files}, indent=2)
@@ -92,23 +96,23 @@ def _storable(part: str, name: str, tensor: Tensor, dtype: torch.dtype | None) -
     return tensor.contiguous()
 
 
-def load_weights(folder: str | Path) -> tuple[ModelConfig, dict[str, dict[str, Tensor]]]:
-    """Verify a folder of weights against its manifest and map its tensors into memory.
+def load_model_dir(folder: str | Path) -> tuple[ModelConfig, dict[str, dict[str, Tensor]]]:
+    """Verify a model folder against its manifest and map its tensors into memory.
 
     Returns:
         The model's configuration, and the state dicts "clip", "vqgan" and "gpt" as stored. Their pages are read from
         the files when they are first used.
 
     Raises:
-        WeightsError: a file is missing, is not what the manifest says, or does not fit the others.
+        WeightsError: a file is missing, differs from the manifest, or does not fit the others.
     """
     folder = Path(folder)
-    _verify(folder)
+    verify_model_dir(folder)
     try:
         config = load_model_config(folder / "config.yaml")
     except ConfigError as error:
         raise WeightsError(str(error)) from error
-    parts = {part: _map(folder / f"{part}.safetensors") for part in PARTS}
+    parts = {part: load_tensors(folder / f"{part}.safetensors") for part in PARTS}
     projection = parts["clip"].get("text_projection")
     if projection is None or projection.shape[-1] != config.gpt.n_cond:
         found = "no text_projection" if projection is None else f"embeddings of {projection.shape[-1]} numbers"
@@ -119,37 +123,37 @@ def load_weights(folder: str | Path) -> tuple[ModelConfig, dict[str, dict[str, T
     return config, parts
 
 
-def _verify(folder: Path) -> None:
-    """Compare every file with the manifest: sizes of all of them first, which costs nothing."""
+def verify_model_dir(folder: Path, files: Iterable[str] = FILES) -> None:
+    """Compare files of a model folder with its manifest: first all sizes, which is cheap, then all hashes.
+
+    Raises:
+        WeightsError: a file is missing or differs.
+    """
     if not folder.is_dir():
         raise WeightsError(f"no weights in {folder}: no such folder; give one that holds {_names((*FILES, MANIFEST))}")
     manifest = read_manifest(folder / MANIFEST)
-    for file in FILES:
+    for file in files:
         path = folder / file
         if not path.is_file():
             raise WeightsError(f"{path} is missing; {_FETCH_AGAIN}")
-        if path.stat().st_size != manifest[file]["size"]:
+        size, expected = path.stat().st_size, manifest[file]["size"]
+        if size != expected:
+            problem = find_problem(path) or "is incomplete or another file"
+            raise WeightsError(f"{path} has {size:,} bytes; {expected:,} were expected. It {problem}; {_FETCH_AGAIN}")
+    for file in files:
+        found, expected = sha256(folder / file), manifest[file]["sha256"]
+        if found != expected:
             raise WeightsError(
-                f"{path} has {path.stat().st_size:,} bytes; {manifest[file]['size']:,} were expected. It is "
-                f"incomplete or another file; {_FETCH_AGAIN}"
+                f"{folder / file} is damaged or was changed: its SHA-256 is {found}, {MANIFEST} says {expected}; "
+                f"{_FETCH_AGAIN}"
             )
-    for file in FILES:
-        found = _fingerprint(folder / file)["sha256"]
-        if found != manifest[file]["sha256"]:
-            raise WeightsError(
-                f"{folder / file} is damaged or was changed: its SHA-256 is {found}, {MANIFEST} says "
-                f"{manifest[file]['sha256']}; {_FETCH_AGAIN}"
-            )
-
-
-_FETCH_AGAIN = "fetch the folder again (`git checkout` restores what ships with the code)"
 
 
 def read_manifest(path: Path) -> dict[str, dict[str, Any]]:
-    """Size and SHA-256 of each of `FILES`, and of those of `EXTRAS` that are there, as a manifest has them.
+    """Read "size" and "sha256" of each of `FILES`, and of those of `EXTRAS` that the manifest lists.
 
     Raises:
-        WeightsError: there is none, or it is damaged.
+        WeightsError: there is no manifest, or it is damaged.
     """
     if not path.is_file():
         raise WeightsError(f"{path} is missing; {_FETCH_AGAIN}")
@@ -160,8 +164,8 @@ def read_manifest(path: Path) -> dict[str, dict[str, Any]]:
         entries = {file: {"size": int(files[file]["size"]), "sha256": str(files[file]["sha256"])} for file in named}
     except (ValueError, KeyError, TypeError, RecursionError) as error:
         raise WeightsError(
-            f'{path} is no manifest of weights: it must be JSON with "version" and "files", and in those a "size" and '
-            f'a "sha256" for each of {_names(FILES)}; {_FETCH_AGAIN}'
+            f'{path} is not a manifest of weights: it must be JSON with "version" and "files", and in "files" a '
+            f'"size" and a "sha256" for each of {_names(FILES)}; {_FETCH_AGAIN}'
         ) from error
     if version != VERSION:
         raise WeightsError(f"{path} has the version {version!r}; this clipgen reads version {VERSION}: upgrade it")
@@ -169,10 +173,10 @@ def read_manifest(path: Path) -> dict[str, dict[str, Any]]:
 
 
 def add_extra(folder: str | Path, file: str, tensors: Mapping[str, Tensor]) -> Path:
-    """Write one of `EXTRAS` into a folder of weights, and into its manifest; `save_weights` makes it forgotten again.
+    """Add one of `EXTRAS` to a model folder and its manifest. A later `save_model_dir` drops it from the manifest.
 
     Returns:
-        Its path.
+        Path of the file.
 
     Raises:
         WeightsError: the folder has no manifest.
@@ -191,51 +195,67 @@ def add_extra(folder: str | Path, file: str, tensors: Mapping[str, Tensor]) -> P
 
 
 def load_extra(folder: str | Path, file: str) -> dict[str, Tensor] | None:
-    """The tensors of one of `EXTRAS`; None when the folder's manifest does not name it.
+    """Load one of `EXTRAS`; None if the folder's manifest does not list it.
 
     Raises:
-        WeightsError: it is missing, or not what the manifest says.
+        WeightsError: the file is missing or differs from the manifest.
     """
     folder = Path(folder)
-    expected = read_manifest(folder / MANIFEST).get(file)
-    if expected is None:
+    if file not in read_manifest(folder / MANIFEST):
         return None
-    if not (folder / file).is_file():
-        raise WeightsError(f"{folder / file} is missing; {_FETCH_AGAIN}")
-    if _fingerprint(folder / file) != expected:
-        raise WeightsError(f"{folder / file} is damaged or was changed: {MANIFEST} has another SHA-256; {_FETCH_AGAIN}")
-    return _map(folder / file)
+    verify_model_dir(folder, [file])
+    return load_tensors(folder / file)
+
+
+def copy_model_dir(source: Path, target: Path) -> Path:
+    """Copy a verified model folder, with its model card if it has one; other files in `target` stay.
+
+    Returns:
+        `target`, created if needed.
+
+    Raises:
+        WeightsError: a file of `source` is missing or differs from the manifest.
+        OutputError: `target` cannot be written.
+    """
+    files = tuple(read_manifest(source / MANIFEST))
+    verify_model_dir(source, files)
+    card = [file for file in CARD if (source / file).is_file()]
+    try:
+        target.mkdir(parents=True, exist_ok=True)
+        if source.resolve() == target.resolve():
+            return target
+        with tempfile.TemporaryDirectory(prefix=".saving-", dir=target) as name:
+            for file in (*files, *card, MANIFEST):
+                shutil.copyfile(source / file, Path(name) / file)
+            for file in (*files, *card, MANIFEST):
+                os.replace(Path(name) / file, target / file)
+    except OSError as error:
+        raise OutputError(f"{target} cannot be written: {error.strerror or error}") from error
+    return target
 
 
 def _fingerprint(path: Path) -> dict[str, Any]:
     return {"size": path.stat().st_size, "sha256": sha256(path)}
 
 
-def _map(path: Path) -> dict[str, Tensor]:
-    try:
-        return load_file(path)
-    except SafetensorError as error:
-        raise WeightsError(f"{path} is no safetensors file ({error}); {_FETCH_AGAIN}") from error
-
-
-def build(
+def build_module(
     kind: Callable[[Config], Model],
     config: Config,
     weights: Mapping[str, Tensor],
     device: str | torch.device = "cpu",
     dtype: torch.dtype = torch.float32,
 ) -> Model:
-    """Make a network out of weights, such as `build(VQGAN, config.vqgan, parts["vqgan"])`.
+    """Build a network from its weights, such as `build_module(VQGAN, config.vqgan, parts["vqgan"])`.
 
-    It is constructed as a skeleton and takes the tensors as its own, so nothing is initialised in vain and
-    no weight is held twice.
+    The network is constructed without memory (`meta_init`) and takes over the given tensors, so nothing is
+    initialised in vain and no weight is held twice.
 
     Args:
-        kind: the network's class.
-        config: what `kind` is called with.
-        weights: all of its state dict and nothing else.
+        kind: class of the network.
+        config: argument of `kind`.
+        weights: its whole state dict and nothing else.
         device: where it will run.
-        dtype: what its floating-point tensors become.
+        dtype: type of its floating-point tensors.
 
     Returns:
         The network, frozen and in eval mode.
@@ -245,7 +265,7 @@ def build(
     """
     with meta_init():
         model = kind(config)
-    check_fit(
+    check_shapes(
         {name: tuple(value.shape) for name, value in model.state_dict().items()},
         weights,
         getattr(kind, "__name__", repr(kind)),
@@ -257,8 +277,8 @@ def build(
     return model.eval().requires_grad_(False)
 
 
-def check_fit(expected: Mapping[str, tuple[int, ...]], weights: Mapping[str, Tensor], model: str) -> None:
-    """Compare the names and shapes of weights with those that a model has.
+def check_shapes(expected: Mapping[str, tuple[int, ...]], weights: Mapping[str, Tensor], model: str) -> None:
+    """Compare names and shapes of weights with those a model expects.
 
     Raises:
         WeightsError: they differ; the message names `model` and the first few tensors.
@@ -272,9 +292,6 @@ def check_fit(expected: Mapping[str, tuple[int, ...]], weights: Mapping[str, Ten
         if tuple(weights[name].shape) != shape:
             found = str(tuple(weights[name].shape))
             raise WeightsError(f"the {model}'s {name} has the shape {found}; {shape} was expected. {_USE_ITS_CONFIG}")
-
-
-_USE_ITS_CONFIG = "Use the configuration that the weights were trained with"
 
 
 def _names(names: Iterable[str], shown: int = 6) -> str:

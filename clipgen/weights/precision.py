@@ -13,7 +13,7 @@ from clipgen.config import GPTConfig
 from clipgen.errors import RequestError
 from clipgen.models.gpt import GPT
 from clipgen.models.quantise import has_half_products, quantise
-from clipgen.weights.model_dir import DTYPES, build
+from clipgen.weights.model_dir import DTYPES, build_module
 
 PRECISIONS = (*DTYPES, "int8")
 
@@ -32,9 +32,9 @@ class Precision:
             WeightsError: missing, unexpected or wrongly shaped weights.
         """
         if DTYPES.get(self.name) == self.compute:
-            return build(GPT, config, weights, device, self.compute).prepack()
+            return build_module(GPT, config, weights, device, self.compute).prepack()
         # Rounded from as many bits as folders of weights have.
-        gpt = build(GPT, config, weights, device, torch.float16)
+        gpt = build_module(GPT, config, weights, device, torch.float16)
         return quantise(gpt, cast(Literal["int8", "float16"], self.name), self.compute)
 
 

@@ -18,7 +18,7 @@ from clipgen.models.clip import Clip
 from clipgen.models.gpt import GPT
 from clipgen.models.vqgan import VQGAN
 from clipgen.weights import convert
-from clipgen.weights.resolve import convert_checkpoints
+from clipgen.weights.convert import convert_checkpoints
 from train.config import Config
 
 TINY = {"image_size": 32, "ch": 32, "ch_mult": [1, 1, 2], "num_res_blocks": 1, "attn_resolutions": [8]}

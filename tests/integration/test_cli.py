@@ -27,7 +27,7 @@ from clipgen.config import ModelConfig
 from clipgen.images.pixels import save_image
 from clipgen.outputs.metadata import Receipt
 from clipgen.outputs.naming import free_stem
-from clipgen.weights.model_dir import load_weights, save_weights
+from clipgen.weights.model_dir import load_model_dir, save_model_dir
 
 QUICK = ("--num-outputs", "2", "--candidates", "4", "--seed", "7", "--device", "cpu", "--dtype", "float32")
 Run = Callable[..., RunResult]
@@ -315,14 +315,14 @@ def test_weights_with_a_flipped_byte(run: Run, broken: Path) -> None:
 
 
 def test_weights_with_a_wrong_shape(run: Run, broken: Path, tiny_config: ModelConfig) -> None:
-    _, parts = load_weights(broken)
+    _, parts = load_model_dir(broken)
     parts = {
         part: {name: tensor.clone() for name, tensor in load_file(broken / f"{part}.safetensors").items()}
         for part in parts
     }
     name = next(name for name, tensor in parts["gpt"].items() if tensor.ndim == 2)
     parts["gpt"][name] = parts["gpt"][name][:-1]
-    save_weights(broken, tiny_config, parts)
+    save_model_dir(broken, tiny_config, parts)
     wrong(run("generate", "a", "--weights", broken), name, "shape")
 
 

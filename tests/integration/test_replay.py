@@ -17,7 +17,7 @@ from typer.testing import Result as RunResult
 from clipgen.cli.main import app
 from clipgen.config import ModelConfig
 from clipgen.outputs.metadata import Receipt
-from clipgen.weights.model_dir import PARTS, save_weights
+from clipgen.weights.model_dir import PARTS, save_model_dir
 
 Run = Callable[..., RunResult]
 
@@ -81,7 +81,7 @@ def test_other_weights_are_named(run: Run, tiny_weights: Path, tiny_config: Mode
     (file, _) = draw(run, "a lemon")
     parts = {part: load_file(tiny_weights / f"{part}.safetensors") for part in PARTS}
     parts["gpt"]["head.weight"] = parts["gpt"]["head.weight"].flip(0)
-    other = save_weights(tmp_path / "other", tiny_config, parts)
+    other = save_model_dir(tmp_path / "other", tiny_config, parts)
     result = run("replay", file, "--weights", other)
     assert result.exit_code == 1 and "weights:" in result.stdout and "edited" not in result.stdout
 

@@ -22,7 +22,7 @@ from PIL import Image
 from clipgen.config import ModelConfig
 from clipgen.models.gpt import GPT
 from clipgen.models.vqgan import VQGAN
-from clipgen.weights.model_dir import load_weights, save_weights
+from clipgen.weights.model_dir import load_model_dir, save_model_dir
 
 
 @pytest.fixture(scope="module")
@@ -33,8 +33,8 @@ def slow_weights(tiny_config: ModelConfig, tiny_weights: Path, tmp_path_factory:
     config = dataclasses.replace(tiny_config, vqgan=vqgan, gpt=gpt)
     torch.manual_seed(0)
     networks = {"vqgan": VQGAN(config.vqgan).state_dict(), "gpt": GPT(config.gpt).state_dict()}
-    clip = {name: tensor.clone() for name, tensor in load_weights(tiny_weights)[1]["clip"].items()}
-    return save_weights(tmp_path_factory.mktemp("slow") / "slow", config, {"clip": clip, **networks})
+    clip = {name: tensor.clone() for name, tensor in load_model_dir(tiny_weights)[1]["clip"].items()}
+    return save_model_dir(tmp_path_factory.mktemp("slow") / "slow", config, {"clip": clip, **networks})
 
 
 @pytest.fixture(scope="module")

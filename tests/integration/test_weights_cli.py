@@ -23,7 +23,7 @@ from typer.testing import CliRunner, Result
 from clipgen.cli import weights as weights_cli
 from clipgen.cli.main import app
 from clipgen.weights.catalog import CATALOG
-from clipgen.weights.model_dir import load_weights
+from clipgen.weights.model_dir import load_model_dir
 
 COCO = {file.part: file.name for file in CATALOG["coco"].files}
 Run = Callable[..., Result]
@@ -146,7 +146,7 @@ def test_fetch_makes_a_model(
     run: Run, mirror: Server, bad_checkpoints: dict[str, bytes], tiny_sources: dict[str, Path], tmp_path: Path
 ) -> None:
     """The files are stand-ins: here it counts that the cached ones become weights/coco, once."""
-    from clipgen.weights import resolve as checkpoints
+    from clipgen.weights import convert as checkpoints
 
     real, calls = checkpoints.convert_checkpoints, []
 
@@ -220,7 +220,7 @@ def test_a_mistake_is_one_line_that_names_it(run: Run, args: tuple[str, ...], pa
 
 def test_a_mirror_that_is_none(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("CLIPGEN_MIRROR", "file:///srv")
-    assert "'file:///srv' is no mirror" in mistake(run("fetch", "coco"))
+    assert "'file:///srv' is not a mirror" in mistake(run("fetch", "coco"))
 
 
 def test_verify(run: Run, tiny_weights: Path, tmp_path: Path) -> None:
@@ -247,7 +247,7 @@ def test_info(run: Run, tiny_weights: Path) -> None:
 def test_convert(run: Run, tiny_sources: dict[str, Path], tiny_weights: Path) -> None:
     result = run("convert", *options(tiny_sources), "--out", "weights/mine")
     assert result.exit_code == 0 and result.stdout == "weights/mine\n", result.output
-    ours, theirs = load_weights("weights/mine"), load_weights(tiny_weights)
+    ours, theirs = load_model_dir("weights/mine"), load_model_dir(tiny_weights)
     assert ours[0] == theirs[0]
     for part in theirs[1]:
         assert all(torch.equal(tensor, ours[1][part][name]) for name, tensor in theirs[1][part].items())

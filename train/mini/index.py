@@ -20,7 +20,7 @@ from torch import Tensor
 from clipgen.errors import DataError
 from clipgen.images.sources import open_source
 from clipgen.models.clip import Clip
-from clipgen.weights.model_dir import add_extra, load_weights
+from clipgen.weights.model_dir import add_extra, load_model_dir
 from clipgen.weights.training_index import FILE, build_index
 from train.encode import Encoded
 from train.mini.captions import Emoji, caption
@@ -40,7 +40,7 @@ def add_index(weights: Path, encoded: Path, data: str | Path, prompts: Path | No
         DataError: pictures and embeddings do not belong together, or there are no sentences.
         WeightsError: the folder of weights cannot be used.
     """
-    _, parts = load_weights(weights)
+    _, parts = load_model_dir(weights)
     clip = Clip.from_state_dict(parts["clip"])
     files, data = [Path(name) for name in open_source(data).names], Path(data)
     embeddings = load_file(encoded)["embeddings"].float() if encoded.is_file() else Encoded(encoded).embeddings()

@@ -15,7 +15,7 @@ from clipgen.engine.batch import Batch
 from clipgen.engine.sampling import choose, generate_tokens
 from clipgen.models.gpt import GPT
 from clipgen.request import SamplingParams
-from clipgen.weights.model_dir import build, load_weights
+from clipgen.weights.model_dir import build_module, load_model_dir
 
 
 @pytest.fixture(scope="module")
@@ -32,9 +32,9 @@ def test_a_batch_draws_what_the_plain_loop_draws(gpt: GPT) -> None:
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
 def test_whoever_joins_when_the_mini_model_draws_the_same_tokens(root: Path, dtype: torch.dtype) -> None:
-    config, parts = load_weights(root / "weights" / "mini")
+    config, parts = load_model_dir(root / "weights" / "mini")
     weights = parts["gpt"] | {"pos_emb": parts["gpt"]["pos_emb"][:, :40].clone()}  # the first 40 tokens, to be quick
-    gpt = build(GPT, replace(config.gpt, block_size=40), weights, torch.device("cpu"), dtype).prepack()
+    gpt = build_module(GPT, replace(config.gpt, block_size=40), weights, torch.device("cpu"), dtype).prepack()
     d = config.gpt.condition_size
     picture = some(1, config.sampling, first=50, d=d)[0]
     plain = replace(picture, sampling=SamplingParams())
@@ -55,7 +55,7 @@ def test_whoever_joins_when_the_mini_model_draws_the_same_tokens(root: Path, dty
 def test_logits_are_the_same_to_the_bit_alone_and_with_neighbours(
     gpt: GPT, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    gpt = build(GPT, SMALL, gpt.state_dict(), torch.device("cpu"), dtype)
+    gpt = build_module(GPT, SMALL, gpt.state_dict(), torch.device("cpu"), dtype)
     threads = torch.get_num_threads()
     seen: list[Tensor] = []
     monkeypatch.setattr(
@@ -114,7 +114,7 @@ def test_kept_tokens_stay_and_the_rest_follows_from_them(gpt: GPT) -> None:
 
 
 def test_only_the_rows_in_use_are_worked_on(gpt: GPT, monkeypatch: pytest.MonkeyPatch) -> None:
-    gpt = build(GPT, SMALL, gpt.state_dict(), torch.device("cpu"), torch.bfloat16)
+    gpt = build_module(GPT, SMALL, gpt.state_dict(), torch.device("cpu"), torch.bfloat16)
     rows: list[int] = []
     advance = gpt.decode_step
     monkeypatch.setattr(gpt, "decode_step", lambda x, *rest: rows.append(len(x)) or advance(x, *rest))

@@ -19,7 +19,7 @@ from clipgen.errors import ConfigError
 from clipgen.models.gpt import GPT, causal_attention, condition_of
 from clipgen.models.kv_cache import KVCache
 from clipgen.weights.convert import map_hfailab_gpt
-from clipgen.weights.model_dir import build
+from clipgen.weights.model_dir import build_module
 
 HFAILAB = GPTConfig(n_layer=3, n_head=4, n_embd=48, vocab_size=96, block_size=16, n_cond=24)
 SMALL = GPTConfig(n_layer=2, n_head=2, n_embd=16, vocab_size=20, block_size=9, n_cond=6)
@@ -76,7 +76,7 @@ def test_a_condition_has_a_place_for_each_thing() -> None:
 def test_agrees_with_the_original(golden: Path) -> None:
     tensors = load_file(golden / "hfailab_gpt_tiny.safetensors")
     theirs = {key.removeprefix("model."): tensor for key, tensor in tensors.items() if key.startswith("model.")}
-    gpt = build(GPT, HFAILAB, map_hfailab_gpt(theirs, HFAILAB))
+    gpt = build_module(GPT, HFAILAB, map_hfailab_gpt(theirs, HFAILAB))
     tokens, embedding, logits = (tensors[f"io.{name}"] for name in ("tokens", "embedding", "logits"))
     torch.testing.assert_close(gpt(tokens, embedding), logits, **CLOSE)
     torch.testing.assert_close(decode(gpt, tokens, embedding), logits, **CLOSE)

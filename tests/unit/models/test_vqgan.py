@@ -14,7 +14,7 @@ from torch import Tensor
 from clipgen.config import VQGANConfig
 from clipgen.models.vqgan import VQGAN, Quantizer
 from clipgen.weights.convert import map_hfailab_vqgan, map_taming_vqgan
-from clipgen.weights.model_dir import build
+from clipgen.weights.model_dir import build_module
 
 TINY = {"image_size": 32, "ch": 32, "ch_mult": [1, 1, 2], "num_res_blocks": 1, "attn_resolutions": [8]}
 HFAILAB = VQGANConfig(**TINY, z_channels=32, embed_dim=32, codebook_size=64, beta=0.2, norm_eps=1e-5)
@@ -29,7 +29,7 @@ Map = Callable[[dict[str, Tensor], VQGANConfig], dict[str, Tensor]]
 def test_agrees_with_the_original(golden: Path, name: str, convert: Map, config: VQGANConfig) -> None:
     tensors = load_file(golden / f"{name}.safetensors")
     theirs = {key.removeprefix("model."): tensor for key, tensor in tensors.items() if key.startswith("model.")}
-    vqgan = build(VQGAN, config, convert(theirs, config))
+    vqgan = build_module(VQGAN, config, convert(theirs, config))
     close = {"rtol": 0.0, "atol": 1e-4}
 
     latent = vqgan.encode(tensors["io.image"])

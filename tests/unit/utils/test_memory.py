@@ -140,11 +140,11 @@ from clipgen import ClipGen
 from clipgen.config import GPTConfig, ModelConfig, VQGANConfig
 from clipgen.models.gpt import GPT
 from clipgen.models.vqgan import VQGAN
-from clipgen.weights.model_dir import load_weights
+from clipgen.weights.model_dir import load_model_dir
 
 torch.set_num_threads(1)
 torch.manual_seed(0)
-clip = load_weights(sys.argv[1])[1]["clip"]
+clip = load_model_dir(sys.argv[1])[1]["clip"]
 vqgan = VQGANConfig(image_size=32, patch=4, ch=32, ch_mult=[1], num_res_blocks=1, attn_resolutions=[], z_channels=32,
                     embed_dim=8, codebook_size=64)
 config = ModelConfig("wide", vqgan, GPTConfig(n_layer=4, n_head=4, n_embd=512, vocab_size=64, block_size=64, n_cond=32))

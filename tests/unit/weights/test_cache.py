@@ -25,7 +25,7 @@ from local_server import Answer, Server, serving, wait_until
 from clipgen.errors import DownloadError
 from clipgen.utils.download import RetryPolicy
 from clipgen.weights import cache as module
-from clipgen.weights.cache import Settings, fetch, find, known_print, state
+from clipgen.weights.cache import Settings, expected_fingerprint, fetch, file_state, find_model
 from clipgen.weights.catalog import CATALOG, File, PretrainedModel
 
 HASTY = RetryPolicy(timeout=5, attempts=3, backoff=0.001)
@@ -65,19 +65,19 @@ def left(settings: Settings) -> set[str]:
     return {path.name for path in settings.cache.rglob("*") if path.is_file() and path.suffix != ".lock"}
 
 
-def test_fetches_once_and_checks_at_every_use(server: Server, settings: Settings) -> None:
+def test_file_is_fetched_once_and_verified_at_every_use(server: Server, settings: Settings) -> None:
     toy = entry(server, sha256=CONTENT, size=len(CONTENT))
-    assert state(toy, toy.files[0], settings) == "absent"
+    assert file_state(toy, toy.files[0], settings) == "absent"
     for _ in range(2):
         assert fetch(toy, settings, HASTY) == {"gpt": settings.cache / "toy" / "gpt.pt"}
     path = settings.path(toy, toy.files[0])
     assert path.read_bytes() == CONTENT and len(server.requests) == 1 and left(settings) == {"gpt.pt"}
-    assert state(toy, toy.files[0], settings) == "present"
+    assert file_state(toy, toy.files[0], settings) == "present"
 
 
 @pytest.mark.parametrize("damage", [lambda data: data[:-1], lambda data: b"X" + data[1:], lambda data: b""])
 @pytest.mark.parametrize("stated", [True, False])
-def test_a_damaged_file_is_fetched_again(server: Server, settings: Settings, damage, stated: bool) -> None:
+def test_damaged_file_is_fetched_again(server: Server, settings: Settings, damage, stated: bool) -> None:
     toy = entry(server, sha256=CONTENT if stated else None)
     path = fetch(toy, settings, HASTY)["gpt"]
     path.write_bytes(damage(CONTENT))
@@ -86,7 +86,7 @@ def test_a_damaged_file_is_fetched_again(server: Server, settings: Settings, dam
     assert path.read_bytes() == CONTENT and "fetching it again" in told[0] and str(path) in told[0]
 
 
-def test_wrong_bytes_are_refused(server: Server, settings: Settings) -> None:
+def test_bytes_with_another_hash_are_refused_and_removed(server: Server, settings: Settings) -> None:
     toy = entry(server, sha256=OTHER)
     with pytest.raises(DownloadError) as refused:
         fetch(toy, settings, HASTY)
@@ -96,27 +96,29 @@ def test_wrong_bytes_are_refused(server: Server, settings: Settings) -> None:
     assert left(settings) == set()
 
 
-def test_parts_that_do_not_fit_are_thrown_away_once(server: Server, settings: Settings) -> None:
+def test_parts_of_two_versions_are_discarded_and_fetched_again_once(server: Server, settings: Settings) -> None:
     """A server without validators that changes the file in between: the stated hash finds out, and it starts over."""
     server.etag, server.answers = None, [Answer(cut=1000)]
     server.put("/gpt.pt", OTHER)
     toy = entry(server, sha256=CONTENT)
     with pytest.raises(DownloadError):
         fetch(toy, settings, RetryPolicy(attempts=1))
-    assert left(settings) == {"gpt.pt.part", "gpt.pt.part.json"} and state(toy, toy.files[0], settings) == "partial"
+    assert (
+        left(settings) == {"gpt.pt.part", "gpt.pt.part.json"} and file_state(toy, toy.files[0], settings) == "partial"
+    )
     server.put("/gpt.pt", CONTENT)
     assert fetch(toy, settings, HASTY)["gpt"].read_bytes() == CONTENT
     assert server.ranges_asked() == [None, "bytes=1000-", None] and left(settings) == {"gpt.pt"}
 
 
-def test_without_a_stated_hash_the_first_download_is_recorded(server: Server, settings: Settings) -> None:
+def test_first_download_is_recorded_where_no_hash_is_stated(server: Server, settings: Settings) -> None:
     toy, told = entry(server), []
     path = fetch(toy, settings, HASTY, log=told.append)["gpt"]
     record = path.with_name("gpt.pt.json")
     notes = json.loads(record.read_text())
     assert notes == {"size": len(CONTENT), "sha256": hashlib.sha256(CONTENT).hexdigest(), "url": toy.files[0].url}
     assert any("recorded" in line and notes["sha256"] in line for line in told)
-    assert known_print(toy.files[0], path) == {"size": notes["size"], "sha256": notes["sha256"]}
+    assert expected_fingerprint(toy.files[0], path) == {"size": notes["size"], "sha256": notes["sha256"]}
     assert fetch(toy, settings, HASTY)["gpt"] == path and len(server.requests) == 1
 
     path.unlink()
@@ -130,7 +132,7 @@ def test_without_a_stated_hash_the_first_download_is_recorded(server: Server, se
     assert fetch(toy, settings, HASTY)["gpt"].read_bytes() == OTHER
 
 
-def test_a_record_that_cannot_be_read_is_not_overlooked(server: Server, settings: Settings) -> None:
+def test_unreadable_record_is_refused(server: Server, settings: Settings) -> None:
     record = fetch(entry(server), settings, HASTY)["gpt"].with_name("gpt.pt.json")
     for text in ("", "[1]", '{"size": 5}', "[" * 100_000):
         record.write_text(text)
@@ -142,11 +144,11 @@ def test_a_record_that_cannot_be_read_is_not_overlooked(server: Server, settings
     ("content", "problem"),
     [
         (CONTENT[:-30], "is a checkpoint without its end"),
-        (b"", "is no PyTorch checkpoint"),
-        (b"<html>Log in first", "is no PyTorch checkpoint"),
+        (b"", "is not a PyTorch checkpoint"),
+        (b"<html>Log in first", "is not a PyTorch checkpoint"),
     ],
 )
-def test_what_is_no_whole_checkpoint_is_not_recorded(
+def test_truncated_or_foreign_file_is_not_recorded(
     server: Server, settings: Settings, content: bytes, problem: str
 ) -> None:
     """A server that lies about the length by sending less and saying so."""
@@ -158,14 +160,14 @@ def test_what_is_no_whole_checkpoint_is_not_recorded(
     fetch(entry(server), settings, HASTY)
 
 
-def test_mirrors_are_asked_in_order_in_place_of_the_publisher(server: Server, settings: Settings) -> None:
+def test_mirrors_are_asked_in_order_instead_of_the_publisher(server: Server, settings: Settings) -> None:
     server.put("/b/toy/gpt.pt", CONTENT)
     mirrored = dataclasses.replace(settings, mirrors=(f"{server.address}/a", f"{server.address}/b"))
     assert fetch(entry(server, sha256=CONTENT), mirrored, HASTY)["gpt"].read_bytes() == CONTENT
     assert [path for path, _ in server.requests] == ["/a/toy/gpt.pt", "/b/toy/gpt.pt"]
 
 
-def test_a_mirror_with_wrong_bytes_is_passed_over(server: Server, settings: Settings) -> None:
+def test_mirror_with_wrong_bytes_is_skipped(server: Server, settings: Settings) -> None:
     server.put("/a/toy/gpt.pt", OTHER)
     server.put("/b/toy/gpt.pt", CONTENT)
     mirrored = dataclasses.replace(settings, mirrors=(f"{server.address}/a", f"{server.address}/b"))
@@ -175,7 +177,7 @@ def test_a_mirror_with_wrong_bytes_is_passed_over(server: Server, settings: Sett
 
 
 @pytest.mark.parametrize("status", [403, 404, 500])
-def test_a_refusal_says_what_to_do(server: Server, settings: Settings, status: int) -> None:
+def test_refused_download_names_mirror_and_manual_remedy(server: Server, settings: Settings, status: int) -> None:
     server.default = Answer(status=status)
     toy = entry(server, sha256=CONTENT)
     with pytest.raises(DownloadError, match=rf"answered {status} .*Set CLIPGEN_MIRROR .* put it at .*/toy/gpt\.pt"):
@@ -183,7 +185,7 @@ def test_a_refusal_says_what_to_do(server: Server, settings: Settings, status: i
     assert left(settings) == set()
 
 
-def test_offline_asks_nobody(server: Server, settings: Settings) -> None:
+def test_offline_uses_the_cache_and_contacts_no_server(server: Server, settings: Settings) -> None:
     offline, toy = dataclasses.replace(settings, offline=True), entry(server)
     path = settings.path(toy, toy.files[0])
     with pytest.raises(DownloadError, match=r"gpt\.pt: not in the cache, and CLIPGEN_OFFLINE is set") as refused:
@@ -202,7 +204,9 @@ def test_offline_asks_nobody(server: Server, settings: Settings) -> None:
     assert path.read_bytes() == OTHER and not server.requests
 
 
-def test_what_is_there_needs_no_lock(server: Server, settings: Settings, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_verified_file_in_a_read_only_cache_needs_no_lock(
+    server: Server, settings: Settings, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """So that a cache that cannot be written to works."""
     path = fetch(entry(server), settings, HASTY)["gpt"]
 
@@ -213,7 +217,7 @@ def test_what_is_there_needs_no_lock(server: Server, settings: Settings, monkeyp
     assert fetch(entry(server), settings, HASTY)["gpt"] == path
 
 
-def test_a_cache_that_cannot_be(server: Server, tmp_path: Path) -> None:
+def test_cache_that_cannot_be_created_is_named(server: Server, tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
     with pytest.raises(DownloadError, match=r"cannot be used: Not a directory; CLIPGEN_CACHE names another"):
         fetch(entry(server), Settings(tmp_path / "file" / "cache"), HASTY)
@@ -222,11 +226,11 @@ def test_a_cache_that_cannot_be(server: Server, tmp_path: Path) -> None:
 SCRIPT = """
 import sys
 from pathlib import Path
-from clipgen.weights.catalog import Entry, File
+from clipgen.weights.catalog import File, PretrainedModel
 from clipgen.weights.cache import Settings, fetch
 url, cache, sha256 = sys.argv[1:]
-toy = Entry("toy", "", "", "", (File("gpt.pt", "gpt", url, None, sha256 or None),))
-print(fetch(toy, Settings(Path(cache)), say=lambda message: print(message, file=sys.stderr))["gpt"], flush=True)
+toy = PretrainedModel("toy", "", "", "", (File("gpt.pt", "gpt", url, None, sha256 or None),))
+print(fetch(toy, Settings(Path(cache)), log=lambda message: print(message, file=sys.stderr))["gpt"], flush=True)
 """
 
 
@@ -235,7 +239,7 @@ def start(server: Server, settings: Settings, sha256: str = "") -> subprocess.Po
     return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
 
 
-def test_of_several_processes_one_fetches(server: Server, settings: Settings) -> None:
+def test_one_of_several_processes_fetches_and_the_others_wait(server: Server, settings: Settings) -> None:
     server.default = Answer(pace=0.05, piece=100)  # 100 s, unless told to hurry
     first = start(server, settings)
     wait_until(lambda: len(server.requests) == 1)
@@ -250,7 +254,7 @@ def test_of_several_processes_one_fetches(server: Server, settings: Settings) ->
 
 
 @pytest.mark.parametrize("how", [signal.SIGKILL, signal.SIGINT])
-def test_a_killed_process_leaves_what_the_next_goes_on_from(server: Server, settings: Settings, how: int) -> None:
+def test_download_of_a_killed_process_is_resumed_by_the_next(server: Server, settings: Settings, how: int) -> None:
     server.default = Answer(pace=0.05, piece=1000)  # 10 s
     part = settings.cache / "toy" / "gpt.pt.part"
     process = start(server, settings)
@@ -264,7 +268,7 @@ def test_a_killed_process_leaves_what_the_next_goes_on_from(server: Server, sett
     assert server.ranges_asked() == [None, f"bytes={arrived}-"]
 
 
-def test_names_never_come_from_the_server(server: Server, settings: Settings) -> None:
+def test_file_names_are_never_taken_from_the_server(server: Server, settings: Settings) -> None:
     server.default = Answer(headers={"Content-Disposition": 'attachment; filename="../../evil.pt"'})
     fetch(entry(server, sha256=CONTENT), settings, HASTY)
     assert left(settings) == {"gpt.pt"}
@@ -299,13 +303,13 @@ def test_settings_come_from_the_environment() -> None:
         "http://a.example/\x01",
     ],
 )
-def test_what_is_no_mirror_is_refused(mirror: str) -> None:
-    with pytest.raises(DownloadError, match=r"CLIPGEN_MIRROR .* is no mirror: give http"):
+def test_malformed_mirror_is_refused(mirror: str) -> None:
+    with pytest.raises(DownloadError, match=r"CLIPGEN_MIRROR .* is not a mirror: give http"):
         Settings.from_environment({"CLIPGEN_MIRROR": mirror})
 
 
 @given(st.text() | st.text(alphabet="htps:/[]@?#%.a0 ,").map("http://".__add__))
-def test_any_mirror_is_refused_or_a_plain_address(text: str) -> None:
+def test_every_accepted_mirror_is_a_plain_http_address(text: str) -> None:
     try:
         mirrors = Settings.from_environment({"CLIPGEN_MIRROR": text}).mirrors
     except DownloadError:
@@ -316,7 +320,7 @@ def test_any_mirror_is_refused_or_a_plain_address(text: str) -> None:
         assert mirror.isascii() and mirror.isprintable() and " " not in mirror
 
 
-def test_the_catalog_holds_together() -> None:
+def test_catalog_entries_are_consistent() -> None:
     for name, item in CATALOG.items():
         assert name == item.name and re.fullmatch(r"[a-z0-9-]+", name)
         parts = [file.part for file in item.files]
@@ -326,17 +330,17 @@ def test_the_catalog_holds_together() -> None:
             assert re.fullmatch(r"[A-Za-z0-9][\w.-]+", file.name) and urlsplit(file.url).scheme == "https"
             assert file.sha256 is None or re.fullmatch(r"[0-9a-f]{64}", file.sha256)
     with pytest.raises(DownloadError, match="there is no 'cocoa' to fetch; there is coco, openai-vit-b32"):
-        find("cocoa")
+        find_model("cocoa")
 
 
-def test_openais_hash_is_the_one_that_its_package_checks() -> None:
+def test_openai_hash_equals_the_one_in_its_package() -> None:
     import clip.clip
 
     (file,) = CATALOG["openai-vit-b32"].files
     assert clip.clip._MODELS["ViT-B/32"] == file.url and file.url.split("/")[-2] == file.sha256
 
 
-def test_the_libraries_own_addresses_and_digits_are_in_the_catalog() -> None:
+def test_evaluation_networks_have_the_addresses_and_hashes_of_their_libraries() -> None:
     from torch_fidelity.feature_extractor_inceptionv3 import URL_INCEPTION_V3
     from torchvision.models import VGG16_Weights
 

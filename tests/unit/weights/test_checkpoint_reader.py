@@ -29,7 +29,7 @@ class Touch:
 
 @pytest.mark.parametrize("part", ["clip", "vqgan", "gpt"])
 @pytest.mark.parametrize("legacy", [False, True])
-def test_a_hostile_pickle_runs_nothing(hfailab: Source, tmp_path: Path, part: str, legacy: bool) -> None:
+def test_hostile_pickle_is_refused_and_not_executed(hfailab: Source, tmp_path: Path, part: str, legacy: bool) -> None:
     trace = tmp_path / "was here"
     path: Path = getattr(hfailab, part)
     weights = torch.load(path)
@@ -50,7 +50,7 @@ def repacked(archive: Path, out: Path, change: Callable[[str, bytes], bytes], co
     return out
 
 
-def test_a_hostile_torchscript_archive_runs_nothing(torchscript: Path, tmp_path: Path) -> None:
+def test_hostile_torchscript_archive_is_refused_and_not_executed(torchscript: Path, tmp_path: Path) -> None:
     trace = tmp_path / "was here"
 
     def poison(name: str, content: bytes) -> bytes:
@@ -72,7 +72,7 @@ def test_a_hostile_torchscript_archive_runs_nothing(torchscript: Path, tmp_path:
         b"",
     ],
 )
-def test_odd_pickles_in_an_archive(torchscript: Path, tmp_path: Path, opcodes: bytes) -> None:
+def test_archive_with_an_unexpected_pickle_is_refused(torchscript: Path, tmp_path: Path, opcodes: bytes) -> None:
     def poison(name: str, content: bytes) -> bytes:
         return opcodes if name.endswith("/data.pkl") else content
 
@@ -80,7 +80,7 @@ def test_odd_pickles_in_an_archive(torchscript: Path, tmp_path: Path, opcodes: b
         read_tensors(repacked(torchscript, tmp_path / "odd.pt", poison))
 
 
-def test_an_archive_whose_numbers_are_missing(torchscript: Path, tmp_path: Path) -> None:
+def test_archive_with_short_or_compressed_storage_is_refused(torchscript: Path, tmp_path: Path) -> None:
     short = repacked(torchscript, tmp_path / "short.pt", lambda name, c: c[:-4] if name.endswith("/data/0") else c)
     with pytest.raises(WeightsError, match=r"short\.pt cannot be read: .* numbers and has \d+ bytes"):
         read_tensors(short)
@@ -102,21 +102,21 @@ def test_an_archive_whose_numbers_are_missing(torchscript: Path, tmp_path: Path)
         (lambda: {"a": torch.zeros(2, device="meta")}, "plain one"),
     ],
 )
-def test_what_is_not_weights(tmp_path: Path, content: Callable[[], Any], message: str) -> None:
+def test_checkpoint_without_plain_tensors_is_refused(tmp_path: Path, content: Callable[[], Any], message: str) -> None:
     torch.save(content(), tmp_path / "odd.pt")
     with pytest.raises(WeightsError, match=message):
         read_tensors(tmp_path / "odd.pt")
 
 
 @pytest.mark.parametrize("data", [b"", b"\x00" * 100, b"<html>404</html>", b"PK\x03\x04 cut off"])
-def test_what_is_no_checkpoint(tmp_path: Path, data: bytes) -> None:
+def test_file_that_is_not_a_checkpoint_is_refused_in_one_line(tmp_path: Path, data: bytes) -> None:
     (tmp_path / "odd.pt").write_bytes(data)
     with pytest.raises(WeightsError, match=r"odd\.pt cannot be read: .*; fetch the file again") as caught:
         read_tensors(tmp_path / "odd.pt")
     assert "\n" not in str(caught.value) and "weights_only" not in str(caught.value)
 
 
-def test_a_truncated_checkpoint(hfailab: Source, tmp_path: Path) -> None:
+def test_truncated_checkpoint_is_named(hfailab: Source, tmp_path: Path) -> None:
     data = hfailab.gpt.read_bytes()
     for length in (len(data) - 1, len(data) // 2, 100):
         (tmp_path / "short.pt").write_bytes(data[:length])

@@ -22,7 +22,7 @@ from clipgen import ClipGen
 from clipgen.cli.main import app
 from clipgen.errors import WeightsError
 from clipgen.request import GenerationRequest
-from clipgen.weights.model_dir import add_extra, load_extra, load_weights, save_weights
+from clipgen.weights.model_dir import add_extra, load_extra, load_model_dir, save_model_dir
 from clipgen.weights.training_index import FILE, MOST_PICTURES, IndexMatch, TrainingIndex, build_index
 from train.mini.index import add_index
 
@@ -93,9 +93,11 @@ def test_it_travels_with_the_weights(folder: Path, tiny_weights: Path) -> None:
     assert TrainingIndex.load(tiny_weights) is None
     found = TrainingIndex.load(folder)
     assert found is not None and found.names[39] == "39.png"
-    config, parts = load_weights(folder)  # the model loads as before
+    config, parts = load_model_dir(folder)  # the model loads as before
     assert not list(folder.glob(".saving-*"))
-    save_weights(folder, config, {part: {k: v.clone() for k, v in tensors.items()} for part, tensors in parts.items()})
+    save_model_dir(
+        folder, config, {part: {k: v.clone() for k, v in tensors.items()} for part, tensors in parts.items()}
+    )
     assert TrainingIndex.load(folder) is None, "an index of other weights must not be believed"
 
 
@@ -236,11 +238,11 @@ def test_things_survive_the_thinning_of_an_index() -> None:
 
 
 def test_two_things_reach_the_gpt_side_by_side(tiny_weights: Path, tmp_path: Path) -> None:
-    config, parts = load_weights(tiny_weights)
+    config, parts = load_model_dir(tiny_weights)
     config = replace(config, gpt=replace(config.gpt, n_things=2))
     weight = parts["gpt"]["cond_proj.weight"]
     parts["gpt"]["cond_proj.weight"] = torch.cat([weight, weight.flip(0)], dim=1)
-    folder = save_weights(
+    folder = save_model_dir(
         tmp_path / "two", config, {part: {k: v.clone() for k, v in t.items()} for part, t in parts.items()}
     )
     plain = ClipGen.from_pretrained(folder, device="cpu", dtype="float32")

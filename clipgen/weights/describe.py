@@ -1,0 +1,88 @@
+"""Describe a model folder: parameters, memory by precision, and the GPUs it fits on, from the files' headers."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Mapping
+from dataclasses import asdict
+from math import prod
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from clipgen.config import ModelConfig, load_model_config
+from clipgen.errors import ConfigError, WeightsError
+from clipgen.utils.memory import HEADROOM, MOST_PICTURES, MOST_ROWS, pixel_bytes, token_bytes
+from clipgen.weights.model_dir import DTYPES, PARTS
+from clipgen.weights.tensor_file import read_header
+
+GPUS = {"T4": 15.0, "RTX 3060": 12.0, "L4": 22.5, "A10G": 22.5, "A100 40GB": 39.5, "A100 80GB": 79.2, "H100": 79.6}
+"""GiB that a program can use, which is less than the name says."""
+CUDA_CONTEXT = 0.7
+"""GiB that CUDA, its kernels and libraries take before the first tensor."""
+
+
+def describe_model_dir(folder: str | Path) -> dict[str, Any]:
+    """Describe what a model folder holds and what it takes to run it. No tensor is read.
+
+    Returns:
+        JSON-able: "name", "config" (all settings), "parts" (parameters, bytes, and parameters by stored dtype),
+        "parameters", "memory" (by dtype, bytes: weights, tokens and pixels of one image, all for 64 candidates) and
+        "gpus" (by dtype: the GPUs that can hold it, and how many candidates at a time).
+
+    Raises:
+        WeightsError: a file is missing or cannot be read.
+    """
+    folder = Path(folder)
+    if not folder.is_dir():
+        raise WeightsError(f"no weights in {folder}: no such folder")
+    try:
+        config = load_model_config(folder / "config.yaml")
+    except ConfigError as error:
+        raise WeightsError(str(error)) from error
+    parts = {part: _describe_file(folder / f"{part}.safetensors") for part in PARTS}
+    parameters = sum(part["parameters"] for part in parts.values())
+    memory = {name: _memory_needed(config, parameters, dtype) for name, dtype in DTYPES.items()}
+    return {
+        "name": config.name,
+        "config": asdict(config),
+        "parts": parts,
+        "parameters": parameters,
+        "memory": memory,
+        "gpus": {name: _fitting_gpus(name, needed) for name, needed in memory.items()},
+    }
+
+
+def _describe_file(path: Path) -> dict[str, Any]:
+    dtypes = Counter[str]()
+    for tensor in read_header(path).values():
+        dtypes[tensor.dtype] += prod(tensor.shape)
+    return {"parameters": dtypes.total(), "bytes": path.stat().st_size, "dtypes": dict(dtypes)}
+
+
+def _memory_needed(config: ModelConfig, parameters: int, dtype: torch.dtype) -> dict[str, int]:
+    guided = config.sampling.guidance != 1
+    tokens, pixels = token_bytes(config.gpt, dtype, guided), pixel_bytes(config.vqgan, dtype)
+    weights = parameters * dtype.itemsize
+    # All tokens are generated before the first image is decoded, so the two never add up.
+    peak = weights + max(MOST_ROWS * tokens, MOST_PICTURES * pixels)
+    return {
+        "weights": weights,
+        "tokens_per_candidate": tokens,
+        "pixels_per_picture": pixels,
+        "with_64_candidates": peak,
+    }
+
+
+def _fitting_gpus(dtype: str, needed: Mapping[str, int]) -> list[str]:
+    """GPUs that hold the weights and at least one image, by the pipeline's own planning."""
+    fitting = []
+    for gpu, size in GPUS.items():
+        if dtype == "bfloat16" and gpu == "T4":
+            continue  # Turing has no bfloat16 arithmetic
+        free = (size - CUDA_CONTEXT) * 2**30 - needed["weights"]
+        candidates = min(MOST_ROWS, int(free * HEADROOM) // needed["tokens_per_candidate"])
+        if candidates >= 1 and free * HEADROOM >= needed["pixels_per_picture"]:
+            fitting.append(f"{gpu} ({candidates} candidates at a time)")
+    return fitting

@@ -1,0 +1,93 @@
+"""Model folders from the Hugging Face Hub: hf://user/repo or hf://user/repo@revision.
+
+Only the files of a model folder are fetched (.safetensors, .yaml and .json), all from one commit, and their hashes are
+compared with the manifest before they are used.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+from collections.abc import Callable
+from pathlib import Path
+
+from clipgen.errors import ConfigError, DownloadError, WeightsError
+from clipgen.weights.cache import Settings
+from clipgen.weights.model_dir import MANIFEST, read_manifest, verify_model_dir
+
+PREFIX = "hf://"
+_ADDRESS = re.compile(r"hf://(?P<repo>[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*)(?:@(?P<revision>[\w./-]+))?", re.ASCII)
+
+
+def fetch_from_hub(address: str, settings: Settings, log: Callable[[str], None]) -> Path:
+    """Have a model folder of the Hub in the cache, complete and verified.
+
+    HF_ENDPOINT and HF_TOKEN work as for other tools. Files are kept in $HF_HOME or $HF_HUB_CACHE if set, else in
+    `hub` in our own cache. Without a connection, what was fetched before is used.
+
+    Args:
+        address: "hf://user/repo", or with "@" and a branch, tag or commit.
+        settings: the cache, and whether to stay offline.
+        log: called with a line before something that may take long.
+
+    Raises:
+        ConfigError: the address has another form.
+        DownloadError: huggingface_hub is not installed, or a file cannot be fetched.
+        WeightsError: the repository holds no model folder, or its files differ from its manifest.
+    """
+    match = _ADDRESS.fullmatch(address)
+    if match is None:
+        raise ConfigError(f"{address!r} is not a model on the Hub; write hf://user/repo or hf://user/repo@revision")
+    manifest = _fetch_file(match["repo"], match["revision"], MANIFEST, settings)
+    folder, commit = manifest.parent, manifest.parent.name
+    names = tuple(read_manifest(manifest))
+    if not all((folder / name).is_file() for name in names):
+        log(f"fetching {address} (commit {commit[:10]})")
+    for name in names:
+        _fetch_file(match["repo"], commit, name, settings)
+    verify_model_dir(folder, names)
+    return folder
+
+
+def _fetch_file(repo: str, revision: str | None, name: str, settings: Settings) -> Path:
+    try:
+        from huggingface_hub import hf_hub_download
+        from huggingface_hub.errors import (
+            EntryNotFoundError,
+            LocalEntryNotFoundError,
+            RepositoryNotFoundError,
+            RevisionNotFoundError,
+        )
+    except ImportError:
+        raise DownloadError(
+            f"hf://{repo} needs the package huggingface_hub: pip install 'clipgen[hub]' or huggingface_hub"
+        ) from None
+    shared = os.environ.get("HF_HUB_CACHE") or os.environ.get("HF_HOME")
+    place = f"hf://{repo}" + (f"@{revision}" if revision else "")
+    try:
+        return Path(
+            hf_hub_download(
+                repo,
+                name,
+                revision=revision,
+                cache_dir=None if shared else settings.cache / "hub",
+                endpoint=os.environ.get("HF_ENDPOINT") or None,
+                local_files_only=settings.offline,
+            )
+        )
+    except RevisionNotFoundError as error:
+        raise DownloadError(f"{place}: the repository has no branch, tag or commit of that name") from error
+    except RepositoryNotFoundError as error:
+        raise DownloadError(
+            f"{place}: no such repository, or it is private or gated; check the name, and set HF_TOKEN for access"
+        ) from error
+    except LocalEntryNotFoundError as error:
+        reason = "CLIPGEN_OFFLINE is set" if settings.offline else "the Hub cannot be reached"
+        raise DownloadError(f"{place}: {name} is not in the cache, and {reason}") from error
+    except EntryNotFoundError as error:
+        raise WeightsError(
+            f"{place} has no {name}: it is not a clipgen model; `ClipGen.save_pretrained` writes what belongs there"
+        ) from error
+    except (OSError, ValueError) as error:
+        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+        raise DownloadError(f"{place}: {name} cannot be fetched: {reason}") from error

@@ -1,0 +1,100 @@
+"""Read .safetensors files. A file that is something else, or is cut off, is named together with the remedy."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import load_file
+from torch import Tensor
+
+from clipgen.errors import WeightsError
+
+_FIRST_BYTES = (
+    (b"version https://git-lfs.github.com", "is a Git LFS pointer, not the file itself; run `git lfs pull`"),
+    (b"<", "is a web page, not the file itself; fetch the file again"),
+)
+_PYTORCH = (b"PK\x03\x04", b"\x80")  # what torch.save writes: a ZIP archive, or before PyTorch 1.6 a pickle
+_MAX_HEADER = 100_000_000  # bytes, the format's own limit
+
+
+@dataclass(frozen=True)
+class TensorInfo:
+    """A tensor as the header of a .safetensors file describes it; `dtype` in that format's words, such as "F16"."""
+
+    shape: tuple[int, ...]
+    dtype: str
+
+
+def load_tensors(path: str | Path) -> dict[str, Tensor]:
+    """Map the tensors of a .safetensors file; their pages are read when they are first used.
+
+    Raises:
+        WeightsError: there is no such file, or it is none, or is cut off.
+    """
+    with _explained(Path(path)):
+        return load_file(path)
+
+
+def read_header(path: str | Path) -> dict[str, TensorInfo]:
+    """Names, shapes and dtypes in a .safetensors file, without reading the tensors.
+
+    Raises:
+        WeightsError: as `load_tensors`.
+    """
+    with _explained(Path(path)), safe_open(path, framework="pt") as file:
+        slices = {name: file.get_slice(name) for name in file.keys()}  # noqa: SIM118 - not a mapping
+        return {name: TensorInfo(tuple(s.get_shape()), s.get_dtype()) for name, s in slices.items()}
+
+
+@contextmanager
+def _explained(path: Path) -> Iterator[None]:
+    try:
+        yield
+    except (SafetensorError, OSError, ValueError, LookupError, TypeError, RuntimeError) as error:
+        reason = (str(error).splitlines() or [type(error).__name__])[0][:200]
+        problem = find_problem(path) or _find_safetensors_problem(path) or f"is not a .safetensors file ({reason})"
+        raise WeightsError(f"{path} {problem}") from error
+
+
+def find_problem(path: Path) -> str | None:
+    """What keeps `path` from being a file of weights of any format, with the remedy; None if nothing obvious does."""
+    if path.is_dir():
+        files = sorted(path.glob("*.safetensors"))
+        return f"is a folder; name a file{f', such as {files[0]}' if files else ''}"
+    try:
+        with path.open("rb") as file:
+            start = file.read(64)
+    except FileNotFoundError:
+        return "does not exist"
+    except OSError as error:
+        return f"cannot be read: {error.strerror}"
+    if not start:
+        return "is empty; fetch the file again"
+    return next((problem for first, problem in _FIRST_BYTES if start.lstrip().startswith(first)), None)
+
+
+def _find_safetensors_problem(path: Path) -> str | None:
+    """By the format: 8 bytes with the header's length, the header in JSON, the tensors at the offsets it states."""
+    size = path.stat().st_size
+    with path.open("rb") as file:
+        start = file.read(9)
+        if start.startswith(_PYTORCH) and start[8:] != b"{":
+            return "is a PyTorch checkpoint; make .safetensors of it with `clipgen weights convert`"
+        length = int.from_bytes(start[:8], "little")
+        if start[8:] != b"{" or length > _MAX_HEADER:
+            return None
+        file.seek(8)
+        header = file.read(length)
+    if len(header) < length:
+        return f"is cut off within its header, at {size:,} bytes; fetch the file again"
+    try:
+        entries = [entry for name, entry in json.loads(header).items() if name != "__metadata__"]
+        expected = 8 + length + max((int(entry["data_offsets"][1]) for entry in entries), default=0)
+    except (ValueError, LookupError, TypeError, AttributeError, RecursionError):
+        return None
+    return f"is cut off: it has {size:,} of {expected:,} bytes; fetch the file again" if size < expected else None

@@ -1,0 +1,102 @@
+"""Files given where .safetensors is expected: read, or named with the remedy."""
+
+from __future__ import annotations
+
+import json
+import os
+import struct
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import save_file
+
+from clipgen.errors import WeightsError
+from clipgen.weights.tensor_file import TensorInfo, load_tensors, read_header
+
+LFS = b"version https://git-lfs.github.com/spec/v1\noid sha256:4d7a\nsize 36841586\n"
+
+
+@pytest.fixture
+def file(tmp_path: Path) -> Path:
+    """A .safetensors file with two tensors."""
+    save_file(
+        {"a": torch.arange(600.0).reshape(20, 30), "b": torch.ones(3, dtype=torch.half)}, tmp_path / "w.safetensors"
+    )
+    return tmp_path / "w.safetensors"
+
+
+def refused(path: Path) -> str:
+    """The message of both readers, which must agree."""
+    messages = set()
+    for read in (load_tensors, read_header):
+        with pytest.raises(WeightsError) as caught:
+            read(path)
+        messages.add(str(caught.value))
+    (message,) = messages
+    assert message.startswith(f"{path} ") and "\n" not in message
+    return message
+
+
+def test_tensors_and_header_of_an_intact_file(file: Path) -> None:
+    assert load_tensors(file)["a"][19, 29] == 599
+    assert read_header(file) == {"a": TensorInfo((20, 30), "F32"), "b": TensorInfo((3,), "F16")}
+
+
+@pytest.mark.parametrize("legacy", [False, True])
+def test_pytorch_checkpoint_is_named_with_the_command_that_converts_it(tmp_path: Path, legacy: bool) -> None:
+    torch.save({"a": torch.ones(3)}, tmp_path / "clip.pt", _use_new_zipfile_serialization=not legacy)
+    assert "is a PyTorch checkpoint; make .safetensors of it with `clipgen weights convert`" in refused(
+        tmp_path / "clip.pt"
+    )
+
+
+@pytest.mark.parametrize(
+    ("content", "problem"),
+    [
+        (LFS, "is a Git LFS pointer, not the file itself; run `git lfs pull`"),
+        (b"<!DOCTYPE html><html>Sign in</html>", "is a web page, not the file itself"),
+        (b"\n<html>404</html>", "is a web page"),
+        (b"", "is empty; fetch the file again"),
+        (b"GGUF" + bytes(100), "is not a .safetensors file ("),
+        (bytes(8) + b"{", "is not a .safetensors file ("),
+        (struct.pack("<Q", 2) + b"[]", "is not a .safetensors file ("),
+        (struct.pack("<Q", 10**17) + b"{}", "is not a .safetensors file ("),
+        (struct.pack("<Q", 8) + b'{"a": 1}', "is not a .safetensors file ("),
+    ],
+)
+def test_file_of_another_kind_is_named(tmp_path: Path, content: bytes, problem: str) -> None:
+    (tmp_path / "w.safetensors").write_bytes(content)
+    assert problem in refused(tmp_path / "w.safetensors")
+
+
+@pytest.mark.parametrize("kept", [9, 50, 0.5, -1])
+def test_cut_file_says_how_much_is_missing(file: Path, kept: float) -> None:
+    data = file.read_bytes()
+    length = int(len(data) * kept) if isinstance(kept, float) else kept % len(data)
+    file.write_bytes(data[:length])
+    message = refused(file)
+    assert "is cut off" in message and f"{length:,}" in message and "fetch the file again" in message
+    assert f"of {len(data):,} bytes" in message or "within its header" in message
+
+
+def test_folder_is_named_with_a_file_in_it(file: Path) -> None:
+    assert refused(file.parent) == f"{file.parent} is a folder; name a file, such as {file}"
+    (file.parent / "empty").mkdir()
+    assert refused(file.parent / "empty").endswith("is a folder; name a file")
+
+
+def test_missing_file_is_named(tmp_path: Path) -> None:
+    assert refused(tmp_path / "gone.safetensors").endswith("does not exist")
+
+
+@pytest.mark.skipif(os.geteuid() == 0, reason="root may read every file")
+def test_unreadable_file_is_named(file: Path) -> None:
+    file.chmod(0)
+    assert refused(file).endswith("cannot be read: Permission denied")
+
+
+def test_offsets_beyond_the_file_are_refused(tmp_path: Path) -> None:
+    header = json.dumps({"a": {"dtype": "F32", "shape": [2], "data_offsets": [0, 10**15]}}).encode()
+    (tmp_path / "w.safetensors").write_bytes(struct.pack("<Q", len(header)) + header + bytes(8))
+    refused(tmp_path / "w.safetensors")
