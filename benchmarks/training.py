@@ -42,7 +42,7 @@ from clipgen.models.vqgan import VQGAN  # noqa: E402
 from train.config import Config, load_config  # noqa: E402
 from train.data.images import Images, image_batches  # noqa: E402
 from train.encode import Encoded, Encoders, write_shards  # noqa: E402
-from train.loop.common import build_ema, build_optimizers  # noqa: E402
+from train.loop.optimization import build_ema, build_optimizers  # noqa: E402
 from train.losses.gan import Gan  # noqa: E402
 from train.losses.stage1 import Crop, LeCam, PatchDiscriminator, ReconstructionLoss  # noqa: E402
 
@@ -78,17 +78,21 @@ class Stage1:
         with device:
             self.vqgan, judge = VQGAN(config.model.vqgan), PatchDiscriminator(c.disc_ch)
         # LPIPS with random weights costs what it costs with its own.
-        self.likeness = ReconstructionLoss(replace(c, perceptual="none" if c.perceptual == "lpips" else c.perceptual))
+        self.reconstruction_loss = ReconstructionLoss(
+            replace(c, perceptual="none" if c.perceptual == "lpips" else c.perceptual)
+        )
         if c.perceptual == "lpips":
             from lpips import LPIPS
 
-            self.likeness.perceptual = LPIPS(net="vgg", pnet_rand=True, verbose=False).eval().requires_grad_(False)
-        self.likeness.to(device)
+            self.reconstruction_loss.perceptual = (
+                LPIPS(net="vgg", pnet_rand=True, verbose=False).eval().requires_grad_(False)
+            )
+        self.reconstruction_loss.to(device)
         self.opt_g = torch.optim.Adam(self.vqgan.parameters(), c.lr)
         opt_d = torch.optim.Adam(judge.parameters(), c.disc_lr)
-        self.gan = Gan(c, self.accelerator, self.vqgan, judge, opt_d, self.likeness, LeCam().to(device))
+        self.gan = Gan(c, self.accelerator, self.vqgan, judge, opt_d, self.reconstruction_loss, LeCam().to(device))
         if recipe.channels_last:
-            for module in (self.vqgan, judge, self.likeness):
+            for module in (self.vqgan, judge, self.reconstruction_loss):
                 module.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
         self.layout = torch.channels_last if recipe.channels_last else torch.contiguous_format
         self.model = torch.compile(self.vqgan) if recipe.compiled else self.vqgan
@@ -97,14 +101,14 @@ class Stage1:
     def backward(self, x: Tensor) -> Tensor:
         """The VQGAN's losses and gradients; returns its reconstructions."""
         x = x.contiguous(memory_format=self.layout)
-        crop = Crop.draw(x.shape[-2:], self.config.perceptual_crop, torch.Generator().manual_seed(0))
+        crop = Crop.random(x.shape[-2:], self.config.perceptual_crop, torch.Generator().manual_seed(0))
         self.opt_g.zero_grad()
         with self.accelerator.autocast():
             y, codebook, _ = self.model(x)
-            unlike, _ = self.likeness(y, x, crop)
-        loss = unlike + codebook
+            reconstruction, _ = self.reconstruction_loss(y, x, crop)
+        loss = reconstruction + codebook
         if self.gan_on:
-            loss = loss + self.gan.loss(unlike, y, None)[0]
+            loss = loss + self.gan.loss(reconstruction, y, None)[0]
         self.accelerator.backward(loss)
         return y.detach().float()
 

@@ -35,7 +35,7 @@ from clipgen.evaluation.features import KINDS, fetched
 from clipgen.images.sources import open_source
 from clipgen.utils.files import sha256, write_text
 from train.config import Config, load_config
-from train.loop.common import command
+from train.loop.script import command
 
 MOST = 5000
 """Real pictures to evaluate against, and without sentences also pictures to draw."""

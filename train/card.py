@@ -23,7 +23,7 @@ from clipgen.request import GenerationRequest
 from clipgen.utils.files import write_text
 from clipgen.weights.describe import describe_model_dir
 from train.config import Config, load_config
-from train.loop.common import command
+from train.loop.script import command
 
 ROWS, COLUMNS, CANDIDATES = 6, 4, 16
 

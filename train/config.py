@@ -1,4 +1,4 @@
-"""How the two stages train: the settings of each, which check their own values."""
+"""Settings of the two training stages, checked when they are built."""
 
 from __future__ import annotations
 
@@ -20,19 +20,19 @@ from clipgen.config import (
 
 @dataclass
 class TrainConfig:
-    """What both stages share."""
+    """Settings of both stages."""
 
     steps: int = 100_000
     batch_size: int = 64
     """Images per step over all processes."""
     accumulate: int = 1
-    """Parts that each process takes its share of a batch in, one after the other: the same step in less memory."""
+    """Micro-batches that each process splits its part of a batch into: the same step in less memory."""
     recompute: bool = False
-    """Compute activations again where the backward pass needs them, not keep them (gradient checkpointing)."""
+    """Recompute activations in the backward pass instead of storing them (gradient checkpointing)."""
     held_out: int = 512
-    """Pictures, at most a twentieth of all, that are never trained on but measured; with 0 trained ones are."""
+    """Images held out for validation, at most a twentieth of all; with 0 training images are used."""
     init: str = ""
-    """Weights to start from, a .safetensors file of the same model; empty starts from scratch."""
+    """Weights to start from, a .safetensors file of the same model; empty for random ones."""
     lr: float = 1e-4
     warmup: int = 500
     seed: int = 0
@@ -44,9 +44,9 @@ class TrainConfig:
     sample_every: int = 1000
     save_every: int = 1000
     keep: int = 2
-    """Checkpoints that stay, the newest."""
+    """How many of the newest checkpoints are kept."""
     patience: int = 10
-    """Log lines in a row that show the same trouble (train/loop/health.py) before training stops; 0 only says so."""
+    """Consecutive log lines with the same symptom (train/loop/health.py) before training stops; 0 only warns."""
 
     def __post_init__(self) -> None:
         require_sizes(self, "steps", "batch_size", "accumulate", "log_every", "sample_every", "save_every", "keep")
@@ -60,31 +60,31 @@ class TrainConfig:
 
 @dataclass
 class Stage1Config(TrainConfig):
-    """Losses of the VQGAN: L1 + perceptual + codebook, then a hinge GAN with an adaptive weight."""
+    """Settings of stage 1: L1 + perceptual + codebook loss, and from `disc_start` on a hinge GAN."""
 
     betas: list[float] = field(default_factory=lambda: [0.5, 0.9])
-    """Adam's, of the generator; the discriminator keeps the paper's (0.5, 0.9)."""
+    """Of the generator's Adam; the discriminator uses the paper's (0.5, 0.9)."""
     min_scale: float = 0.8
-    """Smallest part of the picture that a random crop keeps, along its side."""
+    """Smallest side of a random crop, as a fraction of the image's shorter side."""
     l2_weight: float = 0.0
     perceptual: str = "efficientnet"
     perceptual_weight: float = 1.0
     perceptual_crop: int = 0
-    """Side of the random crop whose features are compared, px; 0 compares whole pictures."""
+    """Side of the random crop whose perceptual features are compared, px; 0 for whole images."""
     disc_start: int = 50_000
     disc_weight: float = 0.8
     disc_ch: int = 64
     disc_lr: float = 1e-4
     disc_regularisation: str = "none"
-    """none, r1 (arXiv 1801.04406) or lecam (arXiv 2104.03310): keeps the discriminator from winning on few pictures."""
+    """none, r1 (arXiv 1801.04406) or lecam (arXiv 2104.03310): keeps the discriminator from winning on few images."""
     disc_regularisation_weight: float = 0.0
-    """Such as 10 for r1, 0.01 for lecam."""
+    """For example 10 for r1, 0.01 for lecam."""
     codes: str = "gradient"
-    """How codes learn: gradient, or ema, each the moving average of the latents that chose it (arXiv 1711.00937)."""
+    """How codes are learned: by gradient, or ema, as moving averages of their latents (arXiv 1711.00937)."""
     revive_every: int = 200
-    """Codes that no latent chose in so many steps move to where latents are; 0 never."""
+    """Codes that went unused for this many steps move onto latents; 0 never moves them."""
     only_decoder: bool = False
-    """Train on from `init` without changing a token, for a GPT that has learned them: encoder and codes stay."""
+    """Train the decoder of `init` alone: encoder and codes stay, so the tokens that a GPT has learned do too."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -104,49 +104,49 @@ class Stage1Config(TrainConfig):
         require_choice(self, "codes", "gradient", "ema")
         require(
             not self.only_decoder or (self.init != "" and self.codes == "gradient" and not self.revive_every),
-            f"only_decoder is true with init={self.init}, codes={self.codes}, revive_every={self.revive_every}; codes "
-            "stay with init=OUT/vqgan.safetensors, codes=gradient and revive_every=0",
+            f"only_decoder is true with init={self.init}, codes={self.codes}, revive_every={self.revive_every}; it "
+            "needs init=OUT/vqgan.safetensors, codes=gradient and revive_every=0, so that codes do not change",
         )
         regularised, weight = self.disc_regularisation != "none", self.disc_regularisation_weight
         require(
             math.isfinite(weight) and (weight > 0) == regularised,
             f"disc_regularisation_weight is {weight} with disc_regularisation={self.disc_regularisation}; "
-            + ("use a positive number, such as 10 for r1, 0.01 for lecam" if regularised else "use 0 without one"),
+            + ("use a positive number, such as 10 for r1, 0.01 for lecam" if regularised else "use 0 with none"),
         )
 
 
 @dataclass
 class Stage2Config(TrainConfig):
-    """Loss of the GPT: cross-entropy of the tokens given a perturbed image embedding."""
+    """Settings of stage 2: cross-entropy of the tokens given a perturbed image embedding."""
 
     optimizer: str = "adamw"
-    """adamw, or muon for the blocks' matrices and AdamW for the rest (one device or DDP: it needs whole matrices)."""
+    """adamw, or muon for the blocks' matrices and AdamW for the rest (not with fsdp: it needs whole matrices)."""
     weight_decay: float = 0.05
     condition_dropout: float = 0.1
-    """Share of the pictures whose condition is left out, so that guidance works."""
+    """Fraction of images trained without condition, which classifier-free guidance needs."""
     noise_angle: float = 0.0
-    """Largest angle, degrees, by which the embedding is turned in a random direction (arXiv 2111.13792)."""
+    """Largest angle, degrees, by which an embedding is rotated in a random direction (arXiv 2111.13792)."""
     neighbours: int = 0
-    """Each embedding is mixed with one of so many nearest ones: a sentence lies between the pictures it fits."""
+    """Interpolate each embedding towards one of its k nearest neighbours; 0 disables."""
     token_noise: float = 0.0
-    """Largest share of the tokens a picture is continued from that are another picture's, so that the GPT goes by the
-    condition and forgives its own mistakes, and does not recite what it knows by heart (taming's `pkeep`)."""
+    """Largest fraction of input tokens replaced by those of another image, so that the GPT relies on the condition,
+    recovers from its own mistakes and does not memorise sequences (taming-transformers' `pkeep`)."""
     clip_weight: float = 0.0
-    """Of the distance between what CLIP sees in the predicted tokens and the condition; 0.2 in the paper (lambda)."""
+    """Weight of the embedding-reconstruction loss, the paper's lambda; 0.2 there."""
     clip_every: int = 1
-    """Steps from one such look to the next; each then counts as often as it stands for steps."""
+    """Compute the embedding loss every so many steps, weighted by that number."""
     clip_batch: int = 8
-    """Pictures of a step that are looked at, over all processes."""
+    """Images per step, over all processes, that the embedding loss is computed for."""
     parallel: str = "ddp"
-    """With several processes: ddp, each has the whole model, or fsdp, each has a part of it."""
+    """With several processes: ddp replicates the model, fsdp shards it."""
     prompts: list[str] = field(default_factory=list)
-    """Sentences to draw on the way, beside the pictures held out."""
+    """Sentences to generate samples for during training, besides the held-out images."""
     views: int = 1
-    """Crops per image that are turned into tokens."""
+    """Random crops per image that are encoded."""
     from_pixels: bool = False
-    """Turn pictures into tokens in every step again, in place of once before training: slower, but nothing to store."""
+    """Encode images in every step instead of once before training: slower, but nothing is stored."""
     min_scale: float = 1.0
-    """Smallest part of the picture that a crop keeps, along its side."""
+    """Smallest side of a crop, as a fraction of the image's shorter side."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -181,7 +181,7 @@ class Stage2Config(TrainConfig):
 
 @dataclass
 class Config:
-    """A configuration file: the model, and how its two stages are trained."""
+    """A configuration file: the model and its two training stages."""
 
     model: ModelConfig = field(default_factory=ModelConfig)
     stage1: Stage1Config = field(default_factory=Stage1Config)
@@ -189,10 +189,10 @@ class Config:
 
 
 def load_config(name: str | Path, overrides: list[str] | None = None) -> Config:
-    """Read `configs/NAME.yaml` or a file, then apply overrides such as `stage1.lr=1e-4`.
+    """Read `configs/NAME.yaml` or a file and apply overrides such as `stage1.lr=1e-4`.
 
     Raises:
-        ConfigError: no such configuration, or a value in it is wrong.
+        ConfigError: there is no such configuration, or a value in it is not allowed.
     """
     path = find_config(name)
     return build(Config, read_yaml(path, overrides), str(path))

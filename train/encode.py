@@ -34,8 +34,10 @@ from clipgen.models.vqgan import VQGAN
 from clipgen.utils.files import sha256, write_text
 from train.config import Config
 from train.data.images import Batch, Images, Key, image_batches
+from train.loop.batches import build_accelerator, process_rows
 from train.loop.checkpoint import save_tensors
-from train.loop.common import build_accelerator, command, load_weights, own_part, parse_args, report_failures
+from train.loop.optimization import load_model_weights
+from train.loop.script import command, parse_args, report_failures
 
 ROWS = 4096
 """Crops of one shard."""
@@ -80,7 +82,7 @@ class Encoders:
 
         def keys(step: int) -> list[Key]:
             every = rows(step)
-            return self._keys(every)[own_part(self.accelerator, len(every))]
+            return self._keys(every)[process_rows(self.accelerator, len(every))]
 
         for batch in image_batches(self.data, keys, start, workers):
             tokens, embeddings = (part.to(self.accelerator.device) for part in self._encode(batch))
@@ -162,7 +164,7 @@ def load_vqgan(config: VQGANConfig, path: Path) -> VQGAN:
         WeightsError: it does not fit the configuration.
     """
     vqgan = VQGAN(config).requires_grad_(False).eval()
-    load_weights(vqgan, path)
+    load_model_weights(vqgan, path)
     return vqgan
 
 

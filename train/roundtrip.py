@@ -24,8 +24,8 @@ from clipgen.images.sources import Source, Subset, open_source
 from clipgen.models.vqgan import VQGAN
 from clipgen.utils.files import write_text
 from train.encode import load_vqgan
-from train.loop.common import command, parse_args
 from train.loop.health import TrainingError
+from train.loop.script import command, parse_args
 
 PICTURES = 256
 BATCH = 16

@@ -1,14 +1,16 @@
-"""Stage 2: images -> GPT, which learns an image's tokens given its CLIP embedding. No captions.
+"""Stage 2: images -> GPT, which learns the tokens of an image given its CLIP embedding. No captions.
 
     python train/stage2.py --config mini --data data/emoji/stage2 --vqgan runs/vqgan \\
         --clip runs/clip/clip.safetensors --out runs/gpt
 
     torchrun --nproc-per-node 8 train/stage2.py --config coco --data runs/encoded ...
 
---data is images, which are encoded once to OUT/encoded, or what train/encode.py wrote. Stopped by Ctrl-C, SIGTERM or
-worse, the same command goes on. The weights are in OUT/gpt.safetensors (the moving average; gpt_best.safetensors at its
-lowest loss on pictures held out), the curves in OUT/scalars.csv and OUT/tensorboard, samples (above: the pictures whose
-embeddings they were drawn from) in OUT/samples_*.png, those of `stage2.prompts` in OUT/prompts_*.png.
+--data is images, which are encoded to OUT/encoded first, or what train/encode.py wrote. After an interruption, the same
+command continues from the newest checkpoint. Writes
+    OUT/gpt.safetensors            the moving average of the weights; gpt_best.safetensors at its lowest held-out loss
+    OUT/scalars.csv, tensorboard   curves
+    OUT/samples_*.png              held-out images, samples from their embeddings below
+    OUT/prompts_*.png              samples from the sentences in `stage2.prompts`
 """
 
 from __future__ import annotations
@@ -47,28 +49,28 @@ from train.encode import (
     load_vqgan,
     write_shards,
 )
-from train.loop.checkpoint import Checkpoints, fixed_settings, save_tensors
-from train.loop.common import (
-    Best,
+from train.loop.batches import (
     build_accelerator,
-    build_ema,
-    build_optimizers,
-    command,
-    cosine,
-    in_parts,
-    init_weights,
-    means,
-    own_part,
-    parse_args,
-    recompute,
-    report_failures,
-    seeded,
-    set_lr,
-    split,
+    mean_scalars,
+    micro_batches,
+    process_rows,
+    split_held_out,
+    step_generator,
 )
+from train.loop.checkpoint import Checkpoints, fixed_settings, save_tensors
 from train.loop.health import Health, check_finite, worse_than_guessing
 from train.loop.logger import Logger
-from train.loop.sharding import Sharded, shard, whole_state
+from train.loop.optimization import (
+    LowestLoss,
+    build_ema,
+    build_optimizers,
+    cosine_schedule,
+    enable_recompute,
+    init_weights,
+    set_lr,
+)
+from train.loop.script import command, parse_args, report_failures
+from train.loop.sharding import ShardedState, full_state_dict, shard_model
 from train.loop.stopping import Stop
 from train.losses.embedding import EmbeddingLoss, clip_loss_rows
 
@@ -80,88 +82,87 @@ def main() -> None:
     c = config.stage2
     accelerator = build_accelerator(c)
     device, is_main = accelerator.device, accelerator.is_main_process
-    mean = partial(accelerator.reduce, reduction="mean")
+    all_reduce_mean = partial(accelerator.reduce, reduction="mean")
 
     files = {"vqgan": args.vqgan / "vqgan.safetensors", "clip": args.clip}
     vqgan = load_vqgan(config.model.vqgan, files["vqgan"]).to(device)
     clip = load_clip(config.model.gpt, files["clip"]).to(device) if c.clip_weight or c.prompts else None
     data = open_data(config, args.data, args.out, vqgan, files, accelerator)
-    pictures, held = split(data.pictures, c.held_out)
-    rows = every_crop(pictures, data.pictures, data.views)
-    near = None
+    trained, held_out = split_held_out(data.pictures, c.held_out)
+    rows = crop_rows(trained, data.pictures, data.views)
+    neighbours = None
     if c.neighbours and isinstance(data, Encoded):  # the configuration refuses neighbours from pixels
-        every = data.embeddings()[rows]
-        near = nearest(every, c.neighbours)
+        embeddings = data.embeddings()[rows]
+        neighbours = nearest_neighbours(embeddings, c.neighbours)
 
     conditioned = partial(condition_of, config=config.model.gpt)
     gpt = GPT(config.model.gpt)
     init_weights(gpt, c)
     ema = build_ema(gpt.to(device), c.ema)
     if c.recompute:
-        recompute(gpt, (Block,))
+        enable_recompute(gpt, (Block,))
     if c.parallel == "fsdp":
         for copy in (gpt, cast(GPT, ema.module)):
-            shard(copy, copy.blocks, device, c.precision == "bf16")
+            shard_model(copy, copy.blocks, device, c.precision == "bf16")
         model: nn.Module = gpt
         optimizers = build_optimizers(gpt, c)
-        sharded = Sharded({"model": gpt, "average": ema}, optimizers[0])
+        sharded = ShardedState({"model": gpt, "average": ema}, optimizers[0])
     else:
         model, sharded = accelerator.prepare(gpt), None
         optimizers = [accelerator.prepare(optimizer) for optimizer in build_optimizers(gpt, c)]
         accelerator.register_for_checkpointing(ema)
-    best, factor = Best(), cosine(c)
-    accelerator.register_for_checkpointing(best)
+    lowest, lr_factor = LowestLoss(), cosine_schedule(c)
+    accelerator.register_for_checkpointing(lowest)
     embedding_loss = EmbeddingLoss(vqgan, clip) if c.clip_weight and clip is not None else None
-    looked = clip_loss_rows(c, accelerator.num_processes) if embedding_loss else slice(None)
+    embedded_rows = clip_loss_rows(c, accelerator.num_processes) if embedding_loss else slice(None)
 
     fixed = fixed_settings(c, gpt=config.model.gpt)
     checkpoints = Checkpoints(accelerator, args.out, c.keep, fixed, asdict(config), sharded)
     start = checkpoints.load()
-    order, part = ResumableSampler(len(rows), c.seed), own_part(accelerator, c.batch_size)
-    chosen = partial(step_rows, order, c.batch_size)
-    batches = data.batches(lambda step: rows[chosen(step)].tolist(), start, c.workers)
-    health = Health(c.patience, [worse_than_guessing(config.model.gpt.vocab_size)], is_main)
+    sampler, own_rows = ResumableSampler(len(rows), c.seed), process_rows(accelerator, c.batch_size)
+    batch_rows = partial(step_rows, sampler, c.batch_size)
+    batches = data.batches(lambda step: rows[batch_rows(step)].tolist(), start, c.workers)
+    health = Health(c.patience, [worse_than_guessing(config.model.gpt.vocab_size)], verbose=is_main)
     if is_main:
         log = Logger(args.out, c.steps, c.batch_size, start, args.tracker, asdict(config))
-        held_tokens, held_embeddings = (t.to(device) for t in data.read(held.tolist()))
+        held_tokens, held_embeddings = (t.to(device) for t in data.read(held_out.tolist()))
         held_embeddings = conditioned(held_embeddings)
-        asked = conditioned(clip.encode_text(c.prompts)) if clip is not None and c.prompts else None
+        prompt_embeddings = conditioned(clip.encode_text(c.prompts)) if clip is not None and c.prompts else None
 
     with Stop() as stop:
         for step in range(start, c.steps):
-            # Of the whole batch, whatever the number of processes: noise is drawn per picture, mixed among all.
-            target, embedding = next(batches)
-            generator = seeded(c, step)
-            if near is not None:
-                embedding = mix(every, chosen(step), near, generator)
+            # Every process augments the whole batch, so that the result does not depend on their number.
+            targets, embedding = next(batches)
+            generator = step_generator(c, step)
+            if neighbours is not None:
+                embedding = interpolate(embeddings, batch_rows(step), neighbours, generator)
             condition = conditioned(perturb(embedding, c.noise_angle, c.condition_dropout, generator))
-            previous = corrupt(target[:, :-1], c.token_noise, generator)
-            cut = [whole[part].to(device).chunk(c.accumulate) for whole in (previous, condition, target)]
+            inputs = corrupt(targets[:, :-1], c.token_noise, generator)
+            parts = [whole[own_rows].to(device).chunk(c.accumulate) for whole in (inputs, condition, targets)]
             for optimizer in optimizers:
-                set_lr(optimizer, c.lr * factor(step))
+                set_lr(optimizer, c.lr * lr_factor(step))
                 optimizer.zero_grad()
 
             done = step + 1
-            found = []
-            for before, given, tokens in in_parts(accelerator, model, list(zip(*cut, strict=True))):
+            rows_of_scalars = []
+            for tokens, e, target in micro_batches(accelerator, model, list(zip(*parts, strict=True))):
                 with accelerator.autocast():
-                    logits = model(before, given)
-                loss = F.cross_entropy(logits.float().flatten(0, 1), tokens.flatten())
+                    logits = model(tokens, e)
+                loss = F.cross_entropy(logits.float().flatten(0, 1), target.flatten())
                 scalars = {"loss": loss.detach()}
                 if embedding_loss and done % c.clip_every == 0:
                     with accelerator.autocast():
-                        distance = embedding_loss(logits[looked], given[looked])
-                    loss = loss + c.clip_weight * c.clip_every * distance
-                    scalars["clip_distance"] = distance.detach()
+                        distance, clip_scalars = embedding_loss(logits[embedded_rows], e[embedded_rows])
+                    loss, scalars = loss + c.clip_weight * c.clip_every * distance, scalars | clip_scalars
                 accelerator.backward(loss / c.accumulate)
-                found.append(scalars)
-            norm = accelerator.clip_grad_norm_(model.parameters(), c.grad_clip)
+                rows_of_scalars.append(scalars)
+            grad_norm = accelerator.clip_grad_norm_(model.parameters(), c.grad_clip)
             for optimizer in optimizers:
                 optimizer.step()
             ema.update_parameters(gpt)
-            scalars = means(found)
-            if not accelerator.optimizer_step_was_skipped:  # in half precision, when gradients were scaled up too far
-                scalars["grad_norm"] = norm.full_tensor() if isinstance(norm, DTensor) else norm
+            scalars = mean_scalars(rows_of_scalars)
+            if not accelerator.optimizer_step_was_skipped:  # fp16 gradients overflowed
+                scalars["grad_norm"] = grad_norm.full_tensor() if isinstance(grad_norm, DTensor) else grad_norm
 
             sampling = done % c.sample_every == 0 or done == c.steps
             stopping = stop.requested()
@@ -169,22 +170,23 @@ def main() -> None:
             if sampling or saving:
                 average = average_model(ema, config.model.gpt, is_main)
             if sampling or done % c.log_every == 0:
-                line = mean(scalars) | {"lr": torch.tensor(c.lr * factor(step))}
+                line = all_reduce_mean(scalars) | {"lr": torch.tensor(c.lr * lr_factor(step))}
                 if is_main:
-                    quality = evaluate(average, held_tokens, held_embeddings) if sampling else {}
+                    quality = validate_gpt(average, held_tokens, held_embeddings) if sampling else {}
                     log.scalars(done, line | quality)
                     if sampling:
-                        few = slice(None, None, max(1, len(held) // 16))
+                        few = slice(None, None, max(1, len(held_out) // 16))
                         shown = held_tokens[few][:16], held_embeddings[few][:16]
-                        log.picture(done, "samples", sample_grid(average, vqgan, *shown, config.model.sampling))
-                        if asked is not None:
-                            drawn = draw(average, asked, config.model.sampling)
-                            log.picture(done, "prompts", token_grid(vqgan, drawn))
-                    if sampling and best.improved(quality["held_loss"]):
+                        log.image(done, "samples", sample_grid(average, vqgan, *shown, config.model.sampling))
+                        if prompt_embeddings is not None:
+                            drawn = draw(average, prompt_embeddings, config.model.sampling)
+                            log.image(done, "prompts", token_grid(vqgan, drawn))
+                    if sampling and lowest.improved(quality["held_loss"]):
                         save_tensors(average.state_dict(), args.out / "gpt_best.safetensors")
                 health.check(done, line)
             if saving:
-                check_finite(done, {name: mean(scalars[name]) for name in ("loss", "grad_norm") if name in scalars})
+                numbers = [name for name in ("loss", "grad_norm") if name in scalars]
+                check_finite(done, {name: all_reduce_mean(scalars[name]) for name in numbers})
                 if is_main:
                     save_tensors(average.state_dict(), args.out / "gpt.safetensors")
                 checkpoints.save(done)
@@ -199,10 +201,10 @@ def main() -> None:
 def open_data(
     config: Config, data: str, out: Path, vqgan: VQGAN, files: Mapping[str, Path], accelerator: Accelerator
 ) -> Encoded | Encoders:
-    """Tokens and embeddings: of the encoded set that `data` is, or of pictures, encoded to OUT/encoded first.
+    """Open the tokens and embeddings of an encoded set, or of images, which are encoded to OUT/encoded first.
 
     Raises:
-        DataError: no pictures, or a set that was encoded with other weights.
+        DataError: there are no images, or the set was encoded with other weights.
     """
     if (Path(data) / "index.json").is_file():
         check_origin(Path(data) / "index.json", hashes(files))
@@ -214,79 +216,79 @@ def open_data(
     return Encoded(out / "encoded")
 
 
-def every_crop(pictures: Tensor, count: int, views: int) -> Tensor:
-    """Rows of an encoded set of `count` pictures that are crops of some of them: (P,) -> (P * views,)."""
-    return torch.cat([pictures + view * count for view in range(views)])
+def crop_rows(images: Tensor, count: int, views: int) -> Tensor:
+    """Rows of all crops of some images in an encoded set of `count` images: (P,) -> (P * views,)."""
+    return torch.cat([images + view * count for view in range(views)])
 
 
-def step_rows(order: ResumableSampler, batch_size: int, step: int) -> Tensor:
-    """Which of the rows to train on make up the batch of a step, (B,)."""
-    return torch.tensor([index for index, _ in order.keys(step * batch_size, batch_size)])
+def step_rows(sampler: ResumableSampler, batch_size: int, step: int) -> Tensor:
+    """Training rows that make up the batch of a step, (B,)."""
+    return torch.tensor([index for index, _ in sampler.keys(step * batch_size, batch_size)])
 
 
-def nearest(embeddings: Tensor, count: int) -> Tensor:
-    """Rows of the `count` nearest of unit-norm embeddings (N, D) to each, without itself: (N, count) int64.
+def nearest_neighbours(embeddings: Tensor, k: int) -> Tensor:
+    """Rows of the k nearest neighbours of each unit-norm embedding (N, D): (N, min(k, N - 1)) int64.
 
-    With `count` or fewer embeddings in all, there are only N - 1 of them. Of several things each, (N, K, D), a row has
-    only itself near: half of another thing would be drawn as neither.
+    Of embeddings of several objects, (N, K, D), rows with more than one object are their own neighbours:
+    interpolating those would show neither object.
     """
     if embeddings.ndim == 3:
-        alone = (~embeddings[:, 1:].any(-1).any(-1)).nonzero()[:, 0]
-        among = alone[nearest(embeddings[alone, 0], count)]
-        near = torch.arange(len(embeddings))[:, None].repeat(1, among.shape[1])
-        near[alone] = among
-        return near
-    count, found = min(count, len(embeddings) - 1), []
+        single = (~embeddings[:, 1:].any(-1).any(-1)).nonzero()[:, 0]
+        among_single = single[nearest_neighbours(embeddings[single, 0], k)]
+        neighbours = torch.arange(len(embeddings))[:, None].repeat(1, among_single.shape[1])
+        neighbours[single] = among_single
+        return neighbours
+    k, neighbours_of = min(k, len(embeddings) - 1), []
     for rows in torch.arange(len(embeddings)).split(1024):
-        similar = embeddings[rows] @ embeddings.t()
-        similar[torch.arange(len(rows)), rows] = -1.0  # by place, not by rank: some pictures are there twice
-        found.append(similar.topk(count).indices)
-    return torch.cat(found)
+        similarity = embeddings[rows] @ embeddings.t()
+        similarity[torch.arange(len(rows)), rows] = -1.0  # by index, not as the top match: duplicates are neighbours
+        neighbours_of.append(similarity.topk(k).indices)
+    return torch.cat(neighbours_of)
 
 
-def mix(embeddings: Tensor, rows: Tensor, near: Tensor, generator: torch.Generator) -> Tensor:
-    """Embeddings (B, ..., D) of `rows`, each up to half of the way towards a random one of its nearest; unit norm."""
-    pick = torch.randint(near.shape[1], (len(rows), 1), generator=generator)
-    other = embeddings[near[rows].gather(1, pick).flatten()]
-    share = 0.5 * torch.rand(len(rows), *[1] * (other.ndim - 1), generator=generator)
-    return F.normalize(torch.lerp(embeddings[rows], other, share), dim=-1)
+def interpolate(embeddings: Tensor, rows: Tensor, neighbours: Tensor, generator: torch.Generator) -> Tensor:
+    """Move embeddings (B, ..., D) of `rows` by 0 to 1/2 of the way to a random one of their neighbours; unit norm."""
+    pick = torch.randint(neighbours.shape[1], (len(rows), 1), generator=generator)
+    other = embeddings[neighbours[rows].gather(1, pick).flatten()]
+    fraction = 0.5 * torch.rand(len(rows), *[1] * (other.ndim - 1), generator=generator)
+    return F.normalize(torch.lerp(embeddings[rows], other, fraction), dim=-1)
 
 
-def corrupt(tokens: Tensor, most: float, generator: torch.Generator) -> Tensor:
-    """Replace tokens (B, L) by those of the batch's other images at the same place, of each image a random share."""
-    if not most:
+def corrupt(tokens: Tensor, max_fraction: float, generator: torch.Generator) -> Tensor:
+    """Replace a random fraction of each image's tokens (B, L) by those of another image at the same position."""
+    if not max_fraction:
         return tokens
-    share = most * torch.rand(len(tokens), 1, generator=generator)
-    wrong = torch.rand(tokens.shape, generator=generator) < share
+    fraction = max_fraction * torch.rand(len(tokens), 1, generator=generator)
+    replaced = torch.rand(tokens.shape, generator=generator) < fraction
     others = tokens[torch.randperm(len(tokens), generator=generator).to(tokens.device)]
-    return torch.where(wrong.to(tokens.device), others, tokens)
+    return torch.where(replaced.to(tokens.device), others, tokens)
 
 
 def perturb(embeddings: Tensor, angle: float, dropout: float, generator: torch.Generator) -> Tensor:
-    """What makes image embeddings stand in for those of sentences.
+    """Rotate image embeddings randomly, because text embeddings occupy a different region of CLIP space; drop some.
 
-    Each is turned by a random angle of at most `angle` degrees in a random direction (LAFITE, arXiv 2111.13792), and
-    with probability `dropout` replaced by zeros, "no condition", so that guidance works.
+    Each is rotated by up to `angle` degrees in a random direction (LAFITE, arXiv 2111.13792), and with probability
+    `dropout` replaced by zeros ("no condition"), which classifier-free guidance needs.
 
     Args:
-        embeddings: (B, D) unit norm, or (B, K, D) of several things each, zeros for those that are not there.
+        embeddings: (B, D) unit norm, or (B, K, D) of up to K objects each, with zeros where there are fewer.
     """
     noise = torch.randn(embeddings.shape, generator=generator)
-    noise = noise - (noise * embeddings).sum(-1, keepdim=True) * embeddings  # at right angles
+    noise = noise - (noise * embeddings).sum(-1, keepdim=True) * embeddings  # orthogonal to the embedding
     theta = torch.rand(embeddings[..., :1].shape, generator=generator) * angle * torch.pi / 180
-    turned = theta.cos() * embeddings + theta.sin() * F.normalize(noise, dim=-1)
+    rotated = theta.cos() * embeddings + theta.sin() * F.normalize(noise, dim=-1)
     dropped = torch.rand(len(embeddings), *[1] * (embeddings.ndim - 1), generator=generator) < dropout
-    return torch.where(dropped | ~embeddings.any(-1, keepdim=True), 0.0, turned)
+    return torch.where(dropped | ~embeddings.any(-1, keepdim=True), 0.0, rotated)
 
 
 def average_model(ema: AveragedModel, config: GPTConfig, is_main: bool) -> GPT:
     """The moving average as a model that one process can run. All processes call this.
 
-    Of a sharded one it is a copy, of which only the main process has the weights.
+    If it is sharded, this is a copy whose weights only the main process has.
     """
     if not isinstance(ema.module, FSDPModule):
         return cast(GPT, ema.module)
-    weights = whole_state(ema.module)
+    weights = full_state_dict(ema.module)
     device = next(ema.parameters()).device
     with torch.device("meta"):
         gpt = GPT(config).eval().requires_grad_(False)
@@ -296,7 +298,7 @@ def average_model(ema: AveragedModel, config: GPTConfig, is_main: bool) -> GPT:
 
 
 @torch.no_grad()
-def evaluate(gpt: GPT, tokens: Tensor, embeddings: Tensor, batch_size: int = 64) -> dict[str, float]:
+def validate_gpt(gpt: GPT, tokens: Tensor, embeddings: Tensor, batch_size: int = 64) -> dict[str, float]:
     """Mean cross-entropy, nats per token, of (N, T) tokens given their unperturbed conditions (N, C)."""
     total = 0.0
     for t, e in zip(tokens.split(batch_size), embeddings.split(batch_size), strict=True):
@@ -308,19 +310,19 @@ def evaluate(gpt: GPT, tokens: Tensor, embeddings: Tensor, batch_size: int = 64)
 
 @torch.no_grad()
 def sample_grid(gpt: GPT, vqgan: VQGAN, tokens: Tensor, embeddings: Tensor, sampling: SamplingParams) -> Image.Image:
-    """Reconstructions of pictures' tokens (N, T), eight in a row, and below them samples given their embeddings."""
+    """Images of tokens (N, T), eight in a row, and below them samples from their embeddings (N, C)."""
     drawn = draw(gpt, embeddings, replace(sampling, guidance=1.0))
     return token_grid(vqgan, torch.cat([tokens, drawn]), columns=min(8, len(tokens)))
 
 
 def draw(gpt: GPT, embeddings: Tensor, sampling: SamplingParams) -> Tensor:
-    """Tokens (N, T) of one sample of each embedding (N, D)."""
+    """Sample tokens (N, T), one image per condition (N, C)."""
     return generate_tokens(gpt, embeddings, list(range(len(embeddings))), sampling).clone()
 
 
 @torch.no_grad()
 def token_grid(vqgan: VQGAN, tokens: Tensor, columns: int = 8) -> Image.Image:
-    """The pictures of tokens (N, T), so many in a row."""
+    """Decode tokens (N, T) into a grid of images."""
     return grid(from_pixels(vqgan.decode_tokens(tokens)), columns)
 
 

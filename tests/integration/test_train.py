@@ -18,9 +18,9 @@ from clipgen.models.gpt import GPT
 from clipgen.request import SamplingParams
 from train import export, stage1, stage2
 from train.config import Stage2Config
-from train.loop.common import build_optimizers
+from train.loop.optimization import build_optimizers
 from train.losses import gan
-from train.stage2 import corrupt, mix, nearest, perturb
+from train.stage2 import corrupt, interpolate, nearest_neighbours, perturb
 
 
 @pytest.fixture(scope="module")
@@ -121,7 +121,7 @@ def test_numbers_that_are_not_finite_stop_the_training(
 STEPS = ["log_every=2", "patience=3", "warmup=0", "save_every=5"]
 GONE_WRONG = {
     "explodes": (stage1, ["lr=1e12", "steps=20"], "not finite, so the weights are lost"),
-    "collapses": (stage1, ["lr=0.3", "revive_every=0", "codes=gradient", "steps=60"], "the codes collapse"),
+    "collapses": (stage1, ["lr=0.3", "revive_every=0", "codes=gradient", "steps=60"], "the codebook collapses"),
     "loses": (stage1, ["disc_start=0", "disc_lr=1e-2", "disc_weight=0", "steps=400"], "the discriminator wins"),
     "diverges": (stage2, ["lr=1.0", "steps=40"], "the GPT does worse than guessing"),
 }
@@ -138,7 +138,7 @@ def test_a_training_that_goes_wrong_stops_and_says_so(
     with pytest.raises(SystemExit) as stop:
         run(script, monkeypatch, *flags, *(f"{name}.{change}" for change in STEPS + changes))
     said = capsys.readouterr().err
-    assert stop.value.code == 2 and message in said and "o on from" in said
+    assert stop.value.code == 2 and message in said and "ontinue from" in said
     for path in tmp_path.glob("checkpoints/*/model*.safetensors"):  # what was saved can be gone on from
         assert all(tensor.isfinite().all() for tensor in load_file(path).values())
 
@@ -244,12 +244,13 @@ def test_perturbed_embeddings_stay_on_the_sphere_within_the_angle() -> None:
 def test_mixed_embeddings_lie_between_a_picture_and_one_of_its_nearest() -> None:
     angles = torch.tensor([0.0, 10.0, 80.0, 95.0]).deg2rad()
     embeddings = torch.stack([angles.cos(), angles.sin()], dim=1)
-    near = nearest(embeddings, 1)
+    near = nearest_neighbours(embeddings, 1)
     assert near.flatten().tolist() == [1, 0, 3, 2]
-    assert nearest(embeddings[[0, 0, 2]], 1).flatten().tolist() == [1, 0, 0]  # twins are neighbours, not themselves
-    assert nearest(embeddings[:2], 5).tolist() == [[1], [0]]
+    with_twins = nearest_neighbours(embeddings[[0, 0, 2]], 1)
+    assert with_twins.flatten().tolist() == [1, 0, 0]  # duplicates are neighbours of each other, not of themselves
+    assert nearest_neighbours(embeddings[:2], 5).tolist() == [[1], [0]]
     rows = torch.arange(4).repeat(50)
-    mixed = mix(embeddings, rows, near, torch.Generator().manual_seed(0))
+    mixed = interpolate(embeddings, rows, near, torch.Generator().manual_seed(0))
     found = torch.atan2(mixed[:, 1], mixed[:, 0]).rad2deg().view(50, 4)
     assert torch.allclose(mixed.norm(dim=1), torch.ones(200))
     low, high = torch.tensor([0.0, 5.0, 80.0, 87.5]), torch.tensor([5.0, 10.0, 87.5, 95.0])  # at most half of the way
@@ -271,9 +272,9 @@ def test_pictures_of_several_things_have_no_neighbours_but_themselves() -> None:
     things[:, 0, 0] = 1.0
     things[1, 0] = F.normalize(torch.tensor([1.0, 0.1, 0.0]), dim=0)
     things[[2, 3], 1, 2] = 1.0  # nearer to each other than anything else is
-    near = nearest(things, 5)
+    near = nearest_neighbours(things, 5)
     assert near.tolist() == [[1], [0], [2], [3]]
-    mixed = mix(things, torch.arange(4), near, torch.Generator().manual_seed(0))
+    mixed = interpolate(things, torch.arange(4), near, torch.Generator().manual_seed(0))
     assert torch.equal(mixed[2:], things[2:]) and not torch.equal(mixed[:2], things[:2])
     assert torch.allclose(mixed[:, 0].norm(dim=1), torch.ones(4))
 

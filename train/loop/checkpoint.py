@@ -1,9 +1,9 @@
-"""Checkpoints: OUT/checkpoints/step_000300/ holds everything that going on needs, and is there whole or not at all.
+"""Checkpoints: OUT/checkpoints/step_000300/ holds everything needed to resume, and exists completely or not at all.
 
 Accelerate writes what it prepared or was given by `register_for_checkpointing`: weights, optimizers, the scaler, the
-moving average, the random states of every process. state.json says the step, which is also the position in the data
-(`train.data.images.Order`), and the configuration. It is written under
-a temporary name, forced to the disk, then renamed; only then do older ones go.
+weight average, the random states of every process. state.json has the step, which is also the position in the data
+(`train.data.images.ResumableSampler`), and the configuration. A checkpoint is written under a temporary name, synced
+to the disk, then renamed; only then are older ones removed.
 """
 
 from __future__ import annotations
@@ -25,22 +25,22 @@ from torch.distributed.checkpoint.api import CheckpointException
 from clipgen.config import GPTConfig, VQGANConfig
 from clipgen.errors import ClipGenError
 from train.config import TrainConfig
-from train.loop.sharding import Sharded
+from train.loop.sharding import ShardedState
 
-KEPT_TO_THE_END = (
+FIXED_SETTINGS = (
     *("batch_size", "seed", "held_out", "optimizer", "weight_decay", "betas", "views", "min_scale"),
     *("disc_ch", "disc_regularisation", "codes", "parallel"),
 )
-"""Settings with another value of which it would not be the training that was begun; the others may change."""
+"""Settings that a resumed training must not change; all others may change."""
 
 
 class CheckpointError(ClipGenError):
-    """A checkpoint or weights that cannot be written, or belong to another training; the message says what to do."""
+    """A checkpoint or weights that cannot be written, or that belong to another training."""
 
 
 def fixed_settings(config: TrainConfig, **models: VQGANConfig | GPTConfig) -> dict[str, Any]:
-    """What may not change between a checkpoint and the training that goes on from it: name -> value."""
-    values = {name: value for name, value in asdict(config).items() if name in KEPT_TO_THE_END}
+    """What must be the same in a checkpoint and in the training that resumes from it: name -> value."""
+    values = {name: value for name, value in asdict(config).items() if name in FIXED_SETTINGS}
     for part, model in models.items():
         values |= {f"{part}.{name}": value for name, value in asdict(model).items()}
     return values
@@ -52,10 +52,10 @@ class Checkpoints:
 
     Attributes:
         out: the training's folder.
-        keep: how many of the newest stay.
+        keep: how many of the newest checkpoints are kept.
         fixed: what a checkpoint must have in common with the training (`fixed_settings`).
-        about: anything else worth knowing, such as the whole configuration; for the reader.
-        sharded: models and an optimizer that Accelerate knows nothing of.
+        about: more about the training for the reader of state.json, such as the whole configuration.
+        sharded: models and an optimizer that are not prepared by Accelerate.
     """
 
     accelerator: Accelerator
@@ -63,23 +63,23 @@ class Checkpoints:
     keep: int = 2
     fixed: Mapping[str, Any] = field(default_factory=dict)
     about: Mapping[str, Any] = field(default_factory=dict)
-    sharded: Sharded | None = None
+    sharded: ShardedState | None = None
 
     @property
     def folder(self) -> Path:
         return self.out / "checkpoints"
 
     def save(self, step: int) -> None:
-        """Write the checkpoint of a step, then remove the oldest. All processes call this.
+        """Write the checkpoint of a step, then remove the oldest ones. All processes call this.
 
         Raises:
-            CheckpointError: it could not be written; those before it are intact.
+            CheckpointError: it could not be written; earlier ones are intact.
         """
         wait, main = self.accelerator.wait_for_everyone, self.accelerator.is_main_process
         final = self.folder / f"step_{step:06d}"
         temporary = final.with_suffix(".tmp")
         if main:
-            self._clear()
+            self._remove_leftovers()
         wait()
         try:
             self.accelerator.save_state(str(temporary))
@@ -90,23 +90,26 @@ class Checkpoints:
                 state = {"step": step, "processes": self.accelerator.num_processes}
                 state |= {"fixed": dict(self.fixed), "about": dict(self.about)}
                 (temporary / "state.json").write_text(json.dumps(state, indent=1))
-                _force(temporary)
+                _sync_folder(temporary)
                 os.replace(temporary, final)
                 _sync(self.folder)
         except (OSError, SafetensorError, RuntimeError, CheckpointException) as error:
             shutil.rmtree(temporary, ignore_errors=True)
-            raise self._unsaved(step, error) from error
+            raise self._save_error(step, error) from error
         if main:
             for _, path in self.complete()[: -self.keep]:
-                os.replace(path, path.with_suffix(".tmp"))  # never half of one under its name
-            self._clear()
+                os.replace(path, path.with_suffix(".tmp"))  # so that a half-deleted one never looks complete
+            self._remove_leftovers()
         wait()
 
     def load(self) -> int:
-        """Restore the newest checkpoint into what the accelerator prepared; the step to go on from, 0 without one.
+        """Restore the newest checkpoint into what the accelerator prepared.
+
+        Returns:
+            The step to continue from, 0 if there is no checkpoint.
 
         Raises:
-            CheckpointError: it is of another model, or of a training with other fixed settings.
+            CheckpointError: it belongs to another model, or to a training with other fixed settings.
         """
         complete = self.complete()
         if not complete:
@@ -119,7 +122,7 @@ class Checkpoints:
         ]
         if changed:
             raise CheckpointError(
-                f"{path} was trained with {'; '.join(changed)}. Go on with these, or give a new --out"
+                f"{path} was trained with {'; '.join(changed)}. Continue with these, or give a new --out"
             )
         self.accelerator.load_state(str(path))
         if self.sharded:
@@ -127,28 +130,28 @@ class Checkpoints:
         return step
 
     def complete(self) -> list[tuple[int, Path]]:
-        """Steps and folders of the checkpoints that are whole, oldest first."""
+        """Steps and folders of the complete checkpoints, oldest first."""
         paths = [path.parent for path in self.folder.glob("step_*/state.json") if path.parent.suffix != ".tmp"]
         return sorted((int(path.name.removeprefix("step_")), path) for path in paths)
 
-    def _clear(self) -> None:
-        """Remove what is too old, and what a run that was killed while it saved has left."""
-        for rest in self.folder.glob("*.tmp"):
-            shutil.rmtree(rest, ignore_errors=True)
+    def _remove_leftovers(self) -> None:
+        """Remove checkpoints that are too old or were never completed."""
+        for path in self.folder.glob("*.tmp"):
+            shutil.rmtree(path, ignore_errors=True)
 
-    def _unsaved(self, step: int, error: BaseException) -> CheckpointError:
+    def _save_error(self, step: int, error: BaseException) -> CheckpointError:
         complete = self.complete()
-        rest = f"the checkpoint of step {complete[-1][0]} is intact" if complete else "there is none before it"
+        earlier = f"the checkpoint of step {complete[-1][0]} is intact" if complete else "there is no earlier one"
         return CheckpointError(
-            f"step {step} could not be saved in {self.out}: {_cause(error)}; {rest}: make room, then run it again"
+            f"step {step} could not be saved in {self.out}: {_cause(error)}; {earlier}: make room, then run it again"
         )
 
 
 def save_tensors(weights: Mapping[str, Tensor], path: Path) -> None:
-    """Write safetensors under a temporary name, then rename.
+    """Write a .safetensors file under a temporary name, then rename it.
 
     Raises:
-        CheckpointError: it could not be written; a file that was there is intact.
+        CheckpointError: it could not be written; a file of that name that was there is unchanged.
     """
     temporary = path.with_name(f"{path.name}.tmp")
     try:
@@ -160,12 +163,12 @@ def save_tensors(weights: Mapping[str, Tensor], path: Path) -> None:
 
 
 def _cause(error: BaseException) -> str:
-    """What went wrong, in one line: each library says it in its own way that a disk is full."""
+    """The cause in one line; every library reports a full disk in its own way."""
     return (error.strerror if isinstance(error, OSError) else None) or str(error).splitlines()[0]
 
 
-def _force(folder: Path) -> None:
-    """Have the contents of a folder on the disk itself: a machine that is switched off keeps them."""
+def _sync_folder(folder: Path) -> None:
+    """Sync everything in a folder to the disk, so that it survives a power failure."""
     for path in folder.rglob("*"):
         _sync(path)
     _sync(folder)

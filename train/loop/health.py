@@ -1,4 +1,4 @@
-"""Is a training still worth its hours? Said plainly when not, and stopped before a good checkpoint is gone."""
+"""Detects trainings that have gone wrong: warns first, then stops them before a good checkpoint is overwritten."""
 
 from __future__ import annotations
 
@@ -15,101 +15,103 @@ Scalars = Mapping[str, float | Tensor]
 
 
 class TrainingError(ClipGenError):
-    """A training that makes no sense to go on with; the message says since when and what to try."""
+    """A training that is not worth continuing; the message says since when and what to try."""
 
 
 @dataclass(frozen=True)
-class Sign:
-    """One way to go wrong.
+class Symptom:
+    """One way for a training to go wrong.
 
     Attributes:
-        shown: whether a log line shows it; lines without the numbers it needs do not.
-        text: what is wrong, with the line's numbers in braces.
+        present: whether a log line shows it; False for lines without the scalars it needs.
+        message: what is wrong, a format string of the line's scalars.
         advice: what to try.
     """
 
-    shown: Callable[[Mapping[str, float]], bool]
-    text: str
+    present: Callable[[Mapping[str, float]], bool]
+    message: str
     advice: str
 
 
-def collapsed_codes(codebook_size: int) -> Sign:
+def collapsed_codes(codebook_size: int) -> Symptom:
     """Few codes are used: their perplexity is below a hundredth of the codebook, or below two."""
-    least = max(2.0, codebook_size / 100)
-    return Sign(
-        lambda line: line.get("perplexity", math.inf) < least,
-        f"the codes collapse: those in use are worth {{perplexity:.1f}} of {codebook_size}",
+    threshold = max(2.0, codebook_size / 100)
+    return Symptom(
+        lambda line: line.get("perplexity", math.inf) < threshold,
+        f"the codebook collapses: perplexity {{perplexity:.1f}} of {codebook_size} codes",
         "use model.vqgan.l2_codes=true, a smaller stage1.revive_every above 0, or a lower stage1.lr",
     )
 
 
-def discriminator_wins() -> Sign:
-    """Hinge losses near 0: every patch is recognised with certainty, so that the generator learns nothing from it."""
-    return Sign(
+def discriminator_wins() -> Symptom:
+    """The hinge loss is near 0: every patch is recognised with certainty, so the generator learns nothing from it."""
+    return Symptom(
         lambda line: line.get("discriminator", math.inf) < 0.05,
-        "the discriminator wins: it tells every picture from its reconstruction, loss {discriminator:.3f}",
+        "the discriminator wins: it tells every image from its reconstruction, loss {discriminator:.3f}",
         "lower stage1.disc_lr or start it later (stage1.disc_start), or use stage1.disc_regularisation=lecam or r1",
     )
 
 
-def worse_than_guessing(vocab_size: int) -> Sign:
-    """A cross-entropy above that of giving every token the same probability, ln V."""
-    most = math.log(vocab_size)
-    return Sign(
-        lambda line: line.get("loss", 0.0) > 1.05 * most,
-        f"the GPT does worse than guessing: loss {{loss:.3f}}, blind guesses have {most:.3f}",
+def worse_than_guessing(vocab_size: int) -> Symptom:
+    """The cross-entropy is above ln V, that of a uniform distribution over the tokens."""
+    uniform = math.log(vocab_size)
+    return Symptom(
+        lambda line: line.get("loss", 0.0) > 1.05 * uniform,
+        f"the GPT does worse than guessing: loss {{loss:.3f}}, uniform guesses have {uniform:.3f}",
         "use a lower stage2.lr, a longer stage2.warmup, or a lower stage2.grad_clip",
     )
 
 
 @dataclass
 class Health:
-    """Looks at every log line. All processes look at the same numbers, so that all of them stop.
+    """Checks every log line. All processes see the same scalars, so that all of them stop together.
 
     Attributes:
-        patience: lines in a row that show a sign before training stops; 0 never stops for one.
-        signs: what to look for, beside numbers that are not finite.
-        says: whether this process prints.
+        patience: consecutive lines with a symptom before training stops; 0 only warns.
+        symptoms: what to look for, besides values that are not finite.
+        verbose: whether this process prints warnings.
     """
 
     patience: int
-    signs: list[Sign]
-    says: bool = True
-    _since: dict[int, tuple[int, int]] = field(default_factory=dict)  # sign -> first step, lines
+    symptoms: list[Symptom]
+    verbose: bool = True
+    _since: dict[int, tuple[int, int]] = field(default_factory=dict)  # symptom -> first step, number of lines
 
     def check(self, step: int, scalars: Scalars) -> None:
-        """Note one log line.
+        """Check one log line.
 
         Raises:
-            TrainingError: a number is not finite, or a sign has been there for `patience` lines.
+            TrainingError: a value is not finite, or a symptom has persisted for `patience` lines.
         """
         check_finite(step, scalars)
         line = {name: float(value) for name, value in scalars.items()}
-        for number, sign in enumerate(self.signs):
-            if not sign.shown(line):
+        for number, symptom in enumerate(self.symptoms):
+            if not symptom.present(line):
                 self._since.pop(number, None)
                 continue
             first, lines = self._since.get(number, (step, 0))
             self._since[number] = first, lines + 1
-            text = sign.text.format(**line)
+            message = symptom.message.format(**line)
             if lines + 1 == self.patience:
                 raise TrainingError(
-                    f"step {step}: {text}, since step {first}. To go on from a checkpoint, {sign.advice}; "
-                    "patience=0 goes on in any case"
+                    f"step {step}: {message}, since step {first}. To continue from a checkpoint, {symptom.advice}; "
+                    "patience=0 never stops for this"
                 )
-            if not lines and self.says:
-                print(f"warning: step {step}: {text}; if that stays, {sign.advice}", file=sys.stderr, flush=True)
+            if not lines and self.verbose:
+                print(
+                    f"warning: step {step}: {message}; if that persists, {symptom.advice}", file=sys.stderr, flush=True
+                )
 
 
 def check_finite(step: int, values: Scalars) -> None:
-    """Stop a training whose numbers have become NaN or infinite, before it is saved over a good checkpoint.
+    """Check that values are finite, before a training that diverged is saved over a good checkpoint.
 
     Raises:
-        TrainingError: one of the values is not finite.
+        TrainingError: one of the values is NaN or infinite.
     """
     bad = [name for name, value in values.items() if not math.isfinite(value)]
     if bad:
         raise TrainingError(
-            f"step {step}: {', '.join(bad)} not finite, so the weights are lost; the last checkpoint is from before. "
-            "Go on from it with a lower lr, a lower grad_clip, or precision=no"
+            f"step {step}: {', '.join(bad)} not finite, so the weights are lost; the last checkpoint is intact. "
+            "Continue from it with a lower lr, a lower grad_clip, or precision=no"
         )

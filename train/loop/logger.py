@@ -1,4 +1,4 @@
-"""What a training says on the way: a line on the terminal, scalars.csv, pictures, and a tracker that people know."""
+"""The log of a training: a line on the terminal, scalars.csv, sample images, and TensorBoard or Weights & Biases."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ TRACKERS = ("tensorboard", "wandb")
 
 
 def check_tracker(kind: str) -> None:
-    """Whether a tracker can be used here.
+    """Check that a tracker can be used.
 
     Raises:
         ConfigError: Weights & Biases is asked for and not installed.
@@ -34,15 +34,15 @@ def check_tracker(kind: str) -> None:
 
 @dataclass
 class Logger:
-    """Scalars as CSV, in the tracker and as a line on the terminal; pictures as PNG and in the tracker.
+    """Scalars to CSV, tracker and terminal; images to PNG and tracker.
 
-    Made on the main process only. Scalars may be tensors: they are read only when a line is due, so that logging never
-    stalls the device.
+    Created on the main process only. Scalars may be tensors, which are read when a line is due, so that logging does
+    not stall the device in between.
 
     Attributes:
-        start: the step that training goes on from; what a run before it logged of later ones is dropped.
-        tracker: "tensorboard", whose files are in OUT/tensorboard, or "wandb", a run of the project "clipgen".
-        about: what the tracker is to know of the training, such as its configuration.
+        start: step that training continues from; rows of later steps, logged by an earlier run, are dropped.
+        tracker: "tensorboard", with its files in OUT/tensorboard, or "wandb", a run of the project "clipgen".
+        config: the configuration, for the tracker.
     """
 
     out: Path
@@ -50,7 +50,7 @@ class Logger:
     batch_size: int
     start: int = 0
     tracker: str = "tensorboard"
-    about: Mapping[str, Any] = field(default_factory=dict)
+    config: Mapping[str, Any] = field(default_factory=dict)
     _tracker: GeneralTracker = field(init=False, repr=False)
     _since: tuple[float, int] | None = field(default=None, init=False, repr=False)
 
@@ -58,7 +58,7 @@ class Logger:
         self.out.mkdir(parents=True, exist_ok=True)
         if self.tracker == "wandb":
             run = {"id": _run_id(self.out / "wandb_run.txt"), "resume": "allow", "name": self.out.name}
-            self._tracker = WandBTracker("clipgen", dir=str(self.out), config=dict(self.about), **run)
+            self._tracker = WandBTracker("clipgen", dir=str(self.out), config=dict(self.config), **run)
         else:
             purge = self.start + 1 if self.start else None
             self._tracker = TensorBoardTracker("tensorboard", str(self.out), purge_step=purge)
@@ -70,17 +70,17 @@ class Logger:
             write_text(path, "".join(kept))
 
     def scalars(self, step: int, values: Scalars) -> None:
-        """Write one row."""
+        """Log the scalars of one step."""
         now = time.time()
         if self._since is None:
             self._since = (now, step)
-        seconds, done = now - self._since[0], step - self._since[1]
+        seconds, steps = now - self._since[0], step - self._since[1]
         row = {name: float(value) for name, value in values.items()}
-        if done:
-            row["images_per_second"] = done * self.batch_size / seconds
+        if steps:
+            row["images_per_second"] = steps * self.batch_size / seconds
         self._tracker.log(row, step=step)
         self._append(step, row)
-        left = f", {(self.steps - step) * seconds / done / 60:.0f} min left" if done else ""
+        left = f", {(self.steps - step) * seconds / steps / 60:.0f} min left" if steps else ""
         text = " ".join(f"{name} {value:.4g}" for name, value in row.items())
         print(f"step {step}/{self.steps} {text}{left}", flush=True)
 
@@ -93,20 +93,20 @@ class Logger:
                 writer.writerow(["step", "name", "value"])
             writer.writerows((step, name, value) for name, value in row.items())
 
-    def picture(self, step: int, name: str, image: Image.Image) -> None:
-        """Keep a picture as out/NAME_STEP.png and in the tracker."""
+    def image(self, step: int, name: str, image: Image.Image) -> None:
+        """Save an image as OUT/NAME_STEP.png and in the tracker."""
         image.save(self.out / f"{name}_{step:06d}.png")
         pixels = np.asarray(image)[None]  # (1, H, W, 3)
         layout = {} if self.tracker == "wandb" else {"dataformats": "NHWC"}
         self._tracker.log_images({name: pixels}, step=step, **layout)
 
     def close(self) -> None:
-        """Have the tracker write what it still holds."""
+        """Flush and close the tracker."""
         self._tracker.finish()
 
 
 def _run_id(path: Path) -> str:
-    """A name that a training keeps when it goes on."""
+    """The run's id, which stays the same when the training is resumed."""
     if not path.is_file():
         write_text(path, uuid.uuid4().hex)
     return path.read_text()

@@ -1,7 +1,7 @@
-"""A model that no single GPU holds: FSDP2 (`torch.distributed.fsdp.fully_shard`), and its checkpoints.
+"""Models too large for one GPU: FSDP2 (`torch.distributed.fsdp.fully_shard`) and its checkpoints.
 
-Every process keeps a part of each tensor, of its gradient and of the optimizer's moments, and gathers a block's weights
-when that block runs. Accelerate's own FSDP refuses CPUs, where this is tested; these are the calls it makes.
+Every process keeps a shard of each weight, gradient and optimizer moment, and gathers a block's weights when the block
+runs. Accelerate's FSDP refuses CPUs, where this is tested, so this makes the same calls directly.
 """
 
 from __future__ import annotations
@@ -29,26 +29,26 @@ from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 from clipgen.errors import ConfigError
 
 
-def shard(model: nn.Module, blocks: Iterable[nn.Module], device: torch.device, bf16: bool) -> None:
-    """Cut a model's tensors into one part per process, in place. Optimizers are built after that.
+def shard_model(model: nn.Module, blocks: Iterable[nn.Module], device: torch.device, bf16: bool) -> None:
+    """Shard a model's parameters over all processes, in place. Build optimizers afterwards.
 
     Args:
-        blocks: parts of the model that are gathered one at a time; the rest is gathered as a whole.
-        bf16: whether weights are gathered in bfloat16; they are kept, and gradients added up, in float32.
+        blocks: submodules that are gathered one at a time; the rest is gathered together.
+        bf16: whether weights are gathered in bfloat16; they are stored, and gradients reduced, in float32.
 
     Raises:
-        ConfigError: there are no processes to share it.
+        ConfigError: the process was not started by torchrun.
     """
     if not dist.is_initialized():
-        raise ConfigError("parallel=fsdp shares a model among processes: start it with torchrun, or use parallel=ddp")
+        raise ConfigError("parallel=fsdp shards the model over processes: start it with torchrun, or use parallel=ddp")
     mesh = init_device_mesh(device.type, (dist.get_world_size(),))
     policy = MixedPrecisionPolicy(torch.bfloat16, torch.float32) if bf16 else MixedPrecisionPolicy()
     for module in (*blocks, model):
         fully_shard(module, mesh=mesh, mp_policy=policy)
 
 
-def whole_state(model: nn.Module) -> dict[str, Tensor]:
-    """All of a model's weights. Of a sharded one on the CPU and of the first process; empty on the others.
+def full_state_dict(model: nn.Module) -> dict[str, Tensor]:
+    """All weights of a model. If it is sharded: on the CPU, of the main process only, and empty on the others.
 
     All processes call this.
     """
@@ -59,18 +59,18 @@ def whole_state(model: nn.Module) -> dict[str, Tensor]:
 
 
 @dataclass(frozen=True)
-class Sharded:
-    """Sharded models and the optimizer of the first of them, as a checkpoint that any number of processes can load."""
+class ShardedState:
+    """Sharded models and the optimizer of the first one, as a checkpoint that any number of processes can load."""
 
     models: Mapping[str, nn.Module]
     optimizer: torch.optim.Optimizer
 
     def save(self, folder: Path) -> None:
-        """Write every process's part. All processes call this."""
+        """Write the shards of every process. All processes call this."""
         dcp.save(self._state(), checkpoint_id=folder)
 
     def load(self, folder: Path) -> None:
-        """Read what belongs to this process, whoever wrote it. All processes call this."""
+        """Read the shards of this process, whichever processes wrote them. All processes call this."""
         state = self._state()
         dcp.load(state, checkpoint_id=folder)
         for name, model in self.models.items():

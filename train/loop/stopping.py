@@ -1,4 +1,4 @@
-"""Ctrl-C and SIGTERM let a step finish and be saved."""
+"""Ctrl-C and SIGTERM let the current step finish and be saved."""
 
 from __future__ import annotations
 
@@ -13,49 +13,49 @@ import torch.distributed as dist
 
 
 class Stop:
-    """While entered, the first SIGINT or SIGTERM is only noted; a second Ctrl-C of a single process acts at once.
+    """Context in which the first SIGINT or SIGTERM is only recorded; a second Ctrl-C of a lone process acts at once.
 
-    A signal reaches the processes at different moments, perhaps only one of them, so they agree after every step.
+    A signal reaches processes at different times, perhaps only one of them, so they agree after every step.
     """
 
     def __init__(self) -> None:
         self.signal = 0
         self._previous: dict[int, Any] = {}
         alone = not dist.is_initialized() or dist.get_world_size() == 1
-        # On the CPU, whatever the backend of the training: asking must not wait for the accelerator.
+        # Gloo, whatever backend the training uses: agreeing must not wait for the accelerator.
         self._group = None if alone else dist.new_group(backend="gloo")
 
     def __enter__(self) -> Stop:
         if threading.current_thread() is threading.main_thread():  # only there can handlers be set
-            self._previous = {s: signal.signal(s, self._note) for s in (signal.SIGINT, signal.SIGTERM)}
+            self._previous = {s: signal.signal(s, self._record) for s in (signal.SIGINT, signal.SIGTERM)}
         return self
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None) -> None:
         for number, handler in self._previous.items():
             signal.signal(number, handler)
 
-    def _note(self, number: int, _: FrameType | None) -> None:
+    def _record(self, number: int, _: FrameType | None) -> None:
         if self.signal == signal.SIGINT == number and self._group is None:
             raise KeyboardInterrupt
         self.signal = number
 
     def requested(self) -> bool:
-        """Whether any process was asked to stop; all of them must ask, once a step."""
+        """Whether any process was asked to stop. All processes call this, once a step."""
         if self._group is None:
             return self.signal != 0
         agreed = torch.tensor(self.signal)
         dist.all_reduce(agreed, dist.ReduceOp.MAX, group=self._group)
-        # A signal that came while waiting for the others was not among what they agreed on: it counts at the next step.
+        # A signal that arrived during the reduction was not part of it; it counts at the next step.
         self.signal = max(self.signal, int(agreed))
         return int(agreed) != 0
 
     def leave(self, saved: str) -> None:
-        """End the process as one that was stopped (128 + signal), having said in one line what was saved.
+        """Exit with 128 + signal, after one line about what was saved.
 
         Raises:
             SystemExit: always.
         """
         if int(os.environ.get("RANK", "0")) == 0:
             name = "Ctrl-C" if self.signal == signal.SIGINT else signal.Signals(self.signal).name
-            print(f"stopped by {name}: {saved}; the same command goes on from there", flush=True)
+            print(f"stopped by {name}: {saved}; the same command continues from there", flush=True)
         raise SystemExit(128 + self.signal)

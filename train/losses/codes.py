@@ -1,4 +1,4 @@
-"""The codebook while it is trained: what is in use, what becomes of the rest, and codes as moving averages."""
+"""The codebook during training: usage, revival of unused codes, and codes as moving averages."""
 
 from __future__ import annotations
 
@@ -7,79 +7,94 @@ from collections.abc import Callable
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
+from einops import rearrange
 from torch import Tensor
 
 from clipgen.models.vqgan import VQGAN, Quantizer
 
-Sum = Callable[[Tensor], Tensor]
-"""Adds up a tensor over all processes."""
+AllReduce = Callable[[Tensor], Tensor]
+"""Sum a tensor over all processes."""
 
 
 class CodeUsage(nn.Module):
-    """How often each code was chosen, since the dead ones were last looked for and since the last log line.
+    """How often each code was chosen: since the last revival, and since the last log line.
 
-    Part of a checkpoint.
+    A module, so that its counts are saved in checkpoints.
     """
 
     counts: Tensor
+    """Since unused codes were last revived, (V,)."""
     recent: Tensor
+    """Since the last log line, (V,)."""
 
-    def __init__(self, codes: int) -> None:
+    def __init__(self, codebook_size: int) -> None:
         super().__init__()
-        self.register_buffer("counts", torch.zeros(codes))
-        self.register_buffer("recent", torch.zeros(codes))
+        self.register_buffer("counts", torch.zeros(codebook_size))
+        self.register_buffer("recent", torch.zeros(codebook_size))
 
-    def count(self, indices: Tensor) -> None:
-        """Add choices of any shape."""
-        found = torch.bincount(indices.flatten(), minlength=len(self.counts))
-        self.counts += found
-        self.recent += found
+    def update(self, indices: Tensor) -> None:
+        """Count chosen codes, an index tensor of any shape."""
+        chosen = count_codes(indices, len(self.counts))
+        self.counts += chosen
+        self.recent += chosen
 
-    def report(self, total: Sum) -> dict[str, Tensor]:
-        """Of the steps since the last report: the share of the codes that are used, and their perplexity, 1 to V."""
-        counts = total(self.recent.clone())
+    def report(self, all_reduce: AllReduce) -> dict[str, Tensor]:
+        """Fraction of codes used and their perplexity (1 to V) since the last report; then start counting afresh."""
+        counts = all_reduce(self.recent.clone())
         self.recent.zero_()
         return {"codes_used": (counts > 0).float().mean(), "perplexity": perplexity(counts)}
 
 
+def count_codes(indices: Tensor, codebook_size: int) -> Tensor:
+    """How often each code occurs in an index tensor of any shape: (V,) float32."""
+    chosen = indices.flatten()
+    # bincount would wait for the GPU to learn the largest index; this does not.
+    return torch.zeros(codebook_size, device=chosen.device).index_add_(
+        0, chosen, torch.ones(len(chosen), device=chosen.device)
+    )
+
+
 def perplexity(counts: Tensor) -> Tensor:
-    """exp of the entropy of choices (V,): how many codes, used equally, would say as much."""
-    share = counts / counts.sum()
-    return torch.special.entr(share).sum().exp()
+    """Exponential of the entropy of code counts (V,): the effective number of codes in use."""
+    probabilities = counts / counts.sum()
+    return torch.special.entr(probabilities).sum().exp()
 
 
-def vectors(quantizer: Quantizer, z: Tensor) -> Tensor:
-    """Latents (B, C, h, w) as the quantizer compares them, (B * h * w, C)."""
-    z = z.float().permute(0, 2, 3, 1).flatten(0, 2)
+def flatten_latents(quantizer: Quantizer, z: Tensor) -> Tensor:
+    """Latents (B, C, h, w) as the vectors that the quantizer compares with its codes, (B * h * w, C) float32."""
+    z = rearrange(z.float(), "b c h w -> (b h w) c")
     return F.normalize(z, dim=1) if quantizer.l2_codes else z
 
 
 @torch.no_grad()
-def latents(vqgan: VQGAN, x: Tensor) -> Tensor:
-    """Where images (B, 3, H, W) lie among the codes, (B * T, embed_dim)."""
-    return vectors(vqgan.quantizer, vqgan.encode(x))
+def encode_latents(vqgan: VQGAN, x: Tensor) -> Tensor:
+    """Latent vectors of images (B, 3, H, W) in [-1, 1] before quantization, (B * T, embed_dim)."""
+    return flatten_latents(vqgan.quantizer, vqgan.encode(x))
 
 
 @torch.no_grad()
-def revive_codes(quantizer: Quantizer, usage: Tensor, z: Tensor, generator: torch.Generator) -> Tensor:
-    """Move the codes that no latent chose onto some of the latents z (N, embed_dim); which ones, (M,).
+def revive_codes(quantizer: Quantizer, counts: Tensor, z: Tensor, generator: torch.Generator) -> Tensor:
+    """Move unused codes onto randomly chosen latents z (N, embed_dim).
 
     Args:
-        usage: choices of each code, (V,).
+        counts: how often each code was chosen, (V,).
+
+    Returns:
+        The indices of the codes that were moved, (M,).
     """
-    dead = (usage == 0).nonzero().flatten()[: len(z)]
-    chosen = torch.randperm(len(z), generator=generator)[: len(dead)]
-    quantizer.embedding.weight[dead] = z[chosen.to(z.device)]
-    return dead
+    unused = (counts == 0).nonzero().flatten()[: len(z)]
+    chosen = torch.randperm(len(z), generator=generator)[: len(unused)]
+    quantizer.embedding.weight[unused] = z[chosen.to(z.device)]
+    return unused
 
 
-class AverageCodes(nn.Module):
-    """Codes that are moving averages of the latents that chose them; part of a checkpoint.
+class EMACodebook(nn.Module):
+    """Codes as exponential moving averages of the latents that chose them, instead of learned by gradient.
 
-    With n latents in a step that choose a code, of sum m: N = d N + (1 - d) n, M = d M + (1 - d) m, code = M / N
-    (van den Oord et al., arXiv 1711.00937, appendix A.1, eqs. 6 to 8), N smoothed so that no code is divided by 0. With
-    unit-norm codes that is their mean direction. The codes get no gradient; make this before anything looks for
-    parameters to train.
+    With n latents of sum m choosing a code in a step: N = d N + (1 - d) n, M = d M + (1 - d) m, code = M / N
+    (van den Oord et al., arXiv 1711.00937, appendix A.1, eqs. 6 to 8). N is Laplace-smoothed, so that no code is
+    divided by 0. With unit-norm codes the result is the mean direction. Create this before collecting the parameters
+    to train: it takes the gradient from the codes. A module, so that the averages are saved in checkpoints.
     """
 
     sizes: Tensor
@@ -91,36 +106,36 @@ class AverageCodes(nn.Module):
         weight = quantizer.embedding.weight.requires_grad_(False)
         self.register_buffer("sizes", torch.ones(len(weight)))
         self.register_buffer("sums", quantizer.codes().detach().clone())
-        self._found = [torch.zeros(0), torch.zeros(0)]
-
-    def watch(self, quantizer: Quantizer) -> None:
-        """Note what the quantizer is given in training, where gradients are kept, from now on."""
-        self._quantizer = [quantizer]  # not as a part of this module: it is saved with the VQGAN
         self._clear()
-        quantizer.register_forward_hook(self._note)
+
+    def attach(self, quantizer: Quantizer) -> None:
+        """Record from now on what the quantizer chooses in training, that is, for latents with a gradient."""
+        self._quantizer = [quantizer]  # in a list, so that it is not a submodule: it is saved with the VQGAN
+        self._clear()
+        quantizer.register_forward_hook(self._record)
 
     def _clear(self) -> None:
-        self._found = [torch.zeros_like(self.sizes), torch.zeros_like(self.sums)]
+        self._new_sizes, self._new_sums = torch.zeros_like(self.sizes), torch.zeros_like(self.sums)
 
     @torch.no_grad()
-    def _note(self, quantizer: nn.Module, inputs: tuple[Tensor], output: tuple[Tensor, Tensor, Tensor]) -> None:
+    def _record(self, quantizer: nn.Module, inputs: tuple[Tensor], output: tuple[Tensor, Tensor, Tensor]) -> None:
         if inputs[0].requires_grad:
             indices = output[2].flatten()
-            self._found[0] += torch.bincount(indices, minlength=len(self.sizes))
-            self._found[1].index_add_(0, indices, vectors(self._quantizer[0], inputs[0]))
+            self._new_sizes += count_codes(indices, len(self.sizes))
+            self._new_sums.index_add_(0, indices, flatten_latents(self._quantizer[0], inputs[0]))
 
     @torch.no_grad()
-    def update(self, total: Sum) -> None:
-        """Move the codes by what was noted since the last update, of all processes."""
-        self.sizes.lerp_(total(self._found[0]), 1 - self.decay)
-        self.sums.lerp_(total(self._found[1]), 1 - self.decay)
+    def update(self, all_reduce: AllReduce) -> None:
+        """Move the codes by what all processes recorded since the last update."""
+        self.sizes.lerp_(all_reduce(self._new_sizes), 1 - self.decay)
+        self.sums.lerp_(all_reduce(self._new_sums), 1 - self.decay)
         self._clear()
-        every, small = self.sizes.sum(), 1e-5
-        smoothed = (self.sizes + small) / (every + len(self.sizes) * small) * every
+        total, epsilon = self.sizes.sum(), 1e-5
+        smoothed = (self.sizes + epsilon) / (total + len(self.sizes) * epsilon) * total
         self._quantizer[0].embedding.weight.copy_(self.sums / smoothed[:, None])
 
     @torch.no_grad()
-    def restart(self, codes: Tensor) -> None:
-        """Begin the averages of codes (M,) that were moved anew, where they are now."""
+    def reset(self, codes: Tensor) -> None:
+        """Restart the averages of revived codes (M,) from where these are now."""
         self.sizes[codes] = 1.0
         self.sums[codes] = self._quantizer[0].codes()[codes]

@@ -1,4 +1,4 @@
-"""The adversarial half of stage 1: what the discriminator tells the VQGAN, and its own step."""
+"""The adversarial half of stage 1: the generator's loss with its adaptive weight, and the discriminator's step."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from torch import Tensor
 
 from clipgen.models.vqgan import VQGAN
 from train.config import Stage1Config
-from train.loop.common import in_parts, means
+from train.loop.batches import mean_scalars, micro_batches
 from train.losses.stage1 import (
     Crop,
     LeCam,
@@ -30,8 +30,8 @@ class Gan:
     """Hinge GAN with an adaptive weight (Esser et al., arXiv 2012.09841, section 3.1).
 
     Attributes:
-        vqgan: the bare model, outside of what shares it among processes.
-        discriminator: as the accelerator prepared it; it learns in `step` only.
+        vqgan: the bare model, without its DDP wrapper.
+        discriminator: as the accelerator prepared it; it is trained in `step` only.
     """
 
     config: Stage1Config
@@ -39,58 +39,60 @@ class Gan:
     vqgan: VQGAN
     discriminator: torch.nn.Module
     optimizer: torch.optim.Optimizer
-    likeness: ReconstructionLoss
+    reconstruction_loss: ReconstructionLoss
     lecam: LeCam
 
     def __post_init__(self) -> None:
-        self._judge: PatchDiscriminator = self.accelerator.unwrap_model(self.discriminator)
-        self._mean = partial(self.accelerator.reduce, reduction="mean")
-        self._last = self.vqgan.decoder.conv_out.weight
-        self._judge.requires_grad_(False)
+        self._bare_discriminator: PatchDiscriminator = self.accelerator.unwrap_model(self.discriminator)
+        self._all_reduce_mean = partial(self.accelerator.reduce, reduction="mean")
+        self._last_layer = self.vqgan.decoder.conv_out.weight
+        self._bare_discriminator.requires_grad_(False)
 
-    def whole_weight(self, parts: Sequence[Tensor], crop: Crop | None) -> Tensor | None:
-        """The adaptive weight of a batch that is taken in parts, before the first of them; None for a single part.
+    def batch_weight(self, parts: Sequence[Tensor], crop: Crop | None) -> Tensor | None:
+        """Adaptive weight of a batch that is split into micro-batches, before the first of them; None if it is not.
 
-        It costs another pass through the decoder: the weight is a ratio of gradients of the whole batch, and no part
-        can be learned from without it.
+        The weight is a ratio of gradients of the whole batch, so this costs one more pass through the decoder.
         """
         if len(parts) == 1:
             return None
-        return adaptive_weight((self._glance(x, crop) for x in parts), self._last, self._mean, self._scale())
+        losses = (self._both_losses(x, crop) for x in parts)
+        return adaptive_weight(losses, self._last_layer, self._all_reduce_mean, self._loss_scale())
 
-    def _glance(self, x: Tensor, crop: Crop | None) -> tuple[Tensor, Tensor]:
+    def _both_losses(self, x: Tensor, crop: Crop | None) -> tuple[Tensor, Tensor]:
+        """Reconstruction loss and generator loss of images (B, 3, H, W)."""
         with self.accelerator.autocast():
             with torch.no_grad():
                 z, _, _ = self.vqgan.quantizer(self.vqgan.encode(x))
             y = self.vqgan.decode(z)
-            return self.likeness(y, x, crop)[0], generator_loss(self._judge(y.float()))
+            return self.reconstruction_loss(y, x, crop)[0], generator_loss(self._bare_discriminator(y.float()))
 
-    def _scale(self) -> float:
+    def _loss_scale(self) -> float:
         scaler = self.accelerator.scaler
         return scaler.get_scale() if scaler is not None else 1.0
 
-    def loss(self, unlike: Tensor, y: Tensor, weight: Tensor | None) -> tuple[Tensor, dict[str, Tensor]]:
-        """What the VQGAN is to lower besides, a scalar, and what is worth knowing of it.
+    def loss(self, reconstruction: Tensor, y: Tensor, weight: Tensor | None) -> tuple[Tensor, dict[str, Tensor]]:
+        """Weighted generator loss, a scalar, and scalars for the log.
 
         Args:
-            unlike: how unlike the reconstructions are, a scalar that depends on the decoder.
+            reconstruction: the reconstruction loss, a scalar that depends on the decoder.
             y: the reconstructions, (B, 3, H, W).
-            weight: of `whole_weight`.
+            weight: what `batch_weight` returned; computed here if None.
         """
         with self.accelerator.autocast():
-            adversarial = generator_loss(self._judge(y.float()))
+            adversarial = generator_loss(self._bare_discriminator(y.float()))
         if weight is None:
-            weight = adaptive_weight([(unlike, adversarial)], self._last, self._mean, self._scale())
+            losses = [(reconstruction, adversarial)]
+            weight = adaptive_weight(losses, self._last_layer, self._all_reduce_mean, self._loss_scale())
         scalars = {"generator": adversarial.detach(), "adaptive_weight": weight}
         return self.config.disc_weight * weight * adversarial, scalars
 
     def step(self, parts: Sequence[Tensor], fakes: Sequence[Tensor]) -> dict[str, Tensor]:
-        """Let the discriminator learn from pictures and their reconstructions, in parts (B, 3, H, W)."""
-        c, found = self.config, []
-        self._judge.requires_grad_(True)
+        """Train the discriminator on images and their reconstructions, micro-batches of (B, 3, H, W)."""
+        c, rows = self.config, []
+        self._bare_discriminator.requires_grad_(True)
         self.optimizer.zero_grad()
         pairs = list(zip(parts, fakes, strict=True))
-        for x, y in in_parts(self.accelerator, self.discriminator, pairs):
+        for x, y in micro_batches(self.accelerator, self.discriminator, pairs):
             x = x.detach().requires_grad_(c.disc_regularisation == "r1")
             with self.accelerator.autocast():
                 real, fake = self.discriminator(torch.cat([x, y])).float().chunk(2)
@@ -101,10 +103,10 @@ class Gan:
                 loss = loss + c.disc_regularisation_weight * penalty
                 scalars["disc_penalty"] = penalty.detach()
             self.accelerator.backward(loss / len(parts))
-            found.append(scalars)
+            rows.append(scalars)
         self.optimizer.step()
-        self._judge.requires_grad_(False)
-        scalars = means(found)
+        self._bare_discriminator.requires_grad_(False)
+        scalars = mean_scalars(rows)
         if c.disc_regularisation == "lecam":
-            self.lecam.update(self._mean(scalars["real"]), self._mean(scalars["fake"]))
+            self.lecam.update(self._all_reduce_mean(scalars["real"]), self._all_reduce_mean(scalars["fake"]))
         return scalars

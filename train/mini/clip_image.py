@@ -11,6 +11,7 @@ embedding, so that it keeps both. `train/mini/clip_text.py` then teaches sentenc
 from __future__ import annotations
 
 import argparse
+from dataclasses import asdict
 from pathlib import Path
 
 import torch
@@ -19,18 +20,12 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.optim.lr_scheduler import LambdaLR
 
-from train.loop.common import (
-    build_accelerator,
-    build_ema,
-    command,
-    cosine,
-    decayed,
-    load_checkpoint,
-    save_checkpoint,
-    save_tensors,
-)
+from train.loop.batches import build_accelerator
+from train.loop.checkpoint import Checkpoints, save_tensors
 from train.loop.health import check_finite
 from train.loop.logger import Logger
+from train.loop.optimization import build_ema, cosine_schedule, weight_decay_groups
+from train.loop.script import command
 from train.mini.captions import COLOURS, STYLES
 from train.mini.clip_data import (
     EMBED_DIM,
@@ -94,14 +89,18 @@ def main() -> None:
 
     tower = build_mini_clip().visual.train().to(memory_format=torch.channels_last)  # a third faster on a CPU
     heads = Heads(name_embeddings([emoji[code] for code in present], args.out / "teacher_names.safetensors"))
-    groups = [*decayed(tower, config.weight_decay), {"params": list(heads.parameters()), "weight_decay": 0.0}]
+    groups = [
+        *weight_decay_groups(tower, config.weight_decay),
+        {"params": list(heads.parameters()), "weight_decay": 0.0},
+    ]
     optimizer = torch.optim.AdamW(groups, config.lr, fused=True)
-    schedule = LambdaLR(optimizer, cosine(config))
+    schedule = LambdaLR(optimizer, cosine_schedule(config))
     tower, heads, optimizer, schedule = accelerator.prepare(tower, heads, optimizer, schedule)
     ema = build_ema(accelerator.unwrap_model(tower), config.ema)
     accelerator.register_for_checkpointing(ema)
     out = args.out / "image"
-    start = load_checkpoint(accelerator, out)
+    checkpoints = Checkpoints(accelerator, out, config.keep, about=asdict(config))
+    start = checkpoints.load()
     log = Logger(out, config.steps, config.batch_size)
 
     for step in range(start, config.steps):
@@ -131,7 +130,7 @@ def main() -> None:
             log.scalars(done, scalars)
             check_finite(done, scalars)
         if done % config.save_every == 0 or done == config.steps:
-            save_checkpoint(accelerator, out, done, config)
+            checkpoints.save(done)
             save_tensors(ema.module.state_dict(), args.out / "image.safetensors")
 
 

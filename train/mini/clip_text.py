@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import argparse
 import json
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import torch
@@ -23,18 +23,12 @@ from torch import Tensor
 from torch.optim.lr_scheduler import LambdaLR
 
 from clipgen.models.clip import Clip, tokenize
-from train.loop.common import (
-    build_accelerator,
-    build_ema,
-    command,
-    cosine,
-    decayed,
-    load_checkpoint,
-    save_checkpoint,
-    save_tensors,
-)
+from train.loop.batches import build_accelerator
+from train.loop.checkpoint import Checkpoints, save_tensors
 from train.loop.health import check_finite
 from train.loop.logger import Logger
+from train.loop.optimization import build_ema, cosine_schedule, weight_decay_groups
+from train.loop.script import command
 from train.mini.captions import Emoji, article
 from train.mini.clip_data import (
     CONTEXT,
@@ -208,14 +202,17 @@ def main() -> None:
     model = build_mini_clip()
     model.visual = torch.nn.Identity()
     model.train()
-    optimizer = torch.optim.AdamW(decayed(model, config.weight_decay), config.lr, betas=(0.9, 0.98), fused=True)
-    schedule = LambdaLR(optimizer, cosine(config))
+    optimizer = torch.optim.AdamW(
+        weight_decay_groups(model, config.weight_decay), config.lr, betas=(0.9, 0.98), fused=True
+    )
+    schedule = LambdaLR(optimizer, cosine_schedule(config))
     model, optimizer, schedule = accelerator.prepare(model, optimizer, schedule)
     tower = accelerator.unwrap_model(model)
     ema = build_ema(tower, config.ema)
     accelerator.register_for_checkpointing(ema)
     out = args.out / "text"
-    start = load_checkpoint(accelerator, out)
+    checkpoints = Checkpoints(accelerator, out, config.keep, about=asdict(config))
+    start = checkpoints.load()
     log = Logger(out, config.steps, config.batch_size)
 
     for step in range(start, config.steps):
@@ -250,7 +247,7 @@ def main() -> None:
             log.scalars(done, scalars)
             check_finite(done, scalars)
         if done % config.save_every == 0 or done == config.steps:
-            save_checkpoint(accelerator, out, done, config)
+            checkpoints.save(done)
             save_tensors(ema.module.state_dict(), args.out / "text.safetensors")
     join(args.data, args.out)
 

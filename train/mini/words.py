@@ -14,7 +14,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from train.data.images import DataError
-from train.loop.common import save_tensors
+from train.loop.checkpoint import save_tensors
 from train.mini.captions import Emoji, article, caption
 
 # WordNet's lexicographer files of things one can draw: animal, artifact, body, food, object, phenomenon, plant, shape.

@@ -13,7 +13,7 @@ from clipgen.config import ModelConfig
 from clipgen.models.gpt import GPT, Block
 from clipgen.models.vqgan import VQGAN, AttnBlock, ResBlock
 from train import stage1, stage2
-from train.loop.common import recompute
+from train.loop.optimization import enable_recompute
 
 
 @pytest.fixture(scope="module")
@@ -50,7 +50,7 @@ def test_stage2_in_parts_is_the_same_training(flags, tiny_weights: Path, tmp_pat
 @pytest.mark.parametrize(
     ("script", "change", "message"),
     [
-        (stage1, "stage1.accumulate=3", "accumulate is 3; it must divide the 4 pictures that each process has"),
+        (stage1, "stage1.accumulate=3", "accumulate is 3; it must divide the 4 images that each process has"),
         (stage2, "stage2.clip_batch=3", "clip_batch is 3; it must divide batch_size, 4"),
         (
             stage2,
@@ -95,7 +95,7 @@ def test_what_is_computed_again_is_not_kept_and_gives_the_same_gradients(tiny_co
         sizes, gradients = [], []
         for again in (False, True):
             if again:
-                recompute(model, kinds)
+                enable_recompute(model, kinds)
             size, (loss,) = kept(forward)
             model.zero_grad()
             loss.backward()

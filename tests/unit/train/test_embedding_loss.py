@@ -15,14 +15,14 @@ from clipgen.images.pixels import clip_from_pixels
 from clipgen.models.clip import Clip
 from clipgen.models.gpt import GPT, condition_of
 from clipgen.models.vqgan import VQGAN
-from train.loop.common import load_weights
+from train.loop.optimization import load_model_weights
 from train.losses.embedding import EmbeddingLoss
 
 
 @pytest.fixture(scope="module")
 def loss(tiny_config: ModelConfig, tiny_weights: Path) -> EmbeddingLoss:
     vqgan = VQGAN(tiny_config.vqgan).eval()
-    load_weights(vqgan, tiny_weights / "vqgan.safetensors")
+    load_model_weights(vqgan, tiny_weights / "vqgan.safetensors")
     return EmbeddingLoss(vqgan, Clip.from_state_dict(load_file(tiny_weights / "clip.safetensors")))
 
 
@@ -35,7 +35,7 @@ def test_it_is_the_distance_of_the_likeliest_tokens_picture(loss: EmbeddingLoss)
     pixels = loss.vqgan.decode_tokens(logits.argmax(-1))
     seen = loss.clip.encode_image(clip_from_pixels(pixels, 32))
     expected = (1 - F.cosine_similarity(seen, condition)).mean()
-    assert loss(logits, condition).item() == pytest.approx(expected.item(), abs=1e-5)
+    assert loss(logits, condition)[0].item() == pytest.approx(expected.item(), abs=1e-5)
 
 
 def test_of_several_things_it_asks_for_their_sum(loss: EmbeddingLoss) -> None:
@@ -43,15 +43,15 @@ def test_of_several_things_it_asks_for_their_sum(loss: EmbeddingLoss) -> None:
     things[1, things.shape[1] // 2 :] = 0  # of the second there is one
     first, second = things.chunk(2, dim=1)
     together = F.normalize(first + second, dim=1)
-    assert loss(logits, things).item() == pytest.approx(loss(logits, together).item(), abs=1e-6)
+    assert loss(logits, things)[0].item() == pytest.approx(loss(logits, together)[0].item(), abs=1e-6)
 
 
 def test_a_condition_that_was_left_out_asks_for_nothing(loss: EmbeddingLoss) -> None:
     logits = torch.randn(2, 16, 64, generator=torch.Generator().manual_seed(0)).requires_grad_()
     condition = embeddings(2)
-    alone = loss(logits[:1], condition[:1])
+    alone = loss(logits[:1], condition[:1])[0]
     condition[1] = 0
-    both = loss(logits, condition)
+    both = loss(logits, condition)[0]
     assert both.item() == pytest.approx(alone.item() / 2, abs=1e-6)
     both.backward()
     assert logits.grad[0].abs().max() > 0 and logits.grad[1].abs().max() == 0
@@ -60,7 +60,7 @@ def test_a_condition_that_was_left_out_asks_for_nothing(loss: EmbeddingLoss) -> 
 def test_the_gradient_is_that_of_the_codes_through_the_softmax(loss: EmbeddingLoss) -> None:
     logits = torch.randn(1, 16, 64, generator=torch.Generator().manual_seed(0)).requires_grad_()
     condition, codes = embeddings(1), loss.vqgan.quantizer.codes().detach()
-    loss(logits, condition).backward()
+    loss(logits, condition)[0].backward()
 
     def distance(z: torch.Tensor) -> torch.Tensor:
         pixels = loss.vqgan.decode(z.t().reshape(1, 8, 4, 4))
@@ -85,7 +85,7 @@ def learn(loss: EmbeddingLoss, gpt: GPT, tokens: torch.Tensor, condition: torch.
     found = []
     for _ in range(15):
         optimizer.zero_grad()
-        distance = loss(gpt(tokens, condition), condition)
+        distance = loss(gpt(tokens, condition), condition)[0]
         distance.backward()
         optimizer.step()
         found.append(distance.item())
@@ -97,7 +97,7 @@ def test_a_few_steps_bring_pictures_nearer_to_what_was_asked(
     loss: EmbeddingLoss, tiny_config: ModelConfig, tiny_weights: Path
 ) -> None:
     gpt = GPT(tiny_config.gpt)
-    load_weights(gpt, tiny_weights / "gpt.safetensors")
+    load_model_weights(gpt, tiny_weights / "gpt.safetensors")
     tokens = torch.randint(64, (4, 15), generator=torch.Generator().manual_seed(0))
     found = learn(loss, gpt, tokens, embeddings(4), lr=3e-3)
     assert sum(found[-3:]) / 3 < found[0] - 0.015  # little, as random towers see all pictures alike

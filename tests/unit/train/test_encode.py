@@ -14,7 +14,7 @@ from training_kit import draw_pictures, run, same_weights, scalars, write_config
 
 from clipgen.config import ModelConfig
 from train import encode, stage2
-from train.loop.common import split
+from train.loop.batches import split_held_out
 
 
 @pytest.fixture(scope="module")
@@ -155,8 +155,8 @@ def test_neighbours_need_tokens(flags, tmp_path: Path, monkeypatch, capsys) -> N
     assert stop.value.code == 2 and "neighbours is 2" in capsys.readouterr().err
 
 
-def test_held_out_pictures_are_held_out_in_every_crop() -> None:
-    pictures, held = split(100, 512)
-    rows = stage2.every_crop(pictures, 100, 3)
+def test_held_out_pictures_are_held_out_in_crop_rows() -> None:
+    pictures, held = split_held_out(100, 512)
+    rows = stage2.crop_rows(pictures, 100, 3)
     assert len(held) == 5 and len(rows) == 285 and rows.max() < 300
     assert not set((rows % 100).tolist()) & set(held.tolist())

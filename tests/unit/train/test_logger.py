@@ -24,7 +24,7 @@ def test_tensorboard_has_curves_and_pictures_and_forgets_what_is_trained_again(t
         log = Logger(tmp_path, steps=4, batch_size=8, start=start)
         for step in range(start + 1, start + 4):
             log.scalars(step, {"loss": float(10 * start + step)})
-        log.picture(start + 3, "samples", Image.new("RGB", (6, 4), "red"))
+        log.image(start + 3, "samples", Image.new("RGB", (6, 4), "red"))
         log.close()
     board = EventAccumulator(str(tmp_path / "tensorboard")).Reload()
     assert [(e.step, e.value) for e in board.Scalars("loss")] == [(1, 1), (2, 2), (3, 23), (4, 24), (5, 25)]
@@ -50,9 +50,9 @@ def test_weights_and_biases_keeps_a_run(tmp_path: Path, monkeypatch: pytest.Monk
     pytest.importorskip("wandb")
     monkeypatch.setenv("WANDB_MODE", "offline")
     for start in (0, 2):
-        log = Logger(tmp_path, steps=4, batch_size=8, start=start, tracker="wandb", about={"stage1": {"lr": 1.0}})
+        log = Logger(tmp_path, steps=4, batch_size=8, start=start, tracker="wandb", config={"stage1": {"lr": 1.0}})
         log.scalars(start + 1, {"loss": 3.0})
-        log.picture(start + 1, "samples", Image.new("RGB", (6, 4), "red"))
+        log.image(start + 1, "samples", Image.new("RGB", (6, 4), "red"))
         log.close()
     runs = list((tmp_path / "wandb").glob("offline-run-*/*.wandb"))
     name = (tmp_path / "wandb_run.txt").read_text()

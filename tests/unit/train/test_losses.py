@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from clipgen.config import ModelConfig
 from clipgen.models.vqgan import VQGAN
 from train.config import Stage1Config
-from train.loop.common import split
+from train.loop.batches import split_held_out
 from train.loop.health import (
     Health,
     TrainingError,
@@ -22,7 +22,7 @@ from train.loop.health import (
     discriminator_wins,
     worse_than_guessing,
 )
-from train.losses.codes import AverageCodes, CodeUsage, perplexity, revive_codes
+from train.losses.codes import CodeUsage, EMACodebook, perplexity, revive_codes
 from train.losses.stage1 import (
     Crop,
     LeCam,
@@ -96,11 +96,11 @@ def test_likeness_is_the_weighted_sum_of_its_parts() -> None:
 
 @given(st.integers(1, 40), st.integers(1, 40), st.integers(0, 50), st.integers(0, 10**6))
 def test_crops_lie_within_the_picture(height: int, width: int, side: int, seed: int) -> None:
-    crop = Crop.draw((height, width), side, seeded(seed))
+    crop = Crop.random((height, width), side, seeded(seed))
     if crop is None:
         assert side == 0 or side >= min(height, width)
     else:
-        assert crop.of(torch.zeros(1, 3, height, width)).shape == (1, 3, side, side)
+        assert crop(torch.zeros(1, 3, height, width)).shape == (1, 3, side, side)
 
 
 def quantized(vqgan: VQGAN, z: torch.Tensor) -> torch.Tensor:
@@ -113,9 +113,9 @@ def test_average_codes_follow_the_equations(l2: bool, tiny_config: ModelConfig) 
     config = copy.deepcopy(tiny_config.vqgan)
     config.l2_codes = l2
     vqgan = VQGAN(config)
-    codes = AverageCodes(vqgan.quantizer, decay=0.9)
+    codes = EMACodebook(vqgan.quantizer, decay=0.9)
     assert not vqgan.quantizer.embedding.weight.requires_grad
-    codes.watch(vqgan.quantizer)
+    codes.attach(vqgan.quantizer)
     sizes, sums = torch.ones(64), vqgan.quantizer.codes().clone()
     for step in range(3):
         z = torch.randn(2, 8, 4, 4, generator=seeded(step))
@@ -133,8 +133,8 @@ def test_average_codes_follow_the_equations(l2: bool, tiny_config: ModelConfig) 
 
 def test_a_code_ends_where_its_latents_are_and_a_revived_one_begins_there(tiny_config: ModelConfig) -> None:
     vqgan = VQGAN(tiny_config.vqgan)
-    codes = AverageCodes(vqgan.quantizer)
-    codes.watch(vqgan.quantizer)
+    codes = EMACodebook(vqgan.quantizer)
+    codes.attach(vqgan.quantizer)
     z = torch.randn(1, 8, 1, 1, generator=seeded()).expand(1, 8, 4, 4)
     for _ in range(300):
         (chosen,) = quantized(vqgan, z).unique()
@@ -143,7 +143,7 @@ def test_a_code_ends_where_its_latents_are_and_a_revived_one_begins_there(tiny_c
     assert F.cosine_similarity(vqgan.quantizer.codes()[chosen], aim, dim=0) > 0.999
     usage = F.one_hot(chosen, 64)
     moved = revive_codes(vqgan.quantizer, usage, aim.expand(10, 8), seeded())
-    codes.restart(moved)
+    codes.reset(moved)
     codes.update(lambda t: t)
     assert len(moved) == 10 and chosen not in moved
     assert torch.allclose(vqgan.quantizer.codes()[moved], aim.expand(10, 8), atol=1e-4)
@@ -153,17 +153,17 @@ def test_usage_is_of_the_steps_since_it_was_told() -> None:
     assert perplexity(torch.ones(8)).item() == pytest.approx(8.0)
     assert perplexity(torch.tensor([5.0, 0, 0])).item() == pytest.approx(1.0)
     usage = CodeUsage(4)
-    usage.count(torch.tensor([[0, 0], [1, 1]]))
+    usage.update(torch.tensor([[0, 0], [1, 1]]))
     found = usage.report(lambda t: t)
     assert found["codes_used"].item() == 0.5 and found["perplexity"].item() == pytest.approx(2.0)
-    usage.count(torch.tensor([3]))
+    usage.update(torch.tensor([3]))
     assert usage.report(lambda t: t)["codes_used"].item() == 0.25
     assert usage.counts.tolist() == [2, 2, 0, 1]  # dead codes are looked for at moments of their own
 
 
 @given(st.integers(1, 3000), st.integers(0, 600))
 def test_pictures_are_trained_on_or_held_out(pictures: int, most: int) -> None:
-    rows, held = split(pictures, most)
+    rows, held = split_held_out(pictures, most)
     assert len(rows) and len(held) and held.max() < pictures
     if most and pictures > 1:
         assert not set(rows.tolist()) & set(held.tolist()) and len(rows) + len(held) == pictures
@@ -178,23 +178,23 @@ FINE = {"loss": 2.0, "perplexity": 300.0, "discriminator": 0.9}
 @pytest.mark.parametrize(
     ("name", "bad", "said"),
     [
-        ("perplexity", 4.0, "the codes collapse: those in use are worth 4.0 of 1024"),
+        ("perplexity", 4.0, "the codebook collapses: perplexity 4.0 of 1024 codes"),
         ("discriminator", 0.01, "the discriminator wins"),
-        ("loss", 7.5, "the GPT does worse than guessing: loss 7.500, blind guesses have 6.931"),
+        ("loss", 7.5, "the GPT does worse than guessing: loss 7.500, uniform guesses have 6.931"),
     ],
 )
 def test_trouble_that_stays_stops_the_training(
     name: str, bad: float, said: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    signs = [collapsed_codes(1024), discriminator_wins(), worse_than_guessing(1024)]
-    health = Health(3, signs)
+    symptoms = [collapsed_codes(1024), discriminator_wins(), worse_than_guessing(1024)]
+    health = Health(3, symptoms)
     for step, value in enumerate([bad, bad, FINE[name], bad, bad], start=1):
         health.check(step, FINE | {name: torch.tensor(value)})
     assert capsys.readouterr().err.count(f"warning: step 1: {said}") == 1
-    with pytest.raises(TrainingError, match=rf"step 6: {said}.*since step 4.*To go on from a checkpoint, ") as error:
+    with pytest.raises(TrainingError, match=rf"step 6: {said}.*since step 4.*To continue from a checkpoint, ") as error:
         health.check(6, FINE | {name: bad})
     assert "stage" in str(error.value)
-    patient = Health(0, signs, says=False)
+    patient = Health(0, symptoms, verbose=False)
     for step in range(50):
         patient.check(step, FINE | {name: bad})
     assert capsys.readouterr().err == ""

@@ -1,0 +1,87 @@
+"""How the images of a step are shared: among processes, among micro-batches, between training and validation."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
+
+import torch
+import torch.nn as nn
+from accelerate import Accelerator
+from torch import Tensor
+
+from clipgen.errors import ConfigError
+from train.config import TrainConfig
+
+
+def build_accelerator(config: TrainConfig) -> Accelerator:
+    """Accelerate with the configured precision, over as many processes as `torchrun` started. Seeds torch.
+
+    Raises:
+        ConfigError: the batch cannot be split equally, or fp16 is asked for on a CPU.
+    """
+    on_cpu = not torch.accelerator.is_available()
+    if on_cpu and config.precision == "fp16":
+        raise ConfigError("precision=fp16 needs a GPU, and there is none; use bf16 or no")
+    # Unless told so, Accelerate does not join other processes on a CPU.
+    accelerator = Accelerator(mixed_precision=config.precision, cpu=on_cpu)
+    check_batch_split(config, accelerator.num_processes)
+    torch.manual_seed(config.seed)  # the same initial weights everywhere
+    return accelerator
+
+
+def check_batch_split(config: TrainConfig, processes: int) -> None:
+    """Check that a batch splits into equal parts.
+
+    Raises:
+        ConfigError: it does not.
+    """
+    if config.batch_size % processes:
+        raise ConfigError(
+            f"batch_size is {config.batch_size}, for all processes together; "
+            f"it must be a multiple of their number, {processes}"
+        )
+    if config.batch_size % (processes * config.accumulate):
+        raise ConfigError(
+            f"accumulate is {config.accumulate}; it must divide the {config.batch_size // processes} images that "
+            f"each process has of a batch of {config.batch_size}"
+        )
+
+
+def step_generator(config: TrainConfig, step: int) -> torch.Generator:
+    """Random numbers of one step, the same in all processes: each draws for the whole batch and uses its own rows."""
+    return torch.Generator().manual_seed(config.seed * 1_000_003 + step)
+
+
+def process_rows(accelerator: Accelerator, batch_size: int) -> slice:
+    """The rows of a batch that belong to this process."""
+    size = batch_size // accelerator.num_processes
+    return slice(accelerator.process_index * size, (accelerator.process_index + 1) * size)
+
+
+def micro_batches(accelerator: Accelerator, model: nn.Module, parts: Sequence[Any]) -> Iterator[Any]:
+    """Yield the micro-batches of a step; gradients are exchanged between processes after the last one only."""
+    for part in parts[:-1]:
+        with accelerator.no_sync(model):
+            yield part
+    yield parts[-1]
+
+
+def mean_scalars(rows: Sequence[Mapping[str, Tensor]]) -> dict[str, Tensor]:
+    """Mean of each scalar over the micro-batches of a step."""
+    return {name: torch.stack([row[name].float() for row in rows]).mean() for name in rows[0]}
+
+
+def split_held_out(count: int, max_held_out: int) -> tuple[Tensor, Tensor]:
+    """Split image numbers 0 to count - 1 into those to train on and those to validate with.
+
+    Args:
+        count: number of images.
+        max_held_out: how many to hold out at most, evenly spread and never more than a twentieth; 0 holds out none
+            and validates with up to 64 training images.
+    """
+    rows = torch.arange(count)
+    if not max_held_out or count < 2:
+        return rows, torch.linspace(0, count - 1, min(64, count)).long()
+    held_out = torch.linspace(0, count - 1, max(1, min(max_held_out, count // 20))).long()
+    return rows[~torch.isin(rows, held_out)], held_out

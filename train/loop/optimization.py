@@ -1,0 +1,117 @@
+"""What is trained and how: initial weights, optimizers, learning rate, weight averages, recomputed activations."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn as nn
+from safetensors.torch import load_file
+from torch import Tensor
+from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
+from torch.utils.checkpoint import checkpoint
+
+from clipgen.errors import WeightsError
+from clipgen.weights.model_dir import check_shapes
+from train.config import Stage2Config, TrainConfig
+
+
+def load_model_weights(model: nn.Module, path: str | Path) -> None:
+    """Load a .safetensors file into a model.
+
+    Raises:
+        WeightsError: it does not fit the model.
+        FileNotFoundError: no such file.
+    """
+    weights = load_file(path)
+    expected = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
+    try:
+        check_shapes(expected, weights, type(model).__name__)
+    except WeightsError as error:
+        raise WeightsError(f"{path}: {error}") from error
+    model.load_state_dict(weights)
+
+
+def init_weights(model: nn.Module, config: TrainConfig) -> None:
+    """Start from the weights in `config.init`, if set, instead of random ones; raises as `load_model_weights` does."""
+    if config.init:
+        load_model_weights(model, config.init)
+
+
+def enable_recompute(model: nn.Module, kinds: tuple[type[nn.Module], ...]) -> None:
+    """Keep only the inputs of modules of these types and recompute their activations in the backward pass.
+
+    Chen et al., "Training Deep Nets with Sublinear Memory Cost", arXiv 1604.06174.
+    """
+    for module in model.modules():
+        if isinstance(module, kinds):
+            module.forward = partial(checkpoint, module.forward, use_reentrant=False)
+
+
+def set_lr(optimizer: torch.optim.Optimizer, lr: float) -> None:
+    """Set the learning rate of the next step. It depends on step and configuration only, so nothing of it is saved."""
+    for group in optimizer.param_groups:
+        group["lr"] = lr
+
+
+def cosine_schedule(config: TrainConfig) -> Callable[[int], float]:
+    """Learning-rate factor by step: linear warm-up, then a cosine down to 2 %."""
+
+    def factor(step: int) -> float:
+        if step < config.warmup:
+            return (step + 1) / config.warmup
+        progress = (step - config.warmup) / max(1, config.steps - config.warmup)
+        return 0.02 + 0.98 * 0.5 * (1 + math.cos(math.pi * min(1.0, progress)))
+
+    return factor
+
+
+def build_optimizers(model: nn.Module, config: Stage2Config) -> list[torch.optim.Optimizer]:
+    """AdamW, or Muon for the matrices of the blocks and AdamW for the rest (Jordan et al. 2024).
+
+    Muon's updates are scaled to the size of AdamW's (Liu et al., arXiv 2502.16982), so one learning rate serves both.
+    """
+    groups = weight_decay_groups(model, config.weight_decay)
+    if config.optimizer == "adamw":
+        return [torch.optim.AdamW(groups, config.lr, betas=(0.9, 0.95), fused=True)]
+    matrices = [p for name, p in model.named_parameters() if name.startswith("blocks.") and p.ndim == 2]
+    by_muon = set(map(id, matrices))
+    for group in groups:
+        group["params"] = [p for p in group["params"] if id(p) not in by_muon]
+    muon = torch.optim.Muon(matrices, config.lr, weight_decay=config.weight_decay, adjust_lr_fn="match_rms_adamw")
+    return [muon, torch.optim.AdamW(groups, config.lr, betas=(0.9, 0.95), fused=True)]
+
+
+def weight_decay_groups(model: nn.Module, weight_decay: float) -> list[dict[str, Any]]:
+    """Parameter groups: matrices decay; embeddings, positions, gains and biases do not."""
+    matrices: list[Tensor] = []
+    others: list[Tensor] = []
+    for name, parameter in model.named_parameters():
+        (others if parameter.ndim < 2 or "emb" in name else matrices).append(parameter)
+    return [{"params": matrices, "weight_decay": weight_decay}, {"params": others, "weight_decay": 0.0}]
+
+
+def build_ema(model: nn.Module, decay: float) -> AveragedModel:
+    """Exponential moving average of a model's weights."""
+    return AveragedModel(model, multi_avg_fn=get_ema_multi_avg_fn(decay)).eval().requires_grad_(False)
+
+
+class LowestLoss(nn.Module):
+    """The lowest validation loss so far. A module, so that it is saved in checkpoints."""
+
+    loss: Tensor
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.register_buffer("loss", torch.tensor(float("inf"), dtype=torch.float64))
+
+    def improved(self, loss: float) -> bool:
+        """Record a loss and return whether it is the lowest so far."""
+        lower = loss < self.loss.item()
+        if lower:
+            self.loss.fill_(loss)
+        return lower

@@ -1,0 +1,107 @@
+"""What every training script begins and ends with: its command line, its errors in one line, its exit."""
+
+from __future__ import annotations
+
+import argparse
+import errno
+import sys
+from collections.abc import Callable, Mapping
+from functools import wraps
+from pathlib import Path
+
+import torch.distributed as dist
+from accelerate import Accelerator
+from accelerate.utils import gather_object
+
+from clipgen.errors import ClipGenError
+from clipgen.utils.files import write_text
+from train.config import Config, load_config
+from train.loop.logger import TRACKERS, check_tracker
+
+
+def parse_args(
+    doc: str,
+    paths: Mapping[str, str] | None = None,
+    optional: Mapping[str, str] | None = None,
+    tracked: bool = False,
+) -> tuple[argparse.Namespace, Config]:
+    """Parse --config, --data, --out and overrides such as stage1.lr=1e-4.
+
+    Args:
+        doc: description of the script, for --help.
+        paths: more required paths, name -> help.
+        optional: more optional flags, name -> help.
+        tracked: whether the script logs curves, which adds --tracker.
+    """
+    parser = argparse.ArgumentParser(description=doc, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--config", default="mini", help="mini, photos, coco, imagenet, or the path of a .yaml file")
+    kinds = 'folder, .txt list of paths, or .tar shards such as "data/{000000..000127}.tar", also http(s)://'
+    parser.add_argument("--data", required=True, help=f"images: {kinds}")
+    parser.add_argument("--out", type=Path, required=True, help="folder for checkpoints, curves and sample images")
+    for name, text in (paths or {}).items():
+        parser.add_argument(f"--{name}", type=Path, required=True, help=text)
+    for name, text in (optional or {}).items():
+        parser.add_argument(f"--{name}", help=text)
+    if tracked:
+        parser.add_argument("--tracker", choices=TRACKERS, default=TRACKERS[0], help="where curves are shown")
+    parser.add_argument("overrides", nargs="*", help="changes to the configuration, such as stage1.batch_size=16")
+    args = parser.parse_intermixed_args()  # overrides may stand anywhere
+    try:
+        if tracked:
+            check_tracker(args.tracker)
+        return args, load_config(args.config, args.overrides)
+    except ValueError as error:
+        parser.error(str(error))
+
+
+def command(main: Callable[[], None]) -> Callable[[], None]:
+    """Turn a user's mistake or a full disk into one line and exit code 2, Ctrl-C into one line and 130.
+
+    Processes of one training leave their process group before they exit, whether they finished or were stopped.
+    """
+
+    @wraps(main)
+    def run() -> None:
+        stopped: SystemExit | None = None
+        try:
+            main()
+        except SystemExit as error:
+            stopped = SystemExit(error.code)  # a new one: the first one's traceback keeps DDP alive (see leave_group)
+        except KeyboardInterrupt as error:
+            print("stopped; the same command continues from what is saved", file=sys.stderr)
+            raise SystemExit(130) from error
+        except (ValueError, OSError) as error:
+            full = isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT)
+            if not (isinstance(error, ClipGenError) or full or isinstance(error, FileNotFoundError)):
+                raise
+            print(f"error: {error}", file=sys.stderr)
+            raise SystemExit(2) from error
+        leave_group()
+        if stopped:
+            raise stopped
+
+    return run
+
+
+def leave_group() -> None:
+    """Destroy the process group, if there is one.
+
+    Do it before exit: a Gloo thread that frees a tensor during shutdown aborts the process. DDP must be gone by then:
+    if it holds the last reference to the group, its destructor waits for threads that wait for the GIL.
+    """
+    if dist.is_initialized():
+        dist.destroy_process_group()
+
+
+def report_failures(accelerator: Accelerator, out: Path, failures: Mapping[str, str]) -> None:
+    """Add unreadable images to OUT/skipped.txt and print how many there are. All processes call this.
+
+    Args:
+        failures: name -> reason, as far as this process knows.
+    """
+    lines = {f"{name}: {reason}" for part in gather_object([dict(failures)]) for name, reason in part.items()}
+    if lines and accelerator.is_main_process:
+        path = out / "skipped.txt"
+        lines |= set(path.read_text(encoding="utf-8").splitlines() if path.exists() else ())
+        write_text(path, "".join(f"{line}\n" for line in sorted(lines)))
+        print(f"{len(lines)} images could not be read, all listed in {path}; {min(lines)}", flush=True)
