@@ -101,7 +101,7 @@ def main() -> None:
         validated = held_out[:: -(-len(held_out) // MAX_VALIDATED)].tolist()
         held_out_images = data.batch([(row, 0) for row in validated]).pixels.to(device)
 
-    with Stop() as stop:
+    with Stop(args.minutes) as stop:
         for step in range(start, c.steps):
             x = next(batches).pixels.to(device)
             parts = x.chunk(c.accumulate)

@@ -129,7 +129,7 @@ def main() -> None:
         held_embeddings = conditioned(held_embeddings)
         prompt_embeddings = conditioned(clip.encode_text(c.prompts)) if clip is not None and c.prompts else None
 
-    with Stop() as stop:
+    with Stop(args.minutes) as stop:
         for step in range(start, c.steps):
             # Every process augments the whole batch, so that the result does not depend on their number.
             targets, embedding = next(batches)

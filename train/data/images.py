@@ -147,14 +147,14 @@ def image_batches(data: Images, keys: Callable[[int], list[Key]], start: int, wo
         num_workers=workers,
         collate_fn=collate,
         pin_memory=torch.cuda.is_available(),
-        worker_init_fn=_quiet,
+        worker_init_fn=ignore_signals,
     )
     for batch in loader:
         data.failures |= batch.failures  # a worker's own are in its process
         yield batch
 
 
-def _quiet(_: int) -> None:
+def ignore_signals(_: int) -> None:
     """Ctrl-C is the trainer's to handle: it still needs its workers for the step at hand."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, signal.SIG_DFL)

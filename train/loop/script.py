@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import errno
+import math
 import sys
 from collections.abc import Callable, Mapping
 from functools import wraps
@@ -31,18 +32,19 @@ def parse_args(
         doc: description of the script, for --help.
         paths: more required paths, name -> help.
         optional: more optional flags, name -> help.
-        tracked: whether the script logs curves, which adds --tracker.
+        tracked: whether the script logs curves, which adds --minutes and --tracker.
     """
     parser = argparse.ArgumentParser(description=doc, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--config", default="mini", help="mini, photos, coco, imagenet, or the path of a .yaml file")
     kinds = 'folder, .txt list of paths, or .tar shards such as "data/{000000..000127}.tar", also http(s)://'
-    parser.add_argument("--data", required=True, help=f"images: {kinds}")
+    parser.add_argument("--data", required=True, help=f"images: {kinds}, or MODULE:FUNCTION=TEXT")
     parser.add_argument("--out", type=Path, required=True, help="folder for checkpoints, curves and sample images")
     for name, text in (paths or {}).items():
         parser.add_argument(f"--{name}", type=Path, required=True, help=text)
     for name, text in (optional or {}).items():
         parser.add_argument(f"--{name}", help=text)
     if tracked:
+        parser.add_argument("--minutes", type=minutes, help="stop, saved, after so long; the same command continues")
         parser.add_argument("--tracker", choices=TRACKERS, default=TRACKERS[0], help="where curves are shown")
     parser.add_argument("overrides", nargs="*", help="changes to the configuration, such as stage1.batch_size=16")
     args = parser.parse_intermixed_args()  # overrides may stand anywhere
@@ -52,6 +54,21 @@ def parse_args(
         return args, load_config(args.config, args.overrides)
     except ValueError as error:
         parser.error(str(error))
+
+
+def minutes(text: str) -> float:
+    """Parse a budget in minutes.
+
+    Raises:
+        argparse.ArgumentTypeError: not a positive number.
+    """
+    try:
+        value = float(text)
+    except ValueError:
+        value = math.nan
+    if not (math.isfinite(value) and value > 0):
+        raise argparse.ArgumentTypeError(f"{text!r}; use a positive number of minutes, such as 9")
+    return value
 
 
 def command(main: Callable[[], None]) -> Callable[[], None]:

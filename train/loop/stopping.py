@@ -5,21 +5,28 @@ from __future__ import annotations
 import os
 import signal
 import threading
+import time
 from types import FrameType, TracebackType
 from typing import Any
 
 import torch
 import torch.distributed as dist
 
+_BUDGET = 1000
+"""Recorded in place of a signal when the budget is spent."""
+
 
 class Stop:
     """Context in which the first SIGINT or SIGTERM is only recorded; a second Ctrl-C of a lone process acts at once.
 
-    A signal reaches processes at different times, perhaps only one of them, so they agree after every step.
+    The end of a budget of minutes is recorded in the same way. A signal reaches processes at different times, perhaps
+    only one of them, so they agree after every step.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, minutes: float | None = None) -> None:
+        """Args: minutes: budget, counted from now; None trains to the last step."""
         self.signal = 0
+        self._minutes, self._deadline = minutes, None if minutes is None else time.monotonic() + 60 * minutes
         self._previous: dict[int, Any] = {}
         alone = not dist.is_initialized() or dist.get_world_size() == 1
         # Gloo, whatever backend the training uses: agreeing must not wait for the accelerator.
@@ -41,6 +48,8 @@ class Stop:
 
     def requested(self) -> bool:
         """Whether any process was asked to stop. All processes call this, once a step."""
+        if not self.signal and self._deadline is not None and time.monotonic() > self._deadline:
+            self.signal = _BUDGET
         if self._group is None:
             return self.signal != 0
         agreed = torch.tensor(self.signal)
@@ -50,12 +59,13 @@ class Stop:
         return int(agreed) != 0
 
     def leave(self, saved: str) -> None:
-        """Exit with 128 + signal, after one line about what was saved.
+        """Exit with 128 + signal, or 0 at the end of the budget, after one line about what was saved.
 
         Raises:
             SystemExit: always.
         """
         if int(os.environ.get("RANK", "0")) == 0:
-            name = "Ctrl-C" if self.signal == signal.SIGINT else signal.Signals(self.signal).name
+            name = {signal.SIGINT: "Ctrl-C", _BUDGET: f"its budget of {self._minutes:g} minutes"}.get(self.signal)
+            name = name or signal.Signals(self.signal).name
             print(f"stopped by {name}: {saved}; the same command continues from there", flush=True)
-        raise SystemExit(128 + self.signal)
+        raise SystemExit(0 if self.signal == _BUDGET else 128 + self.signal)

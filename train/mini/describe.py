@@ -3,10 +3,15 @@
 from __future__ import annotations
 
 import random
+from collections.abc import Mapping, Sequence
 
 from train.mini.captions import article, plural
 from train.mini.facts import PLACES, Facts, Thing
 from train.mini.objects import read_objects
+
+Words = Mapping[str, Sequence[str]]
+"""Object -> words for it, or for some kind of it."""
+NO_WORDS: Words = {}
 
 STYLES: dict[str, tuple[str, ...]] = {
     "3d": ("a 3d render of {}", "{}, 3d", "a glossy 3d {}", "a 3d model of {}"),
@@ -97,13 +102,16 @@ _ADJECTIVES = {
 _NATURAL_HAIR = ("brown", "black", "blond", "red")
 
 
-def describe(facts: Facts, rng: random.Random) -> str:
+def describe(facts: Facts, rng: random.Random, words: Words = NO_WORDS) -> str:
     """A sentence that says what a scene shows.
 
     What is usual goes without saying: who names no style gets 3D, who names no ground gets white. Everything else is
     always said, but for the cut of hair and its usual colours.
+
+    Args:
+        words: more words for objects, such as those of WordNet (`train.mini.wordnet`).
     """
-    phrase = _things(facts, rng)
+    phrase = _things(facts, rng, words)
     styled = facts.style != "3d" or rng.random() < 0.3
     if styled and rng.random() < 0.5:
         phrase = _styled(phrase, facts.style, rng)
@@ -129,29 +137,31 @@ def _grounded(phrase: str, facts: Facts, rng: random.Random) -> str:
     return rng.choice(_GROUNDS).format(phrase, facts.ground)
 
 
-def _things(facts: Facts, rng: random.Random) -> str:
+def _things(facts: Facts, rng: random.Random, words: Words) -> str:
     if facts.relation:
-        a, b = (_one(thing, rng) for thing in facts.things)
+        a, b = (_one(thing, rng, words) for thing in facts.things)
         if facts.relation in ("left of", "right of") and rng.random() < 0.4:
             a, b = rng.sample((a, b), 2)
             return rng.choice(_BESIDE).format(a=a, b=b)
         return rng.choice(_RELATIONS[facts.relation]).format(a=a, b=b)
     if facts.count > 1:
-        before, name, after = _parts(facts.things[0], rng)
+        before, name, after = _parts(facts.things[0], rng, words)
         return rng.choice(_NUMBERS[facts.count]).format(before + plural(name)) + after
-    return _one(facts.things[0], rng)
+    return _one(facts.things[0], rng, words)
 
 
-def _one(thing: Thing, rng: random.Random) -> str:
-    before, name, after = _parts(thing, rng)
+def _one(thing: Thing, rng: random.Random, words: Words) -> str:
+    before, name, after = _parts(thing, rng, words)
     noun = before + name
     return (article(noun) if rng.random() < 0.85 else noun) + after
 
 
-def _parts(thing: Thing, rng: random.Random) -> tuple[str, str, str]:
+def _parts(thing: Thing, rng: random.Random, words: Words) -> tuple[str, str, str]:
     """What is said before the name, the name, and what is said after it."""
     names = read_objects()[thing.object].names
     name = names[0] if rng.random() < 0.7 else rng.choice(names)
+    if (others := words.get(thing.object)) and rng.random() < 0.35:
+        name = rng.choice(others)
     before, after = "", ""
     if thing.attachment:
         before, after = _attachment(thing.attachment, thing.kind, rng)

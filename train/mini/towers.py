@@ -1,0 +1,115 @@
+"""The CLIP of the mini model's third version: OpenAI's architecture, small, and how its towers are trained."""
+
+from __future__ import annotations
+
+import argparse
+from dataclasses import dataclass
+from pathlib import Path
+
+import cv2
+import torch
+import torch.nn.functional as F
+from clip.model import CLIP
+from torch import Tensor
+from torch.utils.data import Dataset
+
+from clipgen.config import build
+from clipgen.errors import ClipGenError
+from clipgen.images.pixels import CLIP_MEAN, CLIP_STD
+from train.config import TrainConfig
+from train.loop.script import minutes
+from train.mini.labels import label
+from train.mini.source import Scenes, all_scenes
+
+EMBED_DIM = 384
+CONTEXT = 32
+SIZE = 64
+"""Side of the image tower's input, px."""
+
+
+@dataclass
+class TowerConfig(TrainConfig):
+    """One tower's training."""
+
+    steps: int = 8000
+    batch_size: int = 64
+    lr: float = 2e-3
+    warmup: int = 200
+    ema: float = 0.997
+    weight_decay: float = 0.05
+    held_out: int = 512
+    sample_every: int = 250
+    save_every: int = 100
+
+
+def build_clip() -> CLIP:
+    """4 M parameters of images, 7 M of words, of which 6 M are the table of OpenAI's 49,408 tokens."""
+    return CLIP(
+        embed_dim=EMBED_DIM,
+        image_resolution=SIZE,
+        vision_layers=(2, 2, 2, 2),
+        vision_width=24,
+        vision_patch_size=None,
+        context_length=CONTEXT,
+        vocab_size=49408,
+        transformer_width=128,
+        transformer_heads=2,
+        transformer_layers=4,
+    )
+
+
+def parse_tower(doc: str, **defaults: object) -> tuple[argparse.Namespace, TowerConfig]:
+    """The flags of a tower's script, and its settings, with overrides such as steps=500."""
+    parser = argparse.ArgumentParser(description=doc, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--data", default="data/emoji", help="the folder that `make emoji` fills")
+    parser.add_argument("--out", type=Path, default=Path("runs/clip"), help="folder of both towers")
+    parser.add_argument("--wordnet", type=Path, default=Path("/usr/share/wordnet"), help="WordNet's database")
+    parser.add_argument("--minutes", type=minutes, help="stop, saved, after so long; the same command goes on")
+    parser.add_argument("overrides", nargs="*", help="changes to the settings, such as steps=500")
+    args = parser.parse_intermixed_args()
+    pairs = dict(text.partition("=")[::2] for text in args.overrides)
+    try:
+        return args, build(TowerConfig, {**defaults, **pairs}, "settings")
+    except ClipGenError as error:
+        parser.error(str(error))
+
+
+class LabelledScenes(Dataset[tuple[Tensor, Tensor]]):
+    """Scenes by number, as the image tower sees them, with their labels."""
+
+    def __init__(self, scenes: Scenes) -> None:
+        self.scenes = scenes
+
+    def __len__(self) -> int:
+        return len(self.scenes.names)
+
+    def __getitem__(self, index: int) -> tuple[Tensor, Tensor]:
+        """Pixels uint8 (3, SIZE, SIZE), and a number for each head."""
+        image = cv2.resize(self.scenes.image(index), (SIZE, SIZE), interpolation=cv2.INTER_AREA)
+        pixels = torch.from_numpy(image).permute(2, 0, 1).contiguous()
+        return pixels, self.labels(index)
+
+    def labels(self, index: int) -> Tensor:
+        """A number for each head, (heads,)."""
+        return torch.tensor(label(self.scenes.facts(index)))
+
+    def batch(self, rows: list[int]) -> tuple[Tensor, Tensor]:
+        """Several of them: (B, 3, SIZE, SIZE) and (B, heads)."""
+        pixels, labels = zip(*(self[row] for row in rows), strict=True)
+        return torch.stack(pixels), torch.stack(labels)
+
+
+def open_scenes(data: str) -> LabelledScenes:
+    """Scenes of all combinations: CLIP may see them, as one that was pretrained on everything has."""
+    return LabelledScenes(all_scenes(data))
+
+
+def normalise(pixels: Tensor) -> Tensor:
+    """uint8 (B, 3, H, W) -> CLIP-normalised float32 on the same device, channels last."""
+    mean, std = (torch.tensor(v, device=pixels.device).view(1, 3, 1, 1) for v in (CLIP_MEAN, CLIP_STD))
+    return ((pixels.float() / 255 - mean) / std).contiguous(memory_format=torch.channels_last)
+
+
+def embed(tower: torch.nn.Module, pixels: Tensor) -> Tensor:
+    """Unit-norm embeddings (B, D) float32 of uint8 pixels (B, 3, SIZE, SIZE)."""
+    return F.normalize(tower(normalise(pixels)).float(), dim=-1)
