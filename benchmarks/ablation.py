@@ -10,6 +10,11 @@ Stopped, the same command goes on. Writes OUT/report.json, OUT/report.md and OUT
 
 from __future__ import annotations
 
+if __name__ == "__main__":
+    from clipgen.utils.entry_point import end_at_ctrl_c
+
+    end_at_ctrl_c()  # until main() takes over
+
 import argparse
 import csv
 import json
@@ -31,6 +36,7 @@ from clipgen.images.pixels import load_image
 from clipgen.pipeline import ClipGen
 from clipgen.request import GenerationRequest
 from clipgen.request import Prompt as Asked
+from clipgen.utils.entry_point import entry_point
 from clipgen.utils.files import write_text
 from train.config import load_config
 from train.mini.words import read_records
@@ -155,6 +161,7 @@ def to_markdown(report: dict) -> str:
     return "\n".join(lines) + "\n"
 
 
+@entry_point()
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--weights", type=Path, default=ROOT / "weights" / "mini", help="its CLIP and VQGAN are used")

@@ -21,11 +21,15 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-import torch
-
 ROOT = Path(__file__).resolve().parent.parent
 sys.path[:0] = [str(ROOT)]  # run from anywhere, installed or not
 
+if __name__ == "__main__":
+    from clipgen.utils.entry_point import end_at_ctrl_c
+
+    end_at_ctrl_c()  # until main() takes over
+
+import torch  # noqa: E402
 from roofline import describe, floor_seconds, in_words, random_weights, read_bandwidth  # noqa: E402
 
 from clipgen.config import GPTConfig  # noqa: E402
@@ -33,6 +37,7 @@ from clipgen.engine.sampling import generate_tokens  # noqa: E402
 from clipgen.models.gpt import GPT  # noqa: E402
 from clipgen.models.quantise import quantise  # noqa: E402
 from clipgen.request import SamplingParams  # noqa: E402
+from clipgen.utils.entry_point import entry_point  # noqa: E402
 from train.config import load_config  # noqa: E402
 
 SAMPLING = SamplingParams(temperature=1.0, top_k=500, top_p=0.95)
@@ -203,6 +208,7 @@ def to_table(report: dict) -> str:
     return "\n".join(lines)
 
 
+@entry_point()
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--rows", type=int, nargs="+", default=[1, 8, 32], help="images at once")

@@ -8,6 +8,11 @@ as they are after installing). Warm: further calls of a loaded pipeline by stage
 
 from __future__ import annotations
 
+if __name__ == "__main__":
+    from clipgen.utils.entry_point import end_at_ctrl_c
+
+    end_at_ctrl_c()  # until main() takes over
+
 import argparse
 import json
 import os
@@ -17,6 +22,8 @@ import sys
 import tempfile
 import time
 from pathlib import Path
+
+from clipgen.utils.entry_point import entry_point
 
 ROOT = Path(__file__).resolve().parent.parent
 PROMPT = "a lemon"
@@ -107,6 +114,7 @@ def to_table(report: dict) -> str:
     return "\n".join(lines)
 
 
+@entry_point()
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--weights", type=Path, default=ROOT / "weights" / "mini", help="folder of weights")

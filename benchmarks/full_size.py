@@ -9,6 +9,11 @@ converted; imagenet: 4.0 GB twice, its GPT (GPT2-XL, which nobody has published)
 
 from __future__ import annotations
 
+if __name__ == "__main__":
+    from clipgen.utils.entry_point import end_at_ctrl_c
+
+    end_at_ctrl_c()  # until main() takes over
+
 import argparse
 import json
 import math
@@ -23,6 +28,8 @@ from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
+
+from clipgen.utils.entry_point import entry_point
 
 ROOT = Path(__file__).resolve().parent.parent
 GOLDEN = ROOT / "tests" / "golden"
@@ -152,6 +159,7 @@ def in_fresh_process(function: Callable[..., Any], **arguments: Any) -> Any:
     return json.loads(done.stdout.splitlines()[-1])
 
 
+@entry_point()
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", choices=["coco", "imagenet"], default="coco", help="which size")

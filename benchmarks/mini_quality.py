@@ -11,6 +11,11 @@ fills DATA/judge.safetensors with the features of all real renders.
 
 from __future__ import annotations
 
+if __name__ == "__main__":
+    from clipgen.utils.entry_point import end_at_ctrl_c
+
+    end_at_ctrl_c()  # until main() takes over
+
 import argparse
 import json
 import sys
@@ -39,6 +44,7 @@ from sheets import draw_failures, draw_grid
 from clipgen.images.pixels import save_image
 from clipgen.pipeline import ClipGen
 from clipgen.request import GenerationRequest
+from clipgen.utils.entry_point import entry_point
 from clipgen.utils.files import write_text
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -149,6 +155,7 @@ def run(weights: Path, data: Path, out: Path, prompts_file: Path = PROMPTS, dtyp
     return report
 
 
+@entry_point()
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--weights", type=Path, default=ROOT / "weights" / "mini", help="folder of weights")

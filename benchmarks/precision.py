@@ -10,6 +10,11 @@ judge.
 
 from __future__ import annotations
 
+if __name__ == "__main__":
+    from clipgen.utils.entry_point import end_at_ctrl_c
+
+    end_at_ctrl_c()  # until main() takes over
+
 import argparse
 import json
 import sys
@@ -24,6 +29,7 @@ from torch import Tensor
 from clipgen.engine.batch import Picture
 from clipgen.pipeline import ClipGen
 from clipgen.request import GenerationRequest
+from clipgen.utils.entry_point import entry_point
 from clipgen.weights.precision import PRECISIONS
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -82,6 +88,7 @@ def to_table(rows: list[dict]) -> str:
     return "\n".join(lines)
 
 
+@entry_point()
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--weights", type=Path, default=ROOT / "weights" / "mini", help="folder of weights")

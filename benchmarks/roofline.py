@@ -8,6 +8,11 @@ than memory is read and matrices are multiplied, both measured here, by PyTorch 
 
 from __future__ import annotations
 
+if __name__ == "__main__":
+    from clipgen.utils.entry_point import end_at_ctrl_c
+
+    end_at_ctrl_c()  # until main() takes over
+
 import argparse
 import json
 import os
@@ -21,6 +26,7 @@ import torch
 import torch.nn as nn
 
 from clipgen.config import GPTConfig
+from clipgen.utils.entry_point import entry_point
 
 LARGE = 400_000_000
 """Bytes read at a time: several times any cache."""
@@ -116,6 +122,7 @@ def random_weights(module: nn.Module) -> nn.Module:
     return module
 
 
+@entry_point()
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--json", action="store_true", help="print JSON")

@@ -19,16 +19,21 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-import torch
-
 ROOT = Path(__file__).resolve().parent.parent
 sys.path[:0] = [str(ROOT)]  # run from anywhere, installed or not
 
+if __name__ == "__main__":
+    from clipgen.utils.entry_point import end_at_ctrl_c
+
+    end_at_ctrl_c()  # until main() takes over
+
+import torch  # noqa: E402
 from plot import plot  # noqa: E402
 from roofline import describe, in_words, random_weights  # noqa: E402
 
 from clipgen.config import GPTConfig  # noqa: E402
 from clipgen.models.gpt import GPT, KVCache  # noqa: E402
+from clipgen.utils.entry_point import entry_point  # noqa: E402
 from train.config import load_config  # noqa: E402
 
 Series = dict[str, list[tuple[int, float]]]
@@ -91,6 +96,7 @@ def to_table(report: dict) -> str:
     return "\n".join([*lines, "", f"Exponents of the last step: {', '.join(found) or 'need two lengths'}."])
 
 
+@entry_point()
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--tokens", type=int, nargs="+", default=[64, 128, 256, 512, 1024], help="lengths")

@@ -9,6 +9,11 @@ that fails ends the benchmark. Cog frees a place a moment after it has answered,
 
 from __future__ import annotations
 
+if __name__ == "__main__":
+    from clipgen.utils.entry_point import end_at_ctrl_c
+
+    end_at_ctrl_c()  # until main() takes over
+
 import argparse
 import json
 import os
@@ -27,6 +32,8 @@ from urllib import request as http
 from urllib.error import HTTPError
 
 from end_to_end import ROOT, describe_machine
+
+from clipgen.utils.entry_point import entry_point
 
 KINDS = {"1 of 1": {"num_outputs": 1, "candidates": 1}, "4 of 16": {"num_outputs": 4, "candidates": 16}}
 TIMEOUT = 300
@@ -166,6 +173,7 @@ def to_table(report: dict) -> str:
     return "\n".join(lines)
 
 
+@entry_point()
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--weights", type=Path, default=ROOT / "weights" / "mini", help="folder of weights")

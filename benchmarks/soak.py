@@ -11,6 +11,11 @@ Ends with status 1 when anything was lost, swapped, answered twice or wrongly.
 
 from __future__ import annotations
 
+if __name__ == "__main__":
+    from clipgen.utils.entry_point import end_at_ctrl_c
+
+    end_at_ctrl_c()  # until main() takes over
+
 import argparse
 import json
 import statistics
@@ -26,6 +31,8 @@ from typing import Any
 from end_to_end import ROOT, describe_machine
 from soak_client import Client, Soak, receive
 from soak_server import CRASH, Supervised, slope
+
+from clipgen.utils.entry_point import entry_point
 
 
 def drive(soak: Soak, clients: int, seconds: float, kinds: dict[str, int], first: int = 0) -> None:
@@ -126,6 +133,7 @@ def to_text(report: dict[str, Any]) -> str:
     return "\n".join(lines)
 
 
+@entry_point()
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--weights", type=Path, default=ROOT / "weights" / "mini", help="folder of weights")

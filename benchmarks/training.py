@@ -25,6 +25,11 @@ from typing import Any
 ROOT = Path(__file__).resolve().parent.parent
 sys.path[:0] = [str(ROOT)]  # run from anywhere, installed or not
 
+if __name__ == "__main__":
+    from clipgen.utils.entry_point import end_at_ctrl_c
+
+    end_at_ctrl_c()  # until main() takes over
+
 import torch  # noqa: E402
 import torch.nn.functional as F  # noqa: E402
 from accelerate import Accelerator  # noqa: E402
@@ -39,6 +44,7 @@ from clipgen.config import GPTConfig  # noqa: E402
 from clipgen.models.clip import Clip  # noqa: E402
 from clipgen.models.gpt import GPT, condition_of  # noqa: E402
 from clipgen.models.vqgan import VQGAN  # noqa: E402
+from clipgen.utils.entry_point import entry_point  # noqa: E402
 from train.config import Config, load_config  # noqa: E402
 from train.data.images import Images, image_batches  # noqa: E402
 from train.encode import Encoded, Encoders, write_shards  # noqa: E402
@@ -281,6 +287,7 @@ def in_fresh_process(arguments: list[str]) -> dict[str, Any]:
     return json.loads(done.stdout.splitlines()[-1])
 
 
+@entry_point()
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--config", default="mini", help="mini, coco, imagenet, or a .yaml file")

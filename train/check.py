@@ -10,6 +10,11 @@ trained on.
 
 from __future__ import annotations
 
+if __name__ == "__main__":
+    from clipgen.utils.entry_point import end_at_ctrl_c
+
+    end_at_ctrl_c()  # until main() takes over
+
 import argparse
 import json
 import math
@@ -27,6 +32,7 @@ from rich.progress import track
 from clipgen.errors import DataError
 from clipgen.images.pixels import grid, load_image, save_image
 from clipgen.images.sources import Source, open_source
+from clipgen.utils.entry_point import entry_point
 from clipgen.utils.files import write_text
 from train.data.images import reason
 
@@ -168,6 +174,7 @@ def write_report(
         save_image(contact_sheet(source, good), out / "contact.png")
 
 
+@entry_point()
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("data", help="folder, .txt list of paths, or .tar shards")

@@ -8,17 +8,24 @@
 
 from __future__ import annotations
 
+if __name__ == "__main__":
+    from clipgen.utils.entry_point import end_at_ctrl_c
+
+    end_at_ctrl_c()  # until main() takes over
+
 import argparse
 from pathlib import Path
 
 import torch
 from safetensors.torch import load_file
 
+from clipgen.utils.entry_point import entry_point
 from clipgen.weights.model_dir import save_model_dir
 from train.config import load_config
 from train.mini.index import add_index
 
 
+@entry_point()
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--config", default="mini", help="mini, photos, coco, imagenet, or the path of a .yaml file")

@@ -8,6 +8,11 @@ above what their tokens decode to). The exit code is 2 where stage 2 could learn
 
 from __future__ import annotations
 
+if __name__ == "__main__":
+    from clipgen.utils.entry_point import end_at_ctrl_c
+
+    end_at_ctrl_c()  # until main() takes over
+
 import json
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass

@@ -12,6 +12,11 @@ After an interruption, the same command continues from the newest checkpoint. Wr
 
 from __future__ import annotations
 
+if __name__ == "__main__":
+    from clipgen.utils.entry_point import end_at_ctrl_c
+
+    end_at_ctrl_c()  # until main() takes over
+
 from dataclasses import asdict
 from functools import partial
 from pathlib import Path

@@ -1,4 +1,4 @@
-"""What the commands share: how they talk, the options that mean the same everywhere, names of files.
+"""What the commands share: messages, options that mean the same everywhere, texts from the command line and from files.
 
 Results go to stdout, everything else to stderr. PyTorch is imported only when there is something to draw, so `--help`
 answers at once.
@@ -8,15 +8,15 @@ from __future__ import annotations
 
 import sys
 import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from enum import StrEnum
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, NoReturn
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 from rich.console import Console
-from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
+
+from clipgen.utils.text import printable
+from clipgen.utils.text import read_prompts as read_file
 
 if TYPE_CHECKING:
     from clipgen.pipeline import ClipGen
@@ -32,36 +32,47 @@ class Format(StrEnum):
     jpg = "jpg"
 
 
-def fail(message: str, code: int = 2) -> NoReturn:
-    """Print one line on stderr and exit."""
-    print(f"clipgen: {printable(message)}", file=sys.stderr)
-    sys.exit(code)
-
-
 def log(message: str) -> None:
-    """Tell the user something that is not a result: on stderr, above the progress bar if there is one."""
+    """Print a note on stderr, above the progress bar if there is one; `--quiet` drops it."""
     console.print(printable(message), markup=False, soft_wrap=True)
 
 
-def printable(text: str) -> str:
-    """One line without control characters: text that came from outside must not drive the terminal."""
-    return "".join(c if c.isprintable() else " " for c in text).strip()
+def warn(message: str) -> None:
+    """Print a warning on stderr, with `--quiet` too."""
+    print(printable(message), file=sys.stderr, flush=True)
 
 
 def option(panel: str, help: str, *names: str, model: str = "", **settings: Any) -> Any:
-    """An option in a group of the help; `model` says what happens when it is left out."""
+    """Declare an option in a group of the help; `model` says what happens when it is left out."""
     default = f" [dim]\\[default: {model}][/dim]" if model else ""
     return typer.Option(*names, help=help + default, rich_help_panel=panel, **settings)
+
+
+def _set_quiet(quiet: bool) -> bool:
+    console.quiet = quiet
+    return quiet
+
+
+def check_out(path: Path | None) -> Path | None:
+    """Refuse "-" as a place to write to: files are not written to stdout."""
+    if path is not None and str(path) == "-":
+        raise typer.BadParameter("is '-', but files are not written to stdout; give a path, ./- if it is named so")
+    return path
 
 
 WHAT, HOW, FILES, MACHINE = "What to draw", "How to draw it", "What to write", "What to draw with"
 
 Seed = Annotated[
-    int | None, option(HOW, "The same seed and settings give the same images.", model="a new one, printed")
+    int | None,
+    option(HOW, "The same seed and settings give the same images.", "--seed", "-s", model="a new one, printed"),
 ]
-Out = Annotated[Path, option(FILES, "Folder for the images.", file_okay=False)]
+Out = Annotated[Path, option(FILES, "Folder for the images.", "--out", "-o", file_okay=False, callback=check_out)]
 FileFormat = Annotated[Format, option(FILES, "File format.")]
 Json = Annotated[bool, option(FILES, "Print one JSON object.", "--json")]
+Quiet = Annotated[
+    bool,
+    option(FILES, "Print only results, warnings and errors.", "--quiet", "-q", callback=_set_quiet),
+]
 Weights = Annotated[
     str | None,
     option(
@@ -87,35 +98,29 @@ Dtype = Annotated[
 
 
 def checked_text(text: str) -> str:
-    """Text from the command line, where bytes that are not UTF-8 arrive as lone surrogates.
+    """Return a text from the command line unchanged.
 
     Raises:
-        BadParameter: it holds such.
+        BadParameter: it holds bytes that are not UTF-8, which arrive as lone surrogates; or it is "-".
     """
     try:
         text.encode()
     except UnicodeEncodeError:
         raise typer.BadParameter(f"the prompt {text!a} is not valid UTF-8; type it again") from None
+    if text == "-":
+        raise typer.BadParameter("'-' stands for stdin, which holds the prompts of `clipgen generate -` only")
     return text
 
 
-def read_lines(file: Path, flag: str) -> list[str]:
-    """The prompts of a text file, or of stdin for "-": its lines that are not empty.
+def read_prompts(file: Path) -> list[str]:
+    """Read the prompts of a text file, or of stdin for "-"; a user who would have to type them is told how.
 
     Raises:
-        BadParameter: it cannot be read, is no UTF-8, or holds none; `flag` is what it was given as.
+        DataError: as `utils.text.read_prompts` does.
     """
-    try:
-        data = sys.stdin.buffer.read() if str(file) == "-" else file.read_bytes()
-        lines = [line.strip() for line in data.decode("utf-8-sig").splitlines()]
-    except OSError as error:
-        raise typer.BadParameter(f"{flag} '{file}' cannot be read: {error.strerror}") from None
-    except UnicodeDecodeError:
-        raise typer.BadParameter(f"{flag} '{file}' is not UTF-8 text; save it as UTF-8") from None
-    texts = [line for line in lines if line]
-    if not texts:
-        raise typer.BadParameter(f"{flag} '{file}' holds no prompt; write one a line")
-    return texts
+    if str(file) == "-" and sys.stdin.isatty():
+        log("type one prompt per line; Ctrl-D ends")
+    return read_file(file)
 
 
 def find_weights(weights: str | None) -> Path:
@@ -126,7 +131,7 @@ def find_weights(weights: str | None) -> Path:
 
 
 def load(weights: str | None, device: str | None, dtype: str | None) -> tuple[ClipGen, str]:
-    """Load the model that --weights means; log the time. Returns it with its digest (`weights_digest`)."""
+    """Load the model that --weights means, and its `metadata.weights_digest`; log how long that took."""
     from clipgen.outputs.metadata import weights_digest
     from clipgen.pipeline import ClipGen
 
@@ -135,17 +140,3 @@ def load(weights: str | None, device: str | None, dtype: str | None) -> tuple[Cl
     pipe = ClipGen.from_pretrained(folder, device=device, dtype=dtype)
     log(f"loaded {folder} on {pipe.device} in {time.perf_counter() - started:.1f} s")
     return pipe, weights_digest(folder)
-
-
-@contextmanager
-def progress(label: str) -> Iterator[Callable[[int, int], None] | None]:
-    """Yields a progress callback that moves a bar on a terminal; anywhere else a line at the end says it is done."""
-    started = time.perf_counter()
-    if not console.is_terminal:
-        yield None
-        log(f"drew {label} in {time.perf_counter() - started:.1f} s")
-        return
-    columns = (TextColumn("{task.description}"), BarColumn(), TimeRemainingColumn())
-    with Progress(*columns, console=console, transient=True) as bar:
-        task = bar.add_task(label, total=None)
-        yield lambda done, total: bar.update(task, completed=done, total=total)

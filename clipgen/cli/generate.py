@@ -1,4 +1,4 @@
-"""`python -m clipgen generate`: images from prompts, from an image, or from a mix of them."""
+"""`clipgen generate`: images from prompts, from an image, or from a mix of them."""
 
 from __future__ import annotations
 
@@ -12,8 +12,27 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from clipgen.cli import common as t
-from clipgen.cli.common import FILES, HOW, WHAT, option
+from clipgen.cli.common import (
+    FILES,
+    HOW,
+    WHAT,
+    Device,
+    Dtype,
+    FileFormat,
+    Format,
+    Out,
+    Quiet,
+    Seed,
+    Weights,
+    check_out,
+    checked_text,
+    load,
+    option,
+    printable,
+    read_prompts,
+    warn,
+)
+from clipgen.cli.progress import progress
 from clipgen.outputs.naming import free_stem
 from clipgen.request import new_seed
 
@@ -27,59 +46,62 @@ if TYPE_CHECKING:
 
 CANDIDATES = 16
 BATCH = 64
-"""Candidates drawn together: whole prompts are added to a batch while they fit."""
-EXAMPLE = "Example: python -m clipgen generate 'a lemon' 'a red heart' --num-outputs 4 --seed 7"
+"""Candidates drawn together. A batch holds whole prompts."""
+EXAMPLE = "Example: clipgen generate 'a lemon' 'a red heart' -n 4 --seed 7"
 
 _PROMPTS = typer.Argument(
     metavar="PROMPT...",
     show_default=False,
-    help="What to draw, in quotes. Several prompts get the same seed. Put -- before a prompt that begins with a dash.",
+    help="What to draw, in quotes; - reads prompts from stdin, one a line. Several prompts get the same seed. Put -- "
+    "before a prompt that begins with a dash.",
 )
 _PROMPTS_FILE = option(WHAT, "A text file with one prompt a line; - reads stdin.")
 _IMAGE = option(WHAT, "An image to draw variations of, or to mix into every prompt.")
 _IMAGE_WEIGHT = option(WHAT, "How much the image counts; a prompt counts 1.")
 _KEEP_ROWS = option(
     WHAT,
-    "Keep so many rows of the image's tokens, from the top, and draw the rest anew: what the prompt says, or the image "
-    "where there is none.",
+    "Keep this many rows of the image's tokens, from the top, and draw the rest from the prompt, or from the image if "
+    "there is no prompt.",
 )
 _MIX = option(
     WHAT,
-    "Mix a text into every prompt, which counts 1: --mix 'a dog=0.5'. A negative weight moves away from it. May be "
-    "given several times.",
+    "Mix a text into every prompt, which counts 1: --mix 'a dog=0.5'. A negative weight moves away from the text. Can "
+    "be given several times.",
     metavar="TEXT=WEIGHT",
 )
 _NEGATIVE = option(
     WHAT,
-    "Keep away from a text. The higher --guidance is, the farther; it must be above 1. May be given several times.",
+    "Move away from a text: the further, the higher --guidance is; it must be above 1. Can be given several times.",
     metavar="TEXT",
 )
+_NUM_OUTPUTS = option(HOW, "Images to keep per prompt.", "--num-outputs", "-n")
 _CANDIDATES = option(
     HOW,
     "Images to draw per prompt, of which CLIP picks the best. More is better and slower.",
     model=f"{CANDIDATES}, or --num-outputs if that is more",
 )
 _GUIDANCE = option(HOW, "How closely to follow the prompt, 0 to 30; 1 is off.", model="the model's")
-_TEMPERATURE = option(HOW, "How daring to be, 0 to 10; 0 always takes the likeliest token.", model="the model's")
+_TEMPERATURE = option(HOW, "Randomness of the tokens, 0 to 10; 0 always takes the likeliest.", model="the model's")
 _TOP_K = option(HOW, "Choose among the K likeliest tokens; 0 is off.", model="the model's")
 _TOP_P = option(
     HOW, "Choose among the likeliest tokens that add up to probability P, above 0 to 1; 1 is off.", model="the model's"
 )
 _SHARDS = option(
     FILES,
-    "Write WebDataset shards into this folder in place of --out: 64 prompts each, pictures with their receipts. Goes "
-    "on where it was stopped; torchrun shares them among processes.",
+    "Write WebDataset shards into this folder instead of --out: 64 prompts each, images with their receipts. A stopped "
+    "run resumes; torchrun shares the shards among processes.",
     file_okay=False,
+    callback=check_out,
 )
 _PREVIEWS = option(
     FILES,
-    "While drawing, write the unfinished images to preview-SEED.png in the folder, at most so often; 0 does not.",
+    "While drawing, write the unfinished images to preview-SEED.png in the folder this many times at most; 0 is off.",
     min=0,
 )
 _JSON = option(
     FILES,
     "Print a JSON object per prompt, a line each: prompt, seed, files and their clip_scores and seeds (best first), "
-    "the grid of them, seconds, and coverage: how near the prompt is to the training pictures, and to which.",
+    "the grid of them, seconds, and coverage: how near the prompt is to the training images, and to which.",
     "--json",
 )
 
@@ -92,21 +114,22 @@ def generate(
     keep_rows: Annotated[int, _KEEP_ROWS] = 0,
     mix: Annotated[list[str] | None, _MIX] = None,
     negative: Annotated[list[str] | None, _NEGATIVE] = None,
-    num_outputs: Annotated[int, option(HOW, "Images to keep per prompt.")] = 4,
+    num_outputs: Annotated[int, _NUM_OUTPUTS] = 4,
     candidates: Annotated[int | None, _CANDIDATES] = None,
     guidance: Annotated[float | None, _GUIDANCE] = None,
     temperature: Annotated[float | None, _TEMPERATURE] = None,
     top_k: Annotated[int | None, _TOP_K] = None,
     top_p: Annotated[float | None, _TOP_P] = None,
-    seed: t.Seed = None,
-    out: t.Out = Path("outputs"),
+    seed: Seed = None,
+    out: Out = Path("outputs"),
     shards: Annotated[Path | None, _SHARDS] = None,
-    format: t.FileFormat = t.Format.png,
+    format: FileFormat = Format.png,
     previews: Annotated[int, _PREVIEWS] = 0,
     as_json: Annotated[bool, _JSON] = False,
-    weights: t.Weights = None,
-    device: t.Device = None,
-    dtype: t.Dtype = None,
+    quiet: Quiet = False,
+    weights: Weights = None,
+    device: Device = None,
+    dtype: Dtype = None,
 ) -> None:
     """Draw images from prompts, from an image, or from a mix of them.
 
@@ -115,12 +138,12 @@ def generate(
     texts = _texts(prompts, prompts_file, image)
     others = [_weighted(part) for part in mix or []]
     if keep_rows and image is None:
-        raise typer.BadParameter("--keep-rows needs --image: the picture whose rows stay")
+        raise typer.BadParameter("--keep-rows needs --image: the image whose rows are kept")
     from clipgen.images.pixels import load_image
     from clipgen.outputs.metadata import receipts
     from clipgen.request import GenerationRequest
 
-    picture = load_image(image) if image else None
+    source = load_image(image) if image else None
     settings: dict[str, Any] = {
         "num_outputs": num_outputs,
         "candidates": max(CANDIDATES, num_outputs) if candidates is None else candidates,
@@ -129,13 +152,13 @@ def generate(
         "top_k": top_k,
         "top_p": top_p,
         "seed": new_seed() if seed is None else seed,
-        "negative": [t.checked_text(text) for text in negative] if negative else None,
-        "keep": picture if keep_rows else None,
+        "negative": [checked_text(text) for text in negative] if negative else None,
+        "keep": source if keep_rows else None,
         "keep_rows": keep_rows,
     }
     requests = [
         GenerationRequest(
-            prompt=_parts(text, None if keep_rows and text.strip() else picture, image_weight, others), **settings
+            prompt=_parts(text, None if keep_rows and text.strip() else source, image_weight, others), **settings
         )
         for text in texts
     ]
@@ -146,31 +169,32 @@ def generate(
         return
     if os.environ.get("WORLD_SIZE", "1") != "1":
         raise typer.BadParameter("several processes share the prompts only with --shards DIR")
-    pipe, digest = t.load(weights, device, dtype)
+    pipe, digest = load(weights, device, dtype)
     for text, result in zip(texts, _draw(pipe, requests, out, previews), strict=True):
         if result.dropped:
-            t.log(f"the prompt is too long for the model, which did not read this part: {result.dropped}")
+            warn(f"the prompt is too long for the model, which did not read this part: {result.dropped}")
         stem = free_stem(out, text or (image.stem if image else ""), result.seed)
         files, sheet = _write(result, stem, format.value, receipts(pipe, result, digest))
         covered = pipe.covered(result.request.prompt)
         if covered and covered.low:
-            t.log(covered.warning(repr(text or "the image")))
+            warn(covered.warning(repr(text or "the image")))
         _show(text, result, files, sheet, covered, as_json)
 
 
 def _draw(pipe: ClipGen, requests: Sequence[GenerationRequest], out: Path, previews: int) -> Iterator[GenerationOutput]:
-    """Batch by batch, so that the first files are there early and memory does not grow with the number of prompts."""
+    """Generate in batches: the first files are written early, and memory does not grow with the number of prompts."""
     from clipgen.images.pixels import grid, save_image
 
     file = out / f"preview-{requests[0].seed}.png"
 
-    def show(pictures: list[Image.Image]) -> None:
-        save_image(grid(pictures), file)
+    def show(images: list[Image.Image]) -> None:
+        save_image(grid(images), file)
 
     size = max(1, BATCH // requests[0].drawn)
     for start in range(0, len(requests), size):
         stop = min(start + size, len(requests))
-        with t.progress(f"{stop} of {len(requests)} prompts") as report:
+        prompts = f"{stop} of {len(requests)} prompts"
+        with progress(f"drawing {prompts}", f"drew {prompts}") as report:
             try:
                 results = pipe.generate(
                     requests[start:stop], report, preview=show if previews > 0 else None, previews=previews
@@ -182,16 +206,20 @@ def _draw(pipe: ClipGen, requests: Sequence[GenerationRequest], out: Path, previ
 
 
 def _texts(prompts: Sequence[str] | None, file: Path | None, image: Path | None) -> list[str]:
-    """Every prompt of the run, in order; one empty prompt when there is only an image."""
-    texts = [*(prompts or []), *(t.read_lines(file, "--prompts-file") if file else [])]
+    """Collect all prompts in order: one empty prompt when there is only an image."""
+    texts: list[str] = []
+    for prompt in prompts or []:
+        texts += read_prompts(Path("-")) if prompt == "-" else [checked_text(prompt)]
+    if file:
+        texts += read_prompts(file)
     if not texts and image is None:
         raise typer.BadParameter("nothing to draw: give a prompt in quotes, --prompts-file or --image")
-    return [t.checked_text(text) for text in texts] or [""]
+    return texts or [""]
 
 
 def _weighted(part: str) -> tuple[str, float]:
-    """'a dog=0.5' -> ('a dog', 0.5)."""
-    text, equals, weight = t.checked_text(part).rpartition("=")
+    """Parse a text and its weight: 'a dog=0.5' -> ('a dog', 0.5)."""
+    text, equals, weight = checked_text(part).rpartition("=")
     try:
         if equals:
             return text, float(weight)
@@ -201,11 +229,11 @@ def _weighted(part: str) -> tuple[str, float]:
 
 
 def _parts(
-    text: str, picture: Image.Image | None, image_weight: float, others: Sequence[tuple[str, float]]
+    text: str, image: Image.Image | None, image_weight: float, others: Sequence[tuple[str, float]]
 ) -> list[tuple[Part, float]]:
-    """The pipeline's prompt: the text, the image, and what is mixed in."""
-    parts: list[tuple[Part, float]] = [] if picture is None else [(picture, image_weight)]
-    if text.strip() or picture is None:  # an empty prompt is an error, unless there is an image
+    """Build the pipeline's prompt from the text, the image, and what is mixed in."""
+    parts: list[tuple[Part, float]] = [] if image is None else [(image, image_weight)]
+    if text.strip() or image is None:  # an empty prompt is an error, unless there is an image
         parts.append((text, 1.0))
     return [*parts, *others]
 
@@ -250,7 +278,7 @@ def _show(
         }
         print(json.dumps(record), flush=True)
         return
-    print(f"{t.printable(text) or 'the image'}: seed {result.seed}, {seconds:.1f} s")
+    print(f"{printable(text) or 'the image'}: seed {result.seed}, {seconds:.1f} s")
     for file, score, seed in zip(files, result.scores, result.seeds, strict=True):
         print(f"  {file}  CLIP score {score:.3f}, seed {seed}")
     if sheet:

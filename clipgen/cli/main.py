@@ -1,13 +1,16 @@
-"""The command line: `python -m clipgen generate "a lemon"`.
+"""The command line: `clipgen "a lemon"`, `clipgen weights fetch coco`.
 
 A mistake of the user ends with exit code 2 and one line that says what to change; Ctrl-C with 130.
 """
 
 from __future__ import annotations
 
+import difflib
 import io
+import re
+import shlex
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Annotated, Any
 
 import typer
@@ -16,37 +19,60 @@ from typer.core import TyperGroup
 from clipgen import __version__
 from clipgen.cli import app as app_command
 from clipgen.cli import doctor, evaluate, generate, morph, replay, sheet, weights
-from clipgen.cli.common import fail
 from clipgen.errors import ClipGenError
+from clipgen.utils.entry_point import entry_point
+
+ROOT_OPTIONS = ("-h", "--help", "--version", "--install-completion", "--show-completion")
+HELP = {"help_option_names": ["-h", "--help"]}
 
 
 class Commands(TyperGroup):
-    """The boundary: what a user did wrong becomes one line and an exit code, never a traceback."""
+    """The group of all commands. It turns every error into one line, and knows the short form of `generate`."""
 
+    @entry_point(prefix="clipgen", stopped="stopped; the files named so far are complete")
     def main(self, args: Sequence[str] | None = None, *_: Any, **settings: Any) -> Any:
-        """Run; without arguments show the help. Errors of clipgen are `ValueError`s that its modules define."""
-        args = sys.argv[1:] if args is None else args
+        """Run a command; without arguments show the help."""
         for stream in (sys.stdout, sys.stderr):
             if isinstance(stream, io.TextIOWrapper):  # no prompt may end the run because a terminal cannot show it
                 stream.reconfigure(errors="backslashreplace")
+        args = expand(sys.argv[1:] if args is None else args, self.commands)
         try:
             code = super().main(args or ["--help"], **settings | {"standalone_mode": False})
         except typer.TyperException as error:
-            fail(error.format_message() + _given(error.__cause__), error.exit_code)
-        except ClipGenError as error:
-            fail(str(error))
+            raise ClipGenError(error.format_message() + _given(error.__cause__)) from None
         if code == 130:
-            fail("stopped; the files named so far are complete", 130)
+            raise KeyboardInterrupt
         sys.exit(code)
 
 
+def expand(args: Sequence[str], commands: Iterable[str]) -> list[str]:
+    """Put `generate` before arguments that begin with a prompt or with one of its options.
+
+    A single word that is no command is taken for a mistyped one, so that no mistake draws an image.
+
+    Raises:
+        ClipGenError: the first argument is such a word.
+    """
+    if not args or args[0] in (*commands, *ROOT_OPTIONS):
+        return list(args)
+    first = args[0]
+    if first.startswith("-") or not re.fullmatch(r"\S+", first):
+        return ["generate", *args]
+    names = {name: name for name in commands} | {name: f"weights {name}" for name in weights.NAMES}
+    near = difflib.get_close_matches(first.lower(), names, n=1)
+    meant = f"did you mean `clipgen {names[near[0]]}`? " if near else ""
+    raise ClipGenError(
+        f"{first!r} is not a command; {meant}to draw it: clipgen generate {shlex.quote(first)} (clipgen -h lists all)"
+    )
+
+
 def _given(cause: BaseException | None) -> str:
-    """What the user wrote, which Typer's messages about numbers leave out; pydantic's error underneath knows it."""
+    """The value that the user gave. Typer's messages about numbers leave it out; pydantic's error underneath has it."""
     details: list[Any] = getattr(cause, "errors", list)()
     return f": {details[0]['input']!r}" if details else ""
 
 
-app = typer.Typer(cls=Commands, add_completion=False, rich_markup_mode="rich", pretty_exceptions_enable=False)
+app = typer.Typer(cls=Commands, rich_markup_mode="rich", pretty_exceptions_enable=False, context_settings=HELP)
 app.command(epilog=generate.EXAMPLE)(generate.generate)
 app.command(epilog=replay.EXAMPLE)(replay.replay)
 app.command(epilog=sheet.EXAMPLE)(sheet.sheet)
@@ -69,4 +95,7 @@ def root(
         bool, typer.Option("--version", callback=_show_version, is_eager=True, help="Show the version.")
     ] = False,
 ) -> None:
-    """Turn a prompt or an image into new images: CLIP understands, a GPT composes, a VQGAN paints."""
+    """Turn a prompt or an image into new images: CLIP understands, a GPT composes, a VQGAN paints.
+
+    `clipgen "a lemon"` is short for `clipgen generate "a lemon"`, also with options before or after the prompt.
+    """

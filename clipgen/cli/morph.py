@@ -1,4 +1,4 @@
-"""`python -m clipgen morph`: from one prompt to another in steps, as a strip or an animation."""
+"""`clipgen morph`: images between two prompts, as a strip or an animation."""
 
 from __future__ import annotations
 
@@ -8,41 +8,56 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from clipgen.cli import common as t
-from clipgen.cli.common import FILES, HOW, option
+from clipgen.cli.common import (
+    FILES,
+    HOW,
+    Device,
+    Dtype,
+    Json,
+    Out,
+    Quiet,
+    Seed,
+    Weights,
+    checked_text,
+    load,
+    option,
+    printable,
+)
+from clipgen.cli.progress import progress
 from clipgen.outputs.naming import free_stem
 from clipgen.request import new_seed
 
 if TYPE_CHECKING:
     from torch import Tensor
 
-MOST_STEPS = 64
-EXAMPLE = "Example: python -m clipgen morph 'a lemon' 'a heart' --steps 8 --gif"
+MAX_STEPS = 64
+EXAMPLE = "Example: clipgen morph 'a lemon' 'a heart' --steps 8 --gif"
 
-_FROM = typer.Argument(metavar="FROM", show_default=False, help="The prompt to begin with, in quotes.")
-_TO = typer.Argument(metavar="TO", show_default=False, help="The prompt to end with, in quotes.")
-_CANDIDATES = option(HOW, "Images to draw per step, of which CLIP picks the best. 1 moves most smoothly.")
-_GIF = option(FILES, "Write an animation there and back, .gif, instead of a strip.", "--gif")
+_FROM = typer.Argument(metavar="FROM", show_default=False, help="The first prompt, in quotes.")
+_TO = typer.Argument(metavar="TO", show_default=False, help="The last prompt, in quotes.")
+_CANDIDATES = option(HOW, "Images to draw per step, of which CLIP picks the best. 1 gives the smoothest change.")
+_GIF = option(FILES, "Write a .gif that goes there and back instead of a strip.", "--gif")
 
 
 def morph(
     start: Annotated[str, _FROM],
     end: Annotated[str, _TO],
-    steps: Annotated[int, option(HOW, f"Pictures, 2 to {MOST_STEPS}, the two ends among them.")] = 8,
+    steps: Annotated[int, option(HOW, f"Images, 2 to {MAX_STEPS}, including both ends.")] = 8,
     candidates: Annotated[int, _CANDIDATES] = 1,
     guidance: Annotated[float | None, option(HOW, "How closely to follow, 0 to 30.", model="the model's")] = None,
-    temperature: Annotated[float | None, option(HOW, "How daring to be, 0 to 10.", model="the model's")] = None,
-    seed: t.Seed = None,
-    out: t.Out = Path("outputs"),
+    temperature: Annotated[float | None, option(HOW, "Randomness of the tokens, 0 to 10.", model="the model's")] = None,
+    seed: Seed = None,
+    out: Out = Path("outputs"),
     gif: Annotated[bool, _GIF] = False,
-    as_json: t.Json = False,
-    weights: t.Weights = None,
-    device: t.Device = None,
-    dtype: t.Dtype = None,
+    as_json: Json = False,
+    quiet: Quiet = False,
+    weights: Weights = None,
+    device: Device = None,
+    dtype: Dtype = None,
 ) -> None:
-    """Draw pictures between two prompts: their embeddings turned into each other on the sphere, with one seed."""
-    if not 2 <= steps <= MOST_STEPS:
-        raise typer.BadParameter(f"--steps is {steps}; it must be from 2 to {MOST_STEPS}")
+    """Draw images between two prompts: their embeddings are interpolated on the sphere, with one seed."""
+    if not 2 <= steps <= MAX_STEPS:
+        raise typer.BadParameter(f"--steps is {steps}; it must be from 2 to {MAX_STEPS}")
     from clipgen.images.grids import labelled_grid, save_gif
     from clipgen.images.pixels import save_image
     from clipgen.outputs.metadata import KEY, receipts, together
@@ -50,20 +65,20 @@ def morph(
 
     settings: dict[str, Any] = {"candidates": candidates, "guidance": guidance, "temperature": temperature}
     settings["seed"] = new_seed() if seed is None else seed
-    ends = [GenerationRequest(t.checked_text(text), **settings) for text in (start, end)]
-    pipe, digest = t.load(weights, device, dtype)
+    ends = [GenerationRequest(checked_text(text), **settings) for text in (start, end)]
+    pipe, digest = load(weights, device, dtype)
     path = arc(pipe.embed(start), pipe.embed(end), steps)
     requests = [GenerationRequest([(start, a), (end, b)], **settings) for a, b in path[1:-1]]
-    with t.progress(f"{steps} steps") as report:
+    with progress(f"drawing {steps} steps", f"drew {steps} steps") as report:
         results = pipe.generate([ends[0], *requests, ends[1]], progress=report)
-    pictures = [result.images[0] for result in results]
+    images = [result.images[0] for result in results]
     metadata = together([receipts(pipe, result, digest)[0] for result in results])
     stem = free_stem(out, f"{start} to {end}", results[0].seed)
     if gif:
-        file = save_gif(pictures, stem.with_name(f"{stem.name}-morph.gif"), comment=metadata[KEY])
+        file = save_gif(images, stem.with_name(f"{stem.name}-morph.gif"), comment=metadata[KEY])
     else:
         labels = [start, *("" for _ in requests), end]
-        strip = labelled_grid(pictures, [t.printable(label) for label in labels], [""])
+        strip = labelled_grid(images, [printable(label) for label in labels], [""])
         file = save_image(strip, stem.with_name(f"{stem.name}-morph.png"), metadata=metadata)
     scores = [round(result.scores[0], 4) for result in results]
     if as_json:
@@ -71,15 +86,15 @@ def morph(
         print(json.dumps(record))
     else:
         seconds = results[0].seconds["total"]
-        print(f"{t.printable(start)} to {t.printable(end)}: seed {results[0].seed}, {seconds:.1f} s\n  {file}")
+        print(f"{printable(start)} to {printable(end)}: seed {results[0].seed}, {seconds:.1f} s\n  {file}")
 
 
 def arc(a: Tensor, b: Tensor, steps: int) -> list[tuple[float, float]]:
-    """Weights of `a` and `b`, (D,) unit norm, for `steps` equal turns from one to the other on the sphere.
+    """Compute the weights of `a` and `b`, (D,) unit norm, for `steps` equal angles from one to the other.
 
-    Spherical interpolation (Shoemake 1985): sin((1 - s) w) / sin w and sin(s w) / sin w, w the angle between them.
-    The weighted sum has unit norm, so a request with these parts is that point. Opposite ends have no shortest way;
-    there, and where the ends are the same, the weights are linear.
+    Spherical interpolation (Shoemake 1985): sin((1 - s) w) / sin w and sin(s w) / sin w, where w is the angle between
+    a and b. The weighted sum has unit norm, so a request with these parts is embedded exactly there. The weights are
+    linear where a and b are equal, or opposite, when there is no shortest path.
     """
     import torch
 

@@ -1,4 +1,4 @@
-"""`python -m clipgen replay`: draw a file's picture again from its receipt, and compare."""
+"""`clipgen replay`: draw a file's image again from its receipt, and compare."""
 
 from __future__ import annotations
 
@@ -10,8 +10,18 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from clipgen.cli import common as t
-from clipgen.cli.common import FILES, MACHINE, WHAT, option
+from clipgen.cli.common import (
+    FILES,
+    MACHINE,
+    WHAT,
+    Json,
+    Quiet,
+    Weights,
+    check_out,
+    load,
+    option,
+    printable,
+)
 
 if TYPE_CHECKING:
     from PIL import Image
@@ -19,15 +29,15 @@ if TYPE_CHECKING:
     from clipgen.outputs.metadata import Receipt
 
 ROUNDING = 1
-"""Levels of 255 by which the same tokens may differ as pixels: a batch makes the decoder's sums in another order."""
+"""Levels of 255 by which pixels of the same tokens may differ: the decoder's sums have another order in a batch."""
 COMPRESSED = 5.0
-"""Mean difference, of 255, that WebP and JPEG of quality 20 or more leave; another seed's picture is 6 or more away."""
-EXAMPLE = "Example: python -m clipgen replay outputs/a-lemon-7-1.png"
+"""Largest mean difference, of 255, that WebP and JPEG of quality 20 or more leave; another seed's is 6 or more."""
+EXAMPLE = "Example: clipgen replay outputs/a-lemon-7-1.png"
 
 _FILE = typer.Argument(metavar="FILE", show_default=False, dir_okay=False, help="An image that clipgen has written.")
-_IMAGES = option(WHAT, "An image that it was drawn from, if it was; may be given several times.", "--image")
-_SAVE = option(FILES, "Where to write the new picture, .png.", dir_okay=False)
-_DEVICE = option(MACHINE, "cpu, cuda, cuda:1, mps ...", envvar="CLIPGEN_DEVICE", model="the kind in the receipt")
+_IMAGES = option(WHAT, "An image that it was drawn from, if there is one; can be given several times.", "--image")
+_SAVE = option(FILES, "Where to write the new image, .png.", dir_okay=False, callback=check_out)
+_DEVICE = option(MACHINE, "cpu, cuda, cuda:1, mps ...", envvar="CLIPGEN_DEVICE", model="the one in the receipt")
 _DTYPE = option(MACHINE, "Precision.", envvar="CLIPGEN_DTYPE", model="the one in the receipt")
 
 
@@ -35,42 +45,43 @@ def replay(
     file: Annotated[Path, _FILE],
     images: Annotated[list[Path] | None, _IMAGES] = None,
     save: Annotated[Path | None, _SAVE] = None,
-    as_json: t.Json = False,
-    weights: t.Weights = None,
+    as_json: Json = False,
+    quiet: Quiet = False,
+    weights: Weights = None,
     device: Annotated[str | None, _DEVICE] = None,
     dtype: Annotated[str | None, _DTYPE] = None,
 ) -> None:
-    """Draw a picture again from the receipt in its file, and say whether it is the same.
+    """Draw an image again from the receipt in its file, and say whether it is the same.
 
-    Exit code 0: it is; 1: it is not; 2: it cannot be drawn again.
+    Exit code 0: the same; 1: different; 2: it cannot be drawn again.
     """
     from clipgen.images.pixels import load_image, save_image
     from clipgen.outputs.metadata import Receipt, image_digest, receipts
 
     receipt = Receipt.from_file(file)
-    there = load_image(file)
-    pictures = [load_image(path) for path in images or []]
-    request = receipt.request({image_digest(picture): picture for picture in pictures})
-    pipe, digest = t.load(weights, *_machine(receipt, device, dtype))
+    original = load_image(file)
+    sources = [load_image(path) for path in images or []]
+    request = receipt.request({image_digest(source): source for source in sources})
+    pipe, digest = load(weights, *_machine(receipt, device, dtype))
     result = pipe.generate([request])[0]
-    place = result.seeds.index(receipt.image_seed)
-    here, again = result.images[place], receipts(pipe, result, digest)[place]
+    index = result.seeds.index(receipt.image_seed)
+    redrawn, record = result.images[index], receipts(pipe, result, digest)[index]
     if save:
-        save_image(here, save, metadata=again.to_metadata())
-    difference = compare(there, here)
+        save_image(redrawn, save, metadata=record.to_metadata())
+    difference = compare(original, redrawn)
     lossless = file.suffix.lower() == ".png"
     same = difference is not None and (difference["most"] <= ROUNDING if lossless else difference["mean"] <= COMPRESSED)
-    changed = dict(_changes(receipt, again))
+    changed = dict(_changes(receipt, record))
     if as_json:
-        record = {"file": str(file), "same": same, "difference": difference, "lossless": lossless}
-        print(json.dumps(record | {"changed": changed, "receipt": asdict(receipt)}))
+        shown = {"file": str(file), "same": same, "difference": difference, "lossless": lossless}
+        print(json.dumps(shown | {"changed": changed, "receipt": asdict(receipt)}))
     else:
         print("\n".join(_lines(receipt, difference, lossless, same, changed)))
     raise typer.Exit(0 if same else 1)
 
 
 def _machine(receipt: Receipt, device: str | None, dtype: str | None) -> tuple[str | None, str | None]:
-    """Device and precision: what is asked for, else the receipt's where this machine has them."""
+    """Choose device and precision: those asked for, else those of the receipt if this machine has them."""
     import torch
 
     kind = receipt.device.split(" ")[0]
@@ -80,7 +91,7 @@ def _machine(receipt: Receipt, device: str | None, dtype: str | None) -> tuple[s
 
 
 def compare(a: Image.Image, b: Image.Image) -> dict[str, float] | None:
-    """Mean and largest difference of two pictures' values, 0 to 255, and the share of values that differ.
+    """Measure the mean and largest difference of two images' values, 0 to 255, and the share of values that differ.
 
     None when their sizes differ.
     """
@@ -88,14 +99,14 @@ def compare(a: Image.Image, b: Image.Image) -> dict[str, float] | None:
 
     if a.size != b.size:
         return None
-    apart = np.abs(np.asarray(a, dtype=np.int16) - np.asarray(b, dtype=np.int16))
-    return {"mean": float(apart.mean()), "most": int(apart.max()), "share": float((apart > 0).mean())}
+    difference = np.abs(np.asarray(a, dtype=np.int16) - np.asarray(b, dtype=np.int16))
+    return {"mean": float(difference.mean()), "most": int(difference.max()), "share": float((difference > 0).mean())}
 
 
-def _changes(there: Receipt, here: Receipt) -> Iterator[tuple[str, list[str]]]:
-    """What was different when the picture was drawn: field -> [then, now]."""
+def _changes(old: Receipt, new: Receipt) -> Iterator[tuple[str, list[str]]]:
+    """Compare the circumstances of two receipts: field -> [then, now] where they differ."""
     for name in ("model", "weights", "dtype", "device", "torch", "software"):
-        then, now = getattr(there, name), getattr(here, name)
+        then, now = getattr(old, name), getattr(new, name)
         if then != now:
             yield name, [then, now]
 
@@ -103,18 +114,18 @@ def _changes(there: Receipt, here: Receipt) -> Iterator[tuple[str, list[str]]]:
 def _lines(
     receipt: Receipt, difference: dict[str, Any] | None, lossless: bool, same: bool, changed: dict[str, list[str]]
 ) -> Iterator[str]:
-    yield f"{t.printable(receipt.text)}: seed {receipt.image_seed}, {t.printable(receipt.model)}"
+    yield f"{printable(receipt.text)}: seed {receipt.image_seed}, {printable(receipt.model)}"
     if difference is None:
-        yield "different: the pictures have different sizes"
+        yield "different: the images have different sizes"
     elif not lossless:
-        state = "the same as far as its compression lets one tell" if same else "different, more than compression does"
+        state = "the same up to compression" if same else "different, by more than compression explains"
         yield f"{state}: mean difference {difference['mean']:.2f} of 255, largest {difference['most']}"
     elif difference["most"] == 0:
         yield "the same: every pixel matches exactly"
     elif difference["most"] <= ROUNDING:
         yield (
-            f"the same up to rounding: {difference['share']:.2%} of the values differ by 1 of 255, as they may when a "
-            "picture was drawn together with others"
+            f"the same up to rounding: {difference['share']:.2%} of the values differ by 1 of 255, as they may when an "
+            "image was drawn together with others"
         )
     else:
         yield (
@@ -123,7 +134,7 @@ def _lines(
         )
     names = {"software": "clipgen", "torch": "PyTorch", "dtype": "precision"}
     for name, (then, now) in changed.items():
-        then, now = (t.printable(value[:12] + "..." if name == "weights" else value) for value in (then, now))
+        then, now = (printable(value[:12] + "..." if name == "weights" else value) for value in (then, now))
         yield f"  {names.get(name, name)}: {then} then, {now} now"
     if not same and not changed:
-        yield "  nothing that the receipt knows of has changed: the file's pixels were edited"
+        yield "  nothing recorded in the receipt has changed, so the file's pixels were edited"

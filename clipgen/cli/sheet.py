@@ -1,4 +1,4 @@
-"""`python -m clipgen sheet`: what two settings do to a prompt, as one labelled grid."""
+"""`clipgen sheet`: one prompt over several values of one or two settings, as a labelled grid."""
 
 from __future__ import annotations
 
@@ -9,44 +9,61 @@ from typing import Annotated, Any
 
 import typer
 
-from clipgen.cli import common as t
-from clipgen.cli.common import HOW, WHAT, option
+from clipgen.cli.common import (
+    HOW,
+    WHAT,
+    Device,
+    Dtype,
+    FileFormat,
+    Format,
+    Json,
+    Out,
+    Quiet,
+    Seed,
+    Weights,
+    checked_text,
+    load,
+    option,
+    printable,
+)
+from clipgen.cli.progress import progress
 from clipgen.outputs.naming import free_stem
 from clipgen.request import new_seed
 
-MOST_CELLS = 100
-EXAMPLE = "Example: python -m clipgen sheet 'a lemon' --guidance 1,2,4 --temperature 0.7,1,1.3"
+MAX_CELLS = 100
+EXAMPLE = "Example: clipgen sheet 'a lemon' --guidance 1,2,4 --temperature 0.7,1,1.3"
 SETTINGS = {"guidance": float, "temperature": float, "top_k": int, "top_p": float}
 
 _PROMPT = typer.Argument(metavar="PROMPT", show_default=False, help="What to draw, in quotes.")
-_CANDIDATES = option(HOW, "Images to draw per cell, of which CLIP picks the best; 1 shows what chance does.")
+_CANDIDATES = option(HOW, "Images to draw per cell, of which CLIP picks the best; 1 shows unselected images.")
 
 
 def _values(help: str) -> Any:
-    return option(HOW, f"{help}: one value, or several with commas between.", model="the model's", metavar="A,B,...")
+    return option(HOW, f"{help}: one value, or several separated by commas.", model="the model's", metavar="A,B,...")
 
 
 def sheet(
     prompt: Annotated[str, _PROMPT],
     guidance: Annotated[str | None, _values("How closely to follow the prompt, 0 to 30")] = None,
-    temperature: Annotated[str | None, _values("How daring to be, 0 to 10")] = None,
+    temperature: Annotated[str | None, _values("Randomness of the tokens, 0 to 10")] = None,
     top_k: Annotated[str | None, _values("Choose among the K likeliest tokens; 0 is off")] = None,
     top_p: Annotated[str | None, _values("Choose among the likeliest that add up to P")] = None,
     negative: Annotated[
-        str | None, option(WHAT, "Keep away from a text; guidance must be above 1.", metavar="TEXT")
+        str | None, option(WHAT, "Move away from a text; guidance must be above 1.", metavar="TEXT")
     ] = None,
     candidates: Annotated[int, _CANDIDATES] = 1,
-    seed: t.Seed = None,
-    out: t.Out = Path("outputs"),
-    format: t.FileFormat = t.Format.png,
-    as_json: t.Json = False,
-    weights: t.Weights = None,
-    device: t.Device = None,
-    dtype: t.Dtype = None,
+    seed: Seed = None,
+    out: Out = Path("outputs"),
+    format: FileFormat = Format.png,
+    as_json: Json = False,
+    quiet: Quiet = False,
+    weights: Weights = None,
+    device: Device = None,
+    dtype: Dtype = None,
 ) -> None:
-    """Draw a prompt with several values of one or two settings, everything else and the seed alike, as one grid.
+    """Draw a prompt with several values of one or two settings, with one seed and all else equal, as one grid.
 
-    Values of the first setting go down, those of the second across. The file holds a receipt of every cell.
+    Values of the first setting make rows, those of the second columns. The file holds a receipt of every cell.
     """
     from clipgen.images.grids import labelled_grid
     from clipgen.images.pixels import save_image
@@ -58,19 +75,19 @@ def sheet(
     (down, rows), (across, columns) = axes(values)
     shared: dict[str, Any] = {name: numbers[0] for name, numbers in values.items() if len(numbers) == 1}
     shared |= {"candidates": candidates, "seed": new_seed() if seed is None else seed}
-    shared["negative"] = None if negative is None else t.checked_text(negative)
+    shared["negative"] = None if negative is None else checked_text(negative)
     requests = [
-        GenerationRequest(t.checked_text(prompt), **(shared | ({down: row} if down else {}) | {across: column}))
+        GenerationRequest(checked_text(prompt), **(shared | ({down: row} if down else {}) | {across: column}))
         for row, column in itertools.product(rows, columns)
     ]
-    pipe, digest = t.load(weights, device, dtype)
-    with t.progress(f"{len(requests)} cells") as report:
+    pipe, digest = load(weights, device, dtype)
+    with progress(f"drawing {len(requests)} cells", f"drew {len(requests)} cells") as report:
         results = pipe.generate(requests, progress=report)
-    title = f"{t.printable(prompt)}, seed {results[0].seed}" + "".join(
+    title = f"{printable(prompt)}, seed {results[0].seed}" + "".join(
         f", {name} {numbers[0]:g}" for name, numbers in values.items() if len(numbers) == 1
     )
-    title += "" if negative is None else f", not {t.printable(negative)}"
-    picture = labelled_grid(
+    title += "" if negative is None else f", not {printable(negative)}"
+    image = labelled_grid(
         [result.images[0] for result in results],
         [f"{across} {value:g}" for value in columns],
         [f"{down} {value:g}" for value in rows] if down else [""],
@@ -78,7 +95,7 @@ def sheet(
     )
     stem = free_stem(out, prompt, results[0].seed)
     records = [receipts(pipe, result, digest)[0] for result in results]
-    file = save_image(picture, stem.with_name(f"{stem.name}-sheet.{format.value}"), metadata=together(records))
+    file = save_image(image, stem.with_name(f"{stem.name}-sheet.{format.value}"), metadata=together(records))
     scores = [round(result.scores[0], 4) for result in results]
     if as_json:
         axes_shown = {name: list(numbers) for name, numbers in ((down, rows), (across, columns)) if name}
@@ -94,11 +111,11 @@ def sheet(
             )
         )
     else:
-        print(f"{t.printable(prompt)}: seed {results[0].seed}, {results[0].seconds['total']:.1f} s\n  {file}")
+        print(f"{printable(prompt)}: seed {results[0].seed}, {results[0].seconds['total']:.1f} s\n  {file}")
 
 
 def axes(values: dict[str, list[float]]) -> tuple[tuple[str, list[float]], tuple[str, list[float]]]:
-    """The settings that vary, as (name, values): the one that goes down ("" when there is none), and the one across.
+    """Pick the settings that vary, as (name, values): that of the rows ("" with a single row) and that of the columns.
 
     Raises:
         BadParameter: none varies, more than two do, or there are too many cells.
@@ -109,8 +126,8 @@ def axes(values: dict[str, list[float]]) -> tuple[tuple[str, list[float]], tuple
         names = ", ".join(f"--{name.replace('_', '-')}" for name in SETTINGS)
         raise typer.BadParameter(f"one or two settings must vary, here: {found}; give {names} values with commas")
     cells = len(varying[0][1]) * len(varying[-1][1] if len(varying) == 2 else [0])
-    if cells > MOST_CELLS:
-        raise typer.BadParameter(f"the grid has {cells} cells; {MOST_CELLS} are allowed: give fewer values")
+    if cells > MAX_CELLS:
+        raise typer.BadParameter(f"the grid has {cells} cells; {MAX_CELLS} are allowed: give fewer values")
     down = varying[0] if len(varying) == 2 else ("", [0.0])
     return down, varying[-1]
 
@@ -121,7 +138,7 @@ def _parse(name: str, text: str) -> list[float]:
         found = [kind(value) for value in text.split(",")]
     except ValueError:
         whole = "whole numbers" if kind is int else "numbers"
-        raise typer.BadParameter(f"--{name.replace('_', '-')} is {text!r}; give {whole} with commas between") from None
+        raise typer.BadParameter(f"--{name.replace('_', '-')} is {text!r}; give {whole} separated by commas") from None
     if len(set(found)) < len(found):
-        raise typer.BadParameter(f"--{name.replace('_', '-')} is {text!r}; it has a value twice")
+        raise typer.BadParameter(f"--{name.replace('_', '-')} is {text!r}; it repeats a value")
     return found

@@ -1,33 +1,33 @@
-"""`python -m clipgen weights`: list, fetch, verify, convert and look into weights."""
+"""`clipgen weights`: list, fetch, verify, convert and describe weights."""
 
 from __future__ import annotations
 
 import json
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
-from rich.console import Console
-from rich.progress import BarColumn, DownloadColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
 
-from clipgen.weights.catalog import CATALOG, File, PretrainedModel
+from clipgen.cli.common import Quiet, check_out, log
+from clipgen.cli.progress import downloads
+from clipgen.weights.catalog import CATALOG, PretrainedModel
 
 if TYPE_CHECKING:
-    from clipgen.weights.cache import Report, Settings
+    from clipgen.weights.cache import Settings
 
 MODELS = Path("weights")
-"""Folder of the models, in the current one: `fetch coco` makes weights/coco."""
+"""Folder of the models below the current one: `fetch coco` makes weights/coco."""
+NAMES = ("list", "fetch", "verify", "convert", "info")
 
-console = Console(stderr=True, highlight=False)
 app = typer.Typer(rich_markup_mode="rich")
 
 
 @app.callback(invoke_without_command=True)
 def root(context: typer.Context) -> None:
-    """Published weights: what there is, fetching, checking, converting."""
+    """List, fetch, verify, convert and describe published weights."""
     if context.invoked_subcommand is None:
         typer.echo(context.get_help())
 
@@ -36,12 +36,15 @@ _JSON = typer.Option("--json", help="Print one JSON document.")
 _CACHE = typer.Option(
     envvar="CLIPGEN_CACHE", show_default="~/.cache/clipgen", file_okay=False, help="Folder of the downloads."
 )
+_NAME = typer.Argument(
+    metavar="NAME", show_default=False, help=f"One of {', '.join(CATALOG)}.", autocompletion=lambda: list(CATALOG)
+)
 _FOLDER = typer.Argument(metavar="DIR", show_default=False, help="Folder of a model, such as weights/mini.")
 
 
 @app.command("list")
 def list_(cache: Annotated[Path | None, _CACHE] = None, as_json: Annotated[bool, _JSON] = False) -> None:
-    """Show what can be fetched: files, sizes, licences, and whether they are here."""
+    """Show what can be fetched: files, sizes, licences, and whether they have been downloaded."""
     settings = _settings(cache)
     records = [_record(entry, settings) for entry in CATALOG.values()]
     if as_json:
@@ -54,24 +57,31 @@ def list_(cache: Annotated[Path | None, _CACHE] = None, as_json: Annotated[bool,
             typer.echo(f"  {file['name']:30} {_size(file):40} {file['state']}")
         if record["model"]:
             state = "converted" if record["converted"] else "not converted yet"
-            typer.echo(f"  {record['model']:30} {'the model that fetch makes of them':40} {state}")
+            typer.echo(f"  {record['model']:30} {'the model that fetch converts them to':40} {state}")
     typer.echo(f"downloads go to {settings.cache}")
 
 
-@app.command(epilog="Example: python -m clipgen weights fetch coco")
+@app.command(epilog="Example: clipgen weights fetch coco")
 def fetch(
-    name: Annotated[str, typer.Argument(metavar="NAME", show_default=False, help=f"One of {', '.join(CATALOG)}.")],
+    name: Annotated[str, _NAME],
     cache: Annotated[Path | None, _CACHE] = None,
     out: Annotated[
         Path | None,
-        typer.Option(file_okay=False, help="Folder of the converted model. [dim]\\[default: weights/NAME][/dim]"),
+        typer.Option(
+            "--out",
+            "-o",
+            file_okay=False,
+            callback=check_out,
+            help="Folder of the converted model. [dim]\\[default: weights/NAME][/dim]",
+        ),
     ] = None,
-    convert: Annotated[bool, typer.Option(help="Convert a whole model once its files are here.")] = True,
+    convert: Annotated[bool, typer.Option(help="Convert a whole model once its files are downloaded.")] = True,
+    quiet: Quiet = False,
 ) -> None:
     """Download files into the cache, check them, and convert those of a whole model.
 
-    Goes on where it stopped. CLIPGEN_MIRROR names other servers to ask, CLIPGEN_OFFLINE=1 forbids asking any. Prints
-    the paths of what there is then.
+    A stopped download resumes. CLIPGEN_MIRROR names other servers to try first, CLIPGEN_OFFLINE=1 forbids any download.
+    Prints the paths of the files or of the model.
     """
     from clipgen.weights.cache import fetch as fetch_files
     from clipgen.weights.cache import find_model
@@ -79,13 +89,13 @@ def fetch(
     entry, settings = find_model(name), _settings(cache)
     target = (out or MODELS / name) if entry.config and convert else None
     if out and not target:
-        raise typer.BadParameter("--out is for a model that is converted; this one is not")
+        raise typer.BadParameter("--out is for a model that is converted; nothing is converted here: leave it out")
     if target and _is_model(target, entry.config):
-        _say(f"{target} is there and complete; delete it to convert it again")
+        log(f"{target} exists and is complete; delete it to convert it again")
         typer.echo(target)
         return
-    with _progress() as report:
-        paths = fetch_files(entry, settings, report=report, log=_say)
+    with downloads() as report:
+        paths = fetch_files(entry, settings, report=report, log=log)
     if not target:
         for path in paths.values():
             typer.echo(path)
@@ -106,9 +116,12 @@ def _source(help: str) -> Any:
     return typer.Option(dir_okay=False, show_default=False, help=help)
 
 
-@app.command(epilog="Example: python -m clipgen weights convert --clip a.pt --vqgan b.pt --gpt c.pt --out weights/mine")
+_OUT = typer.Option("--out", "-o", file_okay=False, callback=check_out, show_default=False, help="Folder to write.")
+
+
+@app.command(epilog="Example: clipgen weights convert --clip a.pt --vqgan b.pt --gpt c.pt --out weights/mine")
 def convert(
-    out: Annotated[Path, typer.Option(file_okay=False, show_default=False, help="Folder to write.")],
+    out: Annotated[Path, _OUT],
     clip: Annotated[
         Path | None, _source("CLIP: OpenAI's file, HFAiLab's, or .safetensors under OpenAI's names.")
     ] = None,
@@ -116,17 +129,17 @@ def convert(
         Path | None, _source("VQGAN: HFAiLab's or CompVis' checkpoint, or .safetensors of stage 1.")
     ] = None,
     gpt: Annotated[Path | None, _source("GPT: HFAiLab's checkpoint, or .safetensors of stage 2.")] = None,
-    config: Annotated[str, typer.Option(help="The model they belong to: coco, imagenet, or a .yaml file.")] = "coco",
+    config: Annotated[str, typer.Option(help="Their model: coco, imagenet, or a .yaml file.")] = "coco",
 ) -> None:
-    """Turn published checkpoints into a folder of weights. Nothing in them is executed.
+    """Turn published checkpoints into a folder of weights. Code in them is never executed.
 
-    All three make a model. One or two become files to train the rest with: clip.safetensors, vqgan.safetensors.
+    All three make a model. One or two become files for training the rest: clip.safetensors, vqgan.safetensors.
     """
     given = {part: path for part, path in (("clip", clip), ("vqgan", vqgan), ("gpt", gpt)) if path}
     if not given:
         raise typer.BadParameter("nothing to convert: give --clip, --vqgan and --gpt, or some of them")
     if (out / "manifest.json").exists():
-        raise typer.BadParameter(f"{out} holds a model already; give another --out, or delete it")
+        raise typer.BadParameter(f"{out} already holds a model; give another --out, or delete it")
     if len(given) == 3:
         _convert(given, out, config)
     else:
@@ -135,7 +148,7 @@ def convert(
 
 @app.command()
 def info(folder: Annotated[Path, _FOLDER], as_json: Annotated[bool, _JSON] = False) -> None:
-    """Show a model's configuration, its parameters, the memory it needs and the GPUs it fits."""
+    """Show a model's configuration, its parameters, the memory it needs and the GPUs that it fits on."""
     from clipgen.weights.describe import describe_model_dir
 
     facts = describe_model_dir(folder)
@@ -143,7 +156,7 @@ def info(folder: Annotated[Path, _FOLDER], as_json: Annotated[bool, _JSON] = Fal
 
 
 def _settings(cache: Path | None) -> Settings:
-    """The environment's, with the cache that the command line names; Typer has read CLIPGEN_CACHE already."""
+    """Read the settings from the environment; the command line's cache wins. Typer has read CLIPGEN_CACHE already."""
     from dataclasses import replace
 
     from clipgen.weights.cache import Settings
@@ -180,7 +193,7 @@ def _size(file: dict[str, Any]) -> str:
 
 
 def _is_model(folder: Path, name: str | None) -> bool:
-    """Whether `folder` already holds the complete model `name`; damaged, it is to be made again.
+    """Check whether `folder` already holds the complete model `name`; False if it is damaged.
 
     Raises:
         BadParameter: it holds another model.
@@ -198,31 +211,31 @@ def _is_model(folder: Path, name: str | None) -> bool:
     try:
         load_model_dir(folder)
     except WeightsError as error:
-        _say(f"{error}. It is made again")
+        log(f"{error}. It is converted again")
         return False
     return True
 
 
 def _convert(paths: dict[str, Path], out: Path, config: str) -> None:
-    """All three parts become a model."""
+    """Convert three checkpoints to a model."""
     from clipgen.weights.convert import convert_checkpoints
 
     started = time.perf_counter()
-    _say(f"converting into {out} ...")
+    log(f"converting into {out} ...")
     with _writing(out):
         folder = convert_checkpoints(paths["clip"], paths["vqgan"], paths["gpt"], out, config)
-    _say(f"converted in {time.perf_counter() - started:.0f} s; draw with: generate PROMPT --weights {folder}")
+    log(f"converted in {time.perf_counter() - started:.0f} s; draw with: clipgen generate PROMPT --weights {folder}")
     typer.echo(folder)
 
 
 def _convert_parts(paths: dict[str, Path], out: Path, config: str) -> None:
-    """Parts that make no model yet become files, as the training scripts read them."""
+    """Convert one or two checkpoints to the files that the training scripts read."""
     from safetensors.torch import save_file
 
     from clipgen.config import load_preset
     from clipgen.weights.convert import convert_parts
 
-    parts = convert_parts(paths, load_preset(config))  # all, before any is written
+    parts = convert_parts(paths, load_preset(config))  # all of them before any is written
     with _writing(out):
         out.mkdir(parents=True, exist_ok=True)
         for part, tensors in parts.items():
@@ -234,7 +247,7 @@ def _convert_parts(paths: dict[str, Path], out: Path, config: str) -> None:
 
 @contextmanager
 def _writing(out: Path) -> Iterator[None]:
-    """What the disk refuses is the user's to change: one line."""
+    """Turn a failed write into one line that names the folder."""
     from safetensors import SafetensorError
 
     try:
@@ -243,44 +256,8 @@ def _writing(out: Path) -> Iterator[None]:
         raise typer.BadParameter(f"{out} cannot be written: {getattr(error, 'strerror', None) or error}") from None
 
 
-def _say(message: str) -> None:
-    """On stderr, above the progress bar if there is one, without control characters: some of it comes from servers."""
-    text = "".join(c if c.isprintable() else " " for c in message)
-    console.print(text, markup=False, soft_wrap=True)
-
-
-@contextmanager
-def _progress() -> Iterator[Report]:
-    """Yields a progress callback: a bar per file on a terminal, anywhere else a line for every tenth of a file."""
-    if not console.is_terminal:
-        yield _milestones(_say)
-        return
-    columns = (TextColumn("{task.description}"), BarColumn(), DownloadColumn(), TimeRemainingColumn())
-    with Progress(*columns, console=console) as bars:
-        tasks: dict[File, TaskID] = {}
-
-        def report(file: File, done: int, total: int | None) -> None:
-            if file not in tasks:
-                tasks[file] = bars.add_task(file.name, total=total)
-            bars.update(tasks[file], completed=done, total=total)
-
-        yield report
-
-
-def _milestones(log: Callable[[str], None]) -> Report:
-    seen: dict[File, int] = {}
-
-    def report(file: File, done: int, total: int | None) -> None:
-        step = 10 * done // total if total else done // 100_000_000
-        if seen.get(file) != step:
-            seen[file] = step
-            log(f"{file.name}: {done / 1e6:,.0f} of {f'{total / 1e6:,.0f}' if total else '?'} MB")
-
-    return report
-
-
 def _lines(facts: dict[str, Any], indent: str = "", in_bytes: bool = False) -> Iterator[str]:
-    """Nested facts as indented lines; those under "memory" and "bytes" are bytes."""
+    """Format nested facts as indented lines; numbers under "memory" and "bytes" are bytes."""
     for key, value in facts.items():
         sized = in_bytes or key in ("memory", "bytes")
         if isinstance(value, dict):

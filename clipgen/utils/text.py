@@ -68,7 +68,8 @@ def read_prompts(path: Path) -> list[str]:
     """
     prompts = [line for line in read_lines(path) if line]
     if not prompts:
-        raise DataError(f"'{path}' holds no prompt; write one per line")
+        name = "stdin" if str(path) == "-" else f"'{path}'"
+        raise DataError(f"{name} holds no prompt; write one per line")
     return prompts
 
 

@@ -78,7 +78,7 @@ def test_one_setting_makes_a_row(run: Run) -> None:
         (["a", "--guidance", "1,2", "--top-k", "1,2", "--top-p", "0.5,1"], ["guidance, top_k, top_p"]),
         (["a", "--guidance", "1,x"], ["--guidance", "1,x"]),
         (["a", "--guidance", "1,"], ["--guidance", "1,"]),
-        (["a", "--guidance", "1,1"], ["twice"]),
+        (["a", "--guidance", "1,1"], ["repeats a value"]),
         (["a", "--top-k", "1.5,2"], ["whole numbers"]),
         (["a", "--guidance", "1,99"], ["guidance", "99"]),
         (["a", "--guidance", "1,nan"], ["guidance", "nan"]),

@@ -20,8 +20,8 @@ from local_server import Answer, Server, serving, wait_until
 from safetensors.torch import load_file, save_file
 from typer.testing import CliRunner, Result
 
-from clipgen.cli import weights as weights_cli
 from clipgen.cli.main import app
+from clipgen.cli.progress import milestones
 from clipgen.weights.catalog import CATALOG
 from clipgen.weights.model_dir import load_model_dir
 
@@ -161,10 +161,10 @@ def test_fetch_makes_a_model(
         result = run("fetch", "coco")
         assert result.exit_code == 0 and result.stdout == "weights/coco\n", result.output
         assert calls == [("clip_vit_b32.pt", "vqgan_coco.pt", "gpt_coco.pt", "coco")]
-        assert "weights/coco is there and complete" in run("fetch", "coco").stderr and len(calls) == 1
+        assert "weights/coco exists and is complete" in run("fetch", "coco").stderr and len(calls) == 1
         Path("weights/coco/gpt.safetensors").write_bytes(b"damaged")
         again = run("fetch", "coco")
-        assert again.exit_code == 0 and "It is made again" in again.stderr and len(calls) == 2
+        assert again.exit_code == 0 and "It is converted again" in again.stderr and len(calls) == 2
     assert run("verify", "weights/coco").exit_code == 0
     assert "converted\n" in run("list").stdout
     assert "holds the model tiny" in mistake(run("fetch", "coco", "--out", _other(tiny_sources)))
@@ -251,7 +251,7 @@ def test_convert(run: Run, tiny_sources: dict[str, Path], tiny_weights: Path) ->
     assert ours[0] == theirs[0]
     for part in theirs[1]:
         assert all(torch.equal(tensor, ours[1][part][name]) for name, tensor in theirs[1][part].items())
-    assert "weights/mine holds a model already" in mistake(
+    assert "weights/mine already holds a model" in mistake(
         run("convert", *options(tiny_sources), "--out", "weights/mine")
     )
 
@@ -296,7 +296,7 @@ def test_convert_refuses_what_it_cannot_use_and_writes_nothing(run: Run, tiny_so
 
 def test_milestones_are_few() -> None:
     lines: list[str] = []
-    report = weights_cli._milestones(lines.append)
+    report = milestones(lines.append)
     (file,) = CATALOG["openai-vit-b32"].files
     for done in range(0, 1001):
         report(file, done * 10**6, 10**9)

@@ -3,18 +3,15 @@
 from __future__ import annotations
 
 import argparse
-import errno
 import math
-import sys
-from collections.abc import Callable, Mapping
-from functools import wraps
+from collections.abc import Mapping
 from pathlib import Path
 
 import torch.distributed as dist
 from accelerate import Accelerator
 from accelerate.utils import gather_object
 
-from clipgen.errors import ClipGenError
+from clipgen.utils.entry_point import entry_point
 from clipgen.utils.files import write_text
 from train.config import Config, load_config
 from train.loop.logger import TRACKERS, check_tracker
@@ -71,35 +68,6 @@ def minutes(text: str) -> float:
     return value
 
 
-def command(main: Callable[[], None]) -> Callable[[], None]:
-    """Turn a user's mistake or a full disk into one line and exit code 2, Ctrl-C into one line and 130.
-
-    Processes of one training leave their process group before they exit, whether they finished or were stopped.
-    """
-
-    @wraps(main)
-    def run() -> None:
-        stopped: SystemExit | None = None
-        try:
-            main()
-        except SystemExit as error:
-            stopped = SystemExit(error.code)  # a new one: the first one's traceback keeps DDP alive (see leave_group)
-        except KeyboardInterrupt as error:
-            print("stopped; the same command continues from what is saved", file=sys.stderr)
-            raise SystemExit(130) from error
-        except (ValueError, OSError) as error:
-            full = isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT)
-            if not (isinstance(error, ClipGenError) or full or isinstance(error, FileNotFoundError)):
-                raise
-            print(f"error: {error}", file=sys.stderr)
-            raise SystemExit(2) from error
-        leave_group()
-        if stopped:
-            raise stopped
-
-    return run
-
-
 def leave_group() -> None:
     """Destroy the process group, if there is one.
 
@@ -108,6 +76,10 @@ def leave_group() -> None:
     """
     if dist.is_initialized():
         dist.destroy_process_group()
+
+
+command = entry_point(stopped="stopped; the same command continues from what is saved", cleanup=leave_group)
+"""Decorator of a training script's main function. Processes that end together leave their group before they exit."""
 
 
 def report_failures(accelerator: Accelerator, out: Path, failures: Mapping[str, str]) -> None:

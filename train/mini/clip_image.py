@@ -10,6 +10,11 @@ embedding, so that it keeps both. `train/mini/clip_text.py` then teaches sentenc
 
 from __future__ import annotations
 
+if __name__ == "__main__":
+    from clipgen.utils.entry_point import end_at_ctrl_c
+
+    end_at_ctrl_c()  # until main() takes over
+
 import argparse
 from dataclasses import asdict
 from pathlib import Path

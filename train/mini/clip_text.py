@@ -10,6 +10,11 @@ Writes OUT/clip.safetensors and prints retrieval of held-out pictures by name.
 
 from __future__ import annotations
 
+if __name__ == "__main__":
+    from clipgen.utils.entry_point import end_at_ctrl_c
+
+    end_at_ctrl_c()  # until main() takes over
+
 import argparse
 import json
 from dataclasses import asdict, dataclass

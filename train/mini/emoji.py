@@ -16,6 +16,11 @@
 
 from __future__ import annotations
 
+if __name__ == "__main__":
+    from clipgen.utils.entry_point import end_at_ctrl_c
+
+    end_at_ctrl_c()  # until main() takes over
+
 import argparse
 import io
 import json
@@ -31,6 +36,7 @@ from PIL import Image
 from rich.console import Console
 from rich.progress import track
 
+from clipgen.utils.entry_point import entry_point
 from train.mini.captions import COLOURS, STYLES, Emoji
 
 RENDER_SIZE = 160
@@ -246,6 +252,7 @@ def write_split(name: str, records: list[dict], out: Path, size: int, pool: Proc
     (folder / "metadata.jsonl").write_text(lines)
 
 
+@entry_point()
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--npm", type=Path, default=Path("data/npm/node_modules"), help="folder of installed packages")

@@ -8,6 +8,11 @@ sentences that prompts are measured against come from --prompts, one a line, or 
 
 from __future__ import annotations
 
+if __name__ == "__main__":
+    from clipgen.utils.entry_point import end_at_ctrl_c
+
+    end_at_ctrl_c()  # until main() takes over
+
 import argparse
 import json
 import random
@@ -20,6 +25,7 @@ from torch import Tensor
 from clipgen.errors import DataError
 from clipgen.images.sources import open_source
 from clipgen.models.clip import Clip
+from clipgen.utils.entry_point import entry_point
 from clipgen.weights.model_dir import add_extra, load_model_dir
 from clipgen.weights.training_index import FILE, build_index
 from train.encode import Encoded
@@ -119,6 +125,7 @@ def _captions(data: Path, records: dict[str, dict]) -> list[str]:
     ]
 
 
+@entry_point()
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--weights", type=Path, required=True, help="folder of weights that gets the index")

@@ -5,6 +5,11 @@ python -m train.mini.sheet --data data/emoji --out outputs/scenes.png        (or
 
 from __future__ import annotations
 
+if __name__ == "__main__":
+    from clipgen.utils.entry_point import end_at_ctrl_c
+
+    end_at_ctrl_c()  # until main() takes over
+
 import argparse
 import random
 from pathlib import Path
@@ -12,6 +17,7 @@ from pathlib import Path
 import cv2
 import numpy as np
 
+from clipgen.utils.entry_point import entry_point
 from train.mini.attachments import ATTACHMENTS, can_have, kinds_of
 from train.mini.colours import COLOURS, Bytes
 from train.mini.describe import describe
@@ -85,6 +91,7 @@ def _text(text: str, width: int, height: int, scale: float) -> Bytes:
     return row
 
 
+@entry_point()
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--data", type=Path, default=Path("data/emoji"), help="what `make emoji` wrote")

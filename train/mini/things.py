@@ -9,6 +9,11 @@ alone, in the same style and on the same background. A picture of one thing, onc
 
 from __future__ import annotations
 
+if __name__ == "__main__":
+    from clipgen.utils.entry_point import end_at_ctrl_c
+
+    end_at_ctrl_c()  # until main() takes over
+
 import argparse
 import json
 from collections.abc import Sequence
@@ -18,6 +23,7 @@ import torch
 from torch import Tensor
 
 from clipgen.errors import DataError
+from clipgen.utils.entry_point import entry_point
 from clipgen.utils.files import write_text
 from train.encode import Encoded, shard_path
 from train.loop.checkpoint import save_tensors
@@ -79,6 +85,7 @@ def write_things(encoded: Path, data: Path, out: Path) -> Tensor:
     return things
 
 
+@entry_point()
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--encoded", type=Path, required=True, help="what train/encode.py has written")

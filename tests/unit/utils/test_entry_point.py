@@ -1,0 +1,149 @@
+"""The boundary around every program: one line and an exit code instead of a traceback."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+FULL = "cannot write: No space left on device; make room or write elsewhere"
+HEADER = """
+import errno, os, sys, time
+from clipgen.errors import *
+from clipgen.utils.entry_point import end_at_ctrl_c, entry_point
+"""
+
+
+def program(folder: Path, body: str, decorator: str = "entry_point()") -> list[str]:
+    """Write a program whose main function has this body."""
+    path = folder / "program.py"
+    lines = "\n".join(f"    {line}" for line in body.splitlines())
+    path.write_text(f"{HEADER}\n@{decorator}\ndef main():\n{lines}\n\nmain()\n")
+    return [sys.executable, str(path)]
+
+
+def run(command: list[str], **streams: object) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(command, **{"capture_output": True, "text": True, "timeout": 60, **streams})  # type: ignore[call-overload]
+
+
+@pytest.mark.parametrize(
+    ("body", "line"),
+    [
+        ("raise ConfigError('steps is 0; give 1 or more')", "error: steps is 0; give 1 or more"),
+        ("raise RequestError('seed', 'is -1')", "error: seed is -1"),
+        ("raise OutputError('two\\nlines \\x1b[31m')", "error: two lines  [31m"),
+        ("open('/nowhere/file')", "error: /nowhere/file: No such file or directory"),
+        ("os.mkdir('/proc')", "error: /proc: File exists"),
+        ("os.listdir('/dev/null')", "error: /dev/null: Not a directory"),
+        ("raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))", f"error: {FULL}"),
+        ("raise TimeoutError('no answer after 10 s')", "error: no answer after 10 s"),
+    ],
+)
+def test_user_errors_are_one_line_and_exit_code_2(tmp_path: Path, body: str, line: str) -> None:
+    done = run(program(tmp_path, body))
+    assert (done.returncode, done.stdout, done.stderr) == (2, "", f"{line}\n")
+
+
+def test_faults_keep_their_traceback(tmp_path: Path) -> None:
+    done = run(program(tmp_path, "raise RuntimeError('a fault')"))
+    assert done.returncode == 1 and "Traceback" in done.stderr and "a fault" in done.stderr
+
+
+def test_results_and_exit_codes_pass_through(tmp_path: Path) -> None:
+    assert run(program(tmp_path, "print('done')")).stdout == "done\n"
+    assert run(program(tmp_path, "sys.exit(7)")).returncode == 7
+    done = run(program(tmp_path, "sys.exit('a message')"))
+    assert done.returncode == 1 and done.stderr == "a message\n"
+
+
+def test_cleanup_runs_when_the_frames_of_main_are_gone(tmp_path: Path) -> None:
+    held = "class Held:\n    def __del__(self): print('freed')\nheld = Held()\n"
+    decorator = "entry_point(cleanup=lambda: print('cleanup'))"
+    for end in ("", "sys.exit(0)"):
+        done = run(program(tmp_path, held + end, decorator))
+        assert done.stdout.split() == ["freed", "cleanup"], done.stderr
+    assert "cleanup" not in run(program(tmp_path, "raise ConfigError('x')", decorator)).stdout
+
+
+@pytest.mark.parametrize("flush", ["False", "True"])
+def test_reader_that_has_gone_ends_the_program_quietly(tmp_path: Path, flush: str) -> None:
+    read, write = os.pipe()
+    os.close(read)
+    body = f"for i in range(100_000): print(i, flush={flush})"
+    done = run(program(tmp_path, body), capture_output=False, stdout=write, stderr=subprocess.PIPE)
+    os.close(write)
+    assert (done.returncode, done.stderr) == (141, "")
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="needs /dev/full")
+@pytest.mark.parametrize("body", ["print('x')", "print('x', flush=True)", "print('x'); sys.exit(0)"])
+def test_full_disk_behind_stdout_is_named(tmp_path: Path, body: str) -> None:
+    with open("/dev/full", "w") as full:
+        done = run(program(tmp_path, body), capture_output=False, stdout=full, stderr=subprocess.PIPE)
+    assert (done.returncode, done.stderr) == (2, f"error: {FULL}\n")
+
+
+@pytest.mark.parametrize("number", [0, 1, 2])
+def test_closed_streams_stay_unused(tmp_path: Path, number: int) -> None:
+    """No file gets the number of a closed stream, and printing works."""
+    body = "sys.stdin.read()\nprint('x'); print('x', file=sys.stderr)\nassert open(__file__).fileno() > 2"
+    shell = f"exec '{sys.executable}' {program(tmp_path, body)[1]} {number}{'<' if number == 0 else '>'}&-"
+    done = subprocess.run(["bash", "-c", shell], capture_output=True, text=True, timeout=60, stdin=subprocess.DEVNULL)
+    assert done.returncode == 0, done.stderr
+    assert (done.stdout, done.stderr) == ("" if number == 1 else "x\n", "" if number == 2 else "x\n")
+
+
+def interrupt(command: list[str]) -> tuple[int, str]:
+    """Start a program, send it SIGINT once it has said "ready"; its exit code and stderr."""
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    try:
+        assert process.stdout is not None and process.stdout.readline() == "ready\n"
+        process.send_signal(signal.SIGINT)
+        return process.wait(timeout=30), process.communicate()[1]
+    finally:
+        process.kill()
+
+
+def test_ctrl_c_is_one_line_and_130(tmp_path: Path) -> None:
+    body = "print('ready', flush=True)\ntime.sleep(60)"
+    command = program(tmp_path, body, "entry_point(stopped='stopped; run it again')")
+    assert interrupt(command) == (130, "stopped; run it again\n")
+
+
+def test_ctrl_c_that_a_library_turns_into_another_error(tmp_path: Path) -> None:
+    body = (
+        "print('ready', flush=True)\ntry:\n    time.sleep(60)\nexcept KeyboardInterrupt:\n    raise ImportError('half')"
+    )
+    assert interrupt(program(tmp_path, body)) == (130, "stopped\n")
+
+
+def test_ctrl_c_before_main_ends_without_a_traceback(tmp_path: Path) -> None:
+    path = tmp_path / "importing.py"
+    path.write_text(f"{HEADER}\nend_at_ctrl_c()\nprint('ready', flush=True)\ntime.sleep(60)\n")
+    assert interrupt([sys.executable, str(path)]) == (-signal.SIGINT, "")
+
+
+def test_ignored_interrupts_stay_ignored(tmp_path: Path) -> None:
+    path = tmp_path / "ignoring.py"
+    body = "end_at_ctrl_c()\n@entry_point()\ndef main():\n    print('ready', flush=True)\n    time.sleep(1)\nmain()\n"
+    path.write_text(f"{HEADER}\n{body}")
+    assert interrupt(["bash", "-c", f"trap '' INT; exec '{sys.executable}' {path}"]) == (0, "")
+
+
+SCRIPTS = [
+    path
+    for folder in ("train", "train/mini", "benchmarks", "clipgen")
+    for path in sorted((Path(__file__).parents[3] / folder).glob("*.py"))
+    if '__name__ == "__main__"' in path.read_text(encoding="utf-8")
+]
+
+
+@pytest.mark.parametrize("path", SCRIPTS, ids=lambda path: f"{path.parent.name}/{path.name}")
+def test_every_program_is_inside_the_boundary(path: Path) -> None:
+    text = path.read_text(encoding="utf-8")
+    assert "end_at_ctrl_c()" in text
+    assert "\n@entry_point(" in text or "\n@command\n" in text or path.name == "__main__.py"
