@@ -125,9 +125,9 @@ def test_what_cannot_be_replayed(run: Run, tmp_path: Path) -> None:
     (tmp_path / "text.png").write_text("a lemon")
     for file, words in [
         ("plain.png", "no receipt"),
-        ("text.png", "no image"),
+        ("text.png", "not an image"),
         ("missing.png", "no such file"),
-        ("outputs/a-lemon-7-grid.png", "holds 2 pictures"),
+        ("outputs/a-lemon-7-grid.png", "holds 2 images"),
     ]:
         result = run("replay", file)
         assert result.exit_code == 2 and words in result.stderr and len(result.stderr.splitlines()) == 1, result.stderr

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from dataclasses import asdict, fields, replace
 from pathlib import Path
 from typing import Any
@@ -13,13 +14,12 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import ExifTags, Image, PngImagePlugin
 
+from clipgen import ClipGen, GenerationOutput, GenerationRequest, __version__
 from clipgen.errors import DataError
-from clipgen import ClipGen, GenerationRequest, GenerationOutput, __version__
-from clipgen.request import SamplingParams
 from clipgen.images.pixels import load_image, read_metadata, save_image
-from clipgen.outputs.metadata import KEY, MAX_TEXT, SAMPLING, PromptPart, Receipt, image_digest, receipts, together
+from clipgen.outputs.metadata import KEY, MAX_TEXT, PromptPart, Receipt, image_digest, receipts, together
 from clipgen.outputs.metadata import weights_digest as digest
-from clipgen.request import MAX_CANDIDATES, MAX_PARTS, MAX_SEED
+from clipgen.request import MAX_CANDIDATES, MAX_PARTS, MAX_SEED, SAMPLING, SamplingParams
 
 FORMATS = ("png", "webp", "jpg")
 
@@ -214,6 +214,74 @@ def test_receipts_from_before_there_were_negative_prompts() -> None:
         read(old | {"version": 2})
 
 
+@pytest.mark.parametrize("name", ["mixed.png", "mixed.jpg", "mixed.webp"])
+def test_receipts_written_by_commit_43da29e_are_read(name: str, golden: Path) -> None:
+    found = Receipt.from_file(golden / "receipts_43da29e" / name)
+    assert found.prompt == (PromptPart(1.0, "a lemon on a red sofa"), PromptPart(0.5, "a cat"))
+    assert found.negative == (PromptPart(1.0, "a dog"),)
+    assert (found.seed, found.num_outputs, found.candidates, found.guidance) == (7, 2, 2, 3.0)
+    assert found.image_seed in (7, 8) and found.index == int(name == "mixed.jpg") and not found.shortened
+    assert found.request().seed == found.image_seed
+
+
+def test_receipt_with_kept_rows_written_by_commit_43da29e_is_read(golden: Path) -> None:
+    folder = golden / "receipts_43da29e"
+    found, kept = Receipt.from_file(folder / "kept_rows.jpg"), load_image(folder / "photo.png")
+    assert (found.text, found.keep, found.keep_rows) == ("a lemon", image_digest(kept), 4)
+    assert found.request({image_digest(kept): kept}).keep_rows == 4
+    with pytest.raises(DataError, match=r"grid\.webp.*holds 2 images"):
+        Receipt.from_file(folder / "grid.webp")
+
+
+def parse_as_web_uis_do(text: str) -> dict[str, str]:
+    """What AUTOMATIC1111's stable-diffusion-webui does in modules/infotext_utils.py, as far as it concerns us."""
+    *lines, last = text.strip().split("\n")
+    pairs = re.findall(r'\s*(\w[\w \-/]+):\s*("(?:\\.|[^\\"])+"|[^,]*)(?:,|$)', last)
+    assert len(pairs) >= 3, "otherwise the line counts as part of the prompt"
+    sides = {"prompt": [], "negative": []}
+    side = "prompt"
+    for line in lines:
+        if line.startswith("Negative prompt:"):
+            side, line = "negative", line.removeprefix("Negative prompt:")
+        sides[side].append(line.strip())
+    return {name: "\n".join(found) for name, found in sides.items()} | dict(pairs)
+
+
+@pytest.mark.parametrize("suffix", FORMATS)
+def test_web_uis_find_prompt_and_settings_where_they_look(pipe: ClipGen, tmp_path: Path, suffix: str) -> None:
+    result = pipe([("a lemon,\n  a red: sofa 🍋", 1.0), ("a cat", 0.5)], seed=3, guidance=2.5, negative="a dog")
+    (written,) = receipts(pipe, result, "a" * 64)
+    path = save_image(result.images[0], tmp_path / f"a.{suffix}", metadata=written.to_metadata())
+    with Image.open(path) as image:
+        if suffix == "png":
+            text = image.info["parameters"]
+        else:
+            comment = image.getexif().get_ifd(ExifTags.IFD.Exif)[ExifTags.Base.UserComment]
+            assert comment.startswith(b"UNICODE\0")
+            text = comment[8:].decode("utf-16-be")
+    found = parse_as_web_uis_do(text)
+    assert found["prompt"] == "a lemon, a red: sofa 🍋, (a cat:0.5)" and found["negative"] == "a dog"
+    assert (found["Seed"], found["CFG scale"], found["Size"], found["Steps"]) == ("3", "2.5", "32x32", "16")
+    assert (found["Model"], found["Model hash"]) == ("tiny", "a" * 10)
+    assert Receipt.from_file(path) == written
+
+
+def test_parameters_that_do_not_fit_into_exif_are_left_out(tmp_path: Path) -> None:
+    prompt, negative = (PromptPart(1.0, "🍋" * 3_000),), (PromptPart(1.0, "🍋" * 1_150),)
+    written = a_receipt(prompt=prompt, negative=negative)
+    path = save_image(Image.new("RGB", (8, 8)), tmp_path / "a.jpg", metadata=written.to_metadata())
+    assert Receipt.from_file(path) == written
+    with Image.open(path) as image:
+        assert ExifTags.Base.UserComment not in image.getexif().get_ifd(ExifTags.IFD.Exif)
+
+
+@pytest.mark.parametrize("model", ["plain", 'a, "b": c', "a\nNegative prompt: x"])
+def test_values_with_separators_are_quoted(model: str) -> None:
+    found = parse_as_web_uis_do(a_receipt(model=model).to_metadata()["parameters"])
+    value = found["Model"]
+    assert (json.loads(value) if value.startswith('"') else value) == model and found["Seed"] == "9"
+
+
 def test_the_digest_of_weights_changes_with_them(tiny_weights: Path, tmp_path: Path) -> None:
     manifest = json.loads((tiny_weights / "manifest.json").read_text())
     (tmp_path / "manifest.json").write_text(json.dumps(manifest))
@@ -226,7 +294,7 @@ def test_the_digest_of_weights_changes_with_them(tiny_weights: Path, tmp_path: P
 def test_many_pictures_in_one_file(tmp_path: Path) -> None:
     many = [a_receipt(index=i % 2, prompt=(PromptPart(1.0, "x" * 3000),)) for i in range(40)]
     path = save_image(Image.new("RGB", (8, 8)), tmp_path / "grid.jpg", metadata=together(many))
-    with pytest.raises(DataError, match=r"grid\.jpg.*holds \d+ pictures"):
+    with pytest.raises(DataError, match=r"grid\.jpg.*holds \d+ images"):
         Receipt.from_file(path)
     assert json.loads(read_metadata(path)[KEY])[0] == json.loads(many[0].to_metadata()[KEY])
 
@@ -329,7 +397,7 @@ def test_files_without_a_receipt(tmp_path: Path) -> None:
     with pytest.raises(DataError, match="no receipt"):
         Receipt.from_file(tmp_path / "camera.jpg")
     (tmp_path / "text.png").write_text("a lemon")
-    with pytest.raises(DataError, match="no image"):
+    with pytest.raises(DataError, match="not an image"):
         Receipt.from_file(tmp_path / "text.png")
     with pytest.raises(DataError, match="no such file"):
         Receipt.from_file(tmp_path / "missing.png")
@@ -357,5 +425,5 @@ def test_damaged_files_never_crash(tmp_path_factory: pytest.TempPathFactory, dat
     path.write_bytes(content[: data.draw(st.integers(0, len(content)))])
     try:
         assert isinstance(Receipt.from_file(path), Receipt)
-    except (DataError, DataError) as error:
+    except DataError as error:
         assert path.name in str(error)
