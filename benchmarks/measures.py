@@ -135,7 +135,7 @@ def reconstruct(vqgan: VQGAN, pixels: Tensor, batch_size: int = 32) -> tuple[Ten
     """Pixels (N, 3, H, W) in [-1, 1] through the tokens and back: pixels clamped to [-1, 1], tokens (N, T)."""
     out, tokens = [], []
     for x in pixels.split(batch_size):
-        tokens.append(vqgan.tokens(x))
+        tokens.append(vqgan.encode_tokens(x))
         out.append(vqgan.decode_tokens(tokens[-1]).clamp(-1, 1))
     return torch.cat(out), torch.cat(tokens)
 
@@ -168,7 +168,7 @@ def measure_reconstruction(vqgan: VQGAN, data: Path, train_pictures: int = 1000)
     for start in range(0, len(paths), 64):
         pixels = to_pixels([load_image(path) for path in paths[start : start + 64]], size)
         with torch.inference_mode():
-            counts += vqgan.tokens(pixels).flatten().bincount(minlength=len(counts))
+            counts += vqgan.encode_tokens(pixels).flatten().bincount(minlength=len(counts))
     share = counts / counts.sum()
     return found | {
         "train_pictures": len(paths),

@@ -33,7 +33,6 @@ if __name__ == "__main__":
 import torch  # noqa: E402
 import torch.nn.functional as F  # noqa: E402
 from accelerate import Accelerator  # noqa: E402
-from clip.model import CLIP  # noqa: E402
 from PIL import Image  # noqa: E402
 from roofline import describe, in_words, matrix_weights, seconds  # noqa: E402
 from safetensors.torch import load_file  # noqa: E402
@@ -41,7 +40,7 @@ from torch import Tensor  # noqa: E402
 from torch.utils.flop_counter import FlopCounterMode  # noqa: E402
 
 from clipgen.config import GPTConfig  # noqa: E402
-from clipgen.models.clip import Clip  # noqa: E402
+from clipgen.models.clip import Clip, OpenAIClip  # noqa: E402
 from clipgen.models.gpt import GPT, condition_of  # noqa: E402
 from clipgen.models.vqgan import VQGAN  # noqa: E402
 from clipgen.utils.entry_point import entry_point  # noqa: E402
@@ -208,7 +207,7 @@ def measure_stage1(config: Config, name: str, steps: int, pictures: Path, device
 def build_clip(config: Config) -> Clip:
     """ViT-B/32 of random weights where embeddings have 512 numbers, else the mini model's."""
     if config.model.gpt.n_cond == 512:
-        return Clip(CLIP(512, 224, 12, 768, 32, 77, 49408, 512, 8, 12))
+        return Clip(OpenAIClip(512, 224, 12, 768, 32, 77, 49408, 512, 8, 12))
     return Clip.from_state_dict(load_file(ROOT / "weights" / "mini" / "clip.safetensors"))
 
 

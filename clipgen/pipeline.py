@@ -84,7 +84,7 @@ class ClipGen:
         # Each file is unmapped once its network has been built: what was read of it no longer counts as this process'.
         clip = Clip.from_state_dict(parts.pop("clip"), place, precision.compute)
         gpt = precision.build_gpt(config.gpt, parts.pop("gpt"), place)
-        vqgan = build_module(VQGAN, config.vqgan, parts.pop("vqgan"), place, precision.compute).pack()
+        vqgan = build_module(VQGAN, config.vqgan, parts.pop("vqgan"), place, precision.compute).prepack()
         return cls(config, clip, gpt, vqgan, TrainingIndex.load(folder), worker)
 
     @property
@@ -251,7 +251,7 @@ class ClipGen:
                 f"is {request.keep_rows}; this model draws {config.grid} rows, so keep 1 to {config.grid - 1}",
             )
         pixels = to_pixels([to_rgb(request.keep)], config.image_size).to(self.device, self.dtype)
-        return self.vqgan.tokens(pixels)[0, : request.keep_rows * config.grid]
+        return self.vqgan.encode_tokens(pixels)[0, : request.keep_rows * config.grid]
 
     def _watch(
         self, preview: Callable[[list[Image.Image]], None], drawing: Sequence[tuple[_Work, int]]

@@ -6,10 +6,10 @@ from pathlib import Path
 
 import pytest
 import torch
-from clip.model import CLIP
 from published import Source, write_hfailab, write_torchscript
 
 from clipgen.config import GPTConfig, ModelConfig, VQGANConfig
+from clipgen.models.clip import OpenAIClip
 from clipgen.models.gpt import GPT
 from clipgen.models.vqgan import VQGAN
 from clipgen.request import SamplingParams
@@ -57,7 +57,7 @@ def tiny_weights(tiny_config: ModelConfig, tmp_path_factory: pytest.TempPathFact
     """A complete folder of weights drawn from a fixed seed. Copy it before changing anything in it."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
-        clip = CLIP(
+        clip = OpenAIClip(
             embed_dim=32,
             image_resolution=32,
             vision_layers=2,

@@ -77,7 +77,7 @@ def measure(vqgan: VQGAN, source: Source) -> tuple[RoundTrip, Image.Image]:
     flat: list[float] = []
     shown: tuple[Tensor, Tensor] | None = None
     for x in _batches(Subset(source, PICTURES), size):
-        tokens = vqgan.tokens(x)
+        tokens = vqgan.encode_tokens(x)
         copy = vqgan.decode_tokens(tokens).clamp(-1, 1)
         mean = x.mean((2, 3), keepdim=True).expand_as(x)
         kept += psnr(copy, x, 2).tolist()

@@ -129,7 +129,7 @@ class Run:
     def round_trip(self, pictures: Sequence[Image.Image]) -> tuple[Tensor, list[Image.Image]]:
         """Tokens (N, T) of pictures, and the pictures that the VQGAN decodes them to."""
         pixels = to_pixels(pictures, self.pipe.config.vqgan.image_size).to(self.pipe.device, self.pipe.dtype)
-        tokens = self.pipe.vqgan.tokens(pixels)
+        tokens = self.pipe.vqgan.encode_tokens(pixels)
         return tokens, from_pixels(self.pipe.vqgan.decode_tokens(tokens))
 
     @torch.inference_mode()

@@ -1,4 +1,4 @@
-"""CLIP: a sentence or a picture becomes a point on the unit sphere (Radford et al. 2021, arXiv 2103.00020).
+"""CLIP: embed prompts and images on one unit sphere (Radford et al. 2021, arXiv 2103.00020).
 
 The towers are those of OpenAI's `clip` package, of any size, frozen. Shapes: B batch, L context length, D embedding,
 S side of the input image.
@@ -9,6 +9,7 @@ from __future__ import annotations
 import sys
 from collections.abc import Mapping, Sequence
 from functools import lru_cache
+from importlib.metadata import PackageNotFoundError, distribution
 from importlib.util import find_spec, module_from_spec, spec_from_file_location
 from pathlib import Path
 from types import ModuleType
@@ -18,57 +19,88 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from clipgen.errors import WeightsError
+from clipgen.errors import ConfigError, WeightsError
 from clipgen.models.meta_init import meta_init
 
 if TYPE_CHECKING:
-    from clip.model import CLIP
     from clip.simple_tokenizer import SimpleTokenizer
 
 
-def _module(name: str) -> ModuleType:
-    """A module of OpenAI's package without the package itself, which imports all of torchvision and with it a compiler:
-    three quarters of the time that importing took."""
-    full = f"clip.{name}"
-    if full not in sys.modules:
-        package = find_spec("clip")
-        if package is None or package.origin is None:
-            raise ImportError("OpenAI's clip is missing; install requirements.txt")
-        spec = spec_from_file_location(full, Path(package.origin).with_name(f"{name}.py"))
+def find_openai_clip() -> Path:
+    """Return the folder of OpenAI's package `clip`.
+
+    It is found through the installed distribution, not by importing `clip`: a clip.py or clip/ of the user in the
+    working folder would be imported instead, and executed.
+
+    Raises:
+        ConfigError: it is not installed; the message names the file that has its name, if there is one.
+    """
+    for name in ("clip-anytorch", "clip"):
+        try:
+            folder = Path(str(distribution(name).locate_file("clip")))
+        except PackageNotFoundError:
+            continue
+        if (folder / "simple_tokenizer.py").is_file():
+            return folder
+    spec = find_spec("clip")
+    places = [] if spec is None else [spec.origin, *(spec.submodule_search_locations or [])]
+    other = next((place for place in places if place), None)
+    if other and Path(other).with_name("simple_tokenizer.py").is_file():  # installed without metadata
+        return Path(other).parent
+    shadow = f"; {other} has its name but is something else" if other else ""
+    raise ConfigError(f"OpenAI's clip is not installed{shadow}. Run: pip install clip-anytorch")
+
+
+def _load_module(name: str) -> ModuleType:
+    """Load one module of OpenAI's package without the package.
+
+    The package's `__init__` imports pkg_resources and all of torchvision, three quarters of the import time.
+    """
+    full_name = f"clipgen.models.openai_clip_{name}"
+    if full_name not in sys.modules:
+        spec = spec_from_file_location(full_name, find_openai_clip() / f"{name}.py")
         assert spec is not None and spec.loader is not None
-        sys.modules[full] = module = module_from_spec(spec)
+        sys.modules[full_name] = module = module_from_spec(spec)
         spec.loader.exec_module(module)
-    return sys.modules[full]
+    return sys.modules[full_name]
 
 
-_openai = _module("model")
+openai_model = _load_module("model")
+"""OpenAI's `clip.model`."""
+if TYPE_CHECKING:
+    from clip.model import CLIP as OpenAIClip
+else:
+    OpenAIClip = openai_model.CLIP
 
 # Entries of OpenAI's released checkpoints that are sizes, not weights.
 _SIZE_KEYS = ("input_resolution", "context_length", "vocab_size")
 
-# The longest entry of the vocabulary stands for 32 bytes; with room for spaces, text beyond this many characters per
-# position cannot fit. BPE takes quadratic time on one endless word, so what cannot fit is not encoded.
+# The longest token of the vocabulary is 32 bytes; allowing for spaces, text beyond this many characters per position
+# cannot fit. BPE takes quadratic time on one endless word, so that text is not encoded at all.
 _CHARACTERS_PER_TOKEN = 64
 
 
 @lru_cache(maxsize=1)
 def _bpe() -> SimpleTokenizer:
-    """OpenAI's byte-pair encoder, read once, on first use."""
-    return _module("simple_tokenizer").SimpleTokenizer()
+    """OpenAI's byte-pair encoder, loaded once, on first use."""
+    return _load_module("simple_tokenizer").SimpleTokenizer()
 
 
 def tokenize(prompts: Sequence[str], context_length: int) -> tuple[Tensor, list[str]]:
-    """Encode prompts as OpenAI's CLIP does: start, byte-pair tokens in lower case, end, zeros.
+    """Encode prompts as OpenAI's CLIP does: start token, lower-case byte-pair tokens, end token, zeros.
 
-    The embedding is read at the end-of-text token, so a prompt that is too long keeps it and loses its last words
-    instead. Nothing that a user types becomes a control token: "<|endoftext|>" in a prompt is dropped.
+    CLIP reads the embedding at the end-of-text token, so a prompt that is too long keeps that token and loses its
+    last words. A user cannot type control tokens: "<|endoftext|>" in a prompt is dropped.
 
     Args:
-        prompts: any text, one string or several.
+        prompts: any text; one string counts as one prompt.
         context_length: L, at least 2.
 
     Returns:
-        int64 tokens (B, L), and for each prompt the text that did not fit, "" where everything did.
+        int64 tokens (B, L), and for each prompt the text that was truncated ("" if everything fitted).
+
+    Raises:
+        WeightsError: the context has no room for start and end token.
     """
     if isinstance(prompts, str):  # a string is a sequence of strings too: its letters would become prompts
         prompts = [prompts]
@@ -76,18 +108,18 @@ def tokenize(prompts: Sequence[str], context_length: int) -> tuple[Tensor, list[
         raise WeightsError(f"context_length is {context_length}; it must be at least 2, for the start and end tokens")
     start, end = _bpe().encoder["<|startoftext|>"], _bpe().encoder["<|endoftext|>"]
     tokens = torch.zeros(len(prompts), context_length, dtype=torch.long)
-    dropped = []
+    truncated = []
     for row, prompt in zip(tokens, prompts, strict=True):
-        text, rest = _split(prompt, context_length * _CHARACTERS_PER_TOKEN)
+        text, rest = _cut_text(prompt, context_length * _CHARACTERS_PER_TOKEN)
         ids = [token for token in _bpe().encode(text) if token not in (start, end)]
         kept, tail = ids[: context_length - 2], ids[context_length - 2 :]
         row[: len(kept) + 2] = torch.tensor([start, *kept, end])
-        dropped.append(" ".join(filter(None, [_bpe().decode(tail).strip(), rest])))
-    return tokens, dropped
+        truncated.append(" ".join(filter(None, [_bpe().decode(tail).strip(), rest])))
+    return tokens, truncated
 
 
-def _split(text: str, limit: int) -> tuple[str, str]:
-    """Cut text that is longer than `limit` characters, between words where there are any."""
+def _cut_text(text: str, limit: int) -> tuple[str, str]:
+    """Cut text after at most `limit` characters, between words if possible."""
     if len(text) <= limit:
         return text, ""
     text = " ".join(text.split())
@@ -97,15 +129,15 @@ def _split(text: str, limit: int) -> tuple[str, str]:
 
 
 class Clip(nn.Module):
-    """The frozen text and image towers. Make one with `Clip.from_state_dict`.
+    """The frozen text and image towers; built by `Clip.from_state_dict`.
 
     Attributes:
         image_size: S, side of the input image in pixels.
         embed_dim: D.
-        context_length: L, tokens of a prompt with its start and end.
+        context_length: L, tokens of a prompt including start and end.
     """
 
-    def __init__(self, model: CLIP) -> None:
+    def __init__(self, model: OpenAIClip) -> None:
         super().__init__()
         self.model = model.eval().requires_grad_(False)
         self.training = False
@@ -117,22 +149,24 @@ class Clip(nn.Module):
     def from_state_dict(
         cls, state_dict: Mapping[str, Tensor], device: str | torch.device = "cpu", dtype: torch.dtype = torch.float32
     ) -> Clip:
-        """Build the towers from the weights alone: every size is read from their shapes.
+        """Build the towers from the weights alone; every size is read from their shapes.
 
         Args:
-            state_dict: names of OpenAI's checkpoints (ViT or ResNet), of any precision; it is copied, not changed.
+            state_dict: OpenAI's names (ViT or ResNet), in any precision; it is copied, not changed.
             device: where to run.
-            dtype: precision of the products; LayerNorm and BatchNorm stay in float32.
+            dtype: precision of the matrix products; LayerNorm and BatchNorm stay in float32.
 
         Raises:
-            WeightsError: missing, unexpected or wrongly shaped weights, or a vocabulary that is not OpenAI's.
+            WeightsError: missing, unexpected or wrongly shaped weights, or another vocabulary than OpenAI's.
         """
         weights = {name: tensor for name, tensor in state_dict.items() if name not in _SIZE_KEYS}
-        # `build_model` reads the sizes and checks names and shapes, but rounds what it loads to float16, and first
-        # draws random weights. In a skeleton it does the former and there is nothing to round or to draw.
+        # `build_model` reads the sizes and checks names and shapes, but it also initialises random weights and rounds
+        # to float16. On the meta device it does the former, and there is nothing to initialise or round.
         try:
             with meta_init():
-                model = _openai.build_model({name: torch.empty_like(t, device="meta") for name, t in weights.items()})
+                model = openai_model.build_model(
+                    {name: torch.empty_like(t, device="meta") for name, t in weights.items()}
+                )
         except (LookupError, AssertionError, ArithmeticError, RuntimeError, TypeError) as error:
             reason = f"{type(error).__name__}: {error}"
             raise WeightsError(
@@ -144,7 +178,7 @@ class Clip(nn.Module):
             )
         model.to(dtype)
         for module in model.modules():
-            if isinstance(module, (_openai.LayerNorm, nn.BatchNorm2d)):
+            if isinstance(module, (openai_model.LayerNorm, nn.BatchNorm2d)):
                 module.float()
         placed = {name: weights[name].to(device, like.dtype, copy=True) for name, like in model.state_dict().items()}
         model.load_state_dict(placed, assign=True)
@@ -155,15 +189,15 @@ class Clip(nn.Module):
 
     @property
     def device(self) -> torch.device:
-        """Where the weights are."""
+        """Device of the weights."""
         return self.model.text_projection.device
 
     def train(self, mode: bool = True) -> Clip:
-        """Do nothing: the towers are frozen, and stay in eval mode inside a model that trains."""
+        """Do nothing: the towers are frozen and stay in eval mode inside a model that is trained."""
         return self
 
     def encode_text(self, prompts: Sequence[str]) -> Tensor:
-        """Embed prompts; text beyond the context length is dropped (`tokenize` tells what).
+        """Embed prompts; text beyond the context length is ignored (`tokenize` returns it).
 
         Returns:
             float32 (B, D), unit norm.
@@ -171,21 +205,22 @@ class Clip(nn.Module):
         tokens, _ = tokenize(prompts, self.context_length)
         if not len(tokens):
             return torch.empty(0, self.embed_dim, device=self.device)
-        # The mask is causal and the embedding is read at the end token: what is after the longest prompt is never seen.
-        longest = int(tokens.argmax(dim=1).max()) + 1  # the end token has the highest id
-        return F.normalize(self.model.encode_text(tokens[:, :longest].to(self.device)).float(), dim=-1)
+        # The mask is causal and the embedding is read at the end token, so positions after the longest prompt have no
+        # effect and are left out.
+        length = int(tokens.argmax(dim=1).max()) + 1  # the end token has the highest id
+        return F.normalize(self.model.encode_text(tokens[:, :length].to(self.device)).float(), dim=-1)
 
     def encode_image(self, pixels: Tensor) -> Tensor:
         """Embed images; differentiable with respect to the pixels.
 
         Args:
-            pixels: (B, 3, S, S), CLIP-normalised (`images.to_clip`, `images.clip_from_pixels`), on any device.
+            pixels: (B, 3, S, S), CLIP-normalised (`to_clip`, `clip_from_pixels` of `images.pixels`), on any device.
 
         Returns:
             float32 (B, D), unit norm.
 
         Raises:
-            WeightsError: a wrong shape.
+            WeightsError: another shape.
         """
         expected = (3, self.image_size, self.image_size)
         if pixels.ndim != 4 or tuple(pixels.shape[1:]) != expected:

@@ -1,4 +1,4 @@
-"""Networks made for their names and shapes: no memory, no numbers, and none of PyTorch's compiler."""
+"""Construct networks without memory, for their names and shapes, and without importing PyTorch's compiler."""
 
 from __future__ import annotations
 
@@ -13,16 +13,16 @@ from torch.overrides import TorchFunctionMode
 
 @contextmanager
 def meta_init() -> Iterator[None]:
-    """Networks made in here are on the meta device: their tensors have shapes and types only."""
-    with torch.device("meta"), _NoValues():
+    """Construct networks on the meta device: their tensors have shapes and dtypes, but no values."""
+    with torch.device("meta"), _SkipInit():
         yield
 
 
-class _NoValues(TorchFunctionMode):
-    """Leaves out what would give tensors their first values.
+class _SkipInit(TorchFunctionMode):
+    """Skips the operations that initialise tensors.
 
-    On the meta device that changes nothing, but to find out PyTorch imports its compiler, which takes several times as
-    long as all else about loading the mini model.
+    On the meta device they have no effect, but PyTorch imports its compiler for them, which takes several times as long
+    as all other steps of loading the mini model.
     """
 
     def __torch_function__(

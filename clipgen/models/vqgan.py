@@ -1,4 +1,4 @@
-"""VQGAN: images to tokens and back (Esser et al., "Taming Transformers", arXiv 2012.09841).
+"""VQGAN: encode images to tokens and decode them (Esser et al., "Taming Transformers", arXiv 2012.09841).
 
 Shapes: B batch, T tokens, V codebook size, C H W as usual. Pixels are in [-1, 1].
 """
@@ -8,6 +8,7 @@ from __future__ import annotations
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
+from einops import rearrange
 from torch import Tensor
 
 from clipgen.config import VQGANConfig
@@ -24,7 +25,7 @@ def _zero(layer: nn.Conv2d | nn.Linear) -> None:
 
 
 def _silu(x: Tensor) -> Tensor:
-    # In place where no gradient needs the input: fresh memory for such large maps costs more than the arithmetic.
+    # In place where no gradient needs the input: allocating such large maps costs more than the arithmetic.
     return F.silu(x, inplace=not torch.is_grad_enabled())
 
 
@@ -43,7 +44,7 @@ class Downsample(nn.Module):
         self.conv = nn.Conv2d(channels, channels, 3, stride=2)
 
     def forward(self, x: Tensor) -> Tensor:  # (B, C, H, W) -> (B, C, H/2, W/2)
-        # One-sided padding, as every published checkpoint was trained.
+        # One-sided padding: every published checkpoint was trained with it.
         return self.conv(F.pad(x, (0, 1, 0, 1)))
 
 
@@ -67,7 +68,7 @@ class ResBlock(nn.Module):
 
 
 class AttnBlock(nn.Module):
-    """Self-attention over all positions, one head."""
+    """Self-attention over all positions, with one head."""
 
     def __init__(self, config: VQGANConfig, channels: int) -> None:
         super().__init__()
@@ -78,11 +79,10 @@ class AttnBlock(nn.Module):
             _zero(self.proj)
 
     def forward(self, x: Tensor) -> Tensor:
-        b, c, h, w = x.shape
-        y = self.norm(x).flatten(2).transpose(1, 2)  # (B, HW, C)
+        y = rearrange(self.norm(x), "b c h w -> b (h w) c")
         q, k, v = self.qkv(y).chunk(3, dim=-1)
         y = self.proj(F.scaled_dot_product_attention(q, k, v))
-        return x + y.transpose(1, 2).reshape(b, c, h, w)
+        return x + rearrange(y, "b (h w) c -> b c h w", h=x.shape[2])
 
 
 def _middle(config: VQGANConfig, channels: int) -> nn.Sequential:
@@ -163,40 +163,39 @@ class Quantizer(nn.Module):
             nn.init.uniform_(self.embedding.weight, -1 / config.codebook_size, 1 / config.codebook_size)
 
     def codes(self) -> Tensor:
-        """The codebook as it is compared and decoded, (V, embed_dim)."""
+        """The codebook (V, embed_dim), on the unit sphere if `l2_codes`."""
         weight = self.embedding.weight
         return F.normalize(weight, dim=-1) if self.l2_codes else weight
 
     def nearest(self, z: Tensor) -> Tensor:
-        """Index of the code nearest to each vector: (N, embed_dim) -> (N,)."""
+        """Indices of the nearest codes: (N, embed_dim) -> (N,)."""
         codes = self.codes().float()
-        # argmin |z - e|^2 without the |z|^2 that changes nothing.
+        # argmin |z - e|^2, without the term |z|^2, which is the same for all codes.
         return torch.addmm(codes.pow(2).sum(1), z.float(), codes.t(), beta=1, alpha=-2).argmin(1)
 
     def forward(self, z: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """Quantize latents (B, C, h, w), normalised first when `l2_codes`.
+        """Quantize latents (B, C, h, w), normalised first if `l2_codes`.
 
         Returns:
-            The codes with the gradient passed straight to `z` (B, C, h, w), the loss (scalar: the codes' term has
-            weight beta, the encoder's 1, as in both reference implementations), the indices (B, h*w).
+            Codes (B, C, h, w) with a straight-through gradient to `z`; the loss, a scalar, in which the codebook term
+            has weight beta and the commitment term 1, as in both reference implementations; indices (B, h*w).
         """
         z = z.float()
         if self.l2_codes:
             z = F.normalize(z, dim=1)
-        b, c, h, w = z.shape
-        indices = self.nearest(z.permute(0, 2, 3, 1).reshape(-1, c)).view(b, h * w)
+        b, _, h, w = z.shape
+        indices = rearrange(self.nearest(rearrange(z, "b c h w -> (b h w) c")), "(b t) -> b t", b=b)
         z_q = self.lookup(indices, h, w)
         loss = F.mse_loss(z, z_q.detach()) + self.beta * F.mse_loss(z_q, z.detach())
         return z + (z_q - z).detach(), loss, indices
 
     def lookup(self, indices: Tensor, h: int, w: int) -> Tensor:
-        """Codes of the indices: (B, h*w) -> (B, C, h, w)."""
-        z_q = F.embedding(indices, self.codes())  # (B, h*w, C)
-        return z_q.transpose(1, 2).unflatten(2, (h, w)).contiguous()
+        """Look up codes: indices (B, h*w) -> (B, C, h, w)."""
+        return rearrange(F.embedding(indices, self.codes()), "b (h w) c -> b c h w", h=h, w=w).contiguous()
 
 
 class VQGAN(nn.Module):
-    """The tokenizer of images. Its discriminator belongs to training and lives there."""
+    """The image tokenizer. The discriminator it is trained with is in `train.losses`."""
 
     def __init__(self, config: VQGANConfig) -> None:
         super().__init__()
@@ -207,8 +206,8 @@ class VQGAN(nn.Module):
         self.post_quant_conv = nn.Conv2d(config.embed_dim, config.z_channels, 1)
         self.decoder = Decoder(config)
 
-    def pack(self) -> VQGAN:
-        """Get ready for decoding: channels last in memory, as convolutions in reduced precision read them fastest."""
+    def prepack(self) -> VQGAN:
+        """Prepare for decoding: in reduced precision, convolutions are fastest with weights in channels-last layout."""
         if self.post_quant_conv.weight.dtype != torch.float32:
             for parameter in self.parameters():
                 if parameter.ndim == 4:
@@ -223,16 +222,16 @@ class VQGAN(nn.Module):
         """Codes (B, embed_dim, grid, grid) -> images (B, 3, H, W), about in [-1, 1]."""
         return self.decoder(self.post_quant_conv(z_q))
 
-    def tokens(self, x: Tensor) -> Tensor:
-        """Images (B, 3, H, W) in [-1, 1] -> indices (B, T), row by row."""
+    def encode_tokens(self, x: Tensor) -> Tensor:
+        """Images (B, 3, H, W) in [-1, 1] -> tokens (B, T), row by row."""
         return self.quantizer(self.encode(x))[2]
 
     def decode_tokens(self, tokens: Tensor) -> Tensor:
-        """Indices (B, T) -> images (B, 3, H, W), about in [-1, 1]."""
+        """Tokens (B, T) -> images (B, 3, H, W), about in [-1, 1]."""
         grid = self.config.grid
         return self.decode(self.quantizer.lookup(tokens, grid, grid).to(self.post_quant_conv.weight.dtype))
 
     def forward(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """Images -> (reconstruction (B, 3, H, W), codebook loss, indices (B, T))."""
+        """Images -> (reconstruction (B, 3, H, W), codebook loss, tokens (B, T))."""
         z_q, loss, indices = self.quantizer(self.encode(x))
         return self.decode(z_q), loss, indices

@@ -12,7 +12,7 @@ from pathlib import Path
 from filelock import FileLock
 
 from clipgen.errors import WeightsError
-from clipgen.utils.paths import expand_path
+from clipgen.utils.text import expand_home
 from clipgen.weights.cache import Settings, fetch
 from clipgen.weights.catalog import CATALOG
 from clipgen.weights.convert import convert_checkpoints
@@ -46,7 +46,7 @@ def resolve_weights(weights: str | Path | None = None, log: Callable[[str], None
         return find_default()[0]
     if text.startswith(PREFIX):
         return fetch_from_hub(text, Settings.from_environment(), log)
-    folder = expand_path(text)
+    folder = expand_home(text)
     if folder.is_dir():
         return folder
     if Path(text).name == text and (SHIPPED / text / MANIFEST).is_file():

@@ -7,14 +7,13 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from clip.model import CLIP
 from omegaconf import OmegaConf
 from safetensors.torch import load_file
 from torch import Tensor
 
 from clipgen import ClipGen
 from clipgen.config import GPTConfig, ModelConfig, VQGANConfig
-from clipgen.models.clip import Clip
+from clipgen.models.clip import Clip, OpenAIClip
 from clipgen.models.gpt import GPT
 from clipgen.models.vqgan import VQGAN
 from clipgen.weights import convert
@@ -48,8 +47,8 @@ def original(golden: Path, name: str) -> tuple[dict[str, Tensor], dict[str, Tens
     return next(parts), next(parts)
 
 
-def tiny_clip(embed_dim: int) -> CLIP:
-    return CLIP(embed_dim, 32, 1, 64, 8, 77, 49408, 64, 1, 1).eval()
+def tiny_clip(embed_dim: int) -> OpenAIClip:
+    return OpenAIClip(embed_dim, 32, 1, 64, 8, 77, 49408, 64, 1, 1).eval()
 
 
 def hfailab_names(model: GPT | VQGAN) -> dict[str, Tensor]:

@@ -7,10 +7,10 @@ from pathlib import Path
 
 import torch
 import torch.nn.functional as F
-from clip.model import CLIP
 from torch import Tensor
 
 from clipgen.images.pixels import CLIP_MEAN, CLIP_STD, load_image, to_clip
+from clipgen.models.clip import OpenAIClip
 from train.config import TrainConfig
 from train.mini.captions import Emoji, article
 from train.mini.words import read_records, teacher_embeddings
@@ -38,12 +38,12 @@ class TowerConfig(TrainConfig):
     save_every: int = 200
 
 
-def build_mini_clip() -> CLIP:
+def build_mini_clip() -> OpenAIClip:
     """OpenAI's CLIP with a ResNet: 7 M parameters of pictures, 11 M of words, mostly the table of 49,408 tokens.
 
     On a CPU the ResNet trains three times as fast as a ViT of 6 layers, 192 wide, at patch 8.
     """
-    return CLIP(
+    return OpenAIClip(
         embed_dim=EMBED_DIM,
         image_resolution=SIZE,
         vision_layers=(2, 2, 2, 2),

@@ -22,12 +22,11 @@ from pathlib import Path
 
 import torch
 import torch.nn.functional as F
-from clip.model import CLIP
 from safetensors.torch import load_file
 from torch import Tensor
 from torch.optim.lr_scheduler import LambdaLR
 
-from clipgen.models.clip import Clip, tokenize
+from clipgen.models.clip import Clip, OpenAIClip, tokenize
 from train.loop.batches import build_accelerator
 from train.loop.checkpoint import Checkpoints, save_tensors
 from train.loop.health import check_finite
@@ -162,7 +161,7 @@ def picture_embeddings(folder: Path, out: Path) -> Tensor:
     return F.normalize(torch.cat(found), dim=-1)
 
 
-def encode_tokens(model: CLIP, tokens: Tensor) -> Tensor:
+def encode_tokens(model: OpenAIClip, tokens: Tensor) -> Tensor:
     """The text tower on tokens (B, L), L at most its context: unit-norm embeddings (B, D).
 
     `CLIP.encode_text` asks the image tower for its precision, which is not there while the text tower trains alone.

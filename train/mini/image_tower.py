@@ -13,8 +13,7 @@ from dataclasses import asdict
 from typing import cast
 
 import torch
-from clip.model import ModifiedResNet
-from torch import Tensor
+from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
 from train.data.images import ignore_signals
@@ -45,7 +44,7 @@ def main() -> None:
     optimizer = torch.optim.AdamW(groups, config.lr, betas=(0.9, 0.98), fused=True)
     tower, heads, optimizer = accelerator.prepare(tower, heads, optimizer)
     ema = build_ema(accelerator.unwrap_model(tower), config.ema)
-    average = cast(ModifiedResNet, ema.module)
+    average = cast(nn.Module, ema.module)
     accelerator.register_for_checkpointing(ema)
     out = args.out / "image"
     checkpoints = Checkpoints(accelerator, out, config.keep, {"batch_size": config.batch_size}, asdict(config))

@@ -16,12 +16,11 @@ from typing import cast
 
 import torch
 import torch.nn.functional as F
-from clip.model import CLIP
 from rich.progress import track
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
-from clipgen.models.clip import tokenize
+from clipgen.models.clip import OpenAIClip, tokenize
 from train.loop.batches import build_accelerator, process_rows, step_generator
 from train.loop.checkpoint import Checkpoints, save_tensors
 from train.loop.health import check_finite
@@ -41,7 +40,7 @@ _ALIGNMENT, _READING = 5.0, 0.3
 """Weights of the distance to the scene's embedding, and of the heads' loss."""
 
 
-def encode_tokens(model: CLIP, tokens: Tensor) -> Tensor:
+def encode_tokens(model: OpenAIClip, tokens: Tensor) -> Tensor:
     """The text tower on tokens (B, L), L at most its context: unit-norm embeddings (B, D).
 
     `CLIP.encode_text` asks the image tower for its precision, which is not there while the text tower trains alone.
@@ -97,9 +96,9 @@ def main() -> None:
         weight_decay_groups(model, config.weight_decay), config.lr, betas=(0.9, 0.98), fused=True
     )
     model, optimizer = accelerator.prepare(model, optimizer)
-    text = cast(CLIP, accelerator.unwrap_model(model))
+    text = cast(OpenAIClip, accelerator.unwrap_model(model))
     ema = build_ema(text, config.ema)
-    average = cast(CLIP, ema.module)
+    average = cast(OpenAIClip, ema.module)
     accelerator.register_for_checkpointing(ema)
     out = args.out / "text"
     checkpoints = Checkpoints(accelerator, out, config.keep, {"batch_size": config.batch_size}, asdict(config))
@@ -147,7 +146,7 @@ def main() -> None:
                 stop.leave(f"step {done} of {config.steps} is saved in {out}")
 
 
-def save_clip(text: CLIP, out: Path) -> None:
+def save_clip(text: OpenAIClip, out: Path) -> None:
     """Put both towers into OUT/clip.safetensors, in half precision, under OpenAI's names."""
     weights = dict(text.state_dict())
     weights |= {f"visual.{name}": tensor for name, tensor in load_file(out / "image.safetensors").items()}

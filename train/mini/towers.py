@@ -9,13 +9,13 @@ from pathlib import Path
 import cv2
 import torch
 import torch.nn.functional as F
-from clip.model import CLIP
 from torch import Tensor
 from torch.utils.data import Dataset
 
 from clipgen.config import build
 from clipgen.errors import ClipGenError
 from clipgen.images.pixels import CLIP_MEAN, CLIP_STD
+from clipgen.models.clip import OpenAIClip
 from train.config import TrainConfig
 from train.loop.script import minutes
 from train.mini.labels import label
@@ -42,9 +42,9 @@ class TowerConfig(TrainConfig):
     save_every: int = 100
 
 
-def build_clip() -> CLIP:
+def build_clip() -> OpenAIClip:
     """4 M parameters of images, 7 M of words, of which 6 M are the table of OpenAI's 49,408 tokens."""
-    return CLIP(
+    return OpenAIClip(
         embed_dim=EMBED_DIM,
         image_resolution=SIZE,
         vision_layers=(2, 2, 2, 2),

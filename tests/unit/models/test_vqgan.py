@@ -26,7 +26,9 @@ Map = Callable[[dict[str, Tensor], VQGANConfig], dict[str, Tensor]]
     ("name", "convert", "config"),
     [("hfailab_vqgan_tiny", map_hfailab_vqgan, HFAILAB), ("taming_vqgan_tiny", map_taming_vqgan, TAMING)],
 )
-def test_agrees_with_the_original(golden: Path, name: str, convert: Map, config: VQGANConfig) -> None:
+def test_outputs_equal_those_of_the_original_implementation(
+    golden: Path, name: str, convert: Map, config: VQGANConfig
+) -> None:
     tensors = load_file(golden / f"{name}.safetensors")
     theirs = {key.removeprefix("model."): tensor for key, tensor in tensors.items() if key.startswith("model.")}
     vqgan = build_module(VQGAN, config, convert(theirs, config))
@@ -41,7 +43,7 @@ def test_agrees_with_the_original(golden: Path, name: str, convert: Map, config:
     torch.testing.assert_close(vqgan.decode(quantized), tensors["io.reconstruction"], **close)
 
     # The ways that the pipeline takes.
-    assert torch.equal(vqgan.tokens(tensors["io.image"]), indices)
+    assert torch.equal(vqgan.encode_tokens(tensors["io.image"]), indices)
     torch.testing.assert_close(vqgan.decode_tokens(indices), tensors["io.reconstruction"], **close)
     torch.testing.assert_close(vqgan(tensors["io.image"])[0], tensors["io.reconstruction"], **close)
 
@@ -69,21 +71,21 @@ def test_shapes_follow_the_configuration(changes: dict[str, object], tokens: int
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_packed_it_draws_the_same_pictures(dtype: torch.dtype) -> None:
+def test_prepacked_vqgan_decodes_the_same_images(dtype: torch.dtype) -> None:
     torch.manual_seed(0)
     vqgan = VQGAN(small(attn_resolutions=[8])).eval().requires_grad_(False)
     tokens = torch.randint(0, 32, (3, vqgan.config.num_tokens))
     expected = vqgan.decode_tokens(tokens)
-    packed = copy.deepcopy(vqgan).to(dtype).pack()
+    packed = copy.deepcopy(vqgan).to(dtype).prepack()
     found = packed.decode_tokens(tokens)
     assert (found.float() - expected).abs().max() < (0.04 * expected.abs().max() if dtype == torch.bfloat16 else 1e-6)
     with torch.inference_mode():
         assert torch.equal(packed.decode_tokens(tokens), found)
-        assert packed.tokens(torch.zeros(1, 3, 24, 24, dtype=dtype)).shape == (1, 16)
+        assert packed.encode_tokens(torch.zeros(1, 3, 24, 24, dtype=dtype)).shape == (1, 16)
 
 
 @pytest.mark.parametrize("l2_codes", [False, True])
-def test_the_nearest_code_is_found(l2_codes: bool) -> None:
+def test_nearest_code_is_that_of_the_smallest_distance(l2_codes: bool) -> None:
     torch.manual_seed(0)
     quantizer = Quantizer(small(l2_codes=l2_codes))
     torch.nn.init.normal_(quantizer.embedding.weight)
@@ -94,7 +96,7 @@ def test_the_nearest_code_is_found(l2_codes: bool) -> None:
     assert torch.equal(quantizer.nearest(quantizer.codes()), torch.arange(32))
 
 
-def test_the_gradient_passes_straight_through_and_beta_weighs_the_codes() -> None:
+def test_gradient_passes_straight_through_and_beta_weighs_the_codebook_term() -> None:
     torch.manual_seed(0)
     quantizer = Quantizer(small(beta=0.25))
     z = torch.randn(2, 8, 4, 4, requires_grad=True)
@@ -107,7 +109,7 @@ def test_the_gradient_passes_straight_through_and_beta_weighs_the_codes() -> Non
     torch.testing.assert_close(to_codes.sum(0), -0.25 * to_encoder.sum((0, 2, 3)), rtol=1e-4, atol=1e-7)
 
 
-def test_tokens_are_row_by_row() -> None:
+def test_tokens_are_ordered_row_by_row() -> None:
     torch.manual_seed(0)
     vqgan = VQGAN(small())
     tokens = torch.zeros(1, 16, dtype=torch.long)

@@ -51,7 +51,7 @@ def test_existing_folder_is_returned_as_given(tmp_path: Path) -> None:
 def test_tilde_is_the_home_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("HOME", str(tmp_path))
     assert resolve_weights("~/here") == tmp_path / "here" == resolve_weights(Path("~/here"))
-    with pytest.raises(ConfigError, match="no such home folder"):
+    with pytest.raises(ConfigError, match="has no home folder"):
         resolve_weights("~nosuchuser/here")
 
 
