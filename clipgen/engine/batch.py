@@ -1,163 +1,165 @@
-"""Pictures under way in one KV cache, each at its own position: they join and leave between steps.
+"""Sequences that share one KV cache, each at its own position: they are added and removed between steps.
 
-A picture holds one row of the cache, or two under guidance: the second has no condition, or a negative one. The rows
-in use are always the first of the cache, so a step works on no others: where rows leave, the last ones move into the
-gaps.
+A sequence holds one row of the cache, or two under guidance: the second is unconditional, or has a negative condition.
+The rows in use are always the first ones: when rows are removed, the last rows move into the gaps.
 
-Same seed, same tokens, whoever else is there. On CPUs this holds bit for bit: a step of `GPT.decode_step`
-gives a row the same whatever the others are; sums over keys and over likely tokens run over multiples of CHUNK and
-WIDTH, where what is masked adds exact zeros. The limits: GPUs choose kernels by the size of the batch, and with several
-threads attention in float32 rounds by where its scratch memory lies; a draw within that rounding comes out as another
-token.
+Same seed, same tokens, whatever else is in the batch; `docs/seeds.md` says where this holds to the bit and where
+within rounding. For that, sums over keys and over likely tokens run over multiples of POSITION_BLOCK and TOP_K_BLOCK,
+where masked entries add exact zeros.
 
-Shapes: n pictures, R rows, T tokens of a picture, V codebook size, D embedding, C n_embd.
+Shapes: n sequences, R rows, T tokens of an image, V codebook size, D condition size, C n_embd.
 """
 
 from __future__ import annotations
 
-from collections.abc import Collection, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Collection, Iterable
+from dataclasses import replace
 
 import torch
 from torch import Tensor
 
-from clipgen.engine.cuda_graphs import Graphs
-from clipgen.engine.sampling import SamplingTensors, choose, draw_uniforms, guide
+from clipgen.engine.cuda_graphs import CUDAGraphRunner
+from clipgen.engine.sampling import SamplingTensors, draw_uniforms, guide, sample
+from clipgen.engine.sequence import Sequence
 from clipgen.models.gpt import GPT
 from clipgen.request import SamplingParams
 
-CHUNK, WIDTH = 16, 64
-
-
-@dataclass(frozen=True, eq=False)
-class Picture:
-    """One picture to draw. Two are equal only when they are the same object."""
-
-    condition: Tensor
-    """(n_things * D,): `condition_of` embeddings."""
-    seed: int
-    sampling: SamplingParams
-    kept: Tensor | None = None
-    """(K,) int64, K < T: its first tokens, where they are given."""
-    negative: Tensor | None = None
-    """(n_things * D,): what guidance moves away from in place of no condition."""
-
-    @property
-    def width(self) -> int:
-        """Rows that it takes."""
-        return 1 if self.sampling.guidance == 1 else 2
-
-    @property
-    def other(self) -> Tensor:
-        """(n_things * D,), the condition of its second row: the negative one, or zeros, which is none."""
-        return torch.zeros_like(self.condition) if self.negative is None else self.negative
+POSITION_BLOCK, TOP_K_BLOCK = 16, 64
 
 
 class Batch:
-    """The pictures under way. The host counts their tokens itself and never waits for the device."""
+    """The sequences being decoded. The host counts their tokens itself, so a step never waits for the device."""
 
-    def __init__(self, gpt: GPT, graphs: Graphs | None = None) -> None:
+    def __init__(self, gpt: GPT, graphs: CUDAGraphRunner | None = None) -> None:
         self.gpt = gpt
-        self.advance = gpt.decode_step if graphs is None else graphs.advance
+        self.decode_step = gpt.decode_step if graphs is None else graphs.decode_step
         weight, config = gpt.head.weight, gpt.config
         self.device, self.length, self.vocab_size = weight.device, config.block_size, config.vocab_size
-        self.pictures: list[Picture] = []
-        self.done: list[int] = []  # tokens of each
-        self.rows: list[tuple[Picture, bool]] = []  # whose each row is, and whether it is their second
+        self.sequences: list[Sequence] = []
+        self.num_tokens: list[int] = []  # of each sequence, so far
+        self.rows: list[tuple[Sequence, bool]] = []  # the sequence of each row, and whether it is its uncond row
         self.cache = gpt.allocate(0) if graphs is None else graphs.cache
         self.x = torch.empty(0, config.n_embd, device=weight.device, dtype=weight.dtype)  # next input of each row
         self.tokens = torch.empty(0, self.length, dtype=torch.long, device=weight.device)
         self.uniforms = torch.empty(0, self.length, device=weight.device)
+        self.is_finite = torch.empty(0, dtype=torch.bool, device=weight.device)  # no NaN or infinity in its logits
 
-    def join(self, joining: Sequence[Picture], most: int) -> None:
-        """Let pictures in. The cache grows by doubling, to `most` rows, or as many as are needed."""
-        if not joining:
+    def add(self, sequences: Collection[Sequence], max_rows: int) -> None:
+        """Add sequences. The cache grows by doubling up to `max_rows`, or to as many rows as are needed."""
+        if not sequences:
             return
-        new = [(picture, False) for picture in joining]
-        new += [(picture, True) for picture in joining if picture.width == 2]
-        self._grow(len(self.rows) + len(new), most)
-        conditions = torch.stack([p.other if is_second else p.condition for p, is_second in new]).to(self.x)
-        inputs = self.gpt.embed_condition(conditions)
-        self.x = torch.cat([self.x[: len(self.rows)], inputs])
-        tokens = torch.zeros(len(joining), self.length, dtype=torch.long, device=self.device)
-        for row, picture in zip(tokens, joining, strict=True):
-            if picture.kept is not None:
-                row[: len(picture.kept)] = picture.kept
+        added = [(seq, False) for seq in sequences] + [(seq, True) for seq in sequences if seq.num_rows == 2]
+        self._grow_cache(len(self.rows) + len(added), max_rows)
+        conditions = torch.stack([seq.uncond if is_uncond else seq.condition for seq, is_uncond in added]).to(self.x)
+        self.x = torch.cat([self.x[: len(self.rows)], self.gpt.embed_condition(conditions)])
+        tokens = torch.zeros(len(sequences), self.length, dtype=torch.long, device=self.device)
+        for row, seq in zip(tokens, sequences, strict=True):
+            if seq.prefix_tokens is not None:
+                row[: len(seq.prefix_tokens)] = seq.prefix_tokens
+        uniforms = draw_uniforms([seq.seed for seq in sequences], self.length).to(self.device)
         self.tokens = torch.cat([self.tokens, tokens])
-        uniforms = draw_uniforms([picture.seed for picture in joining], self.length)
-        self.uniforms = torch.cat([self.uniforms, uniforms.to(self.device)])
-        self.pictures += joining
-        self.done += [0] * len(joining)
-        self.rows += new
-        self._plan()
+        self.uniforms = torch.cat([self.uniforms, uniforms])
+        self.is_finite = torch.cat([self.is_finite, self.is_finite.new_ones(len(sequences))])
+        self.sequences += sequences
+        self.num_tokens += [0] * len(sequences)
+        self.rows += added
+        self._index_rows()
 
-    def leave(self, leaving: Collection[Picture]) -> None:
-        """Let pictures out, finished or not; their rows are free."""
-        if not leaving:
+    def remove(self, sequences: Collection[Sequence]) -> None:
+        """Remove sequences, finished or not; their rows become free."""
+        if not sequences:
             return
-        stay = [row for row, (picture, _) in enumerate(self.rows) if picture not in leaving]
+        stay = [row for row, (seq, _) in enumerate(self.rows) if seq not in sequences]
         movers = [row for row in stay if row >= len(stay)]
-        order = [row if self.rows[row][0] not in leaving else movers.pop() for row in range(len(stay))]
+        order = [row if self.rows[row][0] not in sequences else movers.pop() for row in range(len(stay))]
         for row, source in enumerate(order):
             if row != source:
                 self.cache.data[:, :, row] = self.cache.data[:, :, source]
         self.rows = [self.rows[row] for row in order]
-        self.x = self.x[self._index(order)]
-        keep = [i for i, picture in enumerate(self.pictures) if picture not in leaving]
-        self.pictures, self.done = [self.pictures[i] for i in keep], [self.done[i] for i in keep]
-        self.tokens, self.uniforms = self.tokens[self._index(keep)], self.uniforms[self._index(keep)]
-        if self.pictures:
-            self._plan()
+        self.x = self.x[self._to_device(order)]
+        keep = [i for i, seq in enumerate(self.sequences) if seq not in sequences]
+        self.sequences = [self.sequences[i] for i in keep]
+        self.num_tokens = [self.num_tokens[i] for i in keep]
+        index = self._to_device(keep)
+        self.tokens, self.uniforms, self.is_finite = self.tokens[index], self.uniforms[index], self.is_finite[index]
+        if self.sequences:
+            self._index_rows()
 
     def step(self) -> None:
-        """Draw the next token of every picture; there must be one."""
-        longest = min(-(-(max(self.done) + 1) // CHUNK) * CHUNK, self.length)
-        at = self.at[:, None]
-        logits = self.advance(self.x, self.at[self.owner], self.cache, longest).float()
-        guided = logits[self.first]
-        if self.guided:
-            guided = guide(guided, logits[self.second], self.knobs.guidance[:, None])
-        token = choose(guided, self.uniforms.gather(1, at).squeeze(1), self.knobs)
-        if self.keeps:
-            token = torch.where(self.at < self.kept, self.tokens.gather(1, at).squeeze(1), token)
-        self.tokens.scatter_(1, at, token[:, None])
-        self.x = self.gpt.tok_emb(token[self.owner])
-        self.at += 1
-        self.done = [done + 1 for done in self.done]
+        """Sample the next token of every sequence; there must be at least one."""
+        max_position = min(_round_up(max(self.num_tokens) + 1, POSITION_BLOCK), self.length)
+        position = self.positions[:, None]
+        logits = self.decode_step(self.x, self.positions[self.row_to_seq], self.cache, max_position).float()
+        guided = logits[self.cond_rows]
+        if self.is_guided:
+            guided = guide(guided, logits[self.uncond_rows], self.params.guidance[:, None])
+        self.is_finite &= guided.sum(dim=-1).isfinite()
+        token = sample(guided, self.uniforms.gather(1, position).squeeze(1), self.params)
+        if self.has_prefix:
+            given = self.tokens.gather(1, position).squeeze(1)
+            token = torch.where(self.positions < self.prefix_lengths, given, token)
+        self.tokens.scatter_(1, position, token[:, None])
+        self.x = self.gpt.tok_emb(token[self.row_to_seq])
+        self.positions += 1
+        self.num_tokens = [count + 1 for count in self.num_tokens]
 
-    def finished(self) -> dict[Picture, Tensor]:
-        """The tokens (T,) of pictures that have all; they still have to leave."""
-        complete = [i for i, done in enumerate(self.done) if done == self.length]
-        return {self.pictures[i]: self.tokens[i].clone() for i in complete}
+    def finished(self) -> dict[Sequence, Tensor]:
+        """The tokens (T,) of the sequences that are complete; they still have to be removed."""
+        complete = [i for i, count in enumerate(self.num_tokens) if count == self.length]
+        return {self.sequences[i]: self.tokens[i].clone() for i in complete}
 
-    def _grow(self, rows: int, most: int) -> None:
-        have, used = self.cache.data.shape[2], len(self.rows)
-        if rows > have:
-            cache = self.gpt.allocate(max(rows, min(2 * have, most)))
+    def non_finite(self, sequences: Iterable[Sequence]) -> list[Sequence]:
+        """Those of the sequences whose logits had a NaN or an infinity. Waits for the device."""
+        flags = dict(zip(self.sequences, self.is_finite.tolist(), strict=True))
+        return [seq for seq in sequences if not flags[seq]]
+
+    def _grow_cache(self, rows: int, max_rows: int) -> None:
+        capacity, used = self.cache.data.shape[2], len(self.rows)
+        if rows > capacity:
+            cache = self.gpt.allocate(max(rows, min(2 * capacity, max_rows)))
             cache.data[:, :, :used] = self.cache.data[:, :, :used]
             self.cache = cache
 
-    def _plan(self) -> None:
-        """What stays the same from step to step until pictures join or leave."""
-        place = {picture: i for i, picture in enumerate(self.pictures)}
-        owner = [place[picture] for picture, _ in self.rows]
-        first, second = [0] * len(place), [0] * len(place)
-        for row, (picture, is_second) in enumerate(self.rows):
-            (second if is_second else first)[place[picture]] = row
-            if picture.width == 1:  # guidance between a row and itself is that row
-                second[place[picture]] = row
-        self.first, self.second = self._index(first), self._index(second)
-        self.owner = self._index(owner)
-        self.at = self._index(self.done)
-        self.kept = self._index([0 if p.kept is None else len(p.kept) for p in self.pictures])
-        self.keeps = any(p.kept is not None for p in self.pictures)
-        self.guided = any(p.width == 2 for p in self.pictures)
-        knobs = SamplingTensors.of([p.sampling for p in self.pictures], self.vocab_size, self.device)
-        self.knobs = replace(knobs, width=min(_rounded(knobs.width, WIDTH), self.vocab_size))
+    def _index_rows(self) -> None:
+        """Compute what stays the same from step to step until sequences are added or removed."""
+        place = {seq: i for i, seq in enumerate(self.sequences)}
+        cond, uncond = [0] * len(place), [0] * len(place)
+        for row, (seq, is_uncond) in enumerate(self.rows):
+            (uncond if is_uncond else cond)[place[seq]] = row
+            if seq.num_rows == 1:  # guidance between a row and itself is that row
+                uncond[place[seq]] = row
+        self.cond_rows, self.uncond_rows = self._to_device(cond), self._to_device(uncond)
+        self.row_to_seq = self._to_device([place[seq] for seq, _ in self.rows])
+        self.positions = self._to_device(self.num_tokens)
+        prefixes = [0 if seq.prefix_tokens is None else len(seq.prefix_tokens) for seq in self.sequences]
+        self.prefix_lengths, self.has_prefix = self._to_device(prefixes), any(prefixes)
+        self.is_guided = any(seq.num_rows == 2 for seq in self.sequences)
+        params = SamplingTensors.from_params([seq.params for seq in self.sequences], self.vocab_size, self.device)
+        max_top_k = min(_round_up(params.max_top_k, TOP_K_BLOCK), self.vocab_size)
+        self.params = replace(params, max_top_k=max_top_k)
 
-    def _index(self, values: Sequence[int]) -> Tensor:
+    def _to_device(self, values: list[int]) -> Tensor:
         return torch.tensor(values, dtype=torch.long).to(self.device)
 
 
-def _rounded(count: int, multiple: int) -> int:
+@torch.inference_mode()
+def generate_tokens(gpt: GPT, conditions: Tensor, seeds: Iterable[int], params: SamplingParams) -> Tensor:
+    """Generate one image of tokens per row in one batch, for training's samples and for benchmarks.
+
+    Args:
+        conditions: (B, D).
+        seeds: B of them.
+
+    Returns:
+        (B, T) int64 on the GPT's device.
+    """
+    sequences = [Sequence(condition, seed, params) for condition, seed in zip(conditions, seeds, strict=True)]
+    batch = Batch(gpt)
+    batch.add(sequences, max_rows=2 * len(sequences))
+    for _ in range(batch.length if sequences else 0):
+        batch.step()
+    return batch.tokens
+
+
+def _round_up(count: int, multiple: int) -> int:
     return -(-count // multiple) * multiple

@@ -1,31 +1,35 @@
-"""Tokens to pixels and scores. What other threads bring while one thread paints is painted together next.
+"""Tokens to pixels and CLIP scores. What several callers submit is decoded in shared batches.
 
-Shapes: n pictures, T tokens, D embedding, C H W. Pixels are in [-1, 1].
+Shapes: n images, T tokens, D embedding, C H W. Pixels are in [-1, 1].
 """
 
 from __future__ import annotations
 
-import threading
+import copy
+import logging
 import time
 from collections import deque
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
+from einops import einsum, rearrange
 from PIL import Image
 from torch import Tensor
 
-from clipgen.errors import Cancelled
+from clipgen.errors import Cancelled, EngineError
 from clipgen.images.pixels import clip_from_pixels, from_pixels
 from clipgen.models.clip import Clip
 from clipgen.models.vqgan import VQGAN
-from clipgen.utils.compute_thread import ComputeThread
+from clipgen.utils.compute_thread import ComputeThread, synchronize
 from clipgen.utils.memory import MOST_PICTURES, fitting, in_batches, pixel_bytes
+
+log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
 class DecodedImage:
-    """One picture."""
+    """One image and its score."""
 
     pixels: Tensor
     """(3, H, W) float32 on the CPU."""
@@ -38,68 +42,67 @@ class DecodedImage:
 @dataclass(eq=False)
 class _Item:
     tokens: Tensor
-    condition: Tensor
+    embedding: Tensor
     result: DecodedImage | None = None
     error: Exception | None = None
 
 
 class ImageDecoder:
-    """The VQGAN's decoder and CLIP's image tower, for any number of threads at once, in batches that fit."""
+    """The VQGAN's decoder and CLIP's image tower for any number of threads, in batches that fit into memory."""
 
-    def __init__(self, vqgan: VQGAN, clip: Clip, worker: ComputeThread | None = None) -> None:
+    def __init__(self, vqgan: VQGAN, clip: Clip, compute: ComputeThread | None = None) -> None:
         self.vqgan, self.clip = vqgan, clip
-        self._worker = worker or ComputeThread()
-        self._turn = threading.Lock()  # held by the thread that paints
-        self._waiting: deque[_Item] = deque()  # as they came; its single operations are thread-safe
+        self._compute = compute or ComputeThread()
+        self._waiting: deque[_Item] = deque()  # of all callers; only the compute thread takes items out
 
-    def paint(
-        self, tokens: Tensor, conditions: Tensor, is_cancelled: Callable[[], bool] | None = None
+    def decode(
+        self, tokens: Tensor, embeddings: Tensor, is_cancelled: Callable[[], bool] | None = None
     ) -> list[DecodedImage]:
-        """Decode tokens (n, T) and rank the pictures against conditions (n, D), unit norm.
+        """Decode tokens (n, T) and score the images against the prompts' embeddings (n, D), unit norm.
 
         Args:
-            is_cancelled: asked before each batch.
+            is_cancelled: called before each batch.
 
         Raises:
-            Cancelled: `is_cancelled` said so.
-            InsufficientMemoryError: not even one picture fits.
+            Cancelled: `is_cancelled` returned True.
+            InsufficientMemoryError: not even one image fits.
+            EngineError: pixels are not finite, even in float32.
         """
-        own = [_Item(*pair) for pair in zip(tokens, conditions, strict=True)]
+        own = [_Item(*pair) for pair in zip(tokens, embeddings, strict=True)]
         self._waiting.extend(own)
-        with self._turn:
-            try:
-                while any(item.result is None and item.error is None for item in own):
-                    if is_cancelled is not None and is_cancelled():
-                        raise Cancelled
-                    self._worker.run(self._paint_next)
-            except BaseException:
-                for item in own:  # whoever comes to it passes it over
-                    item.error = Cancelled()
-                raise
+        try:
+            while any(item.result is None and item.error is None for item in own):
+                if is_cancelled is not None and is_cancelled():
+                    raise Cancelled
+                self._compute.run(self._decode_waiting)
+        except BaseException:
+            for item in own:  # the next batch skips them
+                item.error = Cancelled()
+            raise
         for item in own:
             if item.error is not None:
                 raise item.error
         return [item.result for item in own if item.result is not None]
 
     def preview(self, tokens: Tensor) -> list[Image.Image]:
-        """Unfinished pictures: whole rows of tokens (n, T) are painted, what has -1 is neutral grey."""
-        return self._worker.run(self._preview, tokens)
+        """Decode the complete rows of unfinished images: tokens (n, T), -1 where there is none yet; the rest is grey."""
+        return self._compute.run(self._preview, tokens)
 
     def _preview(self, tokens: Tensor) -> list[Image.Image]:
         grid = self.vqgan.config.grid
-        rows = [int((row >= 0).sum()) // grid for row in tokens]
-        filled = tokens.clamp(min=0).unflatten(1, (grid, grid)).clone()
-        for image, count in zip(filled, rows, strict=True):
-            image[count:] = image[max(count - 1, 0)]  # the decoder looks across the border
-        device = self.vqgan.post_quant_conv.weight.device
-        pixels = self.vqgan.decode_tokens(filled.flatten(1).to(device)).float().clamp(-1, 1).cpu()
+        complete = [int((row >= 0).sum()) // grid for row in tokens]
+        filled = rearrange(tokens.clamp(min=0), "n (h w) -> n h w", h=grid).clone()
+        for image, rows in zip(filled, complete, strict=True):
+            image[rows:] = image[max(rows - 1, 0)]  # the decoder looks across the border
+        pixels = self.vqgan.decode_tokens(rearrange(filled, "n h w -> n (h w)").to(self.clip.device))
+        pixels = pixels.float().clamp(-1, 1).cpu()
         side = self.vqgan.config.image_size // grid
-        for image, count in zip(pixels, rows, strict=True):
-            image[:, count * side :] = 0
+        for image, rows in zip(pixels, complete, strict=True):
+            image[:, rows * side :] = 0
         return from_pixels(pixels)
 
-    def _paint_next(self) -> None:
-        """Paint those who came first, whosever they are."""
+    def _decode_waiting(self) -> None:
+        """Decode one batch of the items that have waited longest, whoever submitted them."""
         weight = self.vqgan.post_quant_conv.weight
         size = fitting(pixel_bytes(self.vqgan.config, weight.dtype), weight.device, MOST_PICTURES)
         items: list[_Item] = []
@@ -107,26 +110,39 @@ class ImageDecoder:
             item = self._waiting.popleft()
             if item.error is None:
                 items.append(item)
-        left = list(items)
+        open_items = deque(items)
         try:
             for results in in_batches(self._run, items, size, "decoding pixels"):
                 for result in results:
-                    left.pop(0).result = result
+                    open_items.popleft().result = result
         except Exception as error:
-            for item in left:
+            self._compute.check_device(error)
+            for item in open_items:
                 item.error = error
 
     def _run(self, items: Sequence[_Item]) -> list[DecodedImage]:
-        started = time.perf_counter()
-        images = self.vqgan.decode_tokens(torch.stack([item.tokens for item in items])).float().clamp(-1, 1)
-        self._wait()
+        start = time.perf_counter()
+        images = self._decode_finite(torch.stack([item.tokens for item in items]))
+        synchronize(self.clip.device)
         decoded = time.perf_counter()
         found = self.clip.encode_image(clip_from_pixels(images, self.clip.image_size))
-        cosines = (found * torch.stack([item.condition for item in items])).sum(-1).tolist()
+        wanted = torch.stack([item.embedding for item in items])
+        # An overflow in CLIP must not decide the order: NaN ranks last.
+        scores = einsum(found, wanted, "n d, n d -> n").nan_to_num(nan=-1.0).tolist()
         ranked = time.perf_counter()
-        seconds = ((decoded - started) / len(items), (ranked - decoded) / len(items))
-        return [DecodedImage(image, cosine, seconds) for image, cosine in zip(images.cpu(), cosines, strict=True)]
+        seconds = ((decoded - start) / len(items), (ranked - decoded) / len(items))
+        return [DecodedImage(image, score, seconds) for image, score in zip(images.cpu(), scores, strict=True)]
 
-    def _wait(self) -> None:
-        if self.clip.device.type == "cuda":
-            torch.cuda.synchronize()
+    def _decode_finite(self, tokens: Tensor) -> Tensor:
+        """Decode tokens (n, T) to float32 pixels (n, 3, H, W); what overflows in float16 is redone in float32."""
+        pixels = self.vqgan.decode_tokens(tokens).float()
+        is_finite = pixels.isfinite().flatten(1).all(dim=1)
+        if not bool(is_finite.all()):
+            if self.vqgan.post_quant_conv.weight.dtype == torch.float32:
+                raise EngineError("the VQGAN's pixels are not finite: its weights are damaged")
+            log.warning("%d of %d images overflowed and are decoded in float32", int((~is_finite).sum()), len(tokens))
+            again = copy.deepcopy(self.vqgan).float().decode_tokens(tokens[~is_finite])
+            if not bool(again.isfinite().all()):
+                raise EngineError("the VQGAN's pixels are not finite, in float32 either: its weights are damaged")
+            pixels[~is_finite] = again
+        return pixels.clamp(-1, 1)
