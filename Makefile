@@ -136,12 +136,11 @@ mini: emoji ## rebuild the mini model from its data (hours); run it again to res
 	$(BIN)/python train/stage1.py --config mini --data data/emoji/train --out runs/vqgan
 	$(BIN)/python train/encode.py --config mini --data data/emoji/stage2 --seen data/emoji/seen --vqgan runs/vqgan \
 		--clip runs/clip/clip.safetensors --out runs/encoded
-	$(BIN)/python -m train.mini.things --encoded runs/encoded --data data/emoji/stage2 --out runs/things
-	$(BIN)/python train/stage2.py --config mini --data runs/things --vqgan runs/vqgan \
+	$(BIN)/python train/stage2.py --config mini --data runs/encoded --vqgan runs/vqgan \
 		--clip runs/clip/clip.safetensors --out runs/gpt
 	$(BIN)/python -m train.export --config mini --clip runs/clip/clip.safetensors --vqgan runs/vqgan --gpt runs/gpt \
 		--out weights/mini
-	$(BIN)/python -m train.mini.index --weights weights/mini --encoded runs/things --data data/emoji/stage2
+	$(BIN)/python -m train.mini.index --weights weights/mini --encoded runs/encoded --data data/emoji/stage2
 
 clean: ## remove caches and build products; keeps .venv, data, runs and outputs
 	@rm -rf .pytest_cache .mypy_cache .ruff_cache .hypothesis .cog *.egg-info

@@ -31,7 +31,7 @@ from PIL import Image
 from clipgen.errors import RequestError
 from clipgen.images.pixels import grid, load_image, save_image
 from clipgen.images.urls import read_url
-from clipgen.outputs.metadata import device_name, receipts, weights_digest
+from clipgen.outputs.metadata import device_name
 from clipgen.pipeline import ClipGen
 from clipgen.request import GenerationOutput, GenerationRequest
 from clipgen.weights.resolve import resolve_weights
@@ -62,14 +62,13 @@ class Predictor(BasePredictor):
             device=os.environ.get("CLIPGEN_DEVICE") or None,
             dtype=os.environ.get("CLIPGEN_DTYPE") or None,
         )
-        self.weights = weights_digest(folder)
         loaded = time.perf_counter()
         self.pipe("warm up", seed=0)
         machine: dict[str, Any] = {
             "device": device_name(self.pipe.device),
             "dtype": self.pipe.precision,
         }
-        log("ready", started, model=self.pipe.config.name, weights=self.weights, **machine, load=loaded - started)
+        log("ready", started, model=self.pipe.config.name, weights=self.pipe.digest, **machine, load=loaded - started)
 
     @streaming
     @concurrent(max=8)
@@ -140,7 +139,7 @@ class Predictor(BasePredictor):
         stop = threading.Event()
         try:  # the context carries the prediction's log and metrics
             check(image=image, image_weight=image_weight, previews=previews, **private, **written, **settings)
-            settings["negative"] = negative_prompt if negative_prompt.strip() else None
+            settings["negative_prompt"] = negative_prompt if negative_prompt.strip() else None
             work = partial(self.draw, prompt, image, image_weight, settings, previews, stop)
             result = await asyncio.get_running_loop().run_in_executor(self.workers, copy_context().run, work)
             files = await asyncio.to_thread(self.write, result, **written)
@@ -154,9 +153,17 @@ class Predictor(BasePredictor):
             stop.set()
         for name in ("seed", "seeds", "scores", "seconds"):
             self.record_metric(name, getattr(result, name))
-        if result.dropped:
-            self.record_metric("dropped", result.dropped[:DROPPED])
-        log("succeeded", started, private, seed=result.seed, drawn=result.drawn, scores=result.scores, **result.seconds)
+        if result.truncated:
+            self.record_metric("dropped", result.truncated[:DROPPED])
+        log(
+            "succeeded",
+            started,
+            private,
+            seed=result.seed,
+            drawn=result.num_generated,
+            scores=result.scores,
+            **result.seconds,
+        )
         for file in files:
             yield file
 
@@ -180,16 +187,16 @@ class Predictor(BasePredictor):
             parts.append((picture, image_weight))
         show = self.show if previews else None
         [result] = self.pipe.generate(
-            [GenerationRequest(parts, **settings)], is_cancelled=stop.is_set, preview=show, previews=previews
+            [GenerationRequest(parts, **settings)], is_cancelled=stop.is_set, on_preview=show, previews=previews
         )
         if show is not None:
             self.scope.metrics.delete("preview")  # the outputs are there now
-        if result.dropped:
-            print(f"The prompt is too long: the model did not read its last {len(result.dropped)} characters.")
-        if covered := self.pipe.covered(parts):
+        if result.truncated:
+            print(f"The prompt is too long: the model did not read its last {len(result.truncated)} characters.")
+        if covered := result.match:
             near = [list(pair) for pair in covered.nearest]
             self.record_metric("coverage", {**asdict(covered), "nearest": near})
-            if covered.low:  # without a name: the log must not tell what was asked for
+            if covered.is_out_of_distribution:  # without a name: the log must not tell what was asked for
                 print("This model has seen little like it: `coverage` in the metrics names the nearest it has seen.")
         return result
 
@@ -213,8 +220,7 @@ class Predictor(BasePredictor):
         folder = tempfile.TemporaryDirectory(prefix="clipgen-")
         self.folders.append(folder)
         files = []
-        records = receipts(self.pipe, result, self.weights)
-        for i, (picture, receipt) in enumerate(zip(result.images, records, strict=True), start=1):
+        for i, (picture, receipt) in enumerate(zip(result.images, result.receipts, strict=True), start=1):
             path = f"{folder.name}/{i}.{output_format}"
             files.append(Path(save_image(picture, path, output_quality, receipt.to_metadata())))
         return files

@@ -127,11 +127,11 @@ def measure(
 ) -> dict[str, dict[str, float]]:
     """The share recognised, by where the condition comes from and by guidance: the model's own, sentences at more."""
     pipe = ClipGen.from_pretrained(folder / "weights")
-    index, found, default = pipe.coverage, {}, pipe.config.sampling.guidance
+    index, found, default = pipe.index, {}, pipe.config.sampling.guidance
     sentences: list[Asked] = [prompt.text for prompt in prompts]
     own: list[Asked] = [load_image(next(files[c] for c in p.groups[0] if c in files)) for p in prompts]
     for source in SOURCES:
-        pipe.coverage = index if source == "index" else None
+        pipe.index = index if source == "index" else None
         asked = own if source == "pictures" else sentences
         tried = {default} if source == "pictures" else {default, *more}
         found[source] = {f"{g:g}": recognised(pipe, *tools, prompts, asked, g) for g in sorted(tried)}

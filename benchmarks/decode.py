@@ -33,7 +33,7 @@ import torch  # noqa: E402
 from roofline import describe, floor_seconds, in_words, random_weights, read_bandwidth  # noqa: E402
 
 from clipgen.config import GPTConfig  # noqa: E402
-from clipgen.engine.sampling import generate_tokens  # noqa: E402
+from clipgen.engine.batch import generate_tokens  # noqa: E402
 from clipgen.models.gpt import GPT  # noqa: E402
 from clipgen.models.quantise import quantise  # noqa: E402
 from clipgen.request import SamplingParams  # noqa: E402
@@ -54,7 +54,7 @@ def ours(gpt: GPT) -> Contender:
     """Our cached loop: rows -> seconds."""
 
     def run(rows: int) -> float:
-        embedding = torch.nn.functional.normalize(torch.randn(rows, gpt.config.condition_size), dim=-1)
+        embedding = torch.nn.functional.normalize(torch.randn(rows, gpt.config.n_cond), dim=-1)
         start = time.perf_counter()
         generate_tokens(gpt, embedding, list(range(rows)), SAMPLING)
         return time.perf_counter() - start
@@ -72,7 +72,7 @@ def uncached(gpt: GPT) -> Contender:
     @torch.inference_mode()
     def run(rows: int) -> float:
         batch = min(rows, UNCACHED_ROWS)
-        embedding, total = torch.randn(batch, gpt.config.condition_size), gpt.config.block_size
+        embedding, total = torch.randn(batch, gpt.config.n_cond), gpt.config.block_size
         spent = 0.0
         for i in range(SAMPLES):
             tokens = torch.randint(0, gpt.config.vocab_size, (batch, int(total * (i + 0.5) / SAMPLES)))

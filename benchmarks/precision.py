@@ -26,7 +26,7 @@ import torch
 from prompts import read_prompts
 from torch import Tensor
 
-from clipgen.engine.batch import Picture
+from clipgen.engine.sequence import Sequence as ImageSequence
 from clipgen.pipeline import ClipGen
 from clipgen.request import GenerationRequest
 from clipgen.utils.entry_point import entry_point
@@ -58,8 +58,8 @@ def measure(weights: Path, names: Sequence[str], prompts: Sequence[str]) -> list
     """A row for each precision; the first is the exact one."""
     exact = ClipGen.from_pretrained(weights, device="cpu", dtype=EXACT)
     conditions = torch.stack([exact.condition(text) for text in prompts])
-    pictures = [Picture(condition, seed, exact.config.sampling) for seed, condition in enumerate(conditions)]
-    tokens = exact.engine.draw(pictures).tokens
+    pictures = [ImageSequence(condition, seed, exact.config.sampling) for seed, condition in enumerate(conditions)]
+    tokens = exact.engine.generate(pictures).tokens
     expected = next_logits(exact, conditions, tokens).log_softmax(-1)
     rows = []
     for name in [EXACT, *(n for n in names if n != EXACT)]:

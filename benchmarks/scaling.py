@@ -44,7 +44,7 @@ def cached(gpt: GPT, rows: int) -> float:
     """Seconds of all steps of `rows` images; greedy, which costs nothing beside them."""
     cache = KVCache.allocate(gpt.config, rows)
     start = time.perf_counter()
-    token = gpt.prefill(torch.zeros(rows, gpt.config.condition_size), cache).argmax(-1)
+    token = gpt.prefill(torch.zeros(rows, gpt.config.n_cond), cache).argmax(-1)
     for position in range(1, gpt.config.block_size):
         token = gpt.step(token, position, cache).argmax(-1)
     return time.perf_counter() - start
@@ -56,7 +56,7 @@ def uncached(gpt: GPT, rows: int) -> float:
     tokens = torch.empty(rows, 0, dtype=torch.long)
     start = time.perf_counter()
     for _ in range(gpt.config.block_size):
-        token = gpt(tokens, torch.zeros(rows, gpt.config.condition_size))[:, -1].argmax(-1, keepdim=True)
+        token = gpt(tokens, torch.zeros(rows, gpt.config.n_cond))[:, -1].argmax(-1, keepdim=True)
         tokens = torch.cat([tokens, token], dim=1)
     return time.perf_counter() - start
 

@@ -41,7 +41,7 @@ from torch.utils.flop_counter import FlopCounterMode  # noqa: E402
 
 from clipgen.config import GPTConfig  # noqa: E402
 from clipgen.models.clip import Clip, OpenAIClip  # noqa: E402
-from clipgen.models.gpt import GPT, condition_of  # noqa: E402
+from clipgen.models.gpt import GPT  # noqa: E402
 from clipgen.models.vqgan import VQGAN  # noqa: E402
 from clipgen.utils.entry_point import entry_point  # noqa: E402
 from train.config import Config, load_config  # noqa: E402
@@ -233,7 +233,7 @@ def measure_stage2(config: Config, source: str, steps: int, pictures: Path, devi
         for optimizer in optimizers:
             optimizer.zero_grad()
         with accelerator.autocast():
-            logits = gpt(tokens[:, :-1], condition_of(condition, gpt.config))
+            logits = gpt(tokens[:, :-1], condition)
         accelerator.backward(F.cross_entropy(logits.float().flatten(0, 1), tokens.flatten()))
         accelerator.clip_grad_norm_(gpt.parameters(), c.grad_clip)
         for optimizer in optimizers:

@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from omegaconf import OmegaConf
+from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 from yaml import YAMLError
 
@@ -111,21 +111,14 @@ class GPTConfig:
     block_size: int = 256
     """Positions: the condition, then all tokens but the last one."""
     n_cond: int = 512
-    """Size of the CLIP embedding, D."""
-    n_things: int = 1
-    """Embeddings that a condition holds, one after another: a thing's each, zeros where a picture has fewer things."""
+    """Size of the condition: that of the CLIP embedding, D, unless a prior makes another one of it."""
     dropout: float = 0.0
 
     def __post_init__(self) -> None:
-        sizes = ("n_layer", "n_head", "n_embd", "vocab_size", "block_size", "n_cond", "n_things")
+        sizes = ("n_layer", "n_head", "n_embd", "vocab_size", "block_size", "n_cond")
         require_sizes(self, *sizes, section="gpt.")
         require(self.n_embd % self.n_head == 0, f"gpt.n_embd {self.n_embd} is not divisible by n_head {self.n_head}")
         require(0 <= self.dropout < 1, f"gpt.dropout is {self.dropout}; it must be in [0, 1)")
-
-    @property
-    def condition_size(self) -> int:
-        """Numbers in a condition: an embedding of each thing."""
-        return self.n_things * self.n_cond
 
 
 @dataclass
@@ -136,6 +129,8 @@ class ModelConfig:
     vqgan: VQGANConfig = field(default_factory=VQGANConfig)
     gpt: GPTConfig = field(default_factory=GPTConfig)
     sampling: SamplingParams = field(default_factory=SamplingParams)
+    prior: str = ""
+    """What maps embeddings to conditions (`clipgen.weights.prior`); empty for plain CLIP-GEN."""
 
     def __post_init__(self) -> None:
         require(
@@ -193,7 +188,19 @@ def load_model_config(path: Path) -> ModelConfig:
     """
     if not path.is_file():
         raise ConfigError(f"{path} is missing; a folder of weights holds a config.yaml")
-    return build(ModelConfig, read_yaml(path), str(path))
+    values = read_yaml(path)
+    if OmegaConf.is_dict(values) and "prior" not in values:
+        _name_prior(values, path.parent)
+    return build(ModelConfig, values, str(path))
+
+
+def _name_prior(values: DictConfig, folder: Path) -> None:
+    """Bring a configuration from before `prior` up to date: an index beside it was a prior, `n_things` its slots."""
+    gpt = values.get("gpt")
+    slots = gpt.pop("n_things", 1) if OmegaConf.is_dict(gpt) else 1
+    if isinstance(slots, int) and slots > 1:
+        gpt.n_cond = slots * gpt.get("n_cond", GPTConfig.n_cond)
+    values.prior = "training_index" if slots != 1 or (folder / "coverage.safetensors").is_file() else ""
 
 
 def read_yaml(path: Path, overrides: list[str] | None = None) -> Any:

@@ -1,8 +1,8 @@
-"""ClipGen: a prompt or an image, or a mix of them, becomes pictures, best first.
+"""ClipGen: a prompt, an image or a mix of them becomes images, best first.
 
 pipe = ClipGen.from_pretrained("weights/mini")
-result = pipe("a lemon", num_outputs=4, candidates=16, guidance=3.0, seed=7)
-result.images[0].save("lemon.png")
+output = pipe("a lemon", num_outputs=4, candidates=16, guidance=3.0, seed=7)
+output.images[0].save("lemon.png")
 """
 
 from __future__ import annotations
@@ -20,26 +20,39 @@ from PIL import Image
 from torch import Tensor
 
 from clipgen.config import ModelConfig
-from clipgen.engine.batch import Picture
 from clipgen.engine.engine import Engine
 from clipgen.engine.image_decoder import DecodedImage, ImageDecoder
+from clipgen.engine.sequence import Sequence as ImageSequence
 from clipgen.errors import ConfigError, RequestError
 from clipgen.images.pixels import from_pixels, to_clip, to_pixels, to_rgb
 from clipgen.models.clip import Clip, tokenize
-from clipgen.models.gpt import GPT, condition_of
+from clipgen.models.gpt import GPT
 from clipgen.models.vqgan import VQGAN
+from clipgen.outputs.metadata import receipts, weights_digest
 from clipgen.request import MAX_SEED, GenerationOutput, GenerationRequest, Prompt, SamplingParams, parts_of
-from clipgen.utils.compute_thread import ComputeThread
+from clipgen.utils.compute_thread import ComputeThread, synchronize
 from clipgen.weights.model_dir import build_module, load_model_dir
 from clipgen.weights.precision import pick_device, pick_precision
+from clipgen.weights.prior import Prior, load_prior
 from clipgen.weights.training_index import IndexMatch, TrainingIndex
 
 WAVE = 8
-"""Candidates that are drawn and ranked before a request with a budget is asked whether it wants more."""
+"""Candidates generated and ranked before a request with a budget is asked whether it wants more."""
 
 
 class ClipGen:
-    """The three models and how they work together, for any number of threads at once."""
+    """CLIP, the GPT and the VQGAN working together, for any number of threads at once.
+
+    Args:
+        config: sizes of the models and defaults for sampling.
+        index: the training images, to tell how far a prompt is from them.
+        prior: maps embeddings to conditions, where the weights need one.
+        digest: SHA-256 of the folder of weights, for receipts; without it there are none.
+        compute: the thread that does all tensor work.
+
+    Raises:
+        ConfigError: CLIP's embeddings are not what the GPT is conditioned on.
+    """
 
     def __init__(
         self,
@@ -47,17 +60,19 @@ class ClipGen:
         clip: Clip,
         gpt: GPT,
         vqgan: VQGAN,
-        coverage: TrainingIndex | None = None,
-        worker: ComputeThread | None = None,
+        index: TrainingIndex | None = None,
+        prior: Prior | None = None,
+        digest: str = "",
+        compute: ComputeThread | None = None,
     ) -> None:
-        if clip.embed_dim != config.gpt.n_cond:
+        if prior is None and clip.embed_dim != config.gpt.n_cond:
             raise ConfigError(f"CLIP embeds in {clip.embed_dim} dimensions, the GPT expects {config.gpt.n_cond}")
         self.config = config
         self.clip, self.gpt, self.vqgan = clip, gpt, vqgan
-        self.coverage = coverage
-        self.worker = worker or ComputeThread()
-        self.engine = Engine(gpt, worker=self.worker)
-        self.image_decoder = ImageDecoder(vqgan, clip, self.worker)
+        self.index, self.prior, self.digest = index, prior, digest
+        self.compute = compute or ComputeThread()
+        self.engine = Engine(gpt, compute=self.compute)
+        self.image_decoder = ImageDecoder(vqgan, clip, self.compute)
 
     @classmethod
     def from_pretrained(cls, folder: str | Path, device: str | None = None, dtype: str | None = None) -> ClipGen:
@@ -65,7 +80,7 @@ class ClipGen:
 
         Args:
             folder: config.yaml, clip.safetensors, vqgan.safetensors, gpt.safetensors, manifest.json.
-            device: "cpu", "cuda", "cuda:1"; the GPU by default where there is one.
+            device: "cpu", "cuda", "cuda:1"; by default the GPU where there is one.
             dtype: "float32", "bfloat16", "float16", "int8" (`pick_precision`); by default the fastest that is safe.
 
         Raises:
@@ -73,19 +88,21 @@ class ClipGen:
             ConfigError: the folder's configuration cannot work.
             RequestError: no such device or dtype.
         """
-        worker = ComputeThread()
-        return worker.run(cls._load, folder, device, dtype, worker)
+        compute = ComputeThread()
+        return compute.run(cls._load, folder, device, dtype, compute)
 
     @classmethod
-    def _load(cls, folder: str | Path, device: str | None, dtype: str | None, worker: ComputeThread) -> ClipGen:
+    def _load(cls, folder: str | Path, device: str | None, dtype: str | None, compute: ComputeThread) -> ClipGen:
         place = pick_device(device)
         precision = pick_precision(dtype, place)
         config, parts = load_model_dir(folder)
-        # Each file is unmapped once its network has been built: what was read of it no longer counts as this process'.
+        # Each file is unmapped once its network is built: what was read of it no longer counts as this process's.
         clip = Clip.from_state_dict(parts.pop("clip"), place, precision.compute)
         gpt = precision.build_gpt(config.gpt, parts.pop("gpt"), place)
         vqgan = build_module(VQGAN, config.vqgan, parts.pop("vqgan"), place, precision.compute).prepack()
-        return cls(config, clip, gpt, vqgan, TrainingIndex.load(folder), worker)
+        index = TrainingIndex.load(folder)
+        prior = load_prior(folder, config, index, clip.embed_dim)
+        return cls(config, clip, gpt, vqgan, index, prior, weights_digest(folder), compute)
 
     @property
     def device(self) -> torch.device:
@@ -94,13 +111,18 @@ class ClipGen:
 
     @property
     def dtype(self) -> torch.dtype:
-        """In what CLIP and the VQGAN compute."""
+        """Arithmetic of CLIP and the VQGAN."""
         return self.vqgan.post_quant_conv.weight.dtype
 
     @property
     def precision(self) -> str:
-        """The GPT's: one of `PRECISIONS`."""
+        """Of the GPT's large weights: one of `PRECISIONS`."""
         return self.gpt.quantised or str(self.gpt.head.weight.dtype).removeprefix("torch.")
+
+    @property
+    def is_healthy(self) -> bool:
+        """Whether requests can succeed: False after the compute thread or the GPU died."""
+        return self.compute.is_healthy
 
     def __call__(
         self,
@@ -117,130 +139,141 @@ class ClipGen:
         keep_rows: int = 0,
         target_score: float | None = None,
         seconds: float | None = None,
-        negative: Prompt | None = None,
+        negative_prompt: Prompt | None = None,
         progress: Callable[[int, int], None] | None = None,
         is_cancelled: Callable[[], bool] | None = None,
     ) -> GenerationOutput:
         """Generate images of one prompt; see `GenerationRequest` for the arguments and `generate` for the errors."""
         request = GenerationRequest(
             *(prompt, num_outputs, candidates, guidance, temperature, top_k, top_p, seed),
-            *(keep, keep_rows, target_score, seconds, negative),
+            *(keep, keep_rows, target_score, seconds, negative_prompt),
         )
         return self.generate([request], progress, is_cancelled)[0]
 
     def embed(self, prompt: Prompt) -> Tensor:
-        """The prompt's point on the unit sphere, (D,) float32: the weighted sum of its parts, normalised.
+        """Embed a prompt: the weighted sum of its parts' CLIP embeddings, normalised, (D,) float32.
 
         Candidates are ranked by it.
 
         Raises:
             RequestError: it is empty, or its parts cancel each other out.
         """
-        return self._placed(prompt)[0]
+        return self.compute.run(self._encode_prompt, prompt)[0]
 
     def condition(self, prompt: Prompt) -> Tensor:
-        """What the GPT draws from, (n_things * D,) float32: as `embed`, but where there is an index of the training
-        pictures, each text takes the place of the pictures it is about (`TrainingIndex.project`).
+        """What the GPT is conditioned on, (n_cond,) float32: the embedding, or what the prior makes of it.
 
-        The GPT was trained on pictures' embeddings, and a sentence's are elsewhere. Only a text that is all of the
-        prompt can be about several things; what is mixed becomes one.
+        Raises:
+            RequestError: as `embed`.
         """
-        return self._placed(prompt)[1]
+        return self.compute.run(self._encode_prompt, prompt)[1]
 
-    def _placed(self, prompt: Prompt, field: str = "prompt") -> tuple[Tensor, Tensor]:
-        """`embed` and `condition`, of one pass through CLIP; `field` is whose prompt it is."""
-        return self.worker.run(self._place, prompt, field)
+    def query_index(self, prompt: Prompt) -> IndexMatch | None:
+        """Compare a prompt with the training images; None where the weights have no index of them.
 
-    def covered(self, prompt: Prompt) -> IndexMatch | None:
-        """How near a prompt is to the training pictures; None where the weights have no index of them."""
-        if self.coverage is None:
-            return None
-        embedding = self.embed(prompt)
-        parts = [(isinstance(part, str), abs(weight)) for part, weight in parts_of(prompt)]
-        texts = sum(weight for is_text, weight in parts if is_text) / sum(weight for _, weight in parts)
-        return self.worker.run(self.coverage.look, embedding, texts)
-
-    def _place(self, prompt: Prompt, field: str) -> tuple[Tensor, Tensor]:
-        parts = parts_of(prompt, field)
-        things = self.config.gpt.n_things if len(parts) == 1 else 1
-        embedding = torch.zeros(self.clip.embed_dim, device=self.device)
-        condition = torch.zeros(things, self.clip.embed_dim, device=self.device)
-        for part, weight in parts:
-            if isinstance(part, str):
-                seen = self.clip.encode_text([part])
-                drawn = seen if self.coverage is None else self.coverage.project(seen[0], things)
-            else:
-                seen = drawn = self.clip.encode_image(to_clip([to_rgb(part)], self.clip.image_size))
-            embedding += weight * seen[0]
-            condition[: len(drawn)] += weight * drawn
-        if min(embedding.norm(), condition[0].norm()) < 1e-4:
-            raise RequestError(field, "has parts that cancel each other out; change their weights")
-        condition = condition_of(F.normalize(condition, dim=1)[None], self.config.gpt)
-        return F.normalize(embedding, dim=0), condition[0]
+        Raises:
+            RequestError: as `embed`.
+        """
+        return self.compute.run(lambda: self._match(prompt, self._encode_prompt(prompt)[0]))
 
     def generate(
         self,
         requests: Sequence[GenerationRequest],
         progress: Callable[[int, int], None] | None = None,
         is_cancelled: Callable[[], bool] | None = None,
-        preview: Callable[[list[Image.Image]], None] | None = None,
+        on_preview: Callable[[list[Image.Image]], None] | None = None,
         previews: int = 4,
     ) -> list[GenerationOutput]:
-        """Draw several requests together; each gives the same pictures as alone, whatever other threads draw.
+        """Generate several requests together; each gives the same images as alone, whatever other threads generate.
 
         Args:
-            progress: called with (tokens done, tokens in all) over all requests. It must be quick, everyone waits.
-            is_cancelled: asked before each token, and before each batch of pictures is painted; likewise.
-            preview: called with the first `num_outputs` candidates of each request, as far as they are drawn, the rest
-                grey. CLIP may pick others in the end.
+            progress: called with (tokens done, tokens in all) over all requests. Everyone waits for it: be quick.
+            is_cancelled: called before each token and before each batch of images is decoded; likewise.
+            on_preview: called with the first `num_outputs` candidates of each request as far as they are decoded, the
+                rest grey. CLIP may pick others in the end.
             previews: how often at most, from 1 to the rows of tokens less one.
 
         Raises:
             RequestError: a prompt cannot be embedded, or more rows are to be kept than there are.
-            Cancelled: `is_cancelled` said so.
-            UnavailableError, UnavailableError, EngineError, InsufficientMemoryError: see `Engine.draw`.
+            Cancelled: `is_cancelled` returned True.
+            UnavailableError, EngineError, InsufficientMemoryError: see `Engine.generate`.
         """
         seconds: dict[str, float] = {}
         start = time.perf_counter()
-        with self._timed(seconds, "embed"):
-            works = self.worker.run(lambda: [self._work(request) for request in requests])
+        with _timed(seconds, "embed"):
+            jobs = self.compute.run(self._prepare, requests)
         length, done = self.config.gpt.block_size, 0
-        total = length * sum(request.drawn for request in requests)
-        while drawing := [(work, seed) for work in works for seed in work.wave(start)]:
-            pictures = [work.picture(seed) for work, seed in drawing]
-            report = None if progress is None else _offset(progress, done, total)
-            with self._timed(seconds, "decode_tokens"):
-                watch = None if preview is None else self._watch(preview, drawing)
-                every = self.config.vqgan.grid * -(-self.config.vqgan.grid // (max(previews, 1) + 1))
-                drawn = self.engine.draw(pictures, report, is_cancelled, watch, every)
-            seconds["queue"] = seconds.get("queue", 0.0) + drawn.waited
-            seconds["decode_tokens"] -= drawn.waited
-            conditions = torch.stack([work.embedding for work, _ in drawing])
-            painted = self.image_decoder.paint(drawn.tokens, conditions, is_cancelled)
-            for stage, spent in zip(
-                ("decode_pixels", "rank"), zip(*(p.seconds for p in painted), strict=True), strict=True
+        total = length * sum(request.num_candidates for request in requests)
+        while wave := [(job, seed) for job in jobs for seed in job.next_wave(start)]:
+            with _timed(seconds, "decode_tokens"):
+                output = self.engine.generate(
+                    [job.sequence(seed) for job, seed in wave],
+                    None if progress is None else _offset(progress, done, total),
+                    is_cancelled,
+                    None if on_preview is None else self._previewer(on_preview, wave),
+                    every=self._preview_interval(previews),
+                )
+            seconds["queue"] = seconds.get("queue", 0.0) + output.queue_time
+            seconds["decode_tokens"] -= output.queue_time
+            embeddings = torch.stack([job.embedding for job, _ in wave])
+            for (job, seed), image in zip(
+                wave, self.image_decoder.decode(output.tokens, embeddings, is_cancelled), strict=True
             ):
-                seconds[stage] = seconds.get(stage, 0.0) + sum(spent)
-            for (work, seed), picture in zip(drawing, painted, strict=True):
-                work.found.append((seed, picture))
-            done += length * len(drawing)
+                job.candidates.append((seed, image))
+                for stage, spent in zip(("decode_pixels", "rank"), image.seconds, strict=True):
+                    seconds[stage] = seconds.get(stage, 0.0) + spent
+            done += length * len(wave)
         if progress is not None and done < total:  # a budget ended it early
             progress(total, total)
         seconds["total"] = time.perf_counter() - start
-        return self.worker.run(lambda: [self._best(work, seconds) for work in works])
+        return self.compute.run(lambda: [self._output(job, seconds) for job in jobs])
 
     def close(self, seconds: float | None = None) -> tuple[int, int]:
-        """Draw nothing more; see `Engine.close`."""
+        """Generate nothing more; see `Engine.close`."""
         return self.engine.close(seconds)
 
-    def _work(self, request: GenerationRequest) -> _Work:
-        seed = secrets.randbelow(MAX_SEED) if request.seed is None else request.seed
-        sampling = request.sampling(self.config.sampling)
-        negative = None if request.negative is None else self._place(request.negative, "negative")[1]
-        embedding, condition = self._place(request.prompt, "prompt")
-        return _Work(request, seed, embedding, condition, negative, sampling, self._kept(request))
+    # --- on the compute thread ---
 
-    def _kept(self, request: GenerationRequest) -> Tensor | None:
+    def _prepare(self, requests: Sequence[GenerationRequest]) -> list[_Job]:
+        jobs = [self._job(request) for request in requests]
+        synchronize(self.device)  # so that the stage's time is its own
+        return jobs
+
+    def _job(self, request: GenerationRequest) -> _Job:
+        seed = secrets.randbelow(MAX_SEED) if request.seed is None else request.seed
+        params = request.sampling(self.config.sampling)
+        negative = request.negative_prompt
+        negative_condition = None if negative is None else self._encode_prompt(negative, "negative_prompt")[1]
+        embedding, condition = self._encode_prompt(request.prompt)
+        match = self._match(request.prompt, embedding)
+        return _Job(request, seed, params, embedding, condition, negative_condition, self._prefix(request), match)
+
+    def _encode_prompt(self, prompt: Prompt, field: str = "prompt") -> tuple[Tensor, Tensor]:
+        """Embedding (D,) and condition (n_cond,) of a prompt; `field` is whose prompt it is."""
+        parts = parts_of(prompt, field)
+        embeddings = torch.cat([self._encode_part(part) for part, _ in parts])
+        weights = [weight for _, weight in parts]
+        total = (torch.tensor(weights, device=self.device)[:, None] * embeddings).sum(0)
+        embedding = condition = F.normalize(total, dim=0)
+        if self.prior is not None:
+            condition = self.prior(embeddings, weights, [isinstance(part, str) for part, _ in parts])
+        if min(total.norm(), condition[: len(embedding)].norm()) < 1e-4:
+            raise RequestError(field, "has parts that cancel each other out; change their weights")
+        return embedding, condition
+
+    def _encode_part(self, part: str | Image.Image) -> Tensor:
+        if isinstance(part, str):
+            return self.clip.encode_text([part])
+        return self.clip.encode_image(to_clip([to_rgb(part)], self.clip.image_size))
+
+    def _match(self, prompt: Prompt, embedding: Tensor) -> IndexMatch | None:
+        if self.index is None:
+            return None
+        parts = [(isinstance(part, str), abs(weight)) for part, weight in parts_of(prompt)]
+        text_share = sum(weight for is_text, weight in parts if is_text) / sum(weight for _, weight in parts)
+        return self.index.query(embedding, text_share)
+
+    def _prefix(self, request: GenerationRequest) -> Tensor | None:
         """The tokens of the rows that a request keeps."""
         if request.keep is None:
             return None
@@ -248,86 +281,97 @@ class ClipGen:
         if request.keep_rows >= config.grid:
             raise RequestError(
                 "keep_rows",
-                f"is {request.keep_rows}; this model draws {config.grid} rows, so keep 1 to {config.grid - 1}",
+                f"is {request.keep_rows}; this model generates {config.grid} rows, so keep 1 to {config.grid - 1}",
             )
         pixels = to_pixels([to_rgb(request.keep)], config.image_size).to(self.device, self.dtype)
         return self.vqgan.encode_tokens(pixels)[0, : request.keep_rows * config.grid]
 
-    def _watch(
-        self, preview: Callable[[list[Image.Image]], None], drawing: Sequence[tuple[_Work, int]]
-    ) -> Callable[[Tensor], None]:
-        shown = [i for i, (work, seed) in enumerate(drawing) if seed - work.seed < work.request.num_outputs]
-
-        def watch(tokens: Tensor) -> None:
-            if shown and bool((tokens[shown] < 0).any()):
-                preview(self.image_decoder.preview(tokens[shown]))
-
-        return watch
-
-    def _best(self, work: _Work, seconds: dict[str, float]) -> GenerationOutput:
-        best = work.best()
-        negative = [] if work.request.negative is None else parts_of(work.request.negative)
-        texts = [part for part, _ in parts_of(work.request.prompt) + negative if isinstance(part, str)]
-        _, dropped = tokenize(texts, self.clip.context_length)
-        return GenerationOutput(
-            images=from_pixels(torch.stack([picture.pixels for _, picture in best])),
-            scores=[picture.score for _, picture in best],
+    def _output(self, job: _Job, seconds: dict[str, float]) -> GenerationOutput:
+        best, request = job.best(), job.request
+        negative = [] if request.negative_prompt is None else parts_of(request.negative_prompt)
+        texts = [part for part, _ in parts_of(request.prompt) + negative if isinstance(part, str)]
+        _, cut = tokenize(texts, self.clip.context_length)
+        output = GenerationOutput(
+            images=from_pixels(torch.stack([image.pixels for _, image in best])),
+            scores=[image.score for _, image in best],
             seeds=[seed for seed, _ in best],
-            seed=work.seed,
-            request=work.request,
-            dropped=" ".join(filter(None, dropped)),
+            seed=job.seed,
+            request=request,
+            truncated=" ".join(filter(None, cut)),
             seconds=dict(seconds),
-            drawn=len(work.found),
+            num_generated=len(job.candidates),
+            match=job.match,
         )
+        if self.digest:
+            output.receipts.extend(receipts(self, output, self.digest))
+        return output
 
-    @contextmanager
-    def _timed(self, seconds: dict[str, float], stage: str) -> Iterator[None]:
-        start = time.perf_counter()
-        yield
-        if self.device.type == "cuda":
-            torch.cuda.synchronize()
-        seconds[stage] = seconds.get(stage, 0.0) + time.perf_counter() - start
+    # --- previews ---
+
+    def _preview_interval(self, previews: int) -> int:
+        """Steps between two previews: whole rows of tokens."""
+        grid = self.config.vqgan.grid
+        return grid * -(-grid // (max(previews, 1) + 1))
+
+    def _previewer(
+        self, on_preview: Callable[[list[Image.Image]], None], wave: Sequence[tuple[_Job, int]]
+    ) -> Callable[[Tensor], None]:
+        shown = [i for i, (job, seed) in enumerate(wave) if seed - job.seed < job.request.num_outputs]
+
+        def on_tokens(tokens: Tensor) -> None:
+            if shown and bool((tokens[shown] < 0).any()):
+                on_preview(self.image_decoder.preview(tokens[shown]))
+
+        return on_tokens
 
 
 @dataclass(eq=False)
-class _Work:
-    """One request on its way."""
+class _Job:
+    """One request while it is generated."""
 
     request: GenerationRequest
     seed: int
+    params: SamplingParams
     embedding: Tensor  # (D,), for the ranking
-    condition: Tensor  # (n_things * D,), for the GPT
-    negative: Tensor | None  # (D,), likewise
-    sampling: SamplingParams
-    kept: Tensor | None
-    found: list[tuple[int, DecodedImage]] = field(default_factory=list)  # by seed
+    condition: Tensor  # (n_cond,), for the GPT
+    negative_condition: Tensor | None  # (n_cond,)
+    prefix_tokens: Tensor | None
+    match: IndexMatch | None
+    candidates: list[tuple[int, DecodedImage]] = field(default_factory=list)  # by seed
 
-    def picture(self, seed: int) -> Picture:
+    def sequence(self, seed: int) -> ImageSequence:
         """One of its candidates, for the engine."""
-        return Picture(self.condition, seed, self.sampling, self.kept, self.negative)
+        return ImageSequence(self.condition, seed, self.params, self.prefix_tokens, self.negative_condition)
 
-    def wave(self, start: float) -> range:
-        """The seeds to draw next: all at once without a budget, else a few, until it is used up or met."""
-        request, have = self.request, len(self.found)
+    def next_wave(self, start: float) -> range:
+        """The seeds to generate next: all at once without a budget, else a few at a time until it is used up or met."""
+        request, have = self.request, len(self.candidates)
         if request.target_score is None and request.seconds is None:
-            return range(self.seed + have, self.seed + request.drawn)
-        if have and (self._met() or self._late(start)):
+            return range(self.seed + have, self.seed + request.num_candidates)
+        if have and (self._is_met() or self._is_late(start)):
             return range(0)
         size = max(WAVE, request.num_outputs)
-        return range(self.seed + have, self.seed + min(have + size, request.drawn))
+        return range(self.seed + have, self.seed + min(have + size, request.num_candidates))
 
     def best(self) -> list[tuple[int, DecodedImage]]:
-        """The best so far, as many as are asked for."""
-        return sorted(self.found, key=lambda found: -found[1].score)[: self.request.num_outputs]
+        """The best candidates so far, as many as are asked for."""
+        return sorted(self.candidates, key=lambda candidate: -candidate[1].score)[: self.request.num_outputs]
 
-    def _met(self) -> bool:
+    def _is_met(self) -> bool:
         target = self.request.target_score
         return target is not None and self.best()[-1][1].score >= target
 
-    def _late(self, start: float) -> bool:
+    def _is_late(self, start: float) -> bool:
         return self.request.seconds is not None and time.perf_counter() - start >= self.request.seconds
 
 
+@contextmanager
+def _timed(seconds: dict[str, float], stage: str) -> Iterator[None]:
+    start = time.perf_counter()
+    yield
+    seconds[stage] = seconds.get(stage, 0.0) + time.perf_counter() - start
+
+
 def _offset(progress: Callable[[int, int], None], before: int, total: int) -> Callable[[int, int], None]:
-    """Progress of one wave as progress of the whole."""
+    """Report the progress of one wave as progress of the whole."""
     return lambda done, _: progress(before + done, total)

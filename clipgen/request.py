@@ -6,12 +6,16 @@ import dataclasses
 import math
 import secrets
 from collections.abc import Sequence
-from dataclasses import dataclass
-from typing import Any
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
 
 from PIL import Image
 
 from clipgen.errors import RequestError
+
+if TYPE_CHECKING:
+    from clipgen.outputs.metadata import Receipt
+    from clipgen.weights.training_index import IndexMatch
 
 Part = str | Image.Image
 Prompt = Part | Sequence[Part] | Sequence[tuple[Part, float]]
@@ -53,7 +57,7 @@ SAMPLING = tuple(field.name for field in dataclasses.fields(SamplingParams))
 
 @dataclass(frozen=True)
 class GenerationRequest:
-    """What to draw and how, checked when built. None stands for the model's own default.
+    """What to generate and how, checked when built. None stands for the model's own default.
 
     Raises:
         RequestError: a value is out of its range.
@@ -62,22 +66,22 @@ class GenerationRequest:
     prompt: Prompt
     num_outputs: int = 1
     candidates: int | None = None
-    """Pictures to draw before CLIP picks the best `num_outputs`; None draws just those."""
+    """Images to generate, of which CLIP picks the best `num_outputs`; None generates just those."""
     guidance: float | None = None
     temperature: float | None = None
     top_k: int | None = None
     top_p: float | None = None
     seed: int | None = None
-    """Candidate i uses seed + i; None draws one, which the result tells."""
+    """Candidate i uses seed + i; None draws a seed, which the output tells."""
     keep: Image.Image | None = None
-    """A picture whose top `keep_rows` rows of tokens stay as they are; what is below is drawn to follow them."""
+    """An image whose top `keep_rows` rows of tokens are kept; the rows below are generated to continue them."""
     keep_rows: int = 0
     target_score: float | None = None
-    """Budget: candidates come in waves, and no further one is begun when the best `num_outputs` all score this much."""
+    """Budget: candidates come in waves, and none is started once the best `num_outputs` all score this much."""
     seconds: float | None = None
-    """Budget: nor is one begun after this time, which makes the pictures depend on the machine."""
-    negative: Prompt | None = None
-    """What guidance moves away from, in place of "anything at all"; it needs a guidance above 1."""
+    """Budget: no wave is started after this time. The images then depend on the machine's speed."""
+    negative_prompt: Prompt | None = None
+    """What guidance moves away from; it needs a guidance above 1."""
 
     def __post_init__(self) -> None:
         _check_whole("num_outputs", self.num_outputs, 1, MAX_CANDIDATES)
@@ -96,34 +100,32 @@ class GenerationRequest:
             raise RequestError("keep", f"is of type {type(self.keep).__name__}; give a PIL image")
         _check_whole("keep_rows", self.keep_rows, 0, 1024)
         if (self.keep is None) != (self.keep_rows == 0):
-            raise RequestError(
-                "keep_rows", f"is {self.keep_rows}; give both a picture to keep and 1 or more rows of it"
-            )
+            raise RequestError("keep_rows", f"is {self.keep_rows}; give both an image to keep and 1 or more rows of it")
         parts_of(self.prompt)
-        if self.negative is not None:
-            parts_of(self.negative, "negative")
+        if self.negative_prompt is not None:
+            parts_of(self.negative_prompt, "negative_prompt")
             self._check_guided(self.guidance)
 
     @property
-    def drawn(self) -> int:
-        """Candidates to draw."""
+    def num_candidates(self) -> int:
+        """Images to generate."""
         return self.candidates or self.num_outputs
 
     def sampling(self, default: SamplingParams) -> SamplingParams:
-        """This request's sampling, with the model's defaults where it does not say.
+        """This request's sampling parameters, with the model's defaults where it gives none.
 
         Raises:
             RequestError: there is a negative prompt, and the model's own guidance is off.
         """
-        sampling = dataclasses.replace(default, **self._given_sampling())
-        self._check_guided(sampling.guidance)
-        return sampling
+        params = dataclasses.replace(default, **self._given_sampling())
+        self._check_guided(params.guidance)
+        return params
 
     def _given_sampling(self) -> dict[str, Any]:
         return {name: getattr(self, name) for name in SAMPLING if getattr(self, name) is not None}
 
     def _check_guided(self, guidance: float | None) -> None:
-        if self.negative is not None and guidance is not None and guidance <= 1:
+        if self.negative_prompt is not None and guidance is not None and guidance <= 1:
             raise RequestError(
                 "guidance", f"is {guidance:g}; a negative prompt works through guidance above 1: raise it, say to 2"
             )
@@ -131,21 +133,25 @@ class GenerationRequest:
 
 @dataclass(frozen=True)
 class GenerationOutput:
-    """Pictures of one request, best first."""
+    """The images of one request, best first."""
 
     images: list[Image.Image]
     scores: list[float]
-    """Cosine of each picture's CLIP embedding and the prompt's."""
+    """Cosine of each image's CLIP embedding and the prompt's."""
     seeds: list[int]
-    """Of each picture: the same request with this seed and one candidate draws it again."""
+    """Of each image: the same request with this seed and one candidate generates it again."""
     seed: int
     request: GenerationRequest
-    dropped: str
-    """The end of the prompt that did not fit into CLIP's context; "" when everything did."""
+    truncated: str
+    """The end of the prompt that did not fit into CLIP's context; "" when all of it did."""
     seconds: dict[str, float]
     """By stage; requests of one call share their stages, so they share these."""
-    drawn: int
-    """Candidates; less than the request allowed when a budget ended it early."""
+    num_generated: int
+    """Candidates; fewer than the request allowed when a budget ended it early."""
+    match: IndexMatch | None = None
+    """How near the prompt is to the training images, where the weights have an index of them."""
+    receipts: list[Receipt] = field(default_factory=list)
+    """How each image was generated; none where the weights did not come from a folder."""
 
 
 def _check_whole(field: str, value: object, low: int, high: int) -> None:
@@ -162,7 +168,7 @@ def _check_number(field: str, value: float | None, low: float, high: float, allo
 
 
 def parts_of(prompt: Prompt, field: str = "prompt") -> list[tuple[Part, float]]:
-    """A prompt as weighted parts.
+    """Split a prompt into weighted parts.
 
     Raises:
         RequestError: it is empty, or not what a prompt can be; `field` is whose prompt it is.

@@ -231,10 +231,7 @@ def check_origin(index: Path, origin: Mapping[str, Any]) -> None:
 
 
 class Encoded:
-    """An encoded set: tokens (N, T) and embeddings (N, D), left on disk until rows are asked for.
-
-    `train/mini/things.py` writes embeddings (N, K, D), of K things each.
-    """
+    """An encoded set: tokens (N, T) and embeddings (N, D), left on disk until rows are asked for."""
 
     def __init__(self, folder: Path) -> None:
         """Raises: DataError: there is none, or it is not complete."""
@@ -257,7 +254,7 @@ class Encoded:
         return self._rows
 
     def read(self, rows: Rows) -> tuple[Tensor, Tensor]:
-        """Tokens (B, T) int64 and unit-norm embeddings (B, D) or (B, K, D) float32 of some rows."""
+        """Tokens (B, T) int64 and unit-norm embeddings (B, D) float32 of some rows."""
         places = [divmod(row, self._per_shard) for row in rows]
         tokens = torch.stack([self._shards[shard]["tokens"][at] for shard, at in places])
         embeddings = torch.stack([self._shards[shard]["embeddings"][at] for shard, at in places])

@@ -37,9 +37,9 @@ from torch.distributed.tensor import DTensor
 from torch.optim.swa_utils import AveragedModel
 
 from clipgen.config import GPTConfig
-from clipgen.engine.sampling import generate_tokens
+from clipgen.engine.batch import generate_tokens
 from clipgen.images.pixels import from_pixels, grid
-from clipgen.models.gpt import GPT, Block, condition_of
+from clipgen.models.gpt import GPT, Block
 from clipgen.models.vqgan import VQGAN
 from clipgen.request import SamplingParams
 from train.config import Config
@@ -100,7 +100,6 @@ def main() -> None:
         embeddings = data.embeddings()[rows]
         neighbours = nearest_neighbours(embeddings, c.neighbours)
 
-    conditioned = partial(condition_of, config=config.model.gpt)
     gpt = GPT(config.model.gpt)
     init_weights(gpt, c)
     ema = build_ema(gpt.to(device), c.ema)
@@ -131,8 +130,7 @@ def main() -> None:
     if is_main:
         log = Logger(args.out, c.steps, c.batch_size, start, args.tracker, asdict(config))
         held_tokens, held_embeddings = (t.to(device) for t in data.read(held_out.tolist()))
-        held_embeddings = conditioned(held_embeddings)
-        prompt_embeddings = conditioned(clip.encode_text(c.prompts)) if clip is not None and c.prompts else None
+        prompt_embeddings = clip.encode_text(c.prompts) if clip is not None and c.prompts else None
 
     with Stop(args.minutes) as stop:
         for step in range(start, c.steps):
@@ -141,7 +139,7 @@ def main() -> None:
             generator = step_generator(c, step)
             if neighbours is not None:
                 embedding = interpolate(embeddings, batch_rows(step), neighbours, generator)
-            condition = conditioned(perturb(embedding, c.noise_angle, c.condition_dropout, generator))
+            condition = perturb(embedding, c.noise_angle, c.condition_dropout, generator)
             inputs = corrupt(targets[:, :-1], c.token_noise, generator)
             parts = [whole[own_rows].to(device).chunk(c.accumulate) for whole in (inputs, condition, targets)]
             for optimizer in optimizers:
@@ -232,17 +230,7 @@ def step_rows(sampler: ResumableSampler, batch_size: int, step: int) -> Tensor:
 
 
 def nearest_neighbours(embeddings: Tensor, k: int) -> Tensor:
-    """Rows of the k nearest neighbours of each unit-norm embedding (N, D): (N, min(k, N - 1)) int64.
-
-    Of embeddings of several objects, (N, K, D), rows with more than one object are their own neighbours:
-    interpolating those would show neither object.
-    """
-    if embeddings.ndim == 3:
-        single = (~embeddings[:, 1:].any(-1).any(-1)).nonzero()[:, 0]
-        among_single = single[nearest_neighbours(embeddings[single, 0], k)]
-        neighbours = torch.arange(len(embeddings))[:, None].repeat(1, among_single.shape[1])
-        neighbours[single] = among_single
-        return neighbours
+    """Rows of the k nearest neighbours of each unit-norm embedding (N, D): (N, min(k, N - 1)) int64."""
     k, neighbours_of = min(k, len(embeddings) - 1), []
     for rows in torch.arange(len(embeddings)).split(1024):
         similarity = embeddings[rows] @ embeddings.t()
@@ -252,10 +240,10 @@ def nearest_neighbours(embeddings: Tensor, k: int) -> Tensor:
 
 
 def interpolate(embeddings: Tensor, rows: Tensor, neighbours: Tensor, generator: torch.Generator) -> Tensor:
-    """Move embeddings (B, ..., D) of `rows` by 0 to 1/2 of the way to a random one of their neighbours; unit norm."""
+    """Move embeddings (B, D) of `rows` by 0 to 1/2 of the way to a random one of their neighbours; unit norm."""
     pick = torch.randint(neighbours.shape[1], (len(rows), 1), generator=generator)
     other = embeddings[neighbours[rows].gather(1, pick).flatten()]
-    fraction = 0.5 * torch.rand(len(rows), *[1] * (other.ndim - 1), generator=generator)
+    fraction = 0.5 * torch.rand(len(rows), 1, generator=generator)
     return F.normalize(torch.lerp(embeddings[rows], other, fraction), dim=-1)
 
 
@@ -276,14 +264,14 @@ def perturb(embeddings: Tensor, angle: float, dropout: float, generator: torch.G
     `dropout` replaced by zeros ("no condition"), which classifier-free guidance needs.
 
     Args:
-        embeddings: (B, D) unit norm, or (B, K, D) of up to K objects each, with zeros where there are fewer.
+        embeddings: (B, D) unit norm.
     """
     noise = torch.randn(embeddings.shape, generator=generator)
     noise = noise - (noise * embeddings).sum(-1, keepdim=True) * embeddings  # orthogonal to the embedding
-    theta = torch.rand(embeddings[..., :1].shape, generator=generator) * angle * torch.pi / 180
+    theta = torch.rand(len(embeddings), 1, generator=generator) * angle * torch.pi / 180
     rotated = theta.cos() * embeddings + theta.sin() * F.normalize(noise, dim=-1)
-    dropped = torch.rand(len(embeddings), *[1] * (embeddings.ndim - 1), generator=generator) < dropout
-    return torch.where(dropped | ~embeddings.any(-1, keepdim=True), 0.0, rotated)
+    dropped = torch.rand(len(embeddings), 1, generator=generator) < dropout
+    return torch.where(dropped, 0.0, rotated)
 
 
 def average_model(ema: AveragedModel, config: GPTConfig, is_main: bool) -> GPT:

@@ -130,13 +130,12 @@ def find_weights(weights: str | None) -> Path:
     return resolve_weights(weights, log)
 
 
-def load(weights: str | None, device: str | None, dtype: str | None) -> tuple[ClipGen, str]:
-    """Load the model that --weights means, and its `metadata.weights_digest`; log how long that took."""
-    from clipgen.outputs.metadata import weights_digest
+def load(weights: str | None, device: str | None, dtype: str | None) -> ClipGen:
+    """Load the model that --weights means and log how long that took."""
     from clipgen.pipeline import ClipGen
 
     folder = find_weights(weights)
     started = time.perf_counter()
     pipe = ClipGen.from_pretrained(folder, device=device, dtype=dtype)
     log(f"loaded {folder} on {pipe.device} in {time.perf_counter() - started:.1f} s")
-    return pipe, weights_digest(folder)
+    return pipe

@@ -140,7 +140,6 @@ def generate(
     if keep_rows and image is None:
         raise typer.BadParameter("--keep-rows needs --image: the image whose rows are kept")
     from clipgen.images.pixels import load_image
-    from clipgen.outputs.metadata import receipts
     from clipgen.request import GenerationRequest
 
     source = load_image(image) if image else None
@@ -152,7 +151,7 @@ def generate(
         "top_k": top_k,
         "top_p": top_p,
         "seed": new_seed() if seed is None else seed,
-        "negative": [checked_text(text) for text in negative] if negative else None,
+        "negative_prompt": [checked_text(text) for text in negative] if negative else None,
         "keep": source if keep_rows else None,
         "keep_rows": keep_rows,
     }
@@ -169,14 +168,14 @@ def generate(
         return
     if os.environ.get("WORLD_SIZE", "1") != "1":
         raise typer.BadParameter("several processes share the prompts only with --shards DIR")
-    pipe, digest = load(weights, device, dtype)
+    pipe = load(weights, device, dtype)
     for text, result in zip(texts, _draw(pipe, requests, out, previews), strict=True):
-        if result.dropped:
-            warn(f"the prompt is too long for the model, which did not read this part: {result.dropped}")
+        if result.truncated:
+            warn(f"the prompt is too long for the model, which did not read this part: {result.truncated}")
         stem = free_stem(out, text or (image.stem if image else ""), result.seed)
-        files, sheet = _write(result, stem, format.value, receipts(pipe, result, digest))
-        covered = pipe.covered(result.request.prompt)
-        if covered and covered.low:
+        files, sheet = _write(result, stem, format.value, result.receipts)
+        covered = result.match
+        if covered and covered.is_out_of_distribution:
             warn(covered.warning(repr(text or "the image")))
         _show(text, result, files, sheet, covered, as_json)
 
@@ -190,14 +189,14 @@ def _draw(pipe: ClipGen, requests: Sequence[GenerationRequest], out: Path, previ
     def show(images: list[Image.Image]) -> None:
         save_image(grid(images), file)
 
-    size = max(1, BATCH // requests[0].drawn)
+    size = max(1, BATCH // requests[0].num_candidates)
     for start in range(0, len(requests), size):
         stop = min(start + size, len(requests))
         prompts = f"{stop} of {len(requests)} prompts"
         with progress(f"drawing {prompts}", f"drew {prompts}") as report:
             try:
                 results = pipe.generate(
-                    requests[start:stop], report, preview=show if previews > 0 else None, previews=previews
+                    requests[start:stop], report, on_preview=show if previews > 0 else None, previews=previews
                 )
             finally:
                 if previews > 0:

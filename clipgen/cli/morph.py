@@ -60,19 +60,19 @@ def morph(
         raise typer.BadParameter(f"--steps is {steps}; it must be from 2 to {MAX_STEPS}")
     from clipgen.images.grids import labelled_grid, save_gif
     from clipgen.images.pixels import save_image
-    from clipgen.outputs.metadata import KEY, receipts, together
+    from clipgen.outputs.metadata import KEY, together
     from clipgen.request import GenerationRequest
 
     settings: dict[str, Any] = {"candidates": candidates, "guidance": guidance, "temperature": temperature}
     settings["seed"] = new_seed() if seed is None else seed
     ends = [GenerationRequest(checked_text(text), **settings) for text in (start, end)]
-    pipe, digest = load(weights, device, dtype)
+    pipe = load(weights, device, dtype)
     path = arc(pipe.embed(start), pipe.embed(end), steps)
     requests = [GenerationRequest([(start, a), (end, b)], **settings) for a, b in path[1:-1]]
     with progress(f"drawing {steps} steps", f"drew {steps} steps") as report:
         results = pipe.generate([ends[0], *requests, ends[1]], progress=report)
     images = [result.images[0] for result in results]
-    metadata = together([receipts(pipe, result, digest)[0] for result in results])
+    metadata = together([result.receipts[0] for result in results])
     stem = free_stem(out, f"{start} to {end}", results[0].seed)
     if gif:
         file = save_gif(images, stem.with_name(f"{stem.name}-morph.gif"), comment=metadata[KEY])

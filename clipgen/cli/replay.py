@@ -56,16 +56,16 @@ def replay(
     Exit code 0: the same; 1: different; 2: it cannot be drawn again.
     """
     from clipgen.images.pixels import load_image, save_image
-    from clipgen.outputs.metadata import Receipt, image_digest, receipts
+    from clipgen.outputs.metadata import Receipt, image_digest
 
     receipt = Receipt.from_file(file)
     original = load_image(file)
     sources = [load_image(path) for path in images or []]
     request = receipt.request({image_digest(source): source for source in sources})
-    pipe, digest = load(weights, *_machine(receipt, device, dtype))
+    pipe = load(weights, *_machine(receipt, device, dtype))
     result = pipe.generate([request])[0]
     index = result.seeds.index(receipt.image_seed)
-    redrawn, record = result.images[index], receipts(pipe, result, digest)[index]
+    redrawn, record = result.images[index], result.receipts[index]
     if save:
         save_image(redrawn, save, metadata=record.to_metadata())
     difference = compare(original, redrawn)

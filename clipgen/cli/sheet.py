@@ -67,7 +67,7 @@ def sheet(
     """
     from clipgen.images.grids import labelled_grid
     from clipgen.images.pixels import save_image
-    from clipgen.outputs.metadata import receipts, together
+    from clipgen.outputs.metadata import together
     from clipgen.request import GenerationRequest
 
     given = {"guidance": guidance, "temperature": temperature, "top_k": top_k, "top_p": top_p}
@@ -75,12 +75,12 @@ def sheet(
     (down, rows), (across, columns) = axes(values)
     shared: dict[str, Any] = {name: numbers[0] for name, numbers in values.items() if len(numbers) == 1}
     shared |= {"candidates": candidates, "seed": new_seed() if seed is None else seed}
-    shared["negative"] = None if negative is None else checked_text(negative)
+    shared["negative_prompt"] = None if negative is None else checked_text(negative)
     requests = [
         GenerationRequest(checked_text(prompt), **(shared | ({down: row} if down else {}) | {across: column}))
         for row, column in itertools.product(rows, columns)
     ]
-    pipe, digest = load(weights, device, dtype)
+    pipe = load(weights, device, dtype)
     with progress(f"drawing {len(requests)} cells", f"drew {len(requests)} cells") as report:
         results = pipe.generate(requests, progress=report)
     title = f"{printable(prompt)}, seed {results[0].seed}" + "".join(
@@ -94,7 +94,7 @@ def sheet(
         title,
     )
     stem = free_stem(out, prompt, results[0].seed)
-    records = [receipts(pipe, result, digest)[0] for result in results]
+    records = [result.receipts[0] for result in results]
     file = save_image(image, stem.with_name(f"{stem.name}-sheet.{format.value}"), metadata=together(records))
     scores = [round(result.scores[0], 4) for result in results]
     if as_json:

@@ -97,8 +97,10 @@ class CUDAGraphRunner:
 
 
 def build_graphs(gpt: GPT, max_num_rows: int) -> CUDAGraphRunner | None:
-    """Capture graphs on the GPT's GPU; None where they cannot be captured or give other logits than eager code."""
+    """Capture graphs on the GPT's GPU; None on a CPU, and where graphs fail or give other logits than eager code."""
     device = gpt.head.weight.device
+    if device.type != "cuda":
+        return None
     try:
         with torch.cuda.device(device):
             graphs = CUDAGraphRunner(gpt, max_num_rows, GraphCapture(device))

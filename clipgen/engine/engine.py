@@ -217,12 +217,9 @@ class Engine:
         return max(2, fitting(row, weight.device, self.max_num_rows))
 
     def _build_graphs(self) -> CUDAGraphRunner | None:
-        device = self.gpt.head.weight.device
-        if device.type != "cuda":
-            return None
         # The graphs keep their cache, so it gets half of the memory that would be taken otherwise.
         row = token_bytes(self.gpt.config, self.gpt.allocate(0).data.dtype, guided=False)
-        return build_graphs(self.gpt, max(2, fitting(2 * row, device, self.max_num_rows)))
+        return build_graphs(self.gpt, max(2, fitting(2 * row, self.gpt.head.weight.device, self.max_num_rows)))
 
     def _report(self) -> None:
         """Tell each group its progress and, where asked for, its tokens so far."""
@@ -232,8 +229,10 @@ class Engine:
             done[running[seq]] += count
         for group, count in done.items():
             group.num_steps += 1
-            group.report_progress(length * len(group.tokens) + count, length * len(group.sequences))
-            if group.snapshot_every and group.num_steps % group.snapshot_every == 0:
+            total = length * len(group.sequences)
+            count += length * len(group.tokens)
+            group.report_progress(count, total)
+            if count < total and group.snapshot_every and group.num_steps % group.snapshot_every == 0:
                 group.updates.put(self._snapshot(group))
 
     def _snapshot(self, group: RequestGroup) -> Tensor:

@@ -85,7 +85,7 @@ class ImageDecoder:
         return [item.result for item in own if item.result is not None]
 
     def preview(self, tokens: Tensor) -> list[Image.Image]:
-        """Decode the complete rows of unfinished images: tokens (n, T), -1 where there is none yet; the rest is grey."""
+        """Decode the complete rows of unfinished images, the rest grey. Tokens are (n, T), -1 where there is none."""
         return self._compute.run(self._preview, tokens)
 
     def _preview(self, tokens: Tensor) -> list[Image.Image]:

@@ -34,7 +34,7 @@ class SamplingTensors:
     """
 
     temperature: Tensor
-    """float32, above 0. A greedy row has temperature 1, `top_k` 1 and `is_random` 0, which gives the likeliest token."""
+    """float32, above 0. Greedy rows have temperature 1, `top_k` 1 and `is_random` 0: the likeliest token."""
     top_k: Tensor
     """int64; `max_top_k` or more switches the filter off."""
     top_p: Tensor

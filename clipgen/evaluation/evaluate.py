@@ -229,9 +229,8 @@ def evaluate(
     started = time.perf_counter()
     run = Run(pipe, instruments, source, seed, candidates, processes, progress)
     with processes.joined():
-        # On the pipeline's thread: two that compute get in each other's way.
-        real, readable, vqgan = pipe.worker.run(run.reference)
-        drawn, figures = pipe.worker.run(run.drawn, readable if prompts is None else prompts)
+        real, readable, vqgan = pipe.compute.run(run.reference)
+        drawn, figures = run.drawn(readable if prompts is None else prompts)
         unreadable = sorted({line for part in processes.gather(run.unreadable) for line in part})
     tools = instruments.extractor
     distance, classes, _ = NAMES[tools.kind]

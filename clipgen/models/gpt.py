@@ -15,7 +15,6 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from clipgen.config import GPTConfig
-from clipgen.errors import ConfigError
 from clipgen.models.kv_cache import KVCache, KVCacheView
 
 LEAST_ROWS = 5
@@ -58,20 +57,6 @@ def causal_attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     mask = torch.full((length, length), float("-inf"), dtype=q.dtype).triu(1).expand(b * heads, length, length)
     scores = torch.baddbmm(mask, q.flatten(0, 1), k.flatten(0, 1).transpose(1, 2), alpha=size**-0.5)
     return (scores.softmax(-1).to(v.dtype) @ v.flatten(0, 1)).view(b, heads, length, size)
-
-
-def condition_of(things: Tensor, config: GPTConfig) -> Tensor:
-    """The condition that embeddings make, (B, n_things * D): of one thing each, (B, D), or of several, (B, K, D).
-
-    Raises:
-        ConfigError: more things than a condition holds.
-    """
-    things = things if things.ndim == 3 else things[:, None]
-    if things.shape[1] > config.n_things:
-        raise ConfigError(
-            f"embeddings of {things.shape[1]} things, but gpt.n_things is {config.n_things}; it must be as large"
-        )
-    return F.pad(things, (0, 0, 0, config.n_things - things.shape[1])).flatten(1)
 
 
 def pad_rows(x: Tensor, rows: int) -> Tensor:
@@ -128,7 +113,7 @@ class GPT(nn.Module):
         self.config = config
         self.tok_emb = nn.Embedding(config.vocab_size, config.n_embd)
         self.pos_emb = nn.Parameter(torch.zeros(1, config.block_size, config.n_embd))
-        self.cond_proj = nn.Linear(config.condition_size, config.n_embd)
+        self.cond_proj = nn.Linear(config.n_cond, config.n_embd)
         self.blocks = nn.ModuleList(Block(config) for _ in range(config.n_layer))
         self.norm = nn.LayerNorm(config.n_embd)
         self.head = Linear(config.n_embd, config.vocab_size)
@@ -151,7 +136,7 @@ class GPT(nn.Module):
 
         Args:
             tokens: the first L tokens of each image, (B, L), L < T.
-            embedding: what `condition_of` makes, (B, n_things * D); zeros for no condition.
+            embedding: conditions, (B, D); zeros for no condition.
 
         Returns:
             (B, L + 1, V): row t are the logits of token t.
@@ -178,12 +163,12 @@ class GPT(nn.Module):
         return KVCache.allocate(self.config, rows, weight.device, self.cache_as or weight.dtype)
 
     def embed_condition(self, embedding: Tensor) -> Tensor:
-        """The inputs at position 0, (B, C), of conditions (B, n_things * D); they depend on no other row."""
+        """The inputs at position 0, (B, C), of conditions (B, D); they depend on no other row."""
         rows = -(-len(embedding) // BLOCK) * BLOCK
         return self.cond_proj(pad_rows(embedding, rows))[: len(embedding)]
 
     def prefill(self, embedding: Tensor, cache: KVCache) -> Tensor:
-        """Start sequences in a cache: conditions (B, n_things * D) -> logits of token 0, (B, V)."""
+        """Start sequences in a cache: conditions (B, D) -> logits of token 0, (B, V)."""
         return self.decode_step(self.embed_condition(embedding), 0, cache)
 
     def step(self, tokens: Tensor, position: int, cache: KVCache) -> Tensor:

@@ -125,7 +125,7 @@ class Receipt:
             raise DataError("the prompt was too long for the receipt, which holds only its beginning")
         parts = _restore(self.prompt, images)
         settings: dict[str, Any] = {name: getattr(self, name) for name in SAMPLING}
-        settings["negative"] = _restore(self.negative, images) or None
+        settings["negative_prompt"] = _restore(self.negative, images) or None
         if self.keep:
             settings |= {"keep": _find(images, self.keep), "keep_rows": self.keep_rows}
         if self.image_seed <= MAX_SEED:
@@ -262,7 +262,7 @@ def receipts(pipe: ClipGen, result: GenerationOutput, weights: str) -> list[Rece
     shared: dict[str, Any] = {
         "seed": result.seed,
         "num_outputs": request.num_outputs,
-        "candidates": result.drawn,
+        "candidates": result.num_generated,
         "keep": image_digest(request.keep) if request.keep else "",
         "keep_rows": request.keep_rows,
         **{name: getattr(sampling, name) for name in SAMPLING},
@@ -282,7 +282,7 @@ def receipts(pipe: ClipGen, result: GenerationOutput, weights: str) -> list[Rece
 
 def _store_prompts(request: GenerationRequest) -> dict[str, Any]:
     """The parts of prompt and negative prompt, with texts shortened until they fit into a file's metadata."""
-    prompt, negative = parts_of(request.prompt), [] if request.negative is None else parts_of(request.negative)
+    prompt, negative = parts_of(request.prompt), [] if request.negative_prompt is None else parts_of(request.negative_prompt)
     for limit in (MAX_TEXT >> halvings for halvings in range(MAX_TEXT.bit_length())):
         kept = [_store_part(part, float(weight), limit) for part, weight in prompt + negative]
         if _size_in_exif([asdict(part) for part in kept]) <= MAX_BYTES:

@@ -25,7 +25,7 @@ from PIL import Image
 
 from clipgen.errors import OutputError
 from clipgen.images.pixels import save_image
-from clipgen.outputs.metadata import KEY, image_digest, receipts
+from clipgen.outputs.metadata import KEY, image_digest
 from clipgen.request import GenerationRequest
 from clipgen.utils.files import write_text
 
@@ -147,15 +147,15 @@ def _draw(
     log: Callable[[str], None],
 ) -> Iterator[Path]:
     """Draw a shard's pictures into a folder; yields the files in the order of the tar."""
-    size = max(1, CANDIDATES // requests[0].drawn)
+    size = max(1, CANDIDATES // requests[0].num_candidates)
     for start in range(shard.prompts.start, shard.prompts.stop, size):
         numbers = range(start, min(start + size, shard.prompts.stop))
         results = pipe.generate([requests[n] for n in numbers])
         for n, result in zip(numbers, results, strict=True):
-            if result.dropped:
-                log(f"prompt {n} is too long for the model, which did not read this part: {result.dropped}")
+            if result.truncated:
+                log(f"prompt {n} is too long for the model, which did not read this part: {result.truncated}")
             for place, (image, record) in enumerate(
-                zip(result.images, receipts(pipe, result, weights), strict=True), start=1
+                zip(result.images, result.receipts, strict=True), start=1
             ):
                 metadata = record.to_metadata()
                 # The key ends at the first dot, and both files of a sample have the same.

@@ -141,10 +141,10 @@ def halve(count: int, what: str, reason: str) -> int:
     """
     if count <= 1:
         raise InsufficientMemoryError(
-            f"{what}: not even one picture fits into memory ({reason}); close other programs, take a smaller "
+            f"{what}: not even one image fits into memory ({reason}); close other programs, take a smaller "
             "model or a device with more memory, or dtype bfloat16 or float16 where the device has it"
         )
-    log.warning("%s: out of memory with %d pictures at once; going on with %d", what, count, count // 2)
+    log.warning("%s: out of memory with %d images at once; going on with %d", what, count, count // 2)
     gc.collect()
     if torch.cuda.is_available():
         torch.cuda.empty_cache()

@@ -16,7 +16,7 @@ from PIL import Image
 
 from clipgen.errors import Cancelled, ClipGenError, RequestError
 from clipgen.images.pixels import load_image, save_image
-from clipgen.outputs.metadata import Receipt, receipts, weights_digest
+from clipgen.outputs.metadata import Receipt
 from clipgen.outputs.naming import free_stem
 from clipgen.pipeline import ClipGen
 from clipgen.request import GenerationRequest, Part, new_seed
@@ -72,7 +72,7 @@ class Form:
             seed=new_seed() if self.random else int(self._given("seed")),
             keep=keep,
             keep_rows=int(keep_rows or 0),
-            negative=self.negative if self.negative.strip() else None,
+            negative_prompt=self.negative if self.negative.strip() else None,
         )
 
     def again(self, seed: int) -> Form:
@@ -120,7 +120,6 @@ class Studio:
     def __init__(self, weights: Path, folder: Path, device: str | None = None, dtype: str | None = None) -> None:
         self.workers = ThreadPoolExecutor(WORKERS)
         self.pipe = ClipGen.from_pretrained(weights, device=device, dtype=dtype)
-        self.digest = weights_digest(weights)
         self.folder = folder
         self.running: dict[str, set[threading.Event]] = {}
 
@@ -193,10 +192,10 @@ class Studio:
             [result] = self.pipe.generate(
                 [request],
                 is_cancelled=stop.is_set,
-                preview=lambda pictures: news.put(View("Drawing …", pictures)),
+                on_preview=lambda pictures: news.put(View("Drawing …", pictures)),
                 previews=PREVIEWS,
             )
-            drawing = Drawing(replace(form, seed=result.seed), result.images, receipts(self.pipe, result, self.digest))
+            drawing = Drawing(replace(form, seed=result.seed), result.images, result.receipts)
             news.put(View(self._note(result), drawing=drawing, files=tuple(self.files(drawing))))
         except Exception as error:
             news.put(View(plain(error), failed=True))
@@ -204,12 +203,14 @@ class Studio:
     def _note(self, result: GenerationOutput) -> str:
         count = len(result.images)
         pictures = "1 picture" if count == 1 else f"{count} pictures"
-        said = [f"{pictures}, the best of {result.drawn}, in {result.seconds['total']:.1f} s; seed {result.seed}."]
-        if result.dropped:
-            said.append(f"The prompt is too long, the model did not read: {result.dropped}")
-        covered = self.pipe.covered(result.request.prompt)
+        said = [
+            f"{pictures}, the best of {result.num_generated}, in {result.seconds['total']:.1f} s; seed {result.seed}."
+        ]
+        if result.truncated:
+            said.append(f"The prompt is too long, the model did not read: {result.truncated}")
+        covered = result.match
         if covered:
-            sentence = covered.warning("it") if covered.low else str(covered)
+            sentence = covered.warning("it") if covered.is_out_of_distribution else str(covered)
             said.append(f"{sentence[0].upper()}{sentence[1:]}.")
         return " ".join(said)
 

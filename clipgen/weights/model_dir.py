@@ -114,8 +114,9 @@ def load_model_dir(folder: str | Path) -> tuple[ModelConfig, dict[str, dict[str,
         raise WeightsError(str(error)) from error
     parts = {part: load_tensors(folder / f"{part}.safetensors") for part in PARTS}
     projection = parts["clip"].get("text_projection")
-    if projection is None or projection.shape[-1] != config.gpt.n_cond:
-        found = "no text_projection" if projection is None else f"embeddings of {projection.shape[-1]} numbers"
+    width = 0 if projection is None else projection.shape[-1]
+    if not width or (config.gpt.n_cond % width if config.prior else config.gpt.n_cond != width):
+        found = f"embeddings of {width} numbers" if width else "no text_projection"
         raise WeightsError(
             f"{folder / 'clip.safetensors'} has {found}, but gpt.n_cond in config.yaml is {config.gpt.n_cond}; "
             "use the CLIP that the GPT was trained with"

@@ -1,16 +1,16 @@
-"""A small GPT with decided opinions, and pictures for it to draw, alone and together."""
+"""A small GPT with decided opinions, and sequences for it to generate, alone and together."""
 
 from __future__ import annotations
-
-from collections.abc import Sequence
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from clipgen.config import GPTConfig
-from clipgen.engine.batch import Batch, Picture
-from clipgen.engine.cuda_graphs import Graphs
+from clipgen.engine.batch import Batch
+from clipgen.engine.cuda_graphs import CUDAGraphRunner
+from clipgen.engine.sampling import SamplingTensors, draw_uniforms, guide, sample
+from clipgen.engine.sequence import Sequence
 from clipgen.models.gpt import GPT
 from clipgen.request import SamplingParams
 
@@ -29,29 +29,44 @@ def sharp_gpt(config: GPTConfig = SMALL) -> GPT:
     return gpt
 
 
-def some(count: int, sampling: SamplingParams = GUIDED, first: int = 0, d: int = SMALL.n_cond) -> list[Picture]:
-    """Pictures whose conditions and seeds follow from their numbers."""
+def some(count: int, params: SamplingParams = GUIDED, first: int = 0, d: int = SMALL.n_cond) -> list[Sequence]:
+    """Sequences whose conditions and seeds follow from their numbers."""
     conditions = [torch.randn(d, generator=torch.Generator().manual_seed(first + i)) for i in range(count)]
-    return [Picture(F.normalize(c, dim=0), first + i, sampling) for i, c in enumerate(conditions)]
+    return [Sequence(F.normalize(c, dim=0), first + i, params) for i, c in enumerate(conditions)]
 
 
-def alone(gpt: GPT, picture: Picture) -> Tensor:
-    """The tokens of a picture that has a batch for itself."""
-    return together(gpt, [(0, [picture])])[0]
+def alone(gpt: GPT, seq: Sequence) -> Tensor:
+    """The tokens of a sequence that has a batch for itself."""
+    return together(gpt, [(0, [seq])])[0]
 
 
 def together(
-    gpt: GPT, arrivals: Sequence[tuple[int, list[Picture]]], most: int = 64, graphs: Graphs | None = None
+    gpt: GPT, arrivals: list[tuple[int, list[Sequence]]], max_rows: int = 64, graphs: CUDAGraphRunner | None = None
 ) -> list[Tensor]:
-    """The tokens of pictures that join a batch before the steps given."""
+    """The tokens of sequences that are added to a batch before the steps given."""
     batch, found, step = Batch(gpt, graphs), {}, 0
     with torch.inference_mode():
-        while len(found) < sum(len(pictures) for _, pictures in arrivals):
-            batch.join([p for at, pictures in arrivals if at == step for p in pictures], most)
+        while len(found) < sum(len(sequences) for _, sequences in arrivals):
+            batch.add([seq for at, sequences in arrivals if at == step for seq in sequences], max_rows)
             step += 1
-            if batch.pictures:
+            if batch.sequences:
                 batch.step()
             finished = batch.finished()
             found |= finished
-            batch.leave(set(finished))
-    return [found[picture] for _, pictures in arrivals for picture in pictures]
+            batch.remove(set(finished))
+    return [found[seq] for _, sequences in arrivals for seq in sequences]
+
+
+@torch.inference_mode()
+def uncached(gpt: GPT, seq: Sequence) -> Tensor:
+    """The tokens of a sequence by whole forward passes, one per token: neither cache nor batch."""
+    weight, length = gpt.head.weight, gpt.config.block_size
+    uniforms = draw_uniforms([seq.seed], length)
+    params = SamplingTensors.from_params([seq.params], gpt.config.vocab_size)
+    tokens = torch.empty(1, 0, dtype=torch.long)
+    for position in range(length):
+        logits = gpt(tokens, seq.condition[None].to(weight))[:, -1].float()
+        if seq.num_rows == 2:
+            logits = guide(logits, gpt(tokens, seq.uncond[None].to(weight))[:, -1].float(), seq.params.guidance)
+        tokens = torch.cat([tokens, sample(logits, uniforms[:, position], params)[:, None]], dim=1)
+    return tokens[0]

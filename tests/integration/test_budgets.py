@@ -38,13 +38,13 @@ def test_a_target_that_is_met_ends_it_after_that_wave(pipe: ClipGen, everything:
         target = scores[best[1]] - 1e-3  # what the second best of so many waves reaches
         needed = next(n for n in (1, 2, 3, 4) if scores[best_of(everything, n * WAVE, 2)[1]] >= target)
         result = pipe("a lemon", num_outputs=2, candidates=CANDIDATES, seed=5, target_score=target)
-        assert result.drawn == needed * WAVE and result.seeds == best_of(everything, needed * WAVE, 2)
+        assert result.num_generated == needed * WAVE and result.seeds == best_of(everything, needed * WAVE, 2)
         assert min(result.scores) >= target
 
 
 def test_a_target_out_of_reach_draws_all_and_gives_the_best(pipe: ClipGen, everything: GenerationOutput) -> None:
     result = pipe("a lemon", num_outputs=3, candidates=CANDIDATES, seed=5, target_score=1.0)
-    assert result.drawn == CANDIDATES and result.seeds == everything.seeds[:3]
+    assert result.num_generated == CANDIDATES and result.seeds == everything.seeds[:3]
 
 
 def test_all_outputs_must_meet_the_target(pipe: ClipGen, everything: GenerationOutput) -> None:
@@ -52,23 +52,23 @@ def test_all_outputs_must_meet_the_target(pipe: ClipGen, everything: GenerationO
     assert everything.scores[1] < just_one
     one = pipe("a lemon", num_outputs=1, candidates=CANDIDATES, seed=5, target_score=just_one)
     two = pipe("a lemon", num_outputs=2, candidates=CANDIDATES, seed=5, target_score=just_one)
-    assert one.seeds == everything.seeds[:1] and two.drawn == CANDIDATES
+    assert one.seeds == everything.seeds[:1] and two.num_generated == CANDIDATES
 
 
 def test_time_that_is_over_leaves_the_first_wave(pipe: ClipGen, everything: GenerationOutput) -> None:
     result = pipe("a lemon", num_outputs=2, candidates=CANDIDATES, seed=5, seconds=0)
-    assert result.drawn == WAVE and result.seeds == best_of(everything, WAVE, 2)
+    assert result.num_generated == WAVE and result.seeds == best_of(everything, WAVE, 2)
 
 
 def test_time_that_is_not_over_leaves_all(pipe: ClipGen, everything: GenerationOutput) -> None:
     result = pipe("a lemon", num_outputs=2, candidates=CANDIDATES, seed=5, seconds=3600)
-    assert result.drawn == CANDIDATES and result.seeds == everything.seeds[:2]
+    assert result.num_generated == CANDIDATES and result.seeds == everything.seeds[:2]
 
 
 def test_outputs_are_never_fewer_than_asked_for(pipe: ClipGen) -> None:
     count = WAVE + 3
     result = pipe("a lemon", num_outputs=count, candidates=CANDIDATES, seed=5, seconds=0)
-    assert len(result.images) == result.drawn == count
+    assert len(result.images) == result.num_generated == count
 
 
 def test_progress_ends_at_the_end_all_the_same(pipe: ClipGen) -> None:
@@ -86,7 +86,7 @@ def test_each_request_of_a_call_has_its_own_budget(pipe: ClipGen, everything: Ge
             GenerationRequest("a lemon", candidates=CANDIDATES, seed=5),
         ]
     )
-    assert hasty.drawn == WAVE and patient.drawn == CANDIDATES
+    assert hasty.num_generated == WAVE and patient.num_generated == CANDIDATES
     assert patient.seeds == everything.seeds[:1]
 
 

@@ -169,4 +169,4 @@ def test_killed_in_the_middle_it_ends_with_a_folder_that_draws(flags: list[objec
     assert Image.open(folder / "samples.jpg").width > 4 * 32
     pipe = ClipGen.from_pretrained(folder)
     assert len(pipe("a red circle", num_outputs=2, candidates=4, seed=0).images) == 2
-    assert pipe.coverage is not None and len(pipe.coverage.names) == 24 and "broken.jpg" not in pipe.coverage.names
+    assert pipe.index is not None and len(pipe.index.names) == 24 and "broken.jpg" not in pipe.index.names

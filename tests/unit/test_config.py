@@ -89,7 +89,6 @@ model:
         ("model.vqgan.codebook_size=1", "vqgan.codebook_size is 1; it must be at least 2"),
         ("model.vqgan.beta=-1", "vqgan.beta is -1"),
         ("model.vqgan.beta=nan", "vqgan.beta is nan"),
-        ("model.gpt.n_things=0", "gpt.n_things is 0"),
         ("model.vqgan.norm_eps=0", "vqgan.norm_eps is 0"),
         ("model.sampling.top_p=0", "top_p is 0.0; it must be above 0 and at most 1"),
         ("model.sampling.top_p=nan", "top_p is nan"),

@@ -91,8 +91,8 @@ def test_a_transparent_image_is_a_prompt_too(pipe: ClipGen) -> None:
 
 def test_long_prompts_work_and_tell_what_was_dropped(pipe: ClipGen) -> None:
     result = pipe("lemon " * 500 + "tail", seed=0)
-    assert result.dropped.endswith("tail")
-    assert pipe("a lemon", seed=0).dropped == ""
+    assert result.truncated.endswith("tail")
+    assert pipe("a lemon", seed=0).truncated == ""
 
 
 def test_progress_counts_up_to_all_tokens(pipe: ClipGen) -> None:

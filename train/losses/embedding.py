@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
-from einops import rearrange, reduce
+from einops import rearrange
 from torch import Tensor
 
 from clipgen.errors import ConfigError
@@ -31,8 +31,7 @@ class EmbeddingLoss(nn.Module):
 
         Args:
             logits: (B, T, V), of every token given those before it.
-            condition: (B, D) unit norm, or (B, K * D) for the embeddings of several objects, whose sum is compared.
-                Rows of zeros ("no condition") count as distance 0.
+            condition: (B, D) unit norm; rows of zeros ("no condition") count as distance 0.
         """
         codes, side = self.vqgan.quantizer.codes().float(), self.vqgan.config.grid
         logits = logits.float()
@@ -40,8 +39,7 @@ class EmbeddingLoss(nn.Module):
         z = soft + (F.embedding(logits.argmax(-1), codes) - soft).detach()
         pixels = self.vqgan.decode(rearrange(z, "b (h w) c -> b c h w", h=side))
         embedding = self.clip.encode_image(clip_from_pixels(pixels, self.clip.image_size))  # (B, D)
-        target = reduce(condition, "b (k d) -> b d", "sum", d=embedding.shape[1])
-        distance = 1 - F.cosine_similarity(embedding, target, dim=1)
+        distance = 1 - F.cosine_similarity(embedding, condition, dim=1)
         loss = torch.where(condition.any(1), distance, 0.0).mean()
         return loss, {"clip_distance": loss.detach()}
 

@@ -38,9 +38,7 @@ def add_index(weights: Path, encoded: Path, data: str | Path, prompts: Path | No
     """Write the index of a folder of weights, and name it in the manifest.
 
     Pictures that could not be read are left out: the encoded set holds others in their places, and says so beside it.
-    So are pictures of several things: a sentence about others of them is like none of these, or would be moved to the
-    wrong ones ("pizza and a beer" to two pizzas). Where --encoded holds an embedding of each thing, the
-    index tells which pictures show those alone.
+    So are pictures of several things, which are near to sentences about others of these things.
 
     Raises:
         DataError: pictures and embeddings do not belong together, or there are no sentences.
@@ -68,19 +66,8 @@ def add_index(weights: Path, encoded: Path, data: str | Path, prompts: Path | No
         for i, file in enumerate(files)
         if file.name not in several and not any(line.startswith(f"{file}: ") for line in lines)
     ]
-    things, alone = (embeddings, embeddings[:, 0]) if embeddings.ndim == 3 else (embeddings[:, None], embeddings)
-    index = build_index(
-        _unit(alone[rows]), [names[i] for i in rows], texts.clone(), _shown_together(things, alone[rows])
-    )
+    index = build_index(_unit(embeddings[rows]), [names[i] for i in rows], texts.clone())
     return add_extra(weights, FILE, index)
-
-
-def _shown_together(things: Tensor, alone: Tensor) -> list[int]:
-    """Which rows of `alone` (M, D) are embeddings of things in pictures of several, (N, K, D)."""
-    together = things[things[:, 1:].any(-1).any(-1)].flatten(0, 1)
-    wanted = {row.numpy().tobytes() for row in together}
-    found = {row.numpy().tobytes(): place for place, row in reversed([*enumerate(alone)])}
-    return sorted(place for key, place in found.items() if key in wanted)
 
 
 def _unit(embeddings: Tensor) -> Tensor:

@@ -8,11 +8,11 @@ from pathlib import Path
 
 import pytest
 import torch
-from engine_kit import GUIDED, SAMPLINGS, SMALL, alone, sharp_gpt, some, together
+from engine_kit import GUIDED, SAMPLINGS, SMALL, alone, sharp_gpt, some, together, uncached
 from torch import Tensor
 
-from clipgen.engine.batch import Batch
-from clipgen.engine.sampling import choose, generate_tokens
+from clipgen.engine.batch import Batch, generate_tokens
+from clipgen.engine.sampling import sample
 from clipgen.models.gpt import GPT
 from clipgen.request import SamplingParams
 from clipgen.weights.model_dir import build_module, load_model_dir
@@ -23,11 +23,19 @@ def gpt() -> GPT:
     return sharp_gpt()
 
 
-def test_a_batch_draws_what_the_plain_loop_draws(gpt: GPT) -> None:
-    for sampling in SAMPLINGS:
-        pictures = some(5, sampling)
-        plain = generate_tokens(gpt, torch.stack([p.condition for p in pictures]), range(5), sampling)
-        assert torch.equal(torch.stack(together(gpt, [(0, pictures)])), plain)
+@pytest.mark.parametrize("params", SAMPLINGS)
+def test_batch_generates_what_uncached_forward_passes_give(gpt: GPT, params: SamplingParams) -> None:
+    sequences = some(5, params)
+    expected = torch.stack([uncached(gpt, seq) for seq in sequences])
+    assert torch.equal(torch.stack(together(gpt, [(0, sequences)])), expected)
+
+
+def test_generate_tokens_is_one_batch(gpt: GPT) -> None:
+    sequences = some(3)
+    conditions = torch.stack([seq.condition for seq in sequences])
+    tokens = generate_tokens(gpt, conditions, range(3), GUIDED)
+    assert torch.equal(tokens, torch.stack([alone(gpt, seq) for seq in sequences]))
+    assert generate_tokens(gpt, conditions[:0], [], GUIDED).shape == (0, SMALL.block_size)
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
@@ -35,9 +43,9 @@ def test_whoever_joins_when_the_mini_model_draws_the_same_tokens(root: Path, dty
     config, parts = load_model_dir(root / "weights" / "mini")
     weights = parts["gpt"] | {"pos_emb": parts["gpt"]["pos_emb"][:, :40].clone()}  # the first 40 tokens, to be quick
     gpt = build_module(GPT, replace(config.gpt, block_size=40), weights, torch.device("cpu"), dtype).prepack()
-    d = config.gpt.condition_size
+    d = config.gpt.n_cond
     picture = some(1, config.sampling, first=50, d=d)[0]
-    plain = replace(picture, sampling=SamplingParams())
+    plain = replace(picture, params=SamplingParams())
     expected = [alone(gpt, picture), alone(gpt, plain)]
     neighbours = [some(3, config.sampling, 0, d), some(2, SamplingParams(top_p=0.9), 3, d), some(6, SAMPLINGS[3], 6, d)]
     for schedule in [
@@ -59,7 +67,7 @@ def test_logits_are_the_same_to_the_bit_alone_and_with_neighbours(
     threads = torch.get_num_threads()
     seen: list[Tensor] = []
     monkeypatch.setattr(
-        "clipgen.engine.batch.choose", lambda logits, *rest: seen.append(logits[0].clone()) or choose(logits, *rest)
+        "clipgen.engine.batch.sample", lambda logits, *rest: seen.append(logits[0].clone()) or sample(logits, *rest)
     )
     torch.set_num_threads(1)
     try:
@@ -82,7 +90,7 @@ def test_random_schedules(gpt: GPT) -> None:
     expected = [alone(gpt, p) for p in pictures]
     for _ in range(3):
         arrivals = [(chance.randrange(40), [p]) for p in pictures]
-        found = together(gpt, arrivals, most=chance.choice([1, 8, 64]))
+        found = together(gpt, arrivals, max_rows=chance.choice([1, 8, 64]))
         assert all(torch.equal(a, b) for a, b in zip(found, expected, strict=True))
 
 
@@ -91,10 +99,10 @@ def test_leaving_in_the_middle_changes_nobody(gpt: GPT) -> None:
     expected = [alone(gpt, p) for p in pictures]
     batch = Batch(gpt)
     with torch.inference_mode():
-        batch.join(pictures, 64)
+        batch.add(pictures, 64)
         for _ in range(7):
             batch.step()
-        batch.leave({pictures[0], pictures[3]})
+        batch.remove({pictures[0], pictures[3]})
         assert len(batch.rows) == 8
         for _ in range(SMALL.block_size - 7):
             batch.step()
@@ -106,11 +114,11 @@ def test_leaving_in_the_middle_changes_nobody(gpt: GPT) -> None:
 def test_kept_tokens_stay_and_the_rest_follows_from_them(gpt: GPT) -> None:
     plain = some(1)[0]
     tokens = alone(gpt, plain)
-    same = replace(plain, kept=tokens[:8])
-    other = replace(plain, kept=(tokens[:8] + 1) % SMALL.vocab_size)
+    same = replace(plain, prefix_tokens=tokens[:8])
+    other = replace(plain, prefix_tokens=(tokens[:8] + 1) % SMALL.vocab_size)
     found = together(gpt, [(0, [same, plain]), (2, [other])])
     assert torch.equal(found[0], tokens) and torch.equal(found[1], tokens)
-    assert torch.equal(found[2][:8], other.kept) and not torch.equal(found[2][8:], tokens[8:])
+    assert torch.equal(found[2][:8], other.prefix_tokens) and not torch.equal(found[2][8:], tokens[8:])
 
 
 def test_only_the_rows_in_use_are_worked_on(gpt: GPT, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -12,13 +12,13 @@ import torch.nn.functional as F
 from engine_kit import sharp_gpt, together
 
 from clipgen.config import GPTConfig
-from clipgen.engine.batch import Picture
-from clipgen.engine.cuda_graphs import SPAN, Graphs, Run, agree, build_graphs
+from clipgen.engine.cuda_graphs import POSITION_SPAN, CUDAGraphRunner, Run, build_graphs, matches_eager
 from clipgen.engine.engine import Engine
+from clipgen.engine.sequence import Sequence
 from clipgen.models.gpt import GPT
 from clipgen.request import SamplingParams
 
-CONFIG = GPTConfig(n_layer=2, n_head=2, n_embd=32, vocab_size=50, block_size=SPAN + 9, n_cond=16)
+CONFIG = GPTConfig(n_layer=2, n_head=2, n_embd=32, vocab_size=50, block_size=POSITION_SPAN + 9, n_cond=16)
 NEEDS_GPU = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 
 
@@ -32,15 +32,15 @@ def again(run: Run) -> Run:
     return run
 
 
-def pictures(count: int) -> list[Picture]:
+def pictures(count: int) -> list[Sequence]:
     conditions = F.normalize(torch.randn(count, CONFIG.n_cond, generator=torch.Generator().manual_seed(1)), dim=1)
     samplings = [SamplingParams(guidance=3.0), SamplingParams(top_p=0.8), SamplingParams(temperature=0.0)]
-    return [Picture(c, i, samplings[i % 3]) for i, c in enumerate(conditions)]
+    return [Sequence(c, i, samplings[i % 3]) for i, c in enumerate(conditions)]
 
 
 def test_pictures_that_come_and_go_are_those_drawn_without_graphs(gpt: GPT) -> None:
     chance = random.Random(0)
-    graphs = Graphs(gpt, 12, again)
+    graphs = CUDAGraphRunner(gpt, 12, again)
     for _ in range(3):  # one after the other, over the same memory
         arrivals = [(chance.randrange(90), [picture]) for picture in pictures(9)]  # 12 rows at most
         plain = together(gpt, arrivals)
@@ -57,24 +57,29 @@ def test_a_step_takes_the_smallest_graph_that_holds_it(gpt: GPT) -> None:
         return lambda: (used.append(number), run())[1]
 
     recorded: list[Run] = []
-    graphs = Graphs(gpt, 6, counted)
+    graphs = CUDAGraphRunner(gpt, 6, counted)
     sizes = list(graphs.replays)
-    assert sizes == [(n, span) for n in (6, 4, 2, 1) for span in (SPAN + 9, SPAN)]
+    assert sizes == [(n, span) for n in (6, 4, 2, 1) for span in (POSITION_SPAN + 9, POSITION_SPAN)]
     with torch.inference_mode():
-        for rows, longest in [(1, 1), (2, SPAN), (3, SPAN + 1), (5, SPAN + 9)]:
+        for rows, longest in [(1, 1), (2, POSITION_SPAN), (3, POSITION_SPAN + 1), (5, POSITION_SPAN + 9)]:
             at = torch.full((rows,), longest - 1)
-            assert len(graphs.advance(torch.zeros(rows, CONFIG.n_embd), at, graphs.cache, longest)) == rows
-    assert [sizes[number] for number in used] == [(1, SPAN), (2, SPAN), (4, SPAN + 9), (6, SPAN + 9)]
+            assert len(graphs.decode_step(torch.zeros(rows, CONFIG.n_embd), at, graphs.cache, longest)) == rows
+    assert [sizes[number] for number in used] == [
+        (1, POSITION_SPAN),
+        (2, POSITION_SPAN),
+        (4, POSITION_SPAN + 9),
+        (6, POSITION_SPAN + 9),
+    ]
 
 
 def test_another_cache_is_refused(gpt: GPT) -> None:
-    graphs = Graphs(gpt, 2, again)
+    graphs = CUDAGraphRunner(gpt, 2, again)
     with pytest.raises(ValueError, match="another cache"):
-        graphs.advance(torch.zeros(1, CONFIG.n_embd), torch.zeros(1, dtype=torch.long), gpt.allocate(2), 1)
+        graphs.decode_step(torch.zeros(1, CONFIG.n_embd), torch.zeros(1, dtype=torch.long), gpt.allocate(2), 1)
 
 
 def test_a_graph_that_gives_something_else_is_found_out(gpt: GPT) -> None:
-    assert agree(Graphs(gpt, 6, again))
+    assert matches_eager(CUDAGraphRunner(gpt, 6, again))
     for wrong in range(8):
         recorded: list[Run] = []
 
@@ -82,7 +87,7 @@ def test_a_graph_that_gives_something_else_is_found_out(gpt: GPT) -> None:
             recorded.append(run)
             return (lambda: None) if len(recorded) == wrong + 1 else run
 
-        assert not agree(Graphs(gpt, 6, dead))
+        assert not matches_eager(CUDAGraphRunner(gpt, 6, dead))
 
 
 def test_cpus_have_none(gpt: GPT) -> None:
@@ -97,7 +102,7 @@ def test_on_a_gpu_the_engine_draws_with_graphs_what_it_draws_without(
     there = GPT(CONFIG).eval()
     there.load_state_dict(gpt.state_dict())
     there.to("cuda", dtype)
-    wanted = [replace(picture, sampling=SamplingParams(temperature=0.0)) for picture in pictures(5)]
+    wanted = [replace(picture, params=SamplingParams(temperature=0.0)) for picture in pictures(5)]
     with caplog.at_level(logging.WARNING):
         recorded = Engine(there).draw(wanted).tokens
     assert not caplog.records

@@ -1,4 +1,4 @@
-"""The engine: pictures of many callers in the same steps, and none of them notices."""
+"""The engine: sequences of many callers in shared steps, without any effect on their tokens."""
 
 from __future__ import annotations
 
@@ -12,14 +12,14 @@ from typing import Any
 
 import pytest
 import torch
-from engine_kit import SAMPLINGS, SMALL, alone, sharp_gpt, some
+from engine_kit import SAMPLINGS, SMALL, alone, sharp_gpt, some, uncached
 from torch import Tensor
 
 from clipgen.config import GPTConfig
 from clipgen.engine import engine as engine_module
-from clipgen.engine.batch import Batch, Picture
+from clipgen.engine.batch import Batch
 from clipgen.engine.engine import Engine
-from clipgen.engine.sampling import generate_tokens
+from clipgen.engine.scheduler import Scheduler
 from clipgen.errors import Cancelled, EngineError, InsufficientMemoryError, UnavailableError
 from clipgen.models.gpt import GPT
 from clipgen.models.kv_cache import KVCache
@@ -40,29 +40,31 @@ def engine(gpt: GPT) -> Iterator[Engine]:
 # --- many callers ---
 
 
-def test_callers_share_steps_and_get_their_own(gpt: GPT, engine: Engine, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_concurrent_calls_share_steps_and_get_their_own_tokens(
+    gpt: GPT, engine: Engine, monkeypatch: pytest.MonkeyPatch
+) -> None:
     steps: list[int] = []
     step = Batch.step
-    monkeypatch.setattr(Batch, "step", lambda batch: steps.append(len(batch.pictures)) or step(batch))
+    monkeypatch.setattr(Batch, "step", lambda batch: steps.append(len(batch.sequences)) or step(batch))
     calls = [some(1 + i % 3, SAMPLINGS[i % 4], first=10 * i) for i in range(8)]
     with ThreadPoolExecutor(8) as pool:
-        drawn = list(pool.map(engine.draw, calls))
+        output = list(pool.map(engine.generate, calls))
     assert len(steps) < 8 * SMALL.block_size / 2
-    for pictures, result in zip(calls, drawn, strict=True):
-        assert torch.equal(result.tokens, torch.stack([alone(gpt, p) for p in pictures]))
-        assert result.waited >= 0
+    for sequences, result in zip(calls, output, strict=True):
+        assert torch.equal(result.tokens, torch.stack([alone(gpt, seq) for seq in sequences]))
+        assert result.queue_time >= 0
 
 
-def test_nothing_to_draw(engine: Engine) -> None:
-    assert engine.draw([]).tokens.shape == (0, SMALL.block_size)
+def test_generate_without_sequences_returns_no_tokens(engine: Engine) -> None:
+    assert engine.generate([]).tokens.shape == (0, SMALL.block_size)
 
 
-def test_more_pictures_than_rows_come_in_order(gpt: GPT) -> None:
-    engine = Engine(gpt, most=2)
-    pictures = some(9, SAMPLINGS[1])
-    drawn = engine.draw(pictures).tokens
+def test_more_sequences_than_rows_are_returned_in_order(gpt: GPT) -> None:
+    engine = Engine(gpt, max_num_seqs=2)
+    sequences = some(9, SAMPLINGS[1])
+    output = engine.generate(sequences).tokens
     engine.close()
-    assert torch.equal(drawn, torch.stack([alone(gpt, p) for p in pictures]))
+    assert torch.equal(output, torch.stack([alone(gpt, seq) for seq in sequences]))
 
 
 class Gate:
@@ -75,7 +77,7 @@ class Gate:
 
         def held(batch: Batch) -> None:
             assert self.passes.acquire(timeout=30)
-            self.steps.append([p.seed for p in batch.pictures])
+            self.steps.append([seq.seed for seq in batch.sequences])
             step(batch)
 
         monkeypatch.setattr(Batch, "step", held)
@@ -95,7 +97,7 @@ class Gate:
 def until(condition: Callable[[], Any]) -> None:
     deadline = time.monotonic() + 30
     while not condition():
-        assert time.monotonic() < deadline, "waited in vain"
+        assert time.monotonic() < deadline, "timed out"
         time.sleep(0.001)
 
 
@@ -106,14 +108,14 @@ def gate(monkeypatch: pytest.MonkeyPatch) -> Iterator[Gate]:
     gate.open()
 
 
-def test_one_candidate_does_not_wait_for_many(gpt: GPT, gate: Gate) -> None:
-    engine = Engine(gpt, most=16)
+def test_small_request_starts_at_once_beside_a_large_one(gpt: GPT, gate: Gate) -> None:
+    engine = Engine(gpt, max_num_seqs=16)
     with ThreadPoolExecutor() as pool:
-        many = pool.submit(engine.draw, some(64))
+        many = pool.submit(engine.generate, some(64))
         gate.let(3)
         assert len(gate.steps[-1]) == 16  # four fifths of 20 places
-        one = pool.submit(engine.draw, some(1, first=1000))
-        until(lambda: len(engine._calls) == 2)
+        one = pool.submit(engine.generate, some(1, first=1000))
+        until(lambda: engine.num_requests == 2)
         gate.let(2)
         assert 1000 in gate.steps[-1]
         gate.let(SMALL.block_size)
@@ -124,13 +126,13 @@ def test_one_candidate_does_not_wait_for_many(gpt: GPT, gate: Gate) -> None:
     engine.close()
 
 
-def test_first_come_first_served(gpt: GPT, gate: Gate) -> None:
-    engine = Engine(gpt, most=1)  # two rows: one picture at a time
+def test_waiting_requests_start_in_order_of_arrival(gpt: GPT, gate: Gate) -> None:
+    engine = Engine(gpt, max_num_seqs=1)  # two rows: one picture at a time
     with ThreadPoolExecutor() as pool:
         futures = []
         for i in range(4):
-            futures.append(pool.submit(engine.draw, some(1, first=i)))
-            until(lambda i=i: len(engine._calls) == i + 1)
+            futures.append(pool.submit(engine.generate, some(1, first=i)))
+            until(lambda i=i: engine.num_requests == i + 1)
         gate.open()
         for future in futures:
             future.result(30)
@@ -138,13 +140,13 @@ def test_first_come_first_served(gpt: GPT, gate: Gate) -> None:
     engine.close()
 
 
-def test_cancelling_frees_the_rows_before_the_next_step(gpt: GPT, gate: Gate) -> None:
+def test_cancelled_request_frees_its_rows_before_the_next_step(gpt: GPT, gate: Gate) -> None:
     engine = Engine(gpt)
     stop = threading.Event()
     with ThreadPoolExecutor() as pool:
-        stopped = pool.submit(engine.draw, some(5), is_cancelled=stop.is_set)
-        going = pool.submit(engine.draw, some(2, first=50))
-        until(lambda: len(engine._calls) == 2)
+        stopped = pool.submit(engine.generate, some(5), is_cancelled=stop.is_set)
+        going = pool.submit(engine.generate, some(2, first=50))
+        until(lambda: engine.num_requests == 2)
         gate.let(4)
         assert len(gate.steps[-1]) in (5, 7)
         stop.set()
@@ -153,22 +155,17 @@ def test_cancelling_frees_the_rows_before_the_next_step(gpt: GPT, gate: Gate) ->
         with pytest.raises(Cancelled):
             stopped.result(30)
         gate.open()
-        assert torch.equal(going.result(30).tokens[0], alone_ungated(gpt, some(1, first=50)[0]))
+        assert torch.equal(going.result(30).tokens[0], uncached(gpt, some(1, first=50)[0]))
     engine.close()
 
 
-def alone_ungated(gpt: GPT, picture: Picture) -> Tensor:
-    """What the plain loop draws, which no gate holds back."""
-    return generate_tokens(gpt, picture.condition[None], [picture.seed], picture.sampling)[0]
-
-
-def test_a_call_that_waits_can_be_cancelled_too(gpt: GPT, gate: Gate) -> None:
-    engine = Engine(gpt, most=1)
+def test_waiting_request_can_be_cancelled(gpt: GPT, gate: Gate) -> None:
+    engine = Engine(gpt, max_num_seqs=1)
     with ThreadPoolExecutor() as pool:
-        first = pool.submit(engine.draw, some(1))
-        until(lambda: engine._calls)
+        first = pool.submit(engine.generate, some(1))
+        until(lambda: engine.num_requests)
         gate.let(1)
-        second = pool.submit(engine.draw, some(1), is_cancelled=lambda: True)
+        second = pool.submit(engine.generate, some(1), is_cancelled=lambda: True)
         gate.let(1)
         with pytest.raises(Cancelled):
             second.result(30)
@@ -177,32 +174,32 @@ def test_a_call_that_waits_can_be_cancelled_too(gpt: GPT, gate: Gate) -> None:
     engine.close()
 
 
-def test_a_full_queue_refuses_and_says_so(gpt: GPT, gate: Gate, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(engine_module, "BACKLOG", 3)
-    engine = Engine(gpt, most=1)
+def test_full_queue_refuses_and_names_its_length(gpt: GPT, gate: Gate, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(engine_module, "MAX_WAITING", 3)
+    engine = Engine(gpt, max_num_seqs=1)
     with ThreadPoolExecutor() as pool:
-        first = pool.submit(engine.draw, some(5, SAMPLINGS[1]))
-        until(lambda: engine._calls and len(engine._calls[0].waiting) <= 4)
-        with pytest.raises(UnavailableError, match=r"\d pictures are waiting .* try again"):
-            engine.draw(some(1))
+        first = pool.submit(engine.generate, some(5, SAMPLINGS[1]))
+        until(lambda: engine.num_requests and engine.num_waiting == 3)
+        with pytest.raises(UnavailableError, match=r"\d images are waiting .* try again"):
+            engine.generate(some(1))
         gate.open()
         first.result(30)
-        engine.draw(some(1))
+        engine.generate(some(1))
     engine.close()
 
 
 # --- callbacks ---
 
 
-def test_progress_counts_every_step(engine: Engine) -> None:
+def test_progress_is_reported_after_every_step(engine: Engine) -> None:
     seen: list[tuple[int, int]] = []
-    engine.draw(some(3), progress=lambda done, total: seen.append((done, total)))
+    engine.generate(some(3), progress=lambda done, total: seen.append((done, total)))
     assert seen == [(3 * (i + 1), 3 * SMALL.block_size) for i in range(SMALL.block_size)]
 
 
-def test_should_stop_is_asked_before_each_step(engine: Engine) -> None:
+def test_is_cancelled_is_called_before_every_step(engine: Engine) -> None:
     asked: list[bool] = []
-    engine.draw(some(1), is_cancelled=lambda: bool(asked.append(True)))
+    engine.generate(some(1), is_cancelled=lambda: bool(asked.append(True)))
     assert len(asked) == SMALL.block_size
 
 
@@ -212,37 +209,37 @@ def test_callbacks_run_in_their_callers_context(engine: Engine) -> None:
 
     def call(name: str) -> None:
         who.set(name)
-        engine.draw(some(1), progress=lambda done, total: seen[name].add(who.get()))
+        engine.generate(some(1), progress=lambda done, total: seen[name].add(who.get()))
 
     with ThreadPoolExecutor(2) as pool:
         list(pool.map(call, "ab"))
     assert seen == {"a": {"a"}, "b": {"b"}}
 
 
-@pytest.mark.parametrize("name", ["progress", "is_cancelled", "watch"])
-def test_a_callback_that_fails_fails_its_own_call(engine: Engine, gpt: GPT, name: str) -> None:
+@pytest.mark.parametrize("name", ["progress", "is_cancelled", "on_tokens"])
+def test_failing_callback_fails_its_own_call_only(engine: Engine, gpt: GPT, name: str) -> None:
     def broken(*_: object) -> bool:
         raise LookupError("my callback")
 
     with ThreadPoolExecutor() as pool:
-        other = pool.submit(engine.draw, some(2, first=5))
+        other = pool.submit(engine.generate, some(2, first=5))
         with pytest.raises(LookupError, match="my callback"):
-            engine.draw(some(1), **{name: broken}, every=2)  # type: ignore[arg-type]
+            engine.generate(some(1), **{name: broken}, every=2)  # type: ignore[arg-type]
         assert torch.equal(other.result(30).tokens[0], alone(gpt, some(1, first=5)[0]))
-    until(lambda: not engine._calls)
+    until(lambda: not engine.num_requests)
 
 
-def test_watching_shows_the_tokens_as_they_come(gpt: GPT) -> None:
-    engine = Engine(gpt, most=2)
+def test_on_tokens_receives_snapshots_in_the_callers_thread(gpt: GPT) -> None:
+    engine = Engine(gpt, max_num_seqs=2)
     seen: list[Tensor] = []
     threads: set[int] = set()
-    pictures = some(3)
+    sequences = some(3)
 
     def watch(tokens: Tensor) -> None:
         seen.append(tokens)
         threads.add(threading.get_ident())
 
-    final = engine.draw(pictures, watch=watch, every=5).tokens
+    final = engine.generate(sequences, on_tokens=watch, every=5).tokens
     engine.close()
     assert threads == {threading.get_ident()}
     assert [int((tokens >= 0).sum()) for tokens in seen] == [10, 20, 30, 40, 45, 50, 55]  # the rest is the result
@@ -268,32 +265,32 @@ def failing(monkeypatch: pytest.MonkeyPatch, error: BaseException, when: Callabl
     monkeypatch.setattr(Batch, "step", maybe)
 
 
-def test_a_step_that_fails_fails_its_calls_and_the_engine_lives_on(
+def test_failing_step_fails_its_requests_and_the_engine_goes_on(
     gpt: GPT, engine: Engine, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    failing(monkeypatch, Broken("boom"), lambda batch: any(p.seed == 13 for p in batch.pictures))
+    failing(monkeypatch, Broken("boom"), lambda batch: any(seq.seed == 13 for seq in batch.sequences))
     with pytest.raises(EngineError, match="boom") as caught:
-        engine.draw(some(2, first=12))
+        engine.generate(some(2, first=12))
     assert isinstance(caught.value.__cause__, Broken)
-    assert torch.equal(engine.draw(some(1)).tokens[0], alone(gpt, some(1)[0]))
+    assert torch.equal(engine.generate(some(1)).tokens[0], alone(gpt, some(1)[0]))
 
 
-def test_those_who_wait_are_not_hurt_by_it(gpt: GPT, monkeypatch: pytest.MonkeyPatch) -> None:
-    failing(monkeypatch, Broken("boom"), lambda batch: any(p.seed == 13 for p in batch.pictures))
-    engine = Engine(gpt, most=1)
+def test_failing_step_spares_waiting_requests(gpt: GPT, monkeypatch: pytest.MonkeyPatch) -> None:
+    failing(monkeypatch, Broken("boom"), lambda batch: any(seq.seed == 13 for seq in batch.sequences))
+    engine = Engine(gpt, max_num_seqs=1)
     with ThreadPoolExecutor() as pool:
-        bad = pool.submit(engine.draw, some(1, first=13))
-        good = pool.submit(engine.draw, some(1))
+        bad = pool.submit(engine.generate, some(1, first=13))
+        good = pool.submit(engine.generate, some(1))
         with pytest.raises(EngineError):
             bad.result(30)
         assert len(good.result(30).tokens) == 1
     engine.close()
 
 
-def test_out_of_memory_halves_and_changes_nothing(
+def test_out_of_memory_halves_the_batch_and_changes_no_token(
     gpt: GPT, engine: Engine, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    expected = torch.stack([alone(gpt, p) for p in some(8)])
+    expected = torch.stack([alone(gpt, seq) for seq in some(8)])
     allocate = KVCache.allocate
     steps = iter(range(10**6))
 
@@ -306,90 +303,93 @@ def test_out_of_memory_halves_and_changes_nothing(
     failing(
         monkeypatch,
         torch.OutOfMemoryError("CUDA out of memory in a step"),
-        lambda batch: len(batch.pictures) > 2 and next(steps) == 10,
+        lambda batch: len(batch.sequences) > 2 and next(steps) == 10,
     )
     seen: list[int] = []
     with caplog.at_level(logging.WARNING):
-        drawn = engine.draw(some(8), progress=lambda done, total: seen.append(done))
-    assert torch.equal(drawn.tokens, expected)
+        output = engine.generate(some(8), progress=lambda done, total: seen.append(done))
+    assert torch.equal(output.tokens, expected)
     assert [record.getMessage() for record in caplog.records] == [
-        "decoding tokens: out of memory with 8 pictures at once; going on with 4",
-        "decoding tokens: out of memory with 4 pictures at once; going on with 2",
+        "decoding tokens: out of memory with 8 images at once; going on with 4",
+        "decoding tokens: out of memory with 4 images at once; going on with 2",
     ]
     assert seen == sorted(set(seen)) and seen[-1] == 8 * SMALL.block_size
 
 
-def test_not_even_one_fits(engine: Engine, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_out_of_memory_with_one_sequence_is_an_error(engine: Engine, monkeypatch: pytest.MonkeyPatch) -> None:
     failing(monkeypatch, MemoryError(), lambda batch: True)
-    with pytest.raises(InsufficientMemoryError, match="not even one picture"):
-        engine.draw(some(2))
+    with pytest.raises(InsufficientMemoryError, match="not even one image"):
+        engine.generate(some(2))
     monkeypatch.undo()
-    assert len(engine.draw(some(2)).tokens) == 2
+    assert len(engine.generate(some(2)).tokens) == 2
 
 
 # --- beginning and end ---
 
 
-def test_nothing_is_held_between_calls(engine: Engine) -> None:
+def test_idle_engine_holds_neither_cache_nor_threads(engine: Engine) -> None:
     threads = threading.active_count()
-    engine.draw(some(3))
-    assert engine._batch.cache.data.numel() == 0 and not engine._calls and engine._driver is None
+    engine.generate(some(3))
+    until(lambda: engine.cache_bytes == 0)
+    assert engine.num_requests == 0
     assert threading.active_count() == threads
 
 
-def test_ctrl_c_in_a_step_stops_its_caller_and_the_others_start_again(
-    gpt: GPT, engine: Engine, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    steps = iter(range(10**6))
-    together = threading.Event()
-
-    def once(batch: Batch) -> bool:
-        if len(batch.pictures) == 3 and next(steps) == 5:
-            together.set()
-            return True
-        return False
-
-    failing(monkeypatch, KeyboardInterrupt(), once)
-    expected = torch.stack([alone_ungated(gpt, p) for p in some(2, first=20)])
-
-    def first() -> None:
-        with pytest.raises(KeyboardInterrupt):
-            engine.draw(some(1), is_cancelled=lambda: until(lambda: len(engine._calls) == 2 or together.is_set()))
-
-    with ThreadPoolExecutor() as pool:
-        stopped = pool.submit(first)
-        until(lambda: engine._driver)
-        other = pool.submit(engine.draw, some(2, first=20))
-        stopped.result(60)
-        assert torch.equal(other.result(60).tokens, expected)
-    assert not engine._calls
-
-
-def test_closing_finishes_what_is_under_way(gpt: GPT, gate: Gate, caplog: pytest.LogCaptureFixture) -> None:
-    engine = Engine(gpt, most=1)
+def test_close_waits_for_running_and_waiting_requests(gpt: GPT, gate: Gate, caplog: pytest.LogCaptureFixture) -> None:
+    engine = Engine(gpt, max_num_seqs=1)
     with ThreadPoolExecutor() as pool, caplog.at_level(logging.INFO):
-        calls = [pool.submit(engine.draw, some(1)) for _ in range(2)]
-        until(lambda: len(engine._calls) == 2)
+        calls = [pool.submit(engine.generate, some(1)) for _ in range(2)]
+        until(lambda: engine.num_requests == 2)
         closing = pool.submit(engine.close)
-        until(lambda: engine._closed)
+        until(lambda: engine.is_closed)
         with pytest.raises(UnavailableError):
-            engine.draw(some(1))
+            engine.generate(some(1))
         gate.open()
         assert closing.result(30) == (2, 0)
         assert all(len(call.result(30).tokens) == 1 for call in calls)
     assert "2 calls finished, 0 did not" in caplog.text
 
 
-def test_closing_at_once_fails_the_rest_and_says_which(gpt: GPT, gate: Gate) -> None:
+def test_close_after_timeout_fails_the_rest(gpt: GPT, gate: Gate) -> None:
     engine = Engine(gpt)
     with ThreadPoolExecutor() as pool:
-        call = pool.submit(engine.draw, some(1))
-        until(lambda: engine._calls)
-        [running] = engine._calls
+        call = pool.submit(engine.generate, some(1))
+        until(lambda: engine.num_requests)
         closing = pool.submit(engine.close, 0)
-        until(lambda: running.error)
+        until(lambda: engine.is_closed)
+        time.sleep(0.05)  # close(0) marks the call as failed right after closing
         gate.open()
         assert closing.result(30) == (0, 1)
         with pytest.raises(UnavailableError, match="closed"):
             call.result(30)
     assert engine.close() == (0, 0)
+
+
+# --- broken weights and devices ---
+
+
+def test_non_finite_logits_fail_the_request_and_the_next_one_works(gpt: GPT) -> None:
+    broken = sharp_gpt()
+    engine = Engine(broken)
+    with torch.no_grad():
+        broken.head.bias[7] = torch.nan
+        with pytest.raises(EngineError, match="not finite"):
+            engine.generate(some(2))
+        broken.head.bias.copy_(gpt.head.bias)
+    assert torch.equal(engine.generate(some(1)).tokens[0], alone(gpt, some(1)[0]))
+    engine.close()
+
+
+def test_failing_recovery_fails_the_request_instead_of_hanging(
+    gpt: GPT, engine: Engine, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    failing(monkeypatch, Broken("boom"), lambda batch: True)
+
+    def gone(*_: object) -> None:
+        raise RuntimeError("CUDA error: the device is gone")
+
+    monkeypatch.setattr(Scheduler, "restart", gone)
+    with pytest.raises(EngineError, match="the device is gone"):
+        engine.generate(some(1))
+    monkeypatch.undo()
+    assert len(engine.generate(some(1)).tokens) == 1

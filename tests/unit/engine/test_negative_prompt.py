@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 
@@ -16,7 +15,8 @@ from torch import Tensor
 import clipgen.engine.batch
 from clipgen import ClipGen
 from clipgen.config import GPTConfig
-from clipgen.engine.batch import Batch, Picture
+from clipgen.engine.batch import Batch
+from clipgen.engine.sequence import Sequence
 from clipgen.errors import RequestError
 from clipgen.models.gpt import GPT
 from clipgen.request import GenerationRequest, SamplingParams
@@ -45,16 +45,16 @@ def point(seed: int) -> Tensor:
     return F.normalize(torch.randn(SMALL.n_cond, generator=torch.Generator().manual_seed(seed)), dim=0)
 
 
-def run(gpt: GPT, pictures: Sequence[Picture], patch: pytest.MonkeyPatch) -> tuple[list[Tensor], Tensor]:
+def run(gpt: GPT, pictures: list[Sequence], patch: pytest.MonkeyPatch) -> tuple[list[Tensor], Tensor]:
     """The tokens of pictures drawn together, and the logits (T, n, V) that they were chosen from."""
     seen: list[Tensor] = []
-    choose = clipgen.engine.batch.choose
+    sample = clipgen.engine.batch.sample
     with patch.context() as inside, torch.inference_mode():
         inside.setattr(
-            clipgen.engine.batch, "choose", lambda logits, *rest: (seen.append(logits), choose(logits, *rest))[1]
+            clipgen.engine.batch, "sample", lambda logits, *rest: (seen.append(logits), sample(logits, *rest))[1]
         )
         batch = Batch(gpt)
-        batch.join(pictures, 64)
+        batch.add(pictures, 64)
         while not (done := batch.finished()):
             batch.step()
     return [done[picture] for picture in pictures], torch.stack(seen)
@@ -62,10 +62,10 @@ def run(gpt: GPT, pictures: Sequence[Picture], patch: pytest.MonkeyPatch) -> tup
 
 def test_logits_are_moved_away_from_the_negatives_exactly(gpt: GPT, monkeypatch: pytest.MonkeyPatch) -> None:
     condition, negative = point(0), point(1)
-    guided = Picture(condition, 3, GUIDED, negative=negative)
+    guided = Sequence(condition, 3, GUIDED, negative_condition=negative)
     (tokens,), logits = run(gpt, [guided], monkeypatch)
     # Both conditions alone, led along the same tokens; the last one is free, as at least one must be.
-    plain = [Picture(point, 3, SamplingParams(), kept=tokens[:-1]) for point in (condition, negative)]
+    plain = [Sequence(point, 3, SamplingParams(), prefix_tokens=tokens[:-1]) for point in (condition, negative)]
     _, parts = run(gpt, plain, monkeypatch)
     assert torch.equal(logits[:, 0], parts[:, 1] + SCALE * (parts[:, 0] - parts[:, 1]))
     assert not torch.equal(parts[:, 0], parts[:, 1])
@@ -74,13 +74,13 @@ def test_logits_are_moved_away_from_the_negatives_exactly(gpt: GPT, monkeypatch:
 def test_no_negative_is_a_negative_of_zeros_and_the_prompt_itself_guides_nowhere(
     gpt: GPT, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    picture = Picture(point(0), 3, GUIDED)
+    picture = Sequence(point(0), 3, GUIDED)
     variants = [
         picture,
-        replace(picture, negative=torch.zeros(SMALL.n_cond)),
-        replace(picture, negative=point(1)),
-        replace(picture, negative=point(0)),
-        replace(picture, sampling=replace(GUIDED, guidance=1.0)),
+        replace(picture, negative_condition=torch.zeros(SMALL.n_cond)),
+        replace(picture, negative_condition=point(1)),
+        replace(picture, negative_condition=point(0)),
+        replace(picture, params=replace(GUIDED, guidance=1.0)),
     ]
     (none, zeros, other, itself, unguided), _ = run(gpt, variants, monkeypatch)
     assert torch.equal(none, zeros) and torch.equal(itself, unguided)
@@ -93,8 +93,8 @@ def test_same_seed_same_tokens_among_others_with_and_without_negatives(
 ) -> None:
     model = GPT(SMALL).eval().to(dtype)
     model.load_state_dict(gpt.state_dict())
-    pictures = [Picture(point(i), i, GUIDED, negative=point(50 + i) if i % 2 else None) for i in range(7)]
-    pictures.insert(2, Picture(point(9), 9, SamplingParams()))
+    pictures = [Sequence(point(i), i, GUIDED, negative_condition=point(50 + i) if i % 2 else None) for i in range(7)]
+    pictures.insert(2, Sequence(point(9), 9, SamplingParams()))
     together, _ = run(model, pictures, monkeypatch)
     for picture, tokens in zip(pictures, together, strict=True):
         ((alone,), _) = run(model, [picture], monkeypatch)
@@ -108,29 +108,29 @@ def pixels(image: Image.Image) -> np.ndarray:
 def test_any_prompt_can_be_negative(pipe: ClipGen) -> None:
     photo = Image.linear_gradient("L").convert("RGB")
     negatives = [None, "a dog", photo, [("a dog", 1.0), (photo, -0.5)]]
-    results = pipe.generate([GenerationRequest("a lemon", seed=4, negative=negative) for negative in negatives])
+    results = pipe.generate([GenerationRequest("a lemon", seed=4, negative_prompt=negative) for negative in negatives])
     pictures = [pixels(result.images[0]) for result in results]
     for i, one in enumerate(pictures):
         assert all((one != other).any() for other in pictures[i + 1 :])
-    again = pipe("a lemon", seed=4, negative="a dog")
+    again = pipe("a lemon", seed=4, negative_prompt="a dog")
     assert np.abs(pixels(again.images[0]) - pictures[1]).max() <= 1
     ranked = pipe.clip.encode_text(["a lemon"])[0] @ pipe.embed("a lemon")
     assert ranked == pytest.approx(1, abs=1e-4), "ranking goes by the prompt alone"
 
 
 def test_what_of_a_long_negative_was_not_read_is_told(pipe: ClipGen) -> None:
-    assert pipe("a lemon", seed=0, negative="dog " * 500 + "tail").dropped.endswith("tail")
+    assert pipe("a lemon", seed=0, negative_prompt="dog " * 500 + "tail").truncated.endswith("tail")
 
 
 @pytest.mark.parametrize("guidance", [0, 0.5, 1])
 def test_without_guidance_it_is_refused_and_the_message_says_how_to_fix_it(pipe: ClipGen, guidance: float) -> None:
     with pytest.raises(RequestError, match=f"guidance is {guidance:g}; .* above 1: raise it") as caught:
-        GenerationRequest("a lemon", negative="a dog", guidance=guidance)
+        GenerationRequest("a lemon", negative_prompt="a dog", guidance=guidance)
     assert caught.value.field == "guidance"
 
 
 def test_where_the_models_own_guidance_is_off_it_is_refused_too(pipe: ClipGen) -> None:
-    request = GenerationRequest("a lemon", negative="a dog")
+    request = GenerationRequest("a lemon", negative_prompt="a dog")
     with pytest.raises(RequestError, match="guidance is 1"):
         request.sampling(SamplingParams(guidance=1.0))
     assert request.sampling(SamplingParams(guidance=2.0)).guidance == 2
@@ -139,13 +139,13 @@ def test_where_the_models_own_guidance_is_off_it_is_refused_too(pipe: ClipGen) -
 @pytest.mark.parametrize("negative", ["", " ", [], 3, [("a", float("nan"))], [""]])
 def test_a_bad_negative_is_named(negative: object) -> None:
     with pytest.raises(RequestError, match="negative") as caught:
-        GenerationRequest("a lemon", negative=negative)  # type: ignore[arg-type]
+        GenerationRequest("a lemon", negative_prompt=negative)  # type: ignore[arg-type]
     assert caught.value.field.startswith("negative")
 
 
 def test_a_negative_whose_parts_cancel_is_named(pipe: ClipGen) -> None:
-    with pytest.raises(RequestError, match="negative has parts that cancel"):
-        pipe("a lemon", negative=[("a", 1.0), ("a", -1.0)])
+    with pytest.raises(RequestError, match="negative_prompt has parts that cancel"):
+        pipe("a lemon", negative_prompt=[("a", 1.0), ("a", -1.0)])
 
 
 PAIRS = [
@@ -163,7 +163,7 @@ def test_the_mini_models_pictures_go_away_from_the_negative(root: Path) -> None:
     nearer = []
     for prompt, negative in PAIRS:
         plain, moved = (
-            GenerationRequest(prompt, 8, seed=0, guidance=3.0, negative=other) for other in (None, negative)
+            GenerationRequest(prompt, 8, seed=0, guidance=3.0, negative_prompt=other) for other in (None, negative)
         )
         cosines = [
             torch.stack([pipe.embed(image) for image in result.images]) @ pipe.embed(negative)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -15,8 +14,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from clipgen.config import GPTConfig
-from clipgen.errors import ConfigError
-from clipgen.models.gpt import GPT, causal_attention, condition_of
+from clipgen.models.gpt import GPT, causal_attention
 from clipgen.models.kv_cache import KVCache
 from clipgen.weights.convert import map_hfailab_gpt
 from clipgen.weights.model_dir import build_module
@@ -55,22 +53,6 @@ def inputs(batch: int, length: int, seed: int = 0) -> tuple[Tensor, Tensor]:
     tokens = torch.randint(0, SMALL.vocab_size, (batch, length), generator=generator)
     embedding = torch.randn(batch, SMALL.n_cond, generator=generator)
     return tokens, torch.nn.functional.normalize(embedding, dim=-1)
-
-
-def test_a_condition_has_a_place_for_each_thing() -> None:
-    two = replace(SMALL, n_things=2)
-    one, both = torch.randn(3, 6), torch.randn(3, 2, 6)
-    assert torch.equal(condition_of(one, SMALL), one)
-    assert torch.equal(condition_of(one, two), torch.cat([one, torch.zeros(3, 6)], dim=1))
-    assert torch.equal(condition_of(both, two), torch.cat([both[:, 0], both[:, 1]], dim=1))
-    with pytest.raises(ConfigError, match=r"embeddings of 2 things, but gpt\.n_things is 1"):
-        condition_of(both, SMALL)
-    gpt = GPT(two)
-    x = gpt.embed_condition(condition_of(both, two))
-    assert not torch.allclose(x, gpt.embed_condition(condition_of(both.flip(1), two))), "their order counts"
-    assert torch.allclose(
-        gpt.embed_condition(condition_of(one, two)), one @ gpt.cond_proj.weight[:, :6].t() + gpt.cond_proj.bias
-    )
 
 
 def test_agrees_with_the_original(golden: Path) -> None:

@@ -21,7 +21,7 @@ from clipgen.models.vqgan import VQGAN
 @pytest.mark.parametrize(
     "make",
     [
-        lambda: GPT(GPTConfig(n_layer=2, n_head=2, n_embd=16, vocab_size=8, block_size=4, n_cond=6, n_things=2)),
+        lambda: GPT(GPTConfig(n_layer=2, n_head=2, n_embd=16, vocab_size=8, block_size=4, n_cond=6)),
         lambda: VQGAN(VQGANConfig(16, 1, 32, [1, 2], 1, [8], 8, 4, 8)),
         lambda: OpenAIClip(16, 32, 2, 64, 8, 12, 100, 64, 1, 2),  # a ViT
         lambda: OpenAIClip(16, 32, (1, 1, 1, 1), 8, None, 12, 100, 64, 1, 2),  # a ResNet

@@ -115,7 +115,7 @@ def test_any_request_comes_back_as_it_was(parts: list[tuple[str, float]], seed: 
     assert found == written
     request = found.request()
     assert request.prompt == parts
-    assert seed + 3 in range(request.seed or 0, (request.seed or 0) + request.drawn)
+    assert seed + 3 in range(request.seed or 0, (request.seed or 0) + request.num_candidates)
 
 
 @pytest.mark.parametrize("suffix", FORMATS)
@@ -196,7 +196,7 @@ def test_kept_rows_come_back(pipe: ClipGen) -> None:
 def test_a_negative_prompt_comes_back(pipe: ClipGen) -> None:
     photo = Image.linear_gradient("L").convert("RGB")
     plain = pipe("a lemon", seed=3)
-    result = pipe("a lemon", seed=3, negative=[("a dog", 1.0), (photo, 0.5)])
+    result = pipe("a lemon", seed=3, negative_prompt=[("a dog", 1.0), (photo, 0.5)])
     (written,) = receipts(pipe, result, "a" * 64)
     assert written.negative == (PromptPart(1.0, "a dog"), PromptPart(0.5, image=image_digest(photo)))
     assert written.text == "a lemon, not a dog + an image (0.5)"
@@ -378,7 +378,7 @@ def test_whatever_stands_in_a_receipt_it_is_usable_or_refused(changes: dict[str,
     except DataError:
         assert found.shortened or any(part.image for part in found.prompt)
     else:
-        assert request.drawn <= MAX_CANDIDATES and found.text
+        assert request.num_candidates <= MAX_CANDIDATES and found.text
 
 
 @given(st.text())

@@ -63,8 +63,8 @@ def test_a_pipeline_computes_on_its_thread_only(tiny_weights: Path, monkeypatch:
         pipe = ClipGen.from_pretrained(tiny_weights, device="cpu")
         with ThreadPoolExecutor(3) as callers:
             list(callers.map(lambda seed: pipe("a lemon", num_outputs=2, seed=seed), range(6)))
-        pipe.covered("a lemon")
+        pipe.query_index("a lemon")
         pipe.image_decoder.preview(torch.zeros(1, pipe.config.gpt.block_size, dtype=torch.long))
     finally:
         hook.remove()
-    assert threads == {pipe.worker.run(threading.get_ident)}
+    assert threads == {pipe.compute.run(threading.get_ident)}

@@ -105,9 +105,9 @@ def test_running_out_halves_the_batch_says_so_and_changes_nothing(
         )
     assert same(result, expected)
     assert [record.getMessage() for record in caplog.records] == [
-        "decoding tokens: out of memory with 8 pictures at once; going on with 4",
-        "decoding pixels: out of memory with 8 pictures at once; going on with 4",
-        "decoding pixels: out of memory with 4 pictures at once; going on with 2",
+        "decoding tokens: out of memory with 8 images at once; going on with 4",
+        "decoding pixels: out of memory with 8 images at once; going on with 4",
+        "decoding pixels: out of memory with 4 images at once; going on with 2",
     ]
     assert seen == [(done, 8 * 16) for done in range(4, 8 * 16 + 1, 4)]
 
@@ -124,7 +124,7 @@ def test_requests_that_share_a_call_survive_it_too(pipe: ClipGen) -> None:
 
 
 def test_one_picture_that_does_not_fit_is_an_error_that_helps(pipe: ClipGen) -> None:
-    match = r"not even one picture fits .* smaller model"
+    match = r"not even one image fits .* smaller model"
     with small_engine(15_000), pytest.raises(InsufficientMemoryError, match=f"decoding tokens: {match}"):
         pipe("a lemon", candidates=4, seed=3)
     with small_painter(15_000), pytest.raises(InsufficientMemoryError, match=f"decoding pixels: {match}"):
@@ -169,7 +169,7 @@ def test_the_real_allocator_failing_changes_nothing(tiny_weights: Path, root: Pa
     done = subprocess.run(command, cwd=root, capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stderr[-2000:]
     free, limited = json.loads(done.stdout)
-    assert "decoding tokens: out of memory with 64 pictures at once; going on with 32" in done.stderr
+    assert "decoding tokens: out of memory with 64 images at once; going on with 32" in done.stderr
     assert free[0] == limited[0]
     for a, b in zip(free[1], limited[1], strict=True):
         levels = [np.frombuffer(bytes.fromhex(text), np.uint8).astype(int) for text in (a, b)]
@@ -240,7 +240,7 @@ def test_a_pipeline_plans_with_what_is_free(pipe: ClipGen, monkeypatch: pytest.M
     expected = pipe("a lemon", num_outputs=8, seed=3)
     pictures: list[int] = []
     step = Batch.step
-    monkeypatch.setattr(Batch, "step", lambda batch: pictures.append(len(batch.pictures)) or step(batch))
+    monkeypatch.setattr(Batch, "step", lambda batch: pictures.append(len(batch.sequences)) or step(batch))
     room = 3 * token_bytes(pipe.config.gpt, torch.float32, guided=True) / memory.HEADROOM + 1
     monkeypatch.setattr(memory, "free_bytes", lambda device: room)
     assert same(pipe("a lemon", num_outputs=8, seed=3), expected)

@@ -53,19 +53,19 @@ def index(world: tuple[Tensor, Tensor, Tensor]) -> TrainingIndex:
 
 def test_near_and_far(world: tuple[Tensor, Tensor, Tensor], index: TrainingIndex) -> None:
     images, gap, _ = world
-    near = index.look(F.normalize(images[250] + gap + 0.3 * points(1, 2)[0], dim=0))
-    assert near.nearest[0][0] == "picture 250" and not near.low and 5 < near.percentile < 100
+    near = index.query(F.normalize(images[250] + gap + 0.3 * points(1, 2)[0], dim=0))
+    assert near.nearest[0][0] == "picture 250" and not near.is_out_of_distribution and 5 < near.percentile < 100
     assert [value for _, value in near.nearest] == sorted((value for _, value in near.nearest), reverse=True)
     outside = torch.zeros(D)
     outside[-1] = 1
-    far = index.look(F.normalize(outside + gap, dim=0))
-    assert far.low and far.percentile < 1 and far.similarity < near.similarity
+    far = index.query(F.normalize(outside + gap, dim=0))
+    assert far.is_out_of_distribution and far.percentile < 1 and far.similarity < near.similarity
 
 
 def test_a_training_picture_finds_itself(world: tuple[Tensor, Tensor, Tensor], index: TrainingIndex) -> None:
     images, *_ = world
     for i in range(0, 300, 50):
-        name, cosine = index.look(images[i], texts=0).nearest[0]
+        name, cosine = index.query(images[i], texts=0).nearest[0]
         assert name == f"picture {i}" and cosine == pytest.approx(1, abs=0.02)
 
 
@@ -160,11 +160,11 @@ def test_people_read_captions_not_files() -> None:
 def test_images_have_no_gap_to_take_off(folder: Path) -> None:
     pipe = ClipGen.from_pretrained(folder, device="cpu", dtype="float32")
     image = Image.linear_gradient("L")
-    assert pipe.coverage is not None
-    assert pipe.covered(image) == pipe.coverage.look(pipe.embed(image), texts=0)
-    assert pipe.covered("a") == pipe.coverage.look(pipe.embed("a"), texts=1)
+    assert pipe.index is not None
+    assert pipe.query_index(image) == pipe.index.query(pipe.embed(image), texts=0)
+    assert pipe.query_index("a") == pipe.index.query(pipe.embed("a"), texts=1)
     mixed = [("a", 1.0), (image, -3.0)]
-    assert pipe.covered(mixed) == pipe.coverage.look(pipe.embed(mixed), texts=0.25)
+    assert pipe.query_index(mixed) == pipe.index.query(pipe.embed(mixed), texts=0.25)
 
 
 def test_the_script(root: Path, tiny_weights: Path, tmp_path: Path) -> None:
@@ -265,24 +265,24 @@ def test_two_things_reach_the_gpt_side_by_side(tiny_weights: Path, tmp_path: Pat
 
 def test_texts_are_moved_for_the_gpt_and_images_and_the_ranking_are_not(root: Path) -> None:
     pipe = ClipGen.from_pretrained(root / "weights" / "mini", device="cpu")
-    assert pipe.coverage is not None
+    assert pipe.index is not None
     picture = Image.new("RGB", (144, 144), (220, 40, 40))
     assert torch.equal(pipe.condition(picture), torch.cat([pipe.embed(picture), torch.zeros(384)]))
     text, (moved, nothing) = pipe.embed("a red heart"), pipe.condition("a red heart").view(2, 384)
-    before, after = (pipe.coverage.look(place, texts=0.0) for place in (text, moved))
+    before, after = (pipe.index.query(place, texts=0.0) for place in (text, moved))
     assert after.similarity > before.similarity + 0.005 and not nothing.any()
     assert "red heart" in after.nearest[0][0]
 
 
 def test_the_mini_model_takes_pairs_apart(root: Path) -> None:
     pipe = ClipGen.from_pretrained(root / "weights" / "mini", device="cpu")
-    assert pipe.coverage is not None
+    assert pipe.index is not None
     for prompt, names in {
         "a lemon and a dog": {"lemon", "dog"},
         "a red heart and a star": {"red heart", "star"},
     }.items():
         things = pipe.condition(prompt).view(2, 384)
-        found = [pipe.coverage.look(thing, texts=0.0).nearest[0][0] for thing in things]
+        found = [pipe.index.query(thing, texts=0.0).nearest[0][0] for thing in things]
         assert {name.partition(": ")[2] for name in found} == {f"{name}, 3d on white" for name in names}
     lemon, _ = pipe.condition("a lemon with hair").view(2, 384)  # that alone is nearer than any sum of other things
-    assert pipe.coverage.look(lemon, texts=0.0).nearest[0][0].endswith(": lemon, 3d on white")
+    assert pipe.index.query(lemon, texts=0.0).nearest[0][0].endswith(": lemon, 3d on white")
