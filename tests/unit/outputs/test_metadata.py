@@ -71,7 +71,7 @@ def read(value: Any) -> Receipt:
 def test_a_receipt_covers_every_setting() -> None:
     """A new setting of a request or of the sampling must find its way into receipts, or replaying would lose it."""
     assert {field.name for field in fields(SamplingParams)} == set(SAMPLING)
-    known = {"prompt", "negative", "num_outputs", "candidates", "seed", "keep", "keep_rows", *SAMPLING}
+    known = {"prompt", "negative_prompt", "num_outputs", "candidates", "seed", "keep", "keep_rows", *SAMPLING}
     budgets = {"target_score", "seconds"}  # they change how many candidates there are, which the receipt counts
     assert (
         {field.name for field in fields(GenerationRequest)} - budgets
