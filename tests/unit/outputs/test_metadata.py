@@ -249,7 +249,7 @@ def parse_as_web_uis_do(text: str) -> dict[str, str]:
 
 @pytest.mark.parametrize("suffix", FORMATS)
 def test_web_uis_find_prompt_and_settings_where_they_look(pipe: ClipGen, tmp_path: Path, suffix: str) -> None:
-    result = pipe([("a lemon,\n  a red: sofa 🍋", 1.0), ("a cat", 0.5)], seed=3, guidance=2.5, negative="a dog")
+    result = pipe([("a lemon,\n  a red: sofa 🍋", 1.0), ("a cat", 0.5)], seed=3, guidance=2.5, negative_prompt="a dog")
     (written,) = receipts(pipe, result, "a" * 64)
     path = save_image(result.images[0], tmp_path / f"a.{suffix}", metadata=written.to_metadata())
     with Image.open(path) as image:
