@@ -1,4 +1,4 @@
-"""Pictures of pictures: a labelled grid over two settings, a strip, an animation. The font is PIL's own."""
+"""Images made of images: a grid with labels, and an animation. The font is PIL's own."""
 
 from __future__ import annotations
 
@@ -14,22 +14,23 @@ from clipgen.errors import DataError
 from clipgen.images.pixels import grid, to_rgb
 
 LABEL = 14
-"""Height of the labels' letters in pixels."""
+"""Font size of the labels, px."""
 MARGIN = 6
 
 
 def labelled_grid(
     images: Sequence[Image.Image], columns: Sequence[str], rows: Sequence[str], title: str = ""
 ) -> Image.Image:
-    """Lay images out row by row under the columns' labels and beside the rows'.
+    """Lay images out row by row, with labels above the columns and beside the rows.
 
     Args:
-        images: len(rows) * len(columns) of one size.
-        columns: labels from left to right; rows: from top to bottom. "" leaves one out.
-        title: a line above, cut where it does not fit.
+        images: len(rows) * len(columns) images of one size.
+        columns: labels from left to right; "" leaves one out.
+        rows: labels from top to bottom; likewise.
+        title: a line above everything, shortened to the grid's width.
 
     Raises:
-        DataError: not as many images as cells.
+        DataError: the number of images is not that of the cells.
     """
     if len(images) != len(columns) * len(rows):
         raise DataError(f"{len(images)} images do not fill {len(rows)} x {len(columns)} cells")
@@ -43,17 +44,17 @@ def labelled_grid(
     sheet.paste(cells, (left, top))
     draw = ImageDraw.Draw(sheet)
     if title:
-        draw.text((MARGIN, line / 2), fitting(title, font, sheet.width - 2 * MARGIN), "black", font, anchor="lm")
+        draw.text((MARGIN, line / 2), shorten(title, font, sheet.width - 2 * MARGIN), "black", font, anchor="lm")
     for i, label in enumerate(columns):
         place = (left + i * cell_width + images[0].width / 2, top - line / 2)
-        draw.text(place, fitting(label, font, cell_width), "black", font, anchor="mm")
+        draw.text(place, shorten(label, font, cell_width), "black", font, anchor="mm")
     for i, label in enumerate(rows):
         draw.text((MARGIN, top + i * cell_height + images[0].height / 2), label, "black", font, anchor="lm")
     return sheet
 
 
-def fitting(text: str, font: ImageFont.FreeTypeFont | ImageFont.ImageFont, width: float) -> str:
-    """As much of a text as fits into `width` pixels."""
+def shorten(text: str, font: ImageFont.FreeTypeFont | ImageFont.ImageFont, width: float) -> str:
+    """Cut a text off to fit into `width` pixels, with "..." where something is missing."""
     if font.getlength(text) <= width:
         return text
     while text and font.getlength(text + "...") > width:
@@ -62,15 +63,15 @@ def fitting(text: str, font: ImageFont.FreeTypeFont | ImageFont.ImageFont, width
 
 
 def save_gif(images: Sequence[Image.Image], path: str | Path, seconds: float = 0.25, comment: str = "") -> Path:
-    """Write an animation that goes there and back for ever, atomically.
+    """Write an animation that runs forwards and backwards for ever, atomically.
 
     Args:
-        images: at least one, of one size.
-        seconds: how long each is shown; the first and the last twice as long.
+        images: at least one, all of one size.
+        seconds: time per image; the first and the last are shown twice as long.
         comment: text to embed.
 
     Raises:
-        DataError: no images, or the file cannot be written.
+        DataError: there are no images, or the file cannot be written.
     """
     if not images:
         raise DataError("an animation needs at least one image")

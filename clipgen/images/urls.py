@@ -1,7 +1,8 @@
-"""The bytes behind a URL that somebody unknown has sent: bounded in size and time, and from the public internet only.
+"""Download what an untrusted URL names, bounded in size and time, from the public internet only.
 
-A server that fetches what it is told to can be told to fetch what only it can reach: itself, its neighbours, the
-metadata of its cloud. So a name is resolved here, and only public addresses are connected to, at each redirect anew.
+A server that fetches any URL can be made to fetch what only it can reach: itself, its neighbours, its cloud's
+metadata. So names are resolved here, and only public addresses are connected to, checked again at each redirect.
+Hosts of a private object storage can be allowed by name: CLIPGEN_IMAGE_HOSTS.
 """
 
 from __future__ import annotations
@@ -10,6 +11,8 @@ import base64
 import binascii
 import http.client
 import ipaddress
+import os
+import re
 import socket
 import ssl
 import threading
@@ -22,33 +25,36 @@ from clipgen.errors import DataError
 
 MAX_BYTES = 64 << 20
 MAX_SECONDS = 30.0
-"""For all of a download, redirects included."""
+"""Time limit of a whole download, redirects included."""
 MAX_REDIRECTS = 5
-_SILENCE = 10.0
+HOSTS_VARIABLE = "CLIPGEN_IMAGE_HOSTS"
+"""Environment variable: hosts that may have private addresses, such as "minio:9000, images.internal"; empty: none."""
+_SOCKET_TIMEOUT = 10.0
 """Seconds to wait for a connection or for the next bytes."""
 _CHUNK = 1 << 16
 _REDIRECTS = {301, 302, 303, 307, 308}
 _IN_PATH = "/?%:@!$&'()*+,;=~[]"
 _IPV6 = ipaddress.ip_network("2000::/3")
-_TOO_LARGE = f"the file has more than the {MAX_BYTES >> 20} MB allowed; make the picture smaller first"
+_TOO_LARGE = f"the file has more than the {MAX_BYTES >> 20} MB allowed; make the image smaller first"
 _INSTEAD = "send the file itself as data:image/png;base64,..."
 
 
 def read_url(url: str, is_cancelled: Callable[[], bool] = lambda: False) -> bytes:
-    """What a `data:`, `http:` or `https:` URL stands for. The media type is not looked at: it is a claim.
+    """Return the bytes that a `data:`, `http:` or `https:` URL stands for, whatever media type it claims.
 
     Args:
-        url: an http(s): URL must lead to a public address, and so must its redirects.
-        is_cancelled: asked ten times a second; True ends a download.
+        url: an http(s): URL and its redirects must lead to public addresses, or to hosts in `HOSTS_VARIABLE`.
+        is_cancelled: polled ten times a second; True ends a download.
 
     Raises:
-        DataError: another scheme, damaged base64, more than `MAX_BYTES`, no public address, no answer 200, too slow.
+        DataError: the scheme is another, base64 is damaged, there are more than `MAX_BYTES`, the address is not
+            public, the status is not 200, or the download takes more than `MAX_SECONDS`.
     """
     scheme, _, rest = url.partition(":")
     if scheme.lower() == "data":
         return _decode(rest)
     if scheme.lower() not in ("http", "https"):
-        raise DataError(f"{url[:100]!r} is no data: or http(s): URL; {_INSTEAD}")
+        raise DataError(f"{url[:100]!r} is not a data: or http(s): URL; {_INSTEAD}")
     try:
         return _download(url, is_cancelled)
     except DataError:
@@ -58,11 +64,18 @@ def read_url(url: str, is_cancelled: Callable[[], bool] = lambda: False) -> byte
 
 
 def is_public(address: str) -> bool:
-    """Whether an IP address belongs to the internet, not to this machine, its network or a tunnel to either."""
+    """Whether an IP address belongs to the internet, and not to this machine, its network or a tunnel to either."""
     ip = ipaddress.ip_address(address.partition("%")[0])
     if isinstance(ip, ipaddress.IPv6Address) and (ip not in _IPV6 or ip.sixtofour):
         return False
     return ip.is_global and not ip.is_multicast
+
+
+def is_allowed_host(host: str, port: int) -> bool:
+    """Whether the administrator has listed a host, or this port of it, in `HOSTS_VARIABLE`; no patterns."""
+    allowed = {entry.strip().lower() for entry in os.environ.get(HOSTS_VARIABLE, "").split(",")} - {""}
+    name = f"[{host.lower()}]" if ":" in host else host.lower()
+    return name in allowed or f"{name}:{port}" in allowed
 
 
 def _reason(error: Exception) -> str:
@@ -70,15 +83,22 @@ def _reason(error: Exception) -> str:
 
 
 def _decode(rest: str) -> bytes:
-    """RFC 2397, behind `data:`."""
+    """The data of a `data:` URL (RFC 2397), given what follows the scheme.
+
+    Base64 is decoded as browsers do (WHATWG Infra, forgiving-base64 decode): white space, as of `base64 FILE` and of
+    Python's `encodebytes`, is skipped, and the padding at the end may be missing.
+    """
     header, comma, data = rest.partition(",")
     if not comma:
         raise DataError("the data: URL has no comma; it must be like data:image/png;base64,...")
-    if len(data) > MAX_BYTES * 4 // 3 + 4:
+    if len(data) > MAX_BYTES * 3 // 2:  # 4/3 for base64, the rest for line ends
         raise DataError(_TOO_LARGE)
     found = unquote_to_bytes(data)
-    if not header.lower().endswith(";base64"):
+    if not re.search(r"; *base64 *$", header, re.IGNORECASE):
         return found
+    found = found.translate(None, b" \t\n\f\r")
+    if len(found) % 4 and not found.endswith(b"="):
+        found += b"=" * (-len(found) % 4)
     try:
         return base64.b64decode(found, validate=True)
     except binascii.Error as error:
@@ -90,7 +110,7 @@ def _download(url: str, is_cancelled: Callable[[], bool]) -> bytes:
     for _ in range(MAX_REDIRECTS + 1):
         target = urlsplit(url)
         if target.scheme not in ("http", "https") or not target.hostname:
-            raise DataError("the URL leads to something that is no http(s): URL")
+            raise DataError("the URL leads to something that is not an http(s): URL")
         with _connection(target, end, is_cancelled) as connection:
             path = (target.path or "/") + (f"?{target.query}" if target.query else "")
             headers = {"User-Agent": "clipgen", "Accept-Encoding": "identity"}
@@ -122,14 +142,16 @@ def _receive(response: http.client.HTTPResponse) -> bytes:
 def _connection(
     target: SplitResult, end: float, is_cancelled: Callable[[], bool]
 ) -> Iterator[http.client.HTTPConnection]:
-    """To a public address, and cut when the time is up or nobody waits any more."""
+    """Connect to a public address; the connection is cut at the time `end` or on cancellation."""
     host = target.hostname or ""
     secure = target.scheme == "https"
     connection = (http.client.HTTPSConnection if secure else http.client.HTTPConnection)(host, target.port)
     line = _connect(host, connection.port)
-    with line, line.dup() as spare, _cut(spare, end, is_cancelled):  # TLS takes the line, and leaves its copy
-        context = ssl.create_default_context()
-        connection.sock = context.wrap_socket(line, server_hostname=host) if secure else line
+    with line, line.dup() as spare, _time_limit(spare, end, is_cancelled):  # TLS takes over `line` alone
+        if secure:
+            connection.sock = ssl.create_default_context().wrap_socket(line, server_hostname=host)
+        else:
+            connection.sock = line
         try:
             yield connection
         finally:
@@ -138,21 +160,21 @@ def _connection(
 
 def _connect(host: str, port: int) -> socket.socket:
     found = [str(entry[4][0]) for entry in socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)]
-    public = [address for address in found if is_public(address)]
-    if not public:
+    usable = found if is_allowed_host(host, port) else [address for address in found if is_public(address)]
+    if not usable:
         raise DataError(f"the URL is not on the public internet; {_INSTEAD}")
-    return socket.create_connection((public[0], port), _SILENCE)
+    return socket.create_connection((usable[0], port), _SOCKET_TIMEOUT)
 
 
 @contextmanager
-def _cut(line: socket.socket, end: float, is_cancelled: Callable[[], bool]) -> Iterator[None]:
-    """A server that sends a byte now and then never times out: the watch ends what waits for it.
+def _time_limit(line: socket.socket, end: float, is_cancelled: Callable[[], bool]) -> Iterator[None]:
+    """Shut a connection down at the time `end`: one that sends a byte now and then never times out by itself.
 
-    To who waits, a cut line looks like an end, like a reset, or like half an answer: whatever it is called there, here
-    it is named for what it was.
+    To the code that reads, this looks like an end, a reset or half an answer; whatever error that causes becomes one
+    that names the time limit.
 
     Raises:
-        DataError: the watch has cut the line.
+        DataError: the connection was shut down.
     """
     done, cut = threading.Event(), threading.Event()
 
@@ -160,8 +182,8 @@ def _cut(line: socket.socket, end: float, is_cancelled: Callable[[], bool]) -> I
         while not done.wait(0.1):
             if is_cancelled() or time.monotonic() > end:
                 cut.set()
-                with suppress(OSError):  # the other side was faster
-                    line.shutdown(socket.SHUT_RDWR)  # of every copy of the line
+                with suppress(OSError):  # it has ended by itself
+                    line.shutdown(socket.SHUT_RDWR)  # for every copy of the socket
                 return
 
     thread = threading.Thread(target=watch, daemon=True)

@@ -1,16 +1,18 @@
-"""What the server fetches for others: whole, bounded, and never from where only it can reach."""
+"""Images by URL: complete, bounded, and never from an address that only the server can reach."""
 
 from __future__ import annotations
 
 import base64
 import http.client
+import shutil
 import socket
+import subprocess
 import threading
 import time
 from collections.abc import Iterator
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from local_server import Answer, Server, serving
 
@@ -34,6 +36,24 @@ def test_data_comes_back_whatever_its_media_type(data: bytes, kind: str) -> None
     assert read_url("DATA:," + "".join(f"%{byte:02x}" for byte in data)) == data
 
 
+@given(st.binary(max_size=300), st.integers(1, 80), st.sampled_from(["\n", "\r\n", " ", "%0A", "\t\f"]), st.booleans())
+def test_wrapped_and_unpadded_base64_is_decoded_as_browsers_do(data: bytes, width: int, gap: str, pad: bool) -> None:
+    text = base64.b64encode(data).decode()
+    text = text if pad else text.rstrip("=")
+    wrapped = "".join(text[i : i + width] + gap for i in range(0, len(text), width))
+    for header in ("image/png;base64", "image/png; BASE64", ";base64 "):
+        assert read_url(f"data:{header},{gap}{wrapped}") == data
+
+
+def test_output_of_encodebytes_and_of_the_base64_command_is_decoded() -> None:
+    data = bytes(range(256)) * 4
+    assert read_url("data:image/png;base64," + base64.encodebytes(data).decode()) == data
+    if shutil.which("base64"):
+        done = subprocess.run(["base64"], input=data, capture_output=True, check=True)
+        assert read_url("data:image/png;base64," + done.stdout.decode()) == data
+
+
+@settings(deadline=None)  # the first host name that is not ASCII loads tables
 @given(
     st.text(max_size=40), st.sampled_from(["", "data:", "data:;base64,", "http:", "https://", "file://", "HTTP://["])
 )
@@ -49,11 +69,13 @@ def test_any_text_is_bytes_or_refused(text: str, start: str) -> None:
 @pytest.mark.parametrize(
     ("url", "words"),
     [
-        ("/etc/hostname", "no data: or http"),
-        ("file:///etc/hostname", "no data: or http"),
+        ("/etc/hostname", "not a data: or http"),
+        ("file:///etc/hostname", "not a data: or http"),
         ("", "''"),
         ("data:image/png;base64", "no comma"),
-        ("data:image/png;base64,QQ", "base64 is damaged"),
+        ("data:image/png;base64,Q", "base64 is damaged"),
+        ("data:image/png;base64,QQ=", "base64 is damaged"),
+        ("data:image/png;base64,QQ=Q", "base64 is damaged"),
         ("data:image/png;base64,!!!!", "base64 is damaged"),
         ("http:///x", "leads to something"),
         ("http://localhost:99999/", "Port"),
@@ -105,6 +127,37 @@ def test_this_machine_is_never_asked_however_it_is_spelt(host: str) -> None:
         with pytest.raises(DataError, match=r"not on the public internet|cannot be read"):
             read_url(f"http://{host}:{port}/a.png")
         assert not server.requests
+
+
+@pytest.mark.parametrize("allowed", ["127.0.0.1", "minio, 127.0.0.1:{port}", "LOCALHOST,127.0.0.1", "[::1],127.0.0.1"])
+def test_allowed_host_may_have_a_private_address(allowed: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    with serving() as server:
+        port = server.address.rpartition(":")[2]
+        url = server.put("/a.png", b"x")
+        with pytest.raises(DataError, match="not on the public internet"):
+            read_url(url)
+        monkeypatch.setenv("CLIPGEN_IMAGE_HOSTS", allowed.format(port=port))
+        assert read_url(url) == b"x"
+
+
+@pytest.mark.parametrize(
+    "allowed", ["", " , ", "*", "127.0.0.1:1", "27.0.0.1", "localhost", "127.0.0.*", "http://127.0.0.1"]
+)
+def test_host_that_is_not_listed_exactly_stays_forbidden(allowed: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("CLIPGEN_IMAGE_HOSTS", allowed)
+    with serving() as server, pytest.raises(DataError, match="not on the public internet"):
+        read_url(server.put("/a.png", b"x"))
+    assert not server.requests
+
+
+def test_allowed_host_does_not_allow_where_it_redirects_to(monkeypatch: pytest.MonkeyPatch) -> None:
+    with serving() as server, serving() as inner:
+        port = server.address.rpartition(":")[2]
+        monkeypatch.setenv("CLIPGEN_IMAGE_HOSTS", f"127.0.0.1:{port}")
+        server.default = Answer(status=302, headers={"Location": inner.put("/secret", b"x")})
+        with pytest.raises(DataError, match="not on the public internet"):
+            read_url(f"{server.address}/a")
+        assert len(server.requests) == 1 and not inner.requests
 
 
 def test_a_redirect_to_this_machine_is_not_followed(monkeypatch: pytest.MonkeyPatch) -> None:
