@@ -176,10 +176,13 @@ def check_device(pipe: ClipGen) -> Finding:
     import torch
 
     from clipgen.outputs.metadata import device_name
+    from clipgen.weights.precision import explain_unusable_gpu
 
     text = f"{device_name(pipe.device)}, {pipe.precision}"
     if pipe.device.type == "cpu" and torch.cuda.is_available():
         return Finding("device", "warning", f"{text}, though there is a GPU: leave --device and CLIPGEN_DEVICE out")
+    if pipe.device.type == "cpu" and (problem := explain_unusable_gpu()):
+        return Finding("device", "warning", f"{text}: {problem}")
     if pipe.device.type == "cpu" and pipe.precision == "bfloat16" and not torch.cpu._is_avx512_bf16_supported():
         return Finding("device", "warning", f"{text}, which is slow on this CPU: leave --dtype and CLIPGEN_DTYPE out")
     if pipe.device.type == "cuda":

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Mapping
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Literal, cast
 
 import torch
@@ -16,6 +18,8 @@ from clipgen.models.quantise import has_half_products, quantise
 from clipgen.weights.model_dir import DTYPES, build_module
 
 PRECISIONS = (*DTYPES, "int8")
+GPU_NODE = Path("/dev/nvidia0")
+"""The first NVIDIA GPU, where its kernel driver is loaded."""
 
 
 @dataclass(frozen=True)
@@ -39,19 +43,43 @@ class Precision:
 
 
 def pick_device(device: str | None) -> torch.device:
-    """The asked device, or the GPU where there is one, else the CPU.
+    """The asked device, or the GPU where there is one, else the CPU, with a warning if there is a GPU all the same.
 
     Raises:
         RequestError: no such device here.
     """
+    if device is None and torch.cuda.is_available():
+        return torch.device("cuda")
     if device is None:
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+        if problem := explain_unusable_gpu():
+            warnings.warn(f"using the CPU: {problem}", stacklevel=2)
+        return torch.device("cpu")
     try:
         torch.empty(1, device=device)
         return torch.device(device)
     except (RuntimeError, AssertionError) as error:
         reason = str(error).splitlines()[0]
         raise RequestError("device", f"is {device!r}, which cannot be used here ({reason}); try cpu") from error
+
+
+def explain_unusable_gpu() -> str:
+    """Why CUDA does not start although this machine has an NVIDIA GPU, and what to do; "" if it starts or has none.
+
+    PyTorch then takes the CPU without a word. Most often the driver is too old: CUDA 13, which PyPI's PyTorch is built
+    for, needs 580 or newer.
+    """
+    if not GPU_NODE.exists() or torch.cuda.is_available():
+        return ""
+    try:
+        torch.cuda.init()
+        reason = "CUDA finds no device"
+    except (RuntimeError, AssertionError) as error:
+        reason = str(error).splitlines()[0]
+    return (
+        f"there is an NVIDIA GPU ({GPU_NODE}), but PyTorch {torch.__version__} cannot use it ({reason}); update the "
+        "driver, to 580 or newer for CUDA 13, or install a PyTorch for an older CUDA: "
+        "pip install torch==2.11.0 torchvision==0.26.0 --index-url https://download.pytorch.org/whl/cu126"
+    )
 
 
 def pick_precision(name: str | None, device: torch.device) -> Precision:

@@ -18,7 +18,7 @@ def config(root: Path) -> dict:
     return yaml.safe_load((root / "cog.yaml").read_text())
 
 
-def test_predictor_exists(root: Path, config: dict) -> None:
+def test_predictor_it_names_exists(root: Path, config: dict) -> None:
     file, name = config["predict"].split(":")
     classes = {node.name: node for node in ast.parse((root / file).read_text()).body if isinstance(node, ast.ClassDef)}
     assert name in classes
@@ -26,19 +26,19 @@ def test_predictor_exists(root: Path, config: dict) -> None:
     assert {"setup", "predict"} <= methods
 
 
-def test_requirements_are_exact(root: Path, config: dict) -> None:
+def test_requirements_are_exact_pins(root: Path, config: dict) -> None:
     lines = (root / config["build"]["python_requirements"]).read_text().splitlines()
     pins = [line for line in lines if line and not line.startswith("#")]
     assert pins
     assert [pin for pin in pins if not re.match(r"[A-Za-z0-9._-]+==[0-9][\w.]*(\s+#.*)?$", pin)] == []
 
 
-def test_container_and_local_server_are_the_same_cog(root: Path, config: dict) -> None:
+def test_container_and_local_server_use_the_same_cog(root: Path, config: dict) -> None:
     requirements = (root / config["build"]["python_requirements"]).read_text()
     assert f"\ncog=={config['build']['sdk_version']}\n" in requirements
 
 
-def test_schema_accepts_it(config: dict) -> None:
+def test_cogs_schema_accepts_it(config: dict) -> None:
     path = os.environ.get("COG_SCHEMA")
     if not path:
         pytest.skip("COG_SCHEMA does not name Cog's config_schema_v1.0.json")
@@ -48,13 +48,13 @@ def test_schema_accepts_it(config: dict) -> None:
         jsonschema.validate(config | {"concurrency": {"max": "eight"}}, schema)
 
 
-def test_cuda_has_kernels_for_the_t4(config: dict) -> None:
-    """PyTorch dropped no Turing card in CUDA 12.6 (sm_75), and CUDA 12 needs no driver newer than 525."""
+def test_cuda_version_has_kernels_for_the_t4_and_starts_with_older_drivers(config: dict) -> None:
+    """PyTorch's wheels for CUDA 12.6 have sm_75; its base image accepts the drivers 470, 535, 550 and from 560 on."""
     assert config["build"]["gpu"] is True
     assert config["build"]["cuda"] == "12.6"  # a string: YAML would read 12.10 as 12.1
 
 
-def test_every_way_to_the_weights_is_a_variable_of_the_image(root: Path) -> None:
+def test_commented_ways_to_the_weights_are_valid_settings(root: Path) -> None:
     """The settings in the comments are valid as they stand, and weights/ is not kept out of the image."""
     commented = [line[2:] for line in (root / "cog.yaml").read_text().splitlines() if line.startswith("# environment")]
     lines = [line[2:] for line in (root / "cog.yaml").read_text().splitlines() if line.startswith("#   - ")]

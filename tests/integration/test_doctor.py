@@ -8,6 +8,7 @@ from importlib.metadata import version
 from pathlib import Path
 
 import pytest
+import torch
 from typer.testing import CliRunner
 from typer.testing import Result as RunResult
 
@@ -75,3 +76,23 @@ def test_failed_drawing_is_reported() -> None:
 
     found = time_images(draw)
     assert found.state == "wrong" and "out of memory" in found.text
+
+
+def test_gpu_that_cuda_cannot_start_is_a_note_with_the_remedy(
+    tiny_weights: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    node = tmp_path / "nvidia0"
+    node.touch()
+    monkeypatch.setattr("clipgen.weights.precision.GPU_NODE", node)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    monkeypatch.setattr(torch.cuda, "init", fail_to_start)
+    record = json.loads(run(tiny_weights, "--json").stdout)
+    [found] = [finding for finding in record["findings"] if finding["name"] == "device"]
+    assert record["ok"] and found["state"] == "warning"
+    assert (
+        "driver on your system is too old" in found["text"] and "580" in found["text"] and "whl/cu126" in found["text"]
+    )
+
+
+def fail_to_start() -> None:
+    raise RuntimeError("The NVIDIA driver on your system is too old (found version 12040).")

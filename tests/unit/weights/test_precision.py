@@ -1,0 +1,49 @@
+"""The device: asked for, or what this machine can use."""
+
+from __future__ import annotations
+
+import warnings
+from pathlib import Path
+
+import pytest
+import torch
+
+from clipgen.weights.precision import pick_device
+
+
+def fail_to_start() -> None:
+    raise RuntimeError("The NVIDIA driver on your system is too old (found version 12040).\nSecond line")
+
+
+@pytest.fixture
+def no_cuda(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    monkeypatch.setattr(torch.cuda, "init", fail_to_start)
+
+
+@pytest.mark.usefixtures("no_cuda")
+def test_gpu_that_cuda_cannot_start_gives_the_cpu_and_a_warning(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    node = tmp_path / "nvidia0"
+    node.touch()
+    monkeypatch.setattr("clipgen.weights.precision.GPU_NODE", node)
+    with pytest.warns(
+        UserWarning, match=r"using the CPU: there is an NVIDIA GPU .*too old .found version 12040"
+    ) as found:
+        assert pick_device(None) == torch.device("cpu")
+    assert "Second line" not in str(found[0].message)
+
+
+@pytest.mark.usefixtures("no_cuda")
+@pytest.mark.parametrize("asked", ["cpu", None])
+def test_cpu_that_is_asked_for_or_all_there_is_gives_no_warning(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, asked: str | None
+) -> None:
+    node = tmp_path / "nvidia0"
+    if asked:
+        node.touch()
+    monkeypatch.setattr("clipgen.weights.precision.GPU_NODE", node)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert pick_device(asked) == torch.device("cpu")
