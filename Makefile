@@ -64,15 +64,8 @@ predict: .prompt $(VENV)/.run ## PROMPT="a lemon" [ARGS="--num-outputs 4 --seed 
 .prompt:
 	@[ -n "$$CLIPGEN_PROMPT" ] || { echo 'PROMPT is empty. Try: make predict PROMPT="a lemon"' >&2; exit 2; }
 
-# `cog build` bakes the number of slots that @cog.concurrent(max=N) declares into the image; here it is read from the same line.
-SLOTS = $(shell sed -n 's/^ *@.*concurrent(max=\([0-9]*\)).*/\1/p' predict.py)
-
-# Ctrl-C reaches Cog and, as they share the terminal, its worker. Cog listens for it; Python, which would end in a traceback
-# and hold Cog up for ten seconds, is told not to.
 serve: $(VENV)/.run ## Cog's HTTP server with predict.py [HOST=127.0.0.1 PORT=5000]
-	@echo "http://$(HOST):$(PORT)/predictions; Ctrl-C stops it"
-	@trap '' INT; exec env PATH="$(abspath $(BIN)):$$PATH" COG_PREDICT_TYPE_STUB=predict.py:Predictor PORT=$(PORT) \
-		COG_MAX_CONCURRENCY="$${COG_MAX_CONCURRENCY:-$(or $(SLOTS),1)}" python -m cog.server.http --host $(HOST)
+	@exec $(BIN)/python serve.py --host $(HOST) --port $(PORT)
 
 $(VENV)/.app: requirements-app.txt $(VENV)/.run
 	@echo "Installing requirements-app.txt into $(VENV) ..."

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import math
 import secrets
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -44,12 +43,12 @@ class SamplingParams:
     """Classifier-free guidance scale (Ho & Salimans, arXiv 2207.12598), 0 to 30; 1 is off."""
 
     def __post_init__(self) -> None:
-        _check_number("temperature", self.temperature, 0, 10)
-        _check_whole("top_k", self.top_k, 0, 2**31 - 1)
-        _check_number("top_p", self.top_p, 0, 1, "a number above 0 and at most 1")
+        check_number("temperature", self.temperature, 0, 10)
+        check_whole("top_k", self.top_k, 0, 2**31 - 1)
+        check_number("top_p", self.top_p, 0, 1, "a number above 0 and at most 1")
         if self.top_p == 0:
             raise RequestError("top_p", f"is {self.top_p!r}; it must be above 0 and at most 1")
-        _check_number("guidance", self.guidance, 0, 30)
+        check_number("guidance", self.guidance, 0, 30)
 
 
 SAMPLING = tuple(field.name for field in dataclasses.fields(SamplingParams))
@@ -84,21 +83,23 @@ class GenerationRequest:
     """What guidance moves away from; it needs a guidance above 1."""
 
     def __post_init__(self) -> None:
-        _check_whole("num_outputs", self.num_outputs, 1, MAX_CANDIDATES)
+        check_whole("num_outputs", self.num_outputs, 1, MAX_CANDIDATES)
         if self.candidates is not None:
-            _check_whole("candidates", self.candidates, 1, MAX_CANDIDATES)
+            check_whole("candidates", self.candidates, 1, MAX_CANDIDATES)
             if self.candidates < self.num_outputs:
                 raise RequestError(
                     "candidates", f"is {self.candidates}; it must be at least num_outputs, {self.num_outputs}"
                 )
         SamplingParams(**self._given_sampling())  # checks the ranges
         if self.seed is not None:
-            _check_whole("seed", self.seed, 0, MAX_SEED)
-        _check_number("target_score", self.target_score, -1, 1)
-        _check_number("seconds", self.seconds, 0, 86_400)
+            check_whole("seed", self.seed, 0, MAX_SEED)
+        if self.target_score is not None:
+            check_number("target_score", self.target_score, -1, 1)
+        if self.seconds is not None:
+            check_number("seconds", self.seconds, 0, 86_400)
         if self.keep is not None and not isinstance(self.keep, Image.Image):
             raise RequestError("keep", f"is of type {type(self.keep).__name__}; give a PIL image")
-        _check_whole("keep_rows", self.keep_rows, 0, 1024)
+        check_whole("keep_rows", self.keep_rows, 0, 1024)
         if (self.keep is None) != (self.keep_rows == 0):
             raise RequestError("keep_rows", f"is {self.keep_rows}; give both an image to keep and 1 or more rows of it")
         parts_of(self.prompt)
@@ -154,17 +155,23 @@ class GenerationOutput:
     """How each image was generated; none where the weights did not come from a folder."""
 
 
-def _check_whole(field: str, value: object, low: int, high: int) -> None:
+def shown(value: object) -> str:
+    """A value as messages quote it: at most 100 characters."""
+    text = repr(value)
+    return text if len(text) <= 100 else f"{text[:100]}..."
+
+
+def check_whole(field: str, value: object, low: int, high: int) -> None:
+    """Raise a RequestError that names `field` unless `value` is an int from `low` to `high`."""
     if not isinstance(value, int) or isinstance(value, bool) or not low <= value <= high:
-        raise RequestError(field, f"is {value!r}; it must be a whole number from {low} to {high}")
+        raise RequestError(field, f"is {shown(value)}; it must be a whole number from {low} to {high}")
 
 
-def _check_number(field: str, value: float | None, low: float, high: float, allowed: str = "") -> None:
-    if value is None:
-        return
-    number = isinstance(value, (int, float)) and not isinstance(value, bool)
-    if not number or not math.isfinite(value) or not low <= value <= high:
-        raise RequestError(field, f"is {value!r}; it must be {allowed or f'a number from {low:g} to {high:g}'}")
+def check_number(field: str, value: Any, low: float, high: float, allowed: str = "") -> None:
+    """Raise a RequestError that names `field` unless `value` is a finite number from `low` to `high`."""
+    is_number = isinstance(value, (int, float)) and not isinstance(value, bool)
+    if not (is_number and low <= value <= high):  # False for NaN
+        raise RequestError(field, f"is {shown(value)}; it must be {allowed or f'a number from {low:g} to {high:g}'}")
 
 
 def parts_of(prompt: Prompt, field: str = "prompt") -> list[tuple[Part, float]]:
@@ -182,7 +189,7 @@ def parts_of(prompt: Prompt, field: str = "prompt") -> list[tuple[Part, float]]:
             raise RequestError(field, "is empty; write what to draw, or give an image")
         if not isinstance(part, (str, Image.Image)):
             raise RequestError(field, f"has a part of type {type(part).__name__}; give text or a PIL image")
-        _check_number(f"{field} weight", weight, -100, 100)
+        check_number(f"{field} weight", weight, -100, 100)
     return parts
 
 

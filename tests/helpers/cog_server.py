@@ -1,4 +1,4 @@
-"""Cog's real server, as `make serve` runs it, on a free port of the loopback interface."""
+"""Cog's real server on a free port of the loopback interface: with the input schema, as in an image, or without."""
 
 from __future__ import annotations
 
@@ -8,64 +8,92 @@ import socket
 import subprocess
 import sys
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, get_args
+from typing import Any
 
 import httpx
-from cog import Path as CogPath
 
-from predict import DECLARED
+from serve import openapi
 
 Answer = dict[str, Any]
+ROOT = Path(__file__).resolve().parent.parent.parent
 
 
 class CogServer:
     """A running server and the processes behind it."""
 
-    def __init__(self, root: Path, log: Path, **environment: str) -> None:
+    def __init__(self, folder: Path, schema: bool = True, **environment: str) -> None:
+        """Start it in `folder`, which becomes its working folder.
+
+        Args:
+            folder: gets links to the sources; the log is its file `log`.
+            schema: run serve.py, which writes the input schema, as `cog build` does; else Cog's module alone.
+            environment: added to the environment.
+        """
         with socket.socket() as free:
             free.bind(("127.0.0.1", 0))
             self.port = free.getsockname()[1]
         # A connection for each request: Cog closes one on which it has refused a request unread.
         single = httpx.Limits(max_keepalive_connections=0)
         self.http = httpx.Client(base_url=f"http://127.0.0.1:{self.port}", timeout=120, limits=single)
+        for name in ("predict.py", "serve.py", "weights"):
+            if not (folder / name).exists():
+                (folder / name).symlink_to(ROOT / name)
         variables = {
             "PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}",  # its worker starts `python`
             "PORT": str(self.port),
+            "PYTHONPATH": str(ROOT),
             "COG_PREDICT_TYPE_STUB": "predict.py:Predictor",
             "COG_MAX_CONCURRENCY": "8",
             "CLIPGEN_DEVICE": "cpu",
             "CLIPGEN_DTYPE": "float32",
             "OMP_NUM_THREADS": "1",
         }
-        self.log = log
-        with log.open("w") as output:
+        command = ["serve.py", "--port", str(self.port)] if schema else ["-m", "cog.server.http", "--host", "127.0.0.1"]
+        self.log = folder / "log"
+        with self.log.open("w") as output:
             self.process = subprocess.Popen(
-                [sys.executable, "-m", "cog.server.http", "--host", "127.0.0.1"],
-                cwd=root,
+                [sys.executable, *command],
+                cwd=folder,
                 env={**os.environ, **variables, **environment},
                 stdout=output,
                 stderr=subprocess.STDOUT,
             )
 
-    def wait(self, seconds: float = 120) -> Answer:
+    def wait(self, seconds: float = 180) -> Answer:
         """The health check's body once set-up has ended, well or not."""
         deadline = time.monotonic() + seconds
         while time.monotonic() < deadline and self.process.poll() is None:
-            try:
-                health = self.http.get("/health-check").json()
-            except httpx.TransportError:
-                health = {"status": "UNKNOWN"}
+            health = self.health()
             if health["status"] not in ("UNKNOWN", "STARTING"):
                 return health
             time.sleep(0.1)
         raise AssertionError(f"no answer from the server:\n{self.log.read_text()[-3000:]}")
 
+    def health(self) -> Answer:
+        """The health check's body; its status is UNKNOWN when nobody answers."""
+        try:
+            return self.http.get("/health-check").json()
+        except httpx.TransportError:
+            return {"status": "UNKNOWN"}
+
     def predict(self, **inputs: Any) -> Answer:
         """Ask for a prediction and wait for its end."""
         return self.http.post("/predictions", json={"input": inputs}).json()
 
+    def stream(self, **inputs: Any) -> list[tuple[str, Answer]]:
+        """Ask for a prediction as server-sent events: their names and data."""
+        headers = {"Accept": "text/event-stream"}
+        with self.http.stream("POST", "/predictions", json={"input": inputs}, headers=headers) as answer:
+            assert answer.status_code == 200, answer.read()
+            blocks = "".join(answer.iter_text()).strip().split("\n\n")
+        pairs = [dict(line.split(": ", 1) for line in block.splitlines() if ": " in line) for block in blocks]
+        return [(pair["event"], json.loads(pair["data"])) for pair in pairs if "event" in pair]
+
     def stop(self) -> None:
+        """End it, by force after ten seconds."""
         self.http.close()
         self.process.terminate()
         try:
@@ -84,36 +112,24 @@ class CogServer:
         return sum(pages) * os.sysconf("SC_PAGE_SIZE") / 2**20
 
 
+@contextmanager
+def running(folder: Path, schema: bool = True, **environment: str) -> Iterator[CogServer]:
+    """A server that is ready, and ends with the block."""
+    server = CogServer(folder, schema, **environment)
+    try:
+        assert server.wait()["status"] == "READY", server.log.read_text()
+        yield server
+    finally:
+        server.stop()
+
+
 def input_schema() -> dict[str, Any]:
-    """The inputs as `cog build` writes them down: JSON schema by name."""
-    kinds = {str: {"type": "string"}, int: {"type": "integer"}, float: {"type": "number"}}
-    kinds[CogPath] = {"type": "string", "format": "uri"}
-    found = {}
-    for name, parameter in DECLARED.items():
-        if name == "self":
-            continue
-        kind, *others = get_args(parameter.annotation) or [parameter.annotation]
-        field = parameter.default
-        found[name] = {"title": name, "description": field.description, **kinds[kind]}
-        limits = {"minimum": field.ge, "maximum": field.le, "enum": field.choices, "default": field.default}
-        found[name] |= {word: value for word, value in limits.items() if value is not None}
-        found[name] |= {"nullable": True} if others else {}
-    return found
-
-
-def write_schema(folder: Path) -> None:
-    """Put the file that `cog build` makes where the server looks for it: from now on it refuses by itself."""
-    operation = {"x-cog-streaming": True, "responses": {"200": {"description": "done"}}}
-    schemas = {"Input": {"type": "object", "title": "Input", "properties": input_schema()}}
-    schemas["Output"] = {"type": "array", "items": {"type": "string", "format": "uri"}}
-    document = {
-        "openapi": "3.0.2",
-        "info": {"title": "Cog", "version": "0.1.0"},
-        "paths": {"/predictions": {"post": operation}},
-        "components": {"schemas": schemas},
-    }
-    (folder / ".cog").mkdir()
-    (folder / ".cog" / "openapi_schema.json").write_text(json.dumps(document))
+    """The inputs of predict.py: JSON schema by name."""
+    schemas = openapi((ROOT / "predict.py").read_text())["components"]["schemas"]
+    fields = {name: field | schemas.get(name, {}) for name, field in schemas["Input"]["properties"].items()}
+    for field in fields.values():  # a choice refers to its enumeration
+        field.pop("allOf", None)
+    return fields
 
 
 def _children(pid: int) -> list[int]:

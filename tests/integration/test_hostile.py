@@ -14,10 +14,12 @@ from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
-from cog_server import CogServer, write_schema
+from cog_server import CogServer
 from hostile import Attack, Target, attack, encoded, url
 from local_server import serving
 from PIL import Image
+
+from clipgen.serving import KEPT_FOLDERS
 
 GROWTH = 250
 """Megabytes by which the memory of a warm server may grow in thousands of requests.
@@ -29,14 +31,10 @@ COGS_FOLDERS = Path("/tmp/coglet/predictions")
 
 
 @contextmanager
-def attacked(root: Path, weights: Path, folder: Path, schema: bool) -> Iterator[Target]:
+def attacked(weights: Path, folder: Path, schema: bool) -> Iterator[Target]:
     """A server in a folder of its own, warm; fails afterwards if anything was left behind."""
-    (folder / "predict.py").symlink_to(root / "predict.py")
     (folder / "tmp").mkdir()
-    if schema:
-        write_schema(folder)
-    places = {"CLIPGEN_WEIGHTS": str(weights), "PYTHONPATH": str(root), "TMPDIR": str(folder / "tmp")}
-    cog = CogServer(folder, folder / "log", **places)
+    cog = CogServer(folder, schema, CLIPGEN_WEIGHTS=str(weights), TMPDIR=str(folder / "tmp"))
     with serving() as canary:
         target = Target(cog, folder, canary)
         try:
@@ -53,10 +51,10 @@ def attacked(root: Path, weights: Path, folder: Path, schema: bool) -> Iterator[
 
 @pytest.mark.slow
 @pytest.mark.parametrize(("schema", "count"), [(False, 5000), (True, 1500)])
-def test_thousands_of_them_leave_nothing_behind(
-    root: Path, tiny_weights: Path, tmp_path: Path, schema: bool, count: int
+def test_thousands_of_hostile_requests_leave_nothing_behind(
+    tiny_weights: Path, tmp_path: Path, schema: bool, count: int
 ) -> None:
-    with attacked(root, tiny_weights, tmp_path, schema) as target:
+    with attacked(tiny_weights, tmp_path, schema) as target:
         before = target.picture()
         attack(target, 300)
         large(target)
@@ -87,10 +85,10 @@ def large(target: Target) -> None:
 
 
 @pytest.mark.slow
-def test_eight_pictures_of_64_megapixels_at_once(root: Path, tiny_weights: Path, tmp_path: Path) -> None:
+def test_eight_images_of_64_megapixels_at_once_give_their_memory_back(tiny_weights: Path, tmp_path: Path) -> None:
     bomb = encoded(Image.new("RGBA", (8000, 8000)), "PNG")
     body = json.dumps({"input": {"image": url(bomb), "candidates": 1}}).encode()
-    with attacked(root, tiny_weights, tmp_path, schema=False) as target:
+    with attacked(tiny_weights, tmp_path, schema=False) as target:
         target.send(Attack(body))
         memory = target.cog.memory()
         with ThreadPoolExecutor(8) as pool:
@@ -100,12 +98,12 @@ def test_eight_pictures_of_64_megapixels_at_once(root: Path, tiny_weights: Path,
 
 
 @pytest.mark.slow
-def test_outputs_lie_in_a_folder_of_their_own_and_few_stay(root: Path, tiny_weights: Path, tmp_path: Path) -> None:
-    with attacked(root, tiny_weights, tmp_path, schema=False) as target:
+def test_output_folders_are_private_and_only_the_latest_stay(tiny_weights: Path, tmp_path: Path) -> None:
+    with attacked(tiny_weights, tmp_path, schema=False) as target:
         for seed in range(40):
             target.cog.predict(prompt="a", num_outputs=2, candidates=2, seed=seed)
         folders = list((tmp_path / "tmp").glob("clipgen-*"))
-        assert len(folders) == 32
+        assert len(folders) == KEPT_FOLDERS
         for folder in folders:
             assert folder.stat().st_mode & 0o777 == 0o700
             assert {path.name for path in folder.iterdir()} == {"1.png", "2.png"}

@@ -1,4 +1,4 @@
-"""Cog's real server over HTTP: success, bad input, cancel, several requests at once."""
+"""Cog's real server over HTTP, with the input schema and without it: images, refusals, streams, cancelling."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from typing import Any
 
 import pytest
 import torch
-from cog_server import Answer, CogServer, write_schema
+from cog_server import Answer, CogServer, running
 from hostile import Attack, Target, attack, encoded, png, traps, url
 from local_server import serving
 from PIL import Image
@@ -22,7 +22,10 @@ from PIL import Image
 from clipgen.config import ModelConfig
 from clipgen.models.gpt import GPT
 from clipgen.models.vqgan import VQGAN
+from clipgen.outputs.metadata import KEY, Receipt
+from clipgen.serving import DEFAULT_PROMPT
 from clipgen.weights.model_dir import load_model_dir, save_model_dir
+from serve import openapi
 
 
 @pytest.fixture(scope="module")
@@ -38,73 +41,151 @@ def slow_weights(tiny_config: ModelConfig, tiny_weights: Path, tmp_path_factory:
 
 
 @pytest.fixture(scope="module")
-def server(root: Path, slow_weights: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[CogServer]:
-    folder = tmp_path_factory.mktemp("server")
-    server = CogServer(root, folder / "log", CLIPGEN_WEIGHTS=str(slow_weights), TMPDIR=str(folder))
-    try:
-        assert server.wait()["status"] == "READY", server.log.read_text()
+def bare(slow_weights: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[CogServer]:
+    """A server without the input schema."""
+    folder = tmp_path_factory.mktemp("bare")
+    with running(folder, schema=False, CLIPGEN_WEIGHTS=str(slow_weights), TMPDIR=str(folder)) as server:
         yield server
-    finally:
-        server.stop()
 
 
-def pictures(answer: Answer) -> list[Image.Image]:
+@pytest.fixture(scope="module")
+def image_like(tiny_weights: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[CogServer]:
+    """A server with the input schema, as in an image that `cog build` has made."""
+    folder = tmp_path_factory.mktemp("image")
+    with running(folder, CLIPGEN_WEIGHTS=str(tiny_weights), TMPDIR=str(folder)) as server:
+        yield server
+
+
+@pytest.fixture(params=["bare", "image_like"])
+def server(request: pytest.FixtureRequest) -> CogServer:
+    """Each of the two in turn."""
+    return request.getfixturevalue(request.param)
+
+
+def images(answer: Answer) -> list[Image.Image]:
     assert answer["status"] == "succeeded", answer
     return [Image.open(io.BytesIO(base64.b64decode(url.partition(",")[2]))) for url in answer["output"]]
+
+
+def receipt(answer: Answer) -> Receipt:
+    """The receipt in the first image of an answer."""
+    return Receipt.from_metadata({KEY: images(answer)[0].info[KEY]})
 
 
 GRADIENT = encoded(Image.linear_gradient("L"), "PNG")
 
 
-def test_success(server: CogServer) -> None:
+def test_request_without_inputs_draws_the_default_prompt(server: CogServer) -> None:
+    answer = server.http.post("/predictions", json={"input": {}}).json()
+    assert receipt(answer).text == DEFAULT_PROMPT
+
+
+def test_outputs_are_data_urls_best_first_and_metrics_say_how(server: CogServer) -> None:
     answer = server.predict(prompt="a lemon", num_outputs=2, candidates=3, seed=0)
-    assert len({image.tobytes() for image in pictures(answer)}) == 2
+    assert len({image.tobytes() for image in images(answer)}) == 2
     assert [url.partition(",")[0] for url in answer["output"]] == ["data:image/png;base64"] * 2
     metrics = answer["metrics"]
     assert metrics["seed"] == 0 and metrics["seconds"]["total"] > 0
     assert len(metrics["scores"]) == 2 and metrics["scores"] == sorted(metrics["scores"], reverse=True)
 
 
-def test_an_image_and_another_format(server: CogServer) -> None:
+def test_image_alone_is_varied_and_output_format_is_heeded(server: CogServer) -> None:
     answer = server.predict(image=url(GRADIENT), candidates=1, output_format="webp", output_quality=50)
-    assert pictures(answer)[0].format == "WEBP"
+    assert images(answer)[0].format == "WEBP"
+    alone = server.predict(image=url(GRADIENT), candidates=1, seed=0)
+    empty = server.predict(image=url(GRADIENT), candidates=1, seed=0, prompt="")
+    assert receipt(alone).text == "an image" and images(alone)[0].tobytes() == images(empty)[0].tobytes()
 
 
-def test_a_long_prompt_works_and_the_answer_tells_what_was_dropped(server: CogServer) -> None:
+def test_long_prompt_is_drawn_and_the_answer_tells_what_was_not_read(server: CogServer) -> None:
     answer = server.predict(prompt=" ".join(f"word{i}" for i in range(500)), candidates=1)
-    assert pictures(answer) and 0 < len(answer["metrics"]["dropped"]) <= 2000
+    assert images(answer) and 0 < len(answer["metrics"]["dropped"]) <= 2000
     assert "too long" in answer["logs"] and "word" not in answer["logs"]
+
+
+def test_whole_number_written_with_a_point_is_that_number(server: CogServer) -> None:
+    answer = server.predict(prompt="a", candidates=2.0, num_outputs=1.0, seed=7.0, top_k=5.0)
+    found = receipt(answer)
+    assert (found.candidates, found.num_outputs, found.seed, found.top_k) == (2, 1, 7, 5)
+    assert answer["metrics"]["seed"] == 7 and isinstance(answer["metrics"]["seed"], int)
 
 
 @pytest.mark.parametrize(
     ("inputs", "words"),
     [
-        ({}, ["prompt"]),
-        ({"prompt": " "}, ["prompt"]),
-        ({"prompt": "a", "num_outputs": 30}, ["num_outputs", "30", "8"]),
-        ({"prompt": "a", "candidates": 65}, ["candidates", "65", "64"]),
-        ({"prompt": "a", "num_outputs": 4, "candidates": 2}, ["candidates", "2", "4"]),
-        ({"prompt": "a", "guidance": "strong"}, ["guidance", "strong"]),
-        ({"prompt": "a", "temperature": "NaN"}, ["temperature", "NaN"]),
-        ({"prompt": "a", "top_k": -1}, ["top_k", "-1"]),
-        ({"prompt": "a", "top_p": 0}, ["top_p", "0"]),
-        ({"prompt": "a", "top_p": 1.5}, ["top_p", "1.5"]),
-        ({"prompt": "a", "seed": -1}, ["seed", "-1"]),
-        ({"prompt": "a", "output_format": "bmp"}, ["output_format", "bmp", "webp"]),
-        ({"prompt": "a", "output_quality": 0}, ["output_quality", "0", "100"]),
-        ({"image": "/etc/hostname"}, ["image", "/etc/hostname", "data:"]),
-        ({"image": url(b"")}, ["0 bytes"]),
-        ({"image": url(GRADIENT[:200])}, ["truncated"]),
-        ({"image": url(png(30_000, 30_000))}, ["megapixels"]),
-        ({"image": url(b"not an image", "text/plain")}, ["not an image"]),
+        ({"prompt": " "}, "prompt is empty"),
+        ({"prompt": "a", "num_outputs": 4, "candidates": 2}, "candidates is 2; it must be at least num_outputs, 4"),
+        ({"prompt": "a", "top_p": 0}, "top_p is 0; it must be above 0"),
+        ({"prompt": "a", "keep_rows": 2}, "keep_rows is 2; it needs an image"),
+        ({"prompt": "a", "top_k": 2**31}, "top_k is 2147483648; it must be a whole number from 0"),
+        ({"prompt": "a", "negative_prompt": "b", "guidance": 1}, "guidance is 1; a negative prompt"),
+        ({"image": "/etc/hostname"}, "image cannot be used: '/etc/hostname' is no data: or http(s): URL"),
+        ({"image": url(b"")}, "image cannot be used: the given image is empty (0 bytes)"),
+        ({"image": url(GRADIENT[:200])}, "truncated"),
+        ({"image": url(png(30_000, 30_000))}, "megapixels"),
+        ({"image": url(b"not an image", "text/plain")}, "is not an image that can be read"),
     ],
 )
-def test_bad_input_fails_with_a_message(server: CogServer, inputs: Answer, words: list[str]) -> None:
+def test_refusals_that_are_ours_are_alike_with_and_without_schema(
+    server: CogServer, inputs: dict[str, Any], words: str
+) -> None:
     answer = server.predict(**inputs)
     assert answer["status"] == "failed" and not answer.get("output")
-    for word in words:
-        assert word in answer["error"]
-    assert "Traceback" not in answer["error"]
+    assert words in answer["error"] and "Traceback" not in answer["error"]
+
+
+OUT_OF_BOUNDS = [
+    ("num_outputs", 30, "num_outputs is 30; it must be a whole number from 1 to 8"),
+    ("candidates", 65, "candidates is 65; it must be a whole number from 1 to 64"),
+    ("guidance", "strong", "guidance is 'strong'; it must be a number from 0 to 30"),
+    ("temperature", "NaN", "temperature is 'NaN'; it must be a number from 0 to 10"),
+    ("top_k", -1, "top_k is -1; it must be a whole number from 0"),
+    ("top_p", 1.5, "top_p is 1.5; it must be a number above 0 and at most 1"),
+    ("seed", -1, "seed is -1; it must be a whole number from 0 to 2147483647"),
+    ("seed", 0.5, "seed is 0.5; it must be a whole number"),
+    ("output_format", "bmp", "output_format is 'bmp'; it must be one of png, webp, jpg"),
+    ("output_quality", 0, "output_quality is 0; it must be a whole number from 1 to 100"),
+    ("prompt", 5, "prompt is 5; it must be text"),
+    ("image_weight", None, "image_weight is None; it must be a number from -100 to 100"),
+]
+
+
+@pytest.mark.parametrize(("name", "value", "words"), OUT_OF_BOUNDS)
+def test_value_out_of_bounds_without_schema_fails_with_a_sentence(
+    bare: CogServer, name: str, value: Any, words: str
+) -> None:
+    answer = bare.predict(**{"prompt": "a", name: value})
+    assert answer["status"] == "failed" and words in answer["error"]
+
+
+@pytest.mark.parametrize(("name", "value", "words"), OUT_OF_BOUNDS)
+def test_value_out_of_bounds_with_schema_is_a_422_that_names_it(
+    image_like: CogServer, name: str, value: Any, words: str
+) -> None:
+    answer = image_like.http.post("/predictions", json={"input": {"prompt": "a", name: value}})
+    assert answer.status_code == 422
+    assert [found["loc"] for found in answer.json()["detail"]] == [["body", "input", name]]
+
+
+def test_null_is_refused_with_schema_and_is_the_default_without(bare: CogServer, image_like: CogServer) -> None:
+    inputs = {"prompt": "a", "candidates": 1, "seed": 1, "guidance": None, "image": None}
+    assert images(bare.predict(**inputs))
+    answer = image_like.http.post("/predictions", json={"input": inputs})
+    assert answer.status_code == 422 and "guidance" in answer.text and "image" in answer.text
+
+
+def test_unknown_input_is_dropped_with_schema_and_refused_by_name_without(
+    bare: CogServer, image_like: CogServer
+) -> None:
+    inputs = {"prompt": "a", "candidates": 1, "seed": 1, "steps": 50}
+    assert images(image_like.predict(**inputs))
+    answer = bare.predict(**inputs)
+    assert answer["status"] == "failed" and "steps" in answer["error"]
+
+
+def test_openapi_is_the_schema_of_the_predictor(bare: CogServer, image_like: CogServer, root: Path) -> None:
+    assert image_like.http.get("/openapi.json").json() == openapi((root / "predict.py").read_text())
+    assert bare.http.get("/openapi.json").status_code == 503
 
 
 def test_nan_which_is_no_json_is_refused(server: CogServer) -> None:
@@ -113,62 +194,44 @@ def test_nan_which_is_no_json_is_refused(server: CogServer) -> None:
     assert answer.status_code == 400 and "temperature" in answer.text
 
 
-def test_two_at_once_both_succeed(server: CogServer) -> None:
+def test_two_requests_at_once_get_their_own_images(server: CogServer) -> None:
     with ThreadPoolExecutor() as pool:
         futures = [pool.submit(server.predict, prompt=prompt, candidates=2, seed=5) for prompt in ("a", "b")]
-        a, b = (pictures(future.result()) for future in futures)
-    assert a[0].tobytes() == pictures(server.predict(prompt="a", candidates=2, seed=5))[0].tobytes()
+        a, b = (images(future.result()) for future in futures)
+    assert a[0].tobytes() == images(server.predict(prompt="a", candidates=2, seed=5))[0].tobytes()
     assert a[0].tobytes() != b[0].tobytes()
 
 
-def test_cancel_frees_the_model_at_once(server: CogServer) -> None:
+def test_cancelling_frees_the_model_at_once(bare: CogServer) -> None:
     slow = {"prompt": "a", "candidates": 64, "num_outputs": 1}
     started = time.monotonic()
-    assert server.predict(**slow)["status"] == "succeeded"
+    assert bare.predict(**slow)["status"] == "succeeded"
     whole = time.monotonic() - started
     with ThreadPoolExecutor() as pool:
-        running = pool.submit(server.http.put, "/predictions/running", json={"input": slow})
+        running = pool.submit(bare.http.put, "/predictions/running", json={"input": slow})
         time.sleep(whole / 10)
-        waiting = pool.submit(server.http.put, "/predictions/waiting", json={"input": slow})
+        waiting = pool.submit(bare.http.put, "/predictions/waiting", json={"input": slow})
         time.sleep(whole / 10)
         started = time.monotonic()
         for name in ("waiting", "running"):
-            assert server.http.post(f"/predictions/{name}/cancel").status_code == 200
+            assert bare.http.post(f"/predictions/{name}/cancel").status_code == 200
         assert running.result().json()["status"] == waiting.result().json()["status"] == "canceled"
-    assert server.predict(prompt="b", candidates=1)["status"] == "succeeded"
+    assert bare.predict(prompt="b", candidates=1)["status"] == "succeeded"
     assert time.monotonic() - started < whole / 2
-    assert "Traceback" not in server.log.read_text()
+    assert "Traceback" not in bare.log.read_text()
 
 
-def events(server: CogServer, **inputs: Any) -> list[tuple[str, Answer]]:
-    """A prediction as it is streamed."""
-    headers = {"Accept": "text/event-stream"}
-    with server.http.stream("POST", "/predictions", json={"input": inputs}, headers=headers) as answer:
-        assert answer.status_code == 200, answer.read()
-        blocks = "".join(answer.iter_text()).strip().split("\n\n")
-    pairs = [dict(line.split(": ", 1) for line in block.splitlines() if ": " in line) for block in blocks]
-    return [(pair["event"], json.loads(pair["data"])) for pair in pairs if "event" in pair]
-
-
-@pytest.mark.slow
-def test_previews_are_streamed_apart_from_the_outputs(root: Path, slow_weights: Path, tmp_path: Path) -> None:
-    # Cog streams only where `cog build` has written down that `predict` is marked with @streaming.
-    write_schema(tmp_path)
-    (tmp_path / "predict.py").symlink_to(root / "predict.py")
-    server = CogServer(tmp_path, tmp_path / "log", CLIPGEN_WEIGHTS=str(slow_weights), PYTHONPATH=str(root))
-    try:
-        assert server.wait()["status"] == "READY", server.log.read_text()
-        found = events(server, prompt="a lemon", candidates=2, num_outputs=2, seed=0, previews=3)
-        plain = server.predict(prompt="a lemon", candidates=2, num_outputs=2, seed=0)
-    finally:
-        server.stop()
-    shown = [data["value"] for name, data in found if name == "metric" and data["name"] == "preview"]
-    shown = [value for value in shown if value is not None]
+def test_previews_are_streamed_apart_from_the_outputs(image_like: CogServer) -> None:
+    inputs = {"prompt": "a lemon", "candidates": 2, "num_outputs": 2, "seed": 0}
+    found = image_like.stream(**inputs, previews=3)
+    plain = image_like.predict(**inputs)
+    previews = [data["value"] for name, data in found if name == "metric" and data["name"] == "preview"]
+    shown = [value for value in previews if value is not None]
     assert 1 <= len(shown) <= 3, [(name, str(data)[:200]) for name, data in found]
-    assert all(value.startswith("data:image/webp") for value in shown)
+    assert previews[-1] is None and all(value.startswith("data:image/webp") for value in shown)
     name, answer = found[-1]
-    assert name == "completed" and len(pictures(answer)) == 2 and "preview" not in answer["metrics"]
-    assert [a.tobytes() for a in pictures(answer)] == [b.tobytes() for b in pictures(plain)]
+    assert name == "completed" and len(images(answer)) == 2 and "preview" not in answer["metrics"]
+    assert [a.tobytes() for a in images(answer)] == [b.tobytes() for b in images(plain)]
 
 
 def test_eight_at_once_share_the_engine_and_get_their_own(server: CogServer) -> None:
@@ -184,33 +247,32 @@ def test_eight_at_once_share_the_engine_and_get_their_own(server: CogServer) -> 
     with ThreadPoolExecutor(8) as pool:
         answers = list(pool.map(ask, seeds))
     assert [answer["metrics"]["seed"] for answer in answers] == list(seeds)
-    assert len({pictures(answer)[0].tobytes() for answer in answers}) == 8
+    assert len({images(answer)[0].tobytes() for answer in answers}) == 8
     assert all(answer["metrics"]["seconds"]["queue"] < 1 for answer in answers)
 
 
-def test_cancel_of_the_unknown(server: CogServer) -> None:
+def test_cancelling_an_unknown_prediction_is_404(server: CogServer) -> None:
     assert server.http.post("/predictions/nobody/cancel").status_code == 404
 
 
 @pytest.mark.slow
-def test_broken_weights_fail_the_set_up(root: Path, tmp_path: Path) -> None:
-    server = CogServer(root, tmp_path / "log", CLIPGEN_WEIGHTS=str(tmp_path / "nowhere"))
+def test_missing_weights_fail_the_set_up(tmp_path: Path) -> None:
+    server = CogServer(tmp_path, CLIPGEN_WEIGHTS=str(tmp_path / "nowhere"))
     try:
-        health = server.wait()
-        assert health["status"] == "SETUP_FAILED"
+        assert server.wait()["status"] == "SETUP_FAILED"
         assert "no such folder" in server.log.read_text()
     finally:
         server.stop()
 
 
-def test_hostile_requests_are_refused_by_name(server: CogServer) -> None:
+def test_hostile_requests_are_refused_by_name(bare: CogServer) -> None:
     with serving() as canary:
-        target = Target(server, server.log.parent, canary)
-        before, files, processes = target.picture(), target.files(), server.processes()
+        target = Target(bare, bare.log.parent, canary)
+        before, files, processes = target.picture(), target.files(), bare.processes()
         for data in traps():
             target.send(Attack(json.dumps({"input": {"image": url(data)}}).encode(), frozenset({"image"})))
         attack(target, 150)
         assert not canary.requests, "the server fetched from its own machine"
     assert target.answers["failed"] > 50 and target.answers["400"] > 0, target.answers
-    assert target.files() == files and server.processes() == processes
+    assert target.files() == files and bare.processes() == processes
     assert target.picture() == before

@@ -38,10 +38,10 @@ def said_of(log: Path, prediction: str) -> list[str]:
     return [line["fields"]["message"] for line in logged(log) if line["fields"].get("prediction_id") == prediction]
 
 
-def test_cold_until_a_picture_was_drawn_then_warm(root: Path, tmp_path: Path) -> None:
-    server = CogServer(root, tmp_path / "log")
+def test_server_is_cold_until_an_image_was_drawn_then_warm(tmp_path: Path) -> None:
+    server = CogServer(tmp_path)
     try:
-        while not (health := ask(server)):
+        while (health := server.health())["status"] == "UNKNOWN":
             time.sleep(0.05)
         assert health["status"] == "STARTING" and "completed_at" not in health["setup"]
         refused = server.http.post("/predictions", json={"input": {"prompt": "a"}})
@@ -54,13 +54,6 @@ def test_cold_until_a_picture_was_drawn_then_warm(root: Path, tmp_path: Path) ->
         assert times[0] < 3 * min(times[1:]) + 0.3, "the first one had to warm something up"
     finally:
         server.stop()
-
-
-def ask(server: CogServer) -> Answer | None:
-    try:
-        return server.http.get("/health-check").json()
-    except httpx.TransportError:
-        return None
 
 
 class Ears(threading.Thread):
@@ -94,8 +87,8 @@ def ears() -> Iterator[Ears]:
     ears.server.shutdown()
 
 
-def test_webhooks_tell_how_it_ended(root: Path, tiny_weights: Path, tmp_path: Path, ears: Ears) -> None:
-    server = CogServer(root, tmp_path / "log", CLIPGEN_WEIGHTS=str(tiny_weights))
+def test_webhooks_tell_how_predictions_ended(tiny_weights: Path, tmp_path: Path, ears: Ears) -> None:
+    server = CogServer(tmp_path, CLIPGEN_WEIGHTS=str(tiny_weights))
     try:
         assert server.wait()["status"] == "READY"
         for name, inputs in (("good", {"prompt": "a", "seed": 3}), ("bad", {"prompt": " "})):
@@ -116,8 +109,8 @@ def test_webhooks_tell_how_it_ended(root: Path, tiny_weights: Path, tmp_path: Pa
         server.stop()
 
 
-def test_at_sigterm_who_waits_is_answered_and_the_log_names_who_is_not(root: Path, tmp_path: Path) -> None:
-    server = CogServer(root, tmp_path / "log")
+def test_sigterm_answers_waiting_clients_and_logs_lost_predictions(tmp_path: Path) -> None:
+    server = CogServer(tmp_path)
     answers: dict[str, Answer] = {}
 
     def wait_for(name: str, inputs: dict[str, Any]) -> None:
@@ -151,7 +144,7 @@ def test_at_sigterm_who_waits_is_answered_and_the_log_names_who_is_not(root: Pat
     assert "Traceback" not in server.log.read_text()
 
 
-def test_ctrl_c_in_the_terminal_of_make_serve(root: Path, tiny_weights: Path, tmp_path: Path) -> None:
+def test_ctrl_c_stops_make_serve_at_once(root: Path, tiny_weights: Path, tmp_path: Path) -> None:
     # Seldom (3 of some 40 starts) Cog's own worker misses the end and is killed after ten seconds. One that Ctrl-C
     # breaks hangs every time, so the best of three tells.
     seconds = [stop_with_ctrl_c(root, tiny_weights, tmp_path / "log")]

@@ -34,7 +34,7 @@ def blocks(root: Path, language: str, word: str = "") -> list[str]:
 @pytest.fixture(scope="module")
 def server(root: Path, tiny_weights: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[CogServer]:
     folder = tmp_path_factory.mktemp("documented")
-    server = CogServer(root, folder / "log", CLIPGEN_WEIGHTS=str(tiny_weights))
+    server = CogServer(folder, CLIPGEN_WEIGHTS=str(tiny_weights))
     try:
         assert server.wait()["status"] == "READY"
         yield server
@@ -66,7 +66,7 @@ def test_the_python_client(root: Path, server: CogServer, tmp_path: Path) -> Non
     assert drawn(tmp_path, "a red heart") == 2
     wrong = program.replace("num_outputs=2", "num_outputs=99")
     done = subprocess.run([sys.executable, "-c", here(server, wrong)], cwd=tmp_path, capture_output=True, text=True)
-    assert "num_outputs is '99'; it must be a whole number from 1 to 8" in done.stderr.splitlines()[-1]
+    assert "num_outputs is 99; it must be a whole number from 1 to 8" in done.stderr.splitlines()[-1]
 
 
 @pytest.mark.skipif(not shutil.which("node"), reason="needs Node.js")
@@ -110,7 +110,7 @@ def ask(server: CogServer, probe: dict[str, Any]) -> bool:
 
 def test_the_probes_in_every_state(root: Path, tiny_weights: Path, tmp_path: Path) -> None:
     startup, readiness, liveness = probes(root).values()
-    server = CogServer(root, tmp_path / "log", CLIPGEN_WEIGHTS=str(tiny_weights))
+    server = CogServer(tmp_path, CLIPGEN_WEIGHTS=str(tiny_weights))
     try:
         assert not ask(server, startup), "nobody listens yet, or it is cold"
         assert server.wait()["status"] == "READY"
@@ -124,7 +124,7 @@ def test_the_probes_in_every_state(root: Path, tiny_weights: Path, tmp_path: Pat
         assert not ask(server, liveness) and not ask(server, readiness) and ask(server, startup)
     finally:
         server.stop()
-    server = CogServer(root, tmp_path / "log", CLIPGEN_WEIGHTS=str(tmp_path / "nowhere"))
+    server = CogServer(tmp_path, CLIPGEN_WEIGHTS=str(tmp_path / "nowhere"))
     try:
         assert server.wait()["status"] == "SETUP_FAILED"
         assert ask(server, startup) and not ask(server, readiness) and not ask(server, liveness)
