@@ -35,7 +35,6 @@ from roofline import describe, floor_seconds, in_words, random_weights, read_ban
 from clipgen.config import GPTConfig  # noqa: E402
 from clipgen.engine.batch import generate_tokens  # noqa: E402
 from clipgen.models.gpt import GPT  # noqa: E402
-from clipgen.models.quantise import quantise  # noqa: E402
 from clipgen.request import SamplingParams  # noqa: E402
 from clipgen.utils.entry_point import entry_point  # noqa: E402
 from train.config import load_config  # noqa: E402
@@ -137,7 +136,7 @@ def contenders(config: GPTConfig, names: Sequence[str]) -> dict[str, Contender]:
         elif name.startswith("ours"):
             gpt = copy.deepcopy(exact)
             kind = name.removeprefix("ours, ")
-            built[name] = ours(gpt.to(torch.bfloat16).prepack() if kind == "bfloat16" else quantise(gpt, kind, CACHE))
+            built[name] = ours(gpt.to(torch.bfloat16).prepack() if kind == "bfloat16" else gpt.quantise(kind, CACHE))
         else:
             built[name] = transformers_generate(config, name.split()[1])
         gc.collect()

@@ -175,6 +175,7 @@ def check_device(pipe: ClipGen) -> Finding:
     """Name the device and precision in use, and warn where a better choice is available."""
     import torch
 
+    from clipgen.models.capabilities import has_bfloat16
     from clipgen.outputs.metadata import device_name
     from clipgen.weights.precision import explain_unusable_gpu
 
@@ -183,7 +184,7 @@ def check_device(pipe: ClipGen) -> Finding:
         return Finding("device", "warning", f"{text}, though there is a GPU: leave --device and CLIPGEN_DEVICE out")
     if pipe.device.type == "cpu" and (problem := explain_unusable_gpu()):
         return Finding("device", "warning", f"{text}: {problem}")
-    if pipe.device.type == "cpu" and pipe.precision == "bfloat16" and not torch.cpu._is_avx512_bf16_supported():
+    if pipe.device.type == "cpu" and pipe.precision == "bfloat16" and not has_bfloat16():
         return Finding("device", "warning", f"{text}, which is slow on this CPU: leave --dtype and CLIPGEN_DTYPE out")
     if pipe.device.type == "cuda":
         free, total = torch.cuda.mem_get_info(pipe.device)

@@ -12,56 +12,28 @@ from typing import Literal, cast
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
+from einops import rearrange
 from torch import Tensor
 
 from clipgen.config import GPTConfig
+from clipgen.models.capabilities import can_prepack
 from clipgen.models.kv_cache import KVCache, KVCacheView
+from clipgen.models.linear import Linear, RowCounts, quantise_linears
 
 LEAST_ROWS = 5
-"""Packed weights are read fastest for five or six rows, a fifth faster than for one or two, so a step of fewer gets
-rows of zeros. (One row alone would also be summed in halves by two threads, and so differ from that row among others.)
-"""
-BLOCK = 8
-"""Where weights are not packed, float32's products give a row the same bits only in blocks of so many."""
-
-
-class Linear(nn.Linear):
-    """nn.Linear that a CPU in reduced precision can run from packed weights, with GELU in the same pass.
-
-    Packed, each row's result is the same to the last bit whatever the other rows are.
-    """
-
-    packed: Tensor | None = None
-
-    def pack(self) -> None:
-        """Lay the weight out as oneDNN multiplies it, which else is done again at every call; the original goes."""
-        self.packed = torch.ops.mkldnn._reorder_linear_weight(self.weight.detach())
-        self.weight = nn.Parameter(self.weight.new_empty(0), requires_grad=False)
-
-    def forward(self, x: Tensor, gelu: bool = False) -> Tensor:
-        """x W' + b, through exact GELU where asked for; (..., in_features) -> (..., out_features)."""
-        if self.packed is None:
-            y = super().forward(x)
-            return F.gelu(y) if gelu else y
-        return torch.ops.mkldnn._linear_pointwise.default(
-            x, self.packed, self.bias, "gelu" if gelu else "none", [], "none"
-        )
+"""oneDNN reads prepacked bfloat16 weights fastest for 5 or 6 rows (without AMX), so smaller steps are padded."""
 
 
 def causal_attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-    """Every position attends to itself and those before it; all (B, n_head, L, head)."""
+    """Attention of every position to itself and those before it; all (B, n_head, L, head)."""
     if q.device.type != "cpu" or not q.requires_grad:
         return F.scaled_dot_product_attention(q, k, v, is_causal=True)
     # Training on a CPU: at some hundred positions plain products are three times as fast as the fused kernel.
     b, heads, length, size = q.shape
     mask = torch.full((length, length), float("-inf"), dtype=q.dtype).triu(1).expand(b * heads, length, length)
-    scores = torch.baddbmm(mask, q.flatten(0, 1), k.flatten(0, 1).transpose(1, 2), alpha=size**-0.5)
+    keys = rearrange(k, "b h l head -> (b h) head l")
+    scores = torch.baddbmm(mask, q.flatten(0, 1), keys, alpha=size**-0.5)
     return (scores.softmax(-1).to(v.dtype) @ v.flatten(0, 1)).view(b, heads, length, size)
-
-
-def pad_rows(x: Tensor, rows: int) -> Tensor:
-    """Rows of zeros after the last of (B, C), up to `rows`."""
-    return x if len(x) >= rows else F.pad(x, (0, 0, 0, rows - len(x)))
 
 
 class Block(nn.Module):
@@ -81,19 +53,17 @@ class Block(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """All positions (B, L, C), causally."""
-        b, length, c = x.shape
-        qkv = self.qkv(self.norm1(x)).view(b, length, 3, self.n_head, c // self.n_head)
-        q, k, v = qkv.permute(2, 0, 3, 1, 4).unbind(0)  # (B, n_head, L, head)
-        y = causal_attention(q, k, v).transpose(1, 2).reshape(b, length, c)
+        q, k, v = rearrange(self.qkv(self.norm1(x)), "b l (n h head) -> n b h l head", n=3, h=self.n_head)
+        y = rearrange(causal_attention(q, k, v), "b h l head -> b l (h head)")
         x = x + self._drop(self.proj(y))
         return x + self._drop(self.fc2(self._drop(F.gelu(self.fc1(self.norm2(x))))))
 
     def decode_step(self, x: Tensor, view: KVCacheView, layer: int) -> Tensor:
-        """One position of each row (B, C), which sees those before it in the cache; rows beyond the view's idle."""
+        """One position of each row, (B, C); rows beyond those of the view are padding."""
         rows, c = view.rows, x.shape[1]
         qkv = self.qkv(self.norm1(x))[:rows].view(rows, 3, self.n_head, c // self.n_head)
         y = view.attend(layer, qkv.to(view.dtype)).reshape(rows, c).to(x.dtype)
-        x = x + self.proj(pad_rows(y, len(x)))
+        x = x + self.proj(F.pad(y, (0, 0, 0, len(x) - rows)))
         return x + self.fc2(self.fc1(self.norm2(x), gelu=True))
 
     def _drop(self, x: Tensor) -> Tensor:
@@ -104,9 +74,12 @@ class GPT(nn.Module):
     """The decoder. An embedding of zeros means "no condition": stage 2 trains it, guidance uses it."""
 
     quantised: Literal["int8", "float16"] | None = None
-    """What the large weights are, where `clipgen.models.quantise` has replaced them."""
-    cache_as: torch.dtype | None = None
-    """Precision of keys and values, where it is not that of everything else."""
+    """Type of the large weights after `quantise`."""
+    cache_dtype: torch.dtype | None = None
+    """Type of keys and values, where it differs from that of the activations."""
+    row_counts: RowCounts | None = None
+    condition_row_counts: RowCounts | None = None
+    """How steps and conditions are padded on a CPU, once weights are ready for decoding."""
 
     def __init__(self, config: GPTConfig) -> None:
         super().__init__()
@@ -148,66 +121,84 @@ class GPT(nn.Module):
         return self.head(self.norm(x))
 
     def prepack(self) -> GPT:
-        """Get ready for decoding on a CPU; elsewhere nothing happens. It cannot be trained after that."""
+        """Make ready for decoding on a CPU; elsewhere nothing happens. The model cannot be trained after that."""
         weight = self.head.weight
-        ready = weight.dtype in (torch.bfloat16, torch.float32) and torch.backends.mkldnn.is_available()
-        if weight.device.type == "cpu" and ready:
-            for module in self.modules():
-                if isinstance(module, Linear):
-                    module.pack()
+        if weight.device.type == "cpu":
+            packs = can_prepack(weight.dtype)
+            if packs:
+                for module in self.modules():
+                    if isinstance(module, Linear):
+                        module.prepack()
+            self._count_rows(LEAST_ROWS if packs and weight.dtype == torch.bfloat16 else 1)
         return self
 
+    def quantise(self, weights: Literal["int8", "float16"], cache: torch.dtype) -> GPT:
+        """Replace the large weights by smaller ones, in place; after that the model can only decode.
+
+        Args:
+            weights: "int8", or "float16", which needs a CPU with FBGEMM (`capabilities.has_half_products`).
+            cache: type of keys and values, and on a GPU of everything else that is not quantised. On a CPU that is
+                float32, in which the products return their sums.
+        """
+        on_cpu = self.head.weight.device.type == "cpu"
+        quantise_linears(self, weights, torch.float32 if on_cpu else cache)
+        self.quantised, self.cache_dtype = weights, cache
+        if on_cpu:
+            self._count_rows(1)
+        return self
+
+    def _count_rows(self, least: int) -> None:
+        layers = [m for b in cast(Iterable[Block], self.blocks) for m in (b.qkv, b.proj, b.fc1, b.fc2)]
+        self.row_counts = RowCounts([*layers, self.head], least)
+        self.condition_row_counts = RowCounts([self.cond_proj])
+
     def allocate(self, rows: int) -> KVCache:
-        """A cache for so many sequences, where the model is."""
+        """A cache for this many sequences, on the model's device."""
         weight = self.head.weight
-        return KVCache.allocate(self.config, rows, weight.device, self.cache_as or weight.dtype)
+        return KVCache.allocate(self.config, rows, weight.device, self.cache_dtype or weight.dtype)
 
     def embed_condition(self, embedding: Tensor) -> Tensor:
-        """The inputs at position 0, (B, C), of conditions (B, D); they depend on no other row."""
-        rows = -(-len(embedding) // BLOCK) * BLOCK
-        return self.cond_proj(pad_rows(embedding, rows))[: len(embedding)]
+        """The inputs at position 0, (B, C), of conditions (B, D)."""
+        counts = self.condition_row_counts
+        return self.cond_proj(counts.pad(embedding) if counts else embedding)[: len(embedding)]
 
     def prefill(self, embedding: Tensor, cache: KVCache) -> Tensor:
         """Start sequences in a cache: conditions (B, D) -> logits of token 0, (B, V)."""
-        return self.decode_step(self.embed_condition(embedding), 0, cache)
+        return self._decode_all_at(self.embed_condition(embedding), 0, cache)
 
     def step(self, tokens: Tensor, position: int, cache: KVCache) -> Tensor:
         """Append token `position - 1` (B,), 0 < position < T; returns the logits of token `position`, (B, V)."""
-        return self.decode_step(self.tok_emb(tokens), position, cache)
+        return self._decode_all_at(self.tok_emb(tokens), position, cache)
 
-    def decode_step(
-        self, x: Tensor, positions: int | Tensor, cache: KVCache, max_position: int | None = None
-    ) -> Tensor:
-        """One step of every row, each at its own place: rows join and leave between steps.
+    def _decode_all_at(self, x: Tensor, position: int, cache: KVCache) -> Tensor:
+        positions = torch.full((len(x),), position, device=x.device)
+        return self.decode_step(x, positions, cache, position + 1)
+
+    def decode_step(self, x: Tensor, positions: Tensor, cache: KVCache, max_position: int | None = None) -> Tensor:
+        """Decode one position of every row; each row has its own, so rows can join and leave between steps.
 
         Args:
-            x: (B, C), `embed_condition(embedding)` at position 0, `tok_emb(token)` of the token before at later ones.
-            positions: where all rows are, from 0 to T - 1, or (B,) int64 on the device, where each row is.
-            cache: of at least B rows; the first B are used, and what others left in them is not seen.
-            max_position: with a tensor, its largest value + 1 as the host knows it, or any more, up to T, which is what
-                None means; no position may lie at or beyond it. With it a step never waits for the device.
+            x: (B, C), `embed_condition(embedding)` at position 0, `tok_emb(previous token)` at later ones.
+            positions: (B,) int64 on the device, from 0 to T - 1.
+            cache: of at least B rows; the first B are used, and what they held before is not seen.
+            max_position: the largest position + 1, or more, up to T, which None means. The host knows it, so a step
+                never waits for the device.
 
         Returns:
-            (B, V), the logits of token `positions`. They depend on no other row.
+            (B, V), the logits of token `positions`. After `prepack` or `quantise` a row does not depend on the others:
+            on CPUs where `row_counts` finds a way to the last bit, elsewhere within rounding.
 
         Raises:
-            ValueError: more rows than the cache has, or positions it does not have.
+            ValueError: more rows than the cache has, or positions beyond T.
         """
         length = self.config.block_size
-        max_position = positions + 1 if isinstance(positions, int) else length if max_position is None else max_position
+        max_position = length if max_position is None else max_position
         if not 0 < max_position <= length:
             raise ValueError(f"a step up to position {max_position - 1}; there are {length} positions, from 0")
-        view = KVCacheView(cache, positions, len(x), max_position)
+        view = KVCacheView(cache, positions, max_position)
         x = x + self.pos_emb[0, positions]
-        x = pad_rows(x, self._idle(len(x)))
+        if self.row_counts is not None:
+            x = self.row_counts.pad(x)
         for layer, block in enumerate(cast(Iterable[Block], self.blocks)):
             x = block.decode_step(x, view, layer)
         return self.head(self.norm(x))[: view.rows]
-
-    def _idle(self, rows: int) -> int:
-        """How many rows a step multiplies, those included that nobody wants, so that no row depends on the others."""
-        if not isinstance(self.head, Linear) or self.head.bias.device.type != "cpu":
-            return rows
-        if self.head.packed is not None:
-            return max(rows, LEAST_ROWS)
-        return -(-rows // BLOCK) * BLOCK if self.head.weight.dtype == torch.float32 else rows

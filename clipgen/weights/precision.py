@@ -13,8 +13,8 @@ from torch import Tensor
 
 from clipgen.config import GPTConfig
 from clipgen.errors import RequestError
+from clipgen.models.capabilities import cpu_dtypes, has_bfloat16
 from clipgen.models.gpt import GPT
-from clipgen.models.quantise import has_half_products, quantise
 from clipgen.weights.model_dir import DTYPES, build_module
 
 PRECISIONS = (*DTYPES, "int8")
@@ -39,7 +39,7 @@ class Precision:
             return build_module(GPT, config, weights, device, self.compute).prepack()
         # Rounded from as many bits as folders of weights have.
         gpt = build_module(GPT, config, weights, device, torch.float16)
-        return quantise(gpt, cast(Literal["int8", "float16"], self.name), self.compute)
+        return gpt.quantise(cast(Literal["int8", "float16"], self.name), self.compute)
 
 
 def pick_device(device: str | None) -> torch.device:
@@ -86,29 +86,27 @@ def pick_precision(name: str | None, device: torch.device) -> Precision:
     """The asked precision, or the fastest that is safe.
 
     That is bfloat16 where the hardware has it (Ampere GPUs on, CPUs with AVX512-BF16 or AMX), else float16. On CPUs,
-    which have no such arithmetic, only the GPT's large weights become float16, or int8 anywhere; all the rest is
-    bfloat16 where the device has it, else float32 on CPUs and float16 on GPUs.
+    which have no float16 arithmetic, only the GPT's large weights become float16, or int8; all the rest is bfloat16
+    where the device has it, else float32 on CPUs and float16 on GPUs.
 
     Raises:
-        RequestError: an unknown name, or float16 on a CPU that this PyTorch has no products with it for.
+        RequestError: an unknown name, or a precision that this CPU cannot compute in.
     """
     if name is not None and name not in PRECISIONS:
         raise RequestError("dtype", f"is {name!r}; use one of {', '.join(PRECISIONS)}")
-    on_cpu = device.type == "cpu"
-    if name == "float16" and on_cpu and not has_half_products():
-        raise RequestError("dtype", "is 'float16', which this CPU cannot multiply with; use bfloat16 or float32")
     compute = _fastest(device)
-    if name is None:
-        halves = on_cpu and compute == torch.float32 and has_half_products()
-        name = "float16" if halves else str(compute).removeprefix("torch.")
-    if name == "int8" or (name == "float16" and on_cpu):
-        return Precision(name, compute)
-    return Precision(name, DTYPES[name])
+    if device.type != "cpu":
+        name = name or str(compute).removeprefix("torch.")
+        return Precision(name, compute if name == "int8" else DTYPES[name])
+    possible = cpu_dtypes()
+    name = name or possible[0]
+    if name not in possible:
+        raise RequestError("dtype", f"is {name!r}, which this CPU cannot compute in; use one of {', '.join(possible)}")
+    return Precision(name, compute if name in ("float16", "int8") else DTYPES[name])
 
 
 def _fastest(device: torch.device) -> torch.dtype:
     """The fastest arithmetic of a device that is safe."""
     if device.type == "cuda":
         return torch.bfloat16 if torch.cuda.get_device_capability(device)[0] >= 8 else torch.float16
-    has_bf16 = device.type == "cpu" and torch.cpu._is_avx512_bf16_supported()
-    return torch.bfloat16 if has_bf16 else torch.float32
+    return torch.bfloat16 if device.type == "cpu" and has_bfloat16() else torch.float32

@@ -13,8 +13,8 @@ from PIL import Image
 from clipgen import ClipGen
 from clipgen.errors import Cancelled, RequestError
 from clipgen.images.pixels import clip_from_pixels, to_clip, to_pixels
+from clipgen.models.capabilities import cpu_dtypes
 from clipgen.models.gpt import Linear
-from clipgen.models.quantise import has_half_products
 from clipgen.request import GenerationRequest
 from clipgen.weights.precision import Precision, pick_precision
 
@@ -43,7 +43,7 @@ def test_outputs_are_the_best_candidates_in_order(pipe: ClipGen) -> None:
     assert all(image.size == (32, 32) and image.mode == "RGB" for image in best.images)
 
 
-@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("dtype", cpu_dtypes())
 def test_same_seed_same_picture_alone_in_a_batch_and_among_candidates(tiny_weights: Path, dtype: str) -> None:
     pipe = ClipGen.from_pretrained(tiny_weights, device="cpu", dtype=dtype)
     alone = pipe("a lemon", seed=3).images[0]
@@ -154,13 +154,22 @@ def test_precision_on_a_cpu() -> None:
     assert pick_precision("float32", cpu) == Precision("float32", torch.float32)
     with pytest.raises(RequestError, match="dtype is 'int7'; use one of float32, bfloat16, float16, int8"):
         pick_precision("int7", cpu)
+    assert pick_precision(None, cpu).name == cpu_dtypes()[0]
+    for name in cpu_dtypes():
+        assert pick_precision(name, cpu).name == name
 
 
+@pytest.mark.parametrize("packs_bf16", [False, True])
 @pytest.mark.parametrize("has_bf16", [False, True])
 @pytest.mark.parametrize("has_half", [False, True])
-def test_precision_on_any_cpu(has_bf16: bool, has_half: bool, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(torch.cpu, "_is_avx512_bf16_supported", lambda: has_bf16)
-    monkeypatch.setattr("clipgen.weights.precision.has_half_products", lambda: has_half)
+def test_precision_on_any_cpu(
+    packs_bf16: bool, has_bf16: bool, has_half: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    has_bf16 = has_bf16 and packs_bf16
+    monkeypatch.setattr("clipgen.models.capabilities.can_prepack", lambda dtype: packs_bf16)
+    for module in ("clipgen.models.capabilities", "clipgen.weights.precision"):
+        monkeypatch.setattr(f"{module}.has_bfloat16", lambda: has_bf16)
+    monkeypatch.setattr("clipgen.models.capabilities.has_half_products", lambda: has_half)
     cpu, compute = torch.device("cpu"), torch.bfloat16 if has_bf16 else torch.float32
     default = "bfloat16" if has_bf16 else "float16" if has_half else "float32"
     assert pick_precision(None, cpu) == Precision(default, compute)
@@ -168,20 +177,25 @@ def test_precision_on_any_cpu(has_bf16: bool, has_half: bool, monkeypatch: pytes
     if has_half:
         assert pick_precision("float16", cpu) == Precision("float16", compute)
     else:
-        with pytest.raises(RequestError, match="use bfloat16 or float32"):
+        with pytest.raises(RequestError, match="'float16', which this CPU cannot compute in; use one of"):
             pick_precision("float16", cpu)
+    if packs_bf16:
+        assert pick_precision("bfloat16", cpu) == Precision("bfloat16", torch.bfloat16)
+    else:
+        with pytest.raises(RequestError, match="'bfloat16', which this CPU cannot compute in; use one of.* int8"):
+            pick_precision("bfloat16", cpu)
 
 
 @pytest.mark.parametrize("dtype", ["float16", "int8"])
 def test_large_weights_in_fewer_bytes(tiny_weights: Path, dtype: str) -> None:
     """The same picture alone and among others."""
-    if dtype == "float16" and not has_half_products():
-        pytest.skip("this PyTorch has no products with float16")
+    if dtype not in cpu_dtypes():
+        pytest.skip(f"this CPU does not compute in {dtype}")
     pipe = ClipGen.from_pretrained(tiny_weights, device="cpu", dtype=dtype)
     assert pipe.precision == dtype and not any(isinstance(m, Linear) for m in pipe.gpt.modules())
     among = pipe("a lemon", num_outputs=4, seed=3, guidance=2.0)
     alone = pipe("a lemon", num_outputs=1, seed=among.seeds[1], guidance=2.0)
-    assert alone.images[0].tobytes() == among.images[1].tobytes()
+    assert same(alone.images[0], among.images[1])
 
 
 def test_ranking_sees_pixels_as_clip_does() -> None:

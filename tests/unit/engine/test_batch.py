@@ -63,7 +63,7 @@ def test_whoever_joins_when_the_mini_model_draws_the_same_tokens(root: Path, dty
 def test_logits_are_the_same_to_the_bit_alone_and_with_neighbours(
     gpt: GPT, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    gpt = build_module(GPT, SMALL, gpt.state_dict(), torch.device("cpu"), dtype)
+    gpt = build_module(GPT, SMALL, gpt.state_dict(), torch.device("cpu"), dtype).prepack()
     threads = torch.get_num_threads()
     seen: list[Tensor] = []
     monkeypatch.setattr(

@@ -17,6 +17,7 @@ from PIL import ExifTags, Image, PngImagePlugin
 from clipgen import ClipGen, GenerationOutput, GenerationRequest, __version__
 from clipgen.errors import DataError
 from clipgen.images.pixels import load_image, read_metadata, save_image
+from clipgen.models.capabilities import cpu_dtypes
 from clipgen.outputs.metadata import KEY, MAX_TEXT, PromptPart, Receipt, image_digest, receipts, together
 from clipgen.outputs.metadata import weights_digest as digest
 from clipgen.request import MAX_CANDIDATES, MAX_PARTS, MAX_SEED, SAMPLING, SamplingParams
@@ -147,7 +148,7 @@ def farthest(a: Image.Image, b: Image.Image) -> int:
     return int(np.abs(np.asarray(a).astype(int) - np.asarray(b)).max())
 
 
-@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("dtype", cpu_dtypes())
 def test_alone_it_is_the_same_picture(tiny_weights: Path, dtype: str) -> None:
     """What replaying rests on: its own seed with one candidate gives a picture that was drawn among others.
 
