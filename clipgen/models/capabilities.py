@@ -31,7 +31,7 @@ def fbgemm() -> Iterator[None]:
 
 def can_prepack(dtype: torch.dtype) -> bool:
     """Whether oneDNN multiplies with weights of this type that were laid out in advance."""
-    return torch.backends.mkldnn.is_available() and torch.backends.mkldnn.enabled and _prepacks(dtype)
+    return torch.backends.mkldnn.is_available() and bool(torch.backends.mkldnn.enabled) and _prepacks(dtype)
 
 
 @cache

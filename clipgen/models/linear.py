@@ -14,7 +14,7 @@ Shapes: N out_features, K in_features, B rows.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Literal
+from typing import Literal, cast
 
 import torch
 import torch.nn as nn
@@ -181,10 +181,10 @@ class RowCounts:
         """What each layer makes of up to DISTINCT rows, repeated to `rows`; None where a repetition differs."""
         outputs = []
         for layer in self.layers:
-            width, weight = int(layer.in_features), layer.weight  # type: ignore[arg-type]
+            width, dtype = cast(int, layer.in_features), cast(Tensor, layer.weight).dtype
             distinct = torch.randn(DISTINCT, width, generator=torch.Generator().manual_seed(width))
             which = torch.arange(rows) % DISTINCT
-            y = layer(distinct.to(weight.dtype)[which])  # type: ignore[operator, union-attr]
+            y = layer(distinct.to(dtype)[which])
             if not torch.equal(y, y[which]):
                 return None
             outputs.append(y[:DISTINCT])

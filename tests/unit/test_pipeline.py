@@ -182,7 +182,7 @@ def test_precision_on_any_cpu(
     if packs_bf16:
         assert pick_precision("bfloat16", cpu) == Precision("bfloat16", torch.bfloat16)
     else:
-        with pytest.raises(RequestError, match="'bfloat16', which this CPU cannot compute in; use one of.* int8"):
+        with pytest.raises(RequestError, match=r"'bfloat16', which this CPU cannot compute in; use one of.* int8"):
             pick_precision("bfloat16", cpu)
 
 
