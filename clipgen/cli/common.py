@@ -112,15 +112,18 @@ def checked_text(text: str) -> str:
     return text
 
 
-def read_prompts(file: Path) -> list[str]:
+def read_prompts(file: Path, keep_blank: bool = False) -> list[str]:
     """Read the prompts of a text file, or of stdin for "-"; a user who would have to type them is told how.
+
+    Args:
+        keep_blank: keep blank lines as "", so that prompts are where their line numbers say.
 
     Raises:
         DataError: as `utils.text.read_prompts` does.
     """
     if str(file) == "-" and sys.stdin.isatty():
         log("type one prompt per line; Ctrl-D ends")
-    return read_file(file)
+    return read_file(file, keep_blank)
 
 
 def find_weights(weights: str | None) -> Path:

@@ -5,7 +5,8 @@ from __future__ import annotations
 import json
 import os
 import sys
-from collections.abc import Iterator, Sequence
+import time
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -26,7 +27,9 @@ from clipgen.cli.common import (
     Weights,
     check_out,
     checked_text,
+    find_weights,
     load,
+    log,
     option,
     printable,
     read_prompts,
@@ -135,7 +138,7 @@ def generate(
 
     Writes the images and a grid of them, and prints their paths, the seed, the CLIP scores and the time.
     """
-    texts = _texts(prompts, prompts_file, image)
+    texts = _number_texts(prompts, prompts_file, image)
     others = [_weighted(part) for part in mix or []]
     if keep_rows and image is None:
         raise typer.BadParameter("--keep-rows needs --image: the image whose rows are kept")
@@ -155,21 +158,20 @@ def generate(
         "keep": source if keep_rows else None,
         "keep_rows": keep_rows,
     }
-    requests = [
-        GenerationRequest(
+    requests = {
+        number: GenerationRequest(
             prompt=_parts(text, None if keep_rows and text.strip() else source, image_weight, others), **settings
         )
-        for text in texts
-    ]
+        for number, text in texts.items()
+    }
     if shards is not None:
-        from clipgen.cli.bulk import write_shards
-
-        write_shards(shards, requests, seed, format.value, as_json, (weights, device, dtype))
+        _write_shards(shards, requests, seed, format.value, as_json, (weights, device, dtype))
         return
     if os.environ.get("WORLD_SIZE", "1") != "1":
         raise typer.BadParameter("several processes share the prompts only with --shards DIR")
     pipe = load(weights, device, dtype)
-    for text, result in zip(texts, _draw(pipe, requests, out, previews), strict=True):
+    results = _draw(pipe, list(requests.values()), out, previews)
+    for text, result in zip(texts.values(), results, strict=True):
         if result.truncated:
             warn(f"the prompt is too long for the model, which did not read this part: {result.truncated}")
         stem = free_stem(out, text or (image.stem if image else ""), result.seed)
@@ -204,16 +206,60 @@ def _draw(pipe: ClipGen, requests: Sequence[GenerationRequest], out: Path, previ
         yield from results
 
 
-def _texts(prompts: Sequence[str] | None, file: Path | None, image: Path | None) -> list[str]:
-    """Collect all prompts in order: one empty prompt when there is only an image."""
-    texts: list[str] = []
+def _write_shards(
+    folder: Path,
+    requests: Mapping[int, GenerationRequest],
+    seed: int | None,
+    suffix: str,
+    as_json: bool,
+    model: tuple[str | None, str | None, str | None],
+) -> None:
+    """Generate this process's shards that are not there yet, and print the path of each when it is complete.
+
+    Args:
+        requests: by number of the prompt; their seeds are ignored.
+        seed: None takes the folder's own, or a new one.
+        suffix: format of the images.
+        model: --weights, --device and --dtype.
+    """
+    from clipgen.outputs.metadata import weights_digest
+    from clipgen.outputs.shards import claim, missing_shards, write_shard
+    from clipgen.pipeline import ClipGen
+    from clipgen.utils.distributed import Processes
+
+    weights, device, dtype = find_weights(model[0]), *model[1:]
+    processes = Processes.from_environment()
+    requests = claim(folder, requests, weights_digest(weights), suffix, seed, new_seed)
+    todo = missing_shards(folder, requests, processes.rank, processes.count)
+    if not todo:
+        log(f"process {processes.rank + 1} of {processes.count}: all of its shards are in {folder}")
+        return
+    pipe = ClipGen.from_pretrained(weights, processes.device(device), dtype)
+    for shard in todo:
+        started = time.perf_counter()
+        count = write_shard(pipe, shard, requests, suffix, warn)
+        seconds = round(time.perf_counter() - started, 3)
+        record = {"shard": str(shard.path), "prompts": len(shard.prompts), "pictures": count, "seconds": seconds}
+        print(json.dumps(record) if as_json else f"{shard.path}: {count} images, {seconds:.1f} s", flush=True)
+
+
+def _number_texts(prompts: Sequence[str] | None, file: Path | None, image: Path | None) -> dict[int, str]:
+    """Number all prompts in order from 0; blank lines of a file have a number, too, so that numbers follow its lines.
+
+    There is one empty prompt when there is only an image.
+    """
+    lines: list[str | None] = []
     for prompt in prompts or []:
-        texts += read_prompts(Path("-")) if prompt == "-" else [checked_text(prompt)]
-    if file:
-        texts += read_prompts(file)
-    if not texts and image is None:
+        lines += _read_numbered(Path("-")) if prompt == "-" else [checked_text(prompt)]
+    lines += _read_numbered(file) if file else []
+    if not lines and image is None:
         raise typer.BadParameter("nothing to draw: give a prompt in quotes, --prompts-file or --image")
-    return texts or [""]
+    return {number: line for number, line in enumerate(lines or [""]) if line is not None}
+
+
+def _read_numbered(file: Path) -> list[str | None]:
+    """The lines of a prompt file, None for blank ones."""
+    return [line or None for line in read_prompts(file, keep_blank=True)]
 
 
 def _weighted(part: str) -> tuple[str, float]:

@@ -282,7 +282,10 @@ def receipts(pipe: ClipGen, result: GenerationOutput, weights: str) -> list[Rece
 
 def _store_prompts(request: GenerationRequest) -> dict[str, Any]:
     """The parts of prompt and negative prompt, with texts shortened until they fit into a file's metadata."""
-    prompt, negative = parts_of(request.prompt), [] if request.negative_prompt is None else parts_of(request.negative_prompt)
+    prompt, negative = (
+        parts_of(request.prompt),
+        [] if request.negative_prompt is None else parts_of(request.negative_prompt),
+    )
     for limit in (MAX_TEXT >> halvings for halvings in range(MAX_TEXT.bit_length())):
         kept = [_store_part(part, float(weight), limit) for part, weight in prompt + negative]
         if _size_in_exif([asdict(part) for part in kept]) <= MAX_BYTES:

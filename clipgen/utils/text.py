@@ -60,17 +60,20 @@ def read_lines(path: Path, errors: str = "strict") -> list[str]:
     return [line.strip() for line in split_lines(text)]
 
 
-def read_prompts(path: Path) -> list[str]:
+def read_prompts(path: Path, keep_blank: bool = False) -> list[str]:
     """The prompts of a text file, or of stdin for "-": one per line, blank lines left out.
+
+    Args:
+        keep_blank: keep blank lines as "", so that the prompt of line i + 1 is at index i.
 
     Raises:
         DataError: the file cannot be read, is not UTF-8, or holds no prompt.
     """
-    prompts = [line for line in read_lines(path) if line]
-    if not prompts:
+    lines = read_lines(path)
+    if not any(lines):
         name = "stdin" if str(path) == "-" else f"'{path}'"
         raise DataError(f"{name} holds no prompt; write one per line")
-    return prompts
+    return lines if keep_blank else [line for line in lines if line]
 
 
 def printable(text: str) -> str:

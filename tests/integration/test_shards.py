@@ -1,4 +1,4 @@
-"""Bulk generation: the same shards from any number of processes, complete or not there, gone on with after a kill."""
+"""Bulk generation: the same shards from any number of processes, complete or absent, resumed after a kill."""
 
 from __future__ import annotations
 
@@ -72,6 +72,31 @@ def test_shards_hold_pictures_and_receipts_that_draw_them_again(run: Run, tiny_w
     pipe = ClipGen.from_pretrained(tiny_weights, "cpu", "float32")
     redrawn = pipe.generate([receipt.request()])[0].images[0]
     assert redrawn.tobytes() == Image.open(io.BytesIO(image)).tobytes()
+
+
+def test_keys_are_line_numbers_whatever_stands_in_the_lines(run: Run) -> None:
+    lines = ["a lemon", "", "a\u2028red\x0bheart\x85", "   ", "a dog", *[""] * 130, "a cat"]
+    Path("prompts.txt").write_bytes("\ufeff".encode() + "\r\n".join(lines).encode())
+    result = run("--shards", "bulk", *FEW[2:], "--num-outputs", 1, "--candidates", 1)
+    assert result.exit_code == 0, result.output
+    texts = {}
+    for path in sorted(Path("bulk").glob("*.tar")):
+        with tarfile.open(path) as tar:
+            for name in [name for name in tar.getnames() if name.endswith(".json")]:
+                text = tar.extractfile(name).read().decode()  # type: ignore[union-attr]
+                texts[int(name.split("-")[0])] = Receipt.from_metadata({KEY: text}).text
+    assert texts == {number: line.strip() for number, line in enumerate(lines) if line.strip()}
+    assert sorted(path.name for path in Path("bulk").glob("*.tar")) == ["000000.tar", "000002.tar"]
+    assert json.loads(Path("bulk/index.json").read_text())["prompts"] == 4
+    assert "all of its shards" in run("--shards", "bulk", *FEW[2:], "--num-outputs", 1, "--candidates", 1).stderr
+
+
+def test_folder_begun_by_commit_43da29e_is_resumed(run: Run, golden: Path) -> None:
+    Path("prompts.txt").write_text("a lemon\na red heart\n")
+    few = ["--num-outputs", 1, "--candidates", 1, "--negative", "a dog", "--guidance", 2]
+    assert run("--shards", "now", *few, "--seed", 7).exit_code == 0
+    now, then = (json.loads(path.read_text()) for path in (Path("now/index.json"), golden / "shards_43da29e.json"))
+    assert now == then | {"weights": now["weights"]}
 
 
 def test_each_process_writes_its_part_of_what_one_does(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
