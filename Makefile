@@ -14,7 +14,7 @@ unexport PROMPT
 MAKEOVERRIDES =
 
 help: ## this list
-	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-12s %s\n", $$1, $$2 }' Makefile
+	@awk -F ':.*## ' '/^[a-z0-9-]+:.*## / { printf "make %-12s %s\n", $$1, $$2 }' Makefile
 
 # --- environment -----------------------------------------------------------------------------------------------------------
 
@@ -123,6 +123,9 @@ emoji: $(VENV)/.dev ## the mini model's images: emoji art from npm, rendered to 
 scenes: emoji ## a contact sheet of the mini model's world, outputs/scenes.png
 	$(BIN)/python -m train.mini.sheet --data data/emoji --out outputs/scenes.png
 
+mini3: emoji ## version 3 of the mini model, in the making, to weights/mine [MINUTES=60 a part]; needs WordNet
+	$(BIN)/python -m train.mini.recipe --data data/emoji --out weights/mine $(if $(MINUTES),--minutes $(MINUTES)) $(ARGS)
+
 mini: emoji ## rebuild the mini model from its data (hours); run it again to resume; needs WordNet (wordnet-base)
 	$(BIN)/python train/mini/clip_image.py --data data/emoji --out runs/clip
 	$(BIN)/python train/mini/clip_text.py --data data/emoji --out runs/clip
@@ -139,4 +142,4 @@ clean: ## remove caches and build products; keeps .venv, data, runs and outputs
 	@rm -rf .pytest_cache .mypy_cache .ruff_cache .hypothesis .cog *.egg-info
 	@find . -name __pycache__ -not -path './$(VENV)/*' -prune -exec rm -rf {} +
 
-.PHONY: help setup predict .prompt serve app test test-slow test-browser lint format bench emoji scenes mini clean
+.PHONY: help setup predict .prompt serve app test test-slow test-browser lint format bench emoji scenes mini3 mini clean

@@ -4,12 +4,13 @@
 
 Linear heads read the facts of scenes from the embedding, which so holds all of them. `train/mini/text_tower.py` then
 teaches sentences where their scenes are. Stopped by Ctrl-C, SIGTERM or its minutes, the same command goes on.
-Writes OUT/image.safetensors and OUT/heads.safetensors.
+Writes OUT/image.safetensors and OUT/heads.safetensors; init=FILE starts from these, from another machine.
 """
 
 from __future__ import annotations
 
 from dataclasses import asdict
+from pathlib import Path
 from typing import cast
 
 import torch
@@ -21,7 +22,7 @@ from train.loop.batches import build_accelerator, process_rows
 from train.loop.checkpoint import Checkpoints, save_tensors
 from train.loop.health import check_finite
 from train.loop.logger import Logger
-from train.loop.optimization import build_ema, cosine_schedule, set_lr, weight_decay_groups
+from train.loop.optimization import build_ema, cosine_schedule, load_model_weights, set_lr, weight_decay_groups
 from train.loop.script import command
 from train.loop.stopping import Stop
 from train.mini.labels import Heads, accuracy, heads_loss
@@ -37,6 +38,9 @@ def main() -> None:
 
     tower = build_clip().visual.train().to(memory_format=torch.channels_last)  # a third faster on a CPU
     heads = Heads(EMBED_DIM)
+    if config.init:
+        load_model_weights(tower, config.init)
+        load_model_weights(heads, Path(config.init).with_name("heads.safetensors"))
     groups = [
         *weight_decay_groups(tower, config.weight_decay),
         {"params": list(heads.parameters()), "weight_decay": 0.0},

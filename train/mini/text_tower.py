@@ -92,6 +92,8 @@ def main() -> None:
     whole.visual = nn.Identity()
 
     model = whole.train()
+    if config.init:
+        load_model_weights(model, config.init)
     optimizer = torch.optim.AdamW(
         weight_decay_groups(model, config.weight_decay), config.lr, betas=(0.9, 0.98), fused=True
     )
@@ -140,6 +142,7 @@ def main() -> None:
                 log.scalars(done, line)
             if done % config.save_every == 0 or done == config.steps or stopping:
                 if is_main:
+                    save_tensors(average.state_dict(), args.out / "text.safetensors")
                     save_clip(average, args.out)
                 checkpoints.save(done)
             if stopping:

@@ -1,0 +1,160 @@
+"""The judge of composed scenes: a network that took no part in training says what an image shows.
+
+EfficientNet-lite2's features (ImageNet weights; training may use lite0's, never these), pooled over the whole image and
+over its quarters, and linear heads on them that were trained on scenes of every combination. It has seen no image of a
+generator and none that went through a tokenizer.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from judge import SIZE, Judge
+from PIL import Image
+from rich.console import Console
+from rich.progress import track
+from safetensors import safe_open
+from safetensors.torch import save_file
+from torch import Tensor, nn
+
+from clipgen.images.pixels import to_pixels
+from train.mini.facts import Facts
+from train.mini.labels import NAMES, Heads, heads_loss, label, values
+from train.mini.source import Scenes
+
+SCENES = 20_000
+"""Scenes that the heads are trained on."""
+DIM = 5 * Judge.DIM
+_BATCH = 32
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """What the judge sees: of each head what it says first."""
+
+    said: dict[str, str | None]
+
+    def objects(self) -> set[str | None]:
+        """The objects that are there."""
+        return {self.said["object"], self.said["second object"]} if self.is_pair() else {self.said["object"]}
+
+    def is_pair(self) -> bool:
+        """Whether there are two things that differ."""
+        return self.said["layout"] not in ("1", "2", "3")
+
+
+class SceneJudge(nn.Module):
+    """Features and heads."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.backbone = Judge()
+        self.norm = nn.BatchNorm1d(DIM, affine=False)
+        self.heads = Heads(DIM)
+
+    @torch.inference_mode()
+    def features(self, images: Sequence[Image.Image]) -> Tensor:
+        """Pooled features of images, (N, DIM)."""
+        out = [torch.empty(0, DIM)]
+        net = self.backbone.net
+        for start in range(0, len(images), _BATCH):
+            pixels = to_pixels(images[start : start + _BATCH], SIZE)
+            x = ((pixels + 1) / 2 - self.backbone.mean) / self.backbone.std
+            h = F.relu6(net._bn0(net._conv_stem(x.contiguous(memory_format=torch.channels_last))))
+            pooled = []
+            for i, block in enumerate(net._blocks):
+                h = block(h)
+                if i in self.backbone.taps:
+                    pooled += [h.mean((2, 3)), F.adaptive_avg_pool2d(h, 2).flatten(1)]
+            out.append(torch.cat(pooled, dim=1))
+        return torch.cat(out)
+
+    def forward(self, features: Tensor) -> list[Tensor]:
+        """Features (N, DIM) -> logits of each head. Normalised, and scaled as if of unit norm."""
+        return self.heads(self.norm(features) / DIM**0.5)
+
+    @torch.inference_mode()
+    def judge(self, images: Sequence[Image.Image]) -> list[Verdict]:
+        """What each image shows."""
+        logits = self.eval()(self.features(images).clone())
+        numbers = torch.stack([row.argmax(-1) for row in logits], dim=1).tolist()
+        return [Verdict({name: values(name)[i] for name, i in zip(NAMES, row, strict=True)}) for row in numbers]
+
+
+def is_right(verdict: Verdict, facts: Facts, kind: str) -> bool:
+    """Whether an image shows what a prompt of a kind asks for.
+
+    Of colours, attachments and counts the object must be right too; of styles and grounds only themselves.
+    """
+    said, thing = verdict.said, facts.things[0]
+    if kind == "style":
+        return said["style"] == facts.style
+    if kind == "ground":
+        return said["ground"] == facts.ground
+    if kind.startswith("pair"):
+        return verdict.is_pair() and verdict.objects() == {thing.object for thing in facts.things}
+    right = said["object"] == thing.object
+    if kind.startswith("color"):
+        right = right and said["color"] == thing.colour
+    if kind.startswith("attachment"):
+        right = right and said["attachment"] == thing.attachment
+    if kind == "count":
+        right = right and said["layout"] == str(facts.count)
+    return right
+
+
+def stands_as_said(verdict: Verdict, facts: Facts) -> bool:
+    """Whether two things, both there, stand to each other as the prompt says."""
+    mirrored = {"left of": "right of", "right of": "left of", "above": "below", "below": "above"}
+    first = verdict.said["object"] == facts.things[0].object
+    said = verdict.said["layout"] or ""
+    return said == facts.relation if first else mirrored.get(said) == facts.relation
+
+
+def load_judge(scenes: Scenes, cache: Path, count: int = SCENES, steps: int = 3000) -> SceneJudge:
+    """The judge, its heads trained on so many scenes, once, and kept in `cache`."""
+    judge = SceneJudge()
+    key = hashlib.sha256(json.dumps([scenes.fingerprint(), count, steps, list(NAMES)]).encode()).hexdigest()
+    trained = {**dict(judge.norm.named_buffers(prefix="norm")), **dict(judge.heads.named_parameters(prefix="heads"))}
+    if cache.is_file():
+        with safe_open(cache, "pt") as file:
+            if file.metadata().get("key") == key:
+                for name, tensor in trained.items():
+                    tensor.data.copy_(file.get_tensor(name))
+                return judge.eval()
+    features, labels = _look(judge, scenes, count)
+    _train(judge, features, labels, steps)
+    save_file({name: tensor.detach().clone() for name, tensor in trained.items()}, cache, {"key": key})
+    return judge.eval()
+
+
+def _look(judge: SceneJudge, scenes: Scenes, count: int) -> tuple[Tensor, Tensor]:
+    """Features and labels of the first scenes."""
+    features, console = [], Console(stderr=True)
+    for start in track(range(0, count, _BATCH), f"the judge looks at {count} scenes", console=console):
+        rows = range(start, min(count, start + _BATCH))
+        features.append(judge.features([Image.fromarray(np.asarray(scenes.image(row))) for row in rows]))
+    return torch.cat(features), torch.tensor([label(scenes.facts(row)) for row in range(count)])
+
+
+def _train(judge: SceneJudge, features: Tensor, labels: Tensor, steps: int) -> None:
+    generator = torch.Generator().manual_seed(0)
+    optimizer = torch.optim.AdamW(judge.heads.parameters(), 3e-3, weight_decay=0.02)
+    features = features.clone()  # out of inference mode
+    judge.train()
+    judge.backbone.eval()
+    for step in range(steps):
+        for group in optimizer.param_groups:
+            group["lr"] = 3e-3 * (1 - step / steps)
+        rows = torch.randint(len(features), (256,), generator=generator)
+        loss = heads_loss(judge(features[rows]), labels[rows])
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()

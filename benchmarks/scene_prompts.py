@@ -1,0 +1,110 @@
+"""Prompts for the mini model's third version, drawn from the world's lists by a seed: nobody chooses them.
+
+A prompt is a sentence for facts, and what the judge must find in an image of it. There are two sets, which differ by
+their seed: development, to look at while a model is made, and test, to measure it with.
+"""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
+
+from train.mini.attachments import ATTACHMENTS, can_have, kinds_of
+from train.mini.colours import COLOURS, GROUND_COLOURS
+from train.mini.describe import describe
+from train.mini.facts import (
+    PLACES,
+    RELATIONS,
+    STYLES,
+    Facts,
+    Thing,
+    held_out_attachment,
+    held_out_colour,
+    held_out_pair,
+)
+from train.mini.objects import Object, read_objects
+
+SEEDS = {"development": 1_000, "test": 2_000}
+KINDS = (
+    *("object", "word", "color held out", "color trained", "attachment held out", "attachment trained"),
+    *("style", "ground", "pair held out", "pair trained", "count"),
+)
+_PLAIN = {"style": "3d", "ground": "white"}
+
+
+@dataclass(frozen=True)
+class ScenePrompt:
+    """A kind of KINDS, a sentence, and the facts that it says."""
+
+    kind: str
+    text: str
+    facts: Facts
+
+
+def draw_prompts(split: str, per_kind: int, words: Mapping[str, Sequence[str]]) -> list[ScenePrompt]:
+    """So many prompts of each kind.
+
+    Args:
+        split: of SEEDS.
+        words: WordNet's words for the objects (`train.mini.wordnet`), of which the kind "word" is made.
+    """
+    found = []
+    for kind in KINDS:
+        rng = random.Random(f"{SEEDS[split]} {kind}")
+        found += [_draw(kind, rng, words) for _ in range(per_kind)]
+    return found
+
+
+def _draw(kind: str, rng: random.Random, words: Mapping[str, Sequence[str]]) -> ScenePrompt:
+    objects = list(read_objects().values())
+    thing = rng.choice(objects)
+    if kind == "word":
+        thing = rng.choice([thing for thing in objects if words.get(thing.name)])
+        word = rng.choice(words[thing.name])
+        article = "an" if word[0] in "aeiou" else "a"
+        return ScenePrompt(kind, f"{article} {word}", Facts((Thing(thing.name),), **_PLAIN))
+    facts = Facts((Thing(thing.name),), **_PLAIN)
+    if kind.startswith("color"):
+        facts = replace(facts, things=(_coloured(objects, kind.endswith("held out"), rng),))
+    elif kind.startswith("attachment"):
+        facts = replace(facts, things=(_adorned(objects, kind.endswith("held out"), rng),))
+    elif kind == "style":
+        facts = replace(facts, style=rng.choice(STYLES))
+    elif kind == "ground":
+        facts = replace(facts, ground=rng.choice([*GROUND_COLOURS, *PLACES]))
+    elif kind.startswith("pair"):
+        two = _pair(objects, kind.endswith("held out"), rng)
+        facts = replace(facts, things=two, relation=rng.choice(RELATIONS))
+    elif kind == "count":
+        facts = replace(facts, count=rng.choice((2, 3)))
+    return ScenePrompt(kind, describe(facts, rng), facts)
+
+
+def _until(draw: Callable[[], Thing], fits: Callable[[Thing], bool]) -> Thing:
+    while not fits(thing := draw()):
+        pass
+    return thing
+
+
+def _coloured(objects: list[Object], held_out: bool, rng: random.Random) -> Thing:
+    return _until(
+        lambda: Thing(rng.choice(objects).name, rng.choice(list(COLOURS))),
+        lambda thing: held_out_colour(thing.object, thing.colour or "") == held_out,
+    )
+
+
+def _adorned(objects: list[Object], held_out: bool, rng: random.Random) -> Thing:
+    def draw() -> Thing:
+        attachment = rng.choice(list(ATTACHMENTS))
+        thing = rng.choice([thing for thing in objects if can_have(thing, attachment)])
+        return Thing(thing.name, None, attachment, rng.choice(kinds_of(attachment)))
+
+    return _until(draw, lambda thing: held_out_attachment(thing.object, thing.attachment or "") == held_out)
+
+
+def _pair(objects: list[Object], held_out: bool, rng: random.Random) -> tuple[Thing, Thing]:
+    while True:
+        first, second = rng.sample(objects, 2)
+        if held_out_pair(first.name, second.name) == held_out:
+            return Thing(first.name), Thing(second.name)

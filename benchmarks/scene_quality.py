@@ -1,0 +1,212 @@
+"""How good a mini model of composed scenes is: prompts drawn by a seed, an independent judge; offline, on the CPU.
+
+    python benchmarks/scene_quality.py --weights weights/mini --data data/emoji [--split test] [--out outputs/scenes]
+
+Draws 4 of 16 candidates of each prompt with seed 0 and says of each kind of prompt how many images show what was asked
+for (`scene_judge.py`), how much the candidates differ, how many images are near copies of composed scenes, and what the
+judge finds in real scenes, before and after the tokenizer: more than that nobody can reach. Writes OUT/report.json,
+OUT/report.md and OUT/grid.png, a row for each prompt.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from itertools import combinations
+from pathlib import Path
+
+import numpy as np
+import torch
+from PIL import Image
+from rich.console import Console
+from rich.progress import track
+from scene_judge import SCENES, SceneJudge, Verdict, is_right, load_judge, stands_as_said
+from scene_prompts import KINDS, SEEDS, ScenePrompt, draw_prompts
+from torch import Tensor
+
+from clipgen.evaluation.metrics import psnr
+from clipgen.images.pixels import from_pixels, grid, save_image, to_pixels
+from clipgen.models.vqgan import VQGAN
+from clipgen.pipeline import ClipGen
+from clipgen.request import GenerationRequest
+from clipgen.utils.files import write_text
+from train.mini.objects import read_objects
+from train.mini.sampling import draw_facts
+from train.mini.source import Scenes, trained_scenes
+from train.mini.wordnet import narrower_words
+
+OUTPUTS, CANDIDATES, SEED = 4, 16, 0
+COPY_SIDE, NEAR_COPY = 48, 20.0
+"""Side, px, and PSNR, dB, at which an image is a near copy of a scene."""
+COPIES = 50_000
+"""Composed scenes that near copies are looked for among."""
+_JUDGE_SEED, _CEILING_SEED = 11, 12
+"""Of the scenes that the judge learned from, and of those that its ceiling is measured on."""
+
+
+@dataclass(frozen=True)
+class Drawn:
+    """A prompt, its images, best first, and what the judge saw in them."""
+
+    prompt: ScenePrompt
+    images: list[Image.Image]
+    verdicts: list[Verdict]
+
+
+def differences(images: Sequence[Image.Image]) -> float:
+    """Mean absolute difference between each two of a prompt's images, of a range of 1."""
+    arrays = [np.asarray(image, np.float32) / 255 for image in images]
+    return float(np.mean([np.abs(a - b).mean() for a, b in combinations(arrays, 2)]))
+
+
+def small(images: Sequence[Image.Image]) -> Tensor:
+    """Images to (N, 3 * COPY_SIDE * COPY_SIDE) float32 in [0, 1]."""
+    return (to_pixels(images, COPY_SIDE).flatten(1) + 1) / 2
+
+
+def nearest_psnr(images: Tensor, scenes: Iterable[Tensor]) -> Tensor:
+    """PSNR, dB, of each image to the nearest of all scenes: (N, P) and batches of (M, P) -> (N,)."""
+    least = torch.full((len(images),), float("inf"))
+    for some in scenes:
+        least = torch.minimum(least, (torch.cdist(images, some).square() / images.shape[1]).amin(1))
+    return -10 * torch.log10(least.clamp(min=1e-10))
+
+
+def near_copies(images: Sequence[Image.Image], scenes: Scenes, count: int) -> float:
+    """Share of the images that are near copies of one of the first scenes."""
+    starts = track(range(0, count, 500), f"near copies among {count} scenes", console=Console(stderr=True))
+    batches = (
+        small([Image.fromarray(np.asarray(scenes.image(row))) for row in range(start, min(count, start + 500))])
+        for start in starts
+    )
+    return float((nearest_psnr(small(images), batches) >= NEAR_COPY).float().mean())
+
+
+def ceiling(judge: SceneJudge, vqgan: VQGAN, scenes: Scenes, count: int) -> dict[str, dict[str, float]]:
+    """What the judge finds in real scenes of one thing, and in the same after the tokenizer, whose PSNR it adds."""
+    rows = [row for row in range(4 * count) if len(scenes.facts(row).things) == 1][:count]
+    real = [Image.fromarray(np.asarray(scenes.image(row))) for row in rows]
+    pixels = to_pixels(real, vqgan.config.image_size)
+    with torch.inference_mode():
+        rebuilt = torch.cat([vqgan(some)[0] for some in pixels.split(16)]).clamp(-1, 1)
+    found = {}
+    for name, images in (("real", real), ("through the tokenizer", from_pixels(rebuilt))):
+        verdicts, facts = judge.judge(images), [scenes.facts(row) for row in rows]
+        found[name] = {
+            kind: float(np.mean([is_right(v, f, kind) for v, f in zip(verdicts, facts, strict=True) if fits(f)]))
+            for kind, fits in {
+                "object": lambda f: True,
+                "color": lambda f: f.things[0].colour is not None,
+                "attachment": lambda f: f.things[0].attachment is not None,
+                "style": lambda f: True,
+                "ground": lambda f: True,
+                "count": lambda f: f.count > 1,
+            }.items()
+        }
+    found["through the tokenizer"]["psnr"] = float(psnr(rebuilt, pixels, 2).mean())
+    return found
+
+
+def draw(pipe: ClipGen, judge: SceneJudge, prompts: Sequence[ScenePrompt]) -> list[Drawn]:
+    """Images of each prompt, judged."""
+    found = []
+    for start in track(range(0, len(prompts), 4), "prompts", console=Console(stderr=True)):
+        some = prompts[start : start + 4]
+        results = pipe.generate([GenerationRequest(p.text, OUTPUTS, CANDIDATES, seed=SEED) for p in some])
+        found += [
+            Drawn(prompt, result.images, judge.judge(result.images))
+            for prompt, result in zip(some, results, strict=True)
+        ]
+    return found
+
+
+def summarise(drawn: Sequence[Drawn]) -> dict[str, dict[str, float]]:
+    """Of each kind: share of the images and of the best ones that are right; of right pairs, those that stand so."""
+    rows = {}
+    for kind in KINDS:
+        some = [d for d in drawn if d.prompt.kind == kind]
+        if not some:
+            continue
+        right = [[is_right(v, d.prompt.facts, kind) for v in d.verdicts] for d in some]
+        rows[kind] = {
+            "prompts": len(some),
+            "images": float(np.mean([share for row in right for share in row])),
+            "best": float(np.mean([row[0] for row in right])),
+            "differences": float(np.mean([differences(d.images) for d in some])),
+        }
+        if kind.startswith("pair"):
+            there = [
+                stands_as_said(v, d.prompt.facts) for d in some for v in d.verdicts if is_right(v, d.prompt.facts, kind)
+            ]
+            rows[kind]["as_said"] = float(np.mean(there)) if there else 0.0
+    return rows
+
+
+def to_markdown(report: dict) -> str:
+    """The report's tables."""
+    lines = [
+        f"{report['split']} prompts, {OUTPUTS} of {CANDIDATES} candidates, seed {SEED}:",
+        "",
+        "| kind | prompts | right | best by CLIP | standing as said | candidates differ by |",
+        "|---|---|---|---|---|---|",
+    ]
+    for kind, row in report["kinds"].items():
+        as_said = f"{row['as_said']:.0%}" if "as_said" in row else ""
+        shares = f"{row['images']:.0%} | {row['best']:.0%} | {as_said} | {row['differences']:.3f}"
+        lines.append(f"| {kind} | {row['prompts']} | {shares} |")
+    lines += [
+        "",
+        "| the judge on | object | color | attachment | style | ground | count |",
+        "|---|---|---|---|---|---|---|",
+    ]
+    for name, row in report["ceiling"].items():
+        lines.append(f"| {name} | {' | '.join(f'{v:.0%}' for k, v in row.items() if k != 'psnr')} |")
+    lines += ["", f"Tokenizer on fresh scenes: PSNR {report['ceiling']['through the tokenizer']['psnr']:.1f} dB."]
+    lines.append(f"Near copies among {report['scenes']:,} composed scenes: {report['near_copies']:.0%}.")
+    return "\n".join(lines) + "\n"
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--weights", type=Path, required=True, help="folder of weights")
+    parser.add_argument("--data", type=Path, default=Path("data/emoji"), help="the folder that `make emoji` fills")
+    parser.add_argument("--wordnet", type=Path, default=Path("/usr/share/wordnet"), help="WordNet's database")
+    parser.add_argument("--out", type=Path, default=Path("outputs/scenes"), help="folder for the grid and the reports")
+    parser.add_argument("--split", choices=list(SEEDS), default="development", help="which prompts")
+    parser.add_argument("--per-kind", type=int, default=40, help="prompts of each kind")
+    parser.add_argument("--judge-scenes", type=int, default=SCENES, help="scenes that the judge learns from")
+    parser.add_argument("--copies", type=int, default=COPIES, help="scenes that near copies are looked for among")
+    parser.add_argument("--dtype", help="precision that is drawn in; by default what suits the CPU")
+    args = parser.parse_args()
+    try:
+        prompts = draw_prompts(args.split, args.per_kind, narrower_words(args.wordnet, read_objects().values()))
+        pipe = ClipGen.from_pretrained(args.weights, device="cpu", dtype=args.dtype)
+        exact = ClipGen.from_pretrained(args.weights, device="cpu", dtype="float32")
+        renders = args.data / "renders"
+        learned, unseen = (Scenes(renders, draw_facts, seed) for seed in (_JUDGE_SEED, _CEILING_SEED))
+        judge = load_judge(learned, args.data / "scene_judge.safetensors", args.judge_scenes)
+    except (ValueError, OSError) as error:
+        sys.exit(f"error: {error}")
+    drawn = draw(pipe, judge, prompts)
+    images = [image for d in drawn for image in d.images]
+    report = {
+        "split": args.split,
+        "kinds": summarise(drawn),
+        "ceiling": ceiling(judge, exact.vqgan, unseen, 400),
+        "near_copies": near_copies(images, trained_scenes(str(args.data)), args.copies),
+        "scenes": args.copies,
+        "prompts": [
+            {"kind": d.prompt.kind, "text": d.prompt.text, "seen": [v.said for v in d.verdicts]} for d in drawn
+        ],
+    }
+    save_image(grid(images, columns=2 * OUTPUTS), args.out / "grid.png")
+    write_text(args.out / "report.json", json.dumps(report, indent=1) + "\n")
+    write_text(args.out / "report.md", to_markdown(report))
+    print(to_markdown(report))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,102 @@
+"""The benchmark of composed scenes: its prompts, what its judge counts as right, copies, and a judge that learns."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+from PIL import Image
+from scene_judge import Verdict, is_right, load_judge, stands_as_said
+from scene_kit import RENDERS, draw, scenes
+from scene_prompts import KINDS, draw_prompts
+from scene_quality import COPY_SIDE, Drawn, differences, near_copies, nearest_psnr, small, summarise
+
+from train.mini.facts import Facts, Thing, is_held_out
+from train.mini.labels import NAMES, UNKNOWN, label, values
+from train.mini.source import Scenes
+
+WORDS = {"dog": ("beagle",), "house": ("old manor",)}
+PAIR = Facts((Thing("dog"), Thing("lemon")), "3d", "white", relation="left of")
+
+
+def verdict(facts: Facts, **changes: str | None) -> Verdict:
+    """What a judge says who sees everything right, with changes."""
+    numbers = zip(NAMES, label(facts), strict=True)
+    said = {name: None if number == UNKNOWN else values(name)[number] for name, number in numbers}
+    return Verdict({**said, **{name.replace("_", " "): value for name, value in changes.items()}})
+
+
+def test_prompts_are_the_same_each_time_and_differ_between_splits() -> None:
+    prompts = draw_prompts("development", 20, WORDS)
+    assert prompts == draw_prompts("development", 20, WORDS)
+    assert [prompt.kind for prompt in prompts] == [kind for kind in KINDS for _ in range(20)]
+    same = {prompt.text for prompt in prompts} & {prompt.text for prompt in draw_prompts("test", 20, WORDS)}
+    assert len(same) < 60  # of 220: single objects and words are few
+
+
+def test_prompts_of_held_out_kinds_are_held_out_and_the_others_are_not() -> None:
+    for prompt in draw_prompts("test", 30, WORDS):
+        assert is_held_out(prompt.facts) == prompt.kind.endswith("held out"), prompt
+        if prompt.kind == "word":
+            assert prompt.text in ("a beagle", "an old manor")
+
+
+def test_what_is_right_depends_on_the_kind() -> None:
+    facts = Facts((Thing("dog", "blue", "hair", ("long", "pink")),), "flat", "beach")
+    assert all(is_right(verdict(facts), facts, kind) for kind in KINDS if not kind.startswith(("pair", "count")))
+    other = verdict(facts, object="cat")
+    assert not is_right(other, facts, "object") and not is_right(other, facts, "color held out")
+    assert is_right(other, facts, "style") and is_right(other, facts, "ground")
+    assert not is_right(verdict(facts, attachment="bow"), facts, "attachment trained")
+    three = Facts((Thing("dog"),), "3d", "white", count=3)
+    assert is_right(verdict(three), three, "count") and not is_right(verdict(three, layout="2"), three, "count")
+
+
+def test_pairs_are_right_in_either_order_and_stand_as_said_in_one() -> None:
+    swapped = replace(PAIR, things=PAIR.things[::-1])
+    seen = [verdict(PAIR), verdict(swapped), verdict(replace(swapped, relation="right of"))]
+    assert all(is_right(v, PAIR, "pair trained") for v in seen)
+    assert [stands_as_said(v, PAIR) for v in seen] == [True, False, True]
+    assert not is_right(verdict(PAIR, second_object="cat"), PAIR, "pair trained")
+    assert not is_right(verdict(replace(PAIR, things=PAIR.things[:1], relation=None)), PAIR, "pair trained")
+
+
+def test_summary_counts_images_best_ones_and_pairs_that_stand() -> None:
+    prompt = next(p for p in draw_prompts("test", 1, WORDS) if p.kind == "pair trained")
+    images = [Image.new("RGB", (8, 8), colour) for colour in ("black", "white")]
+    wrong = verdict(prompt.facts, object="poo")
+    rows = summarise([Drawn(prompt, images, [verdict(prompt.facts), wrong])])
+    expected = {"prompts": 1, "images": 0.5, "best": 1.0, "differences": 1.0, "as_said": 1.0}
+    assert rows == {"pair trained": expected}
+
+
+def test_difference_of_candidates_is_the_mean_over_pairs() -> None:
+    images = [Image.new("RGB", (4, 4), (v, v, v)) for v in (0, 51, 102)]
+    assert differences(images) == pytest.approx((0.2 + 0.4 + 0.2) / 3, abs=1e-6)
+
+
+def test_scene_itself_is_a_near_copy_and_noise_is_not() -> None:
+    source = scenes("40")
+    itself = Image.fromarray(source.image(17))
+    noise = Image.fromarray(torch.randint(256, (64, 64, 3), dtype=torch.uint8).numpy())
+    assert near_copies([itself], source, 40) == 1.0
+    assert near_copies([itself, noise], source, 40) == 0.5
+    assert small([itself]).shape == (1, 3 * COPY_SIDE**2)
+    flat = torch.zeros(1, 4)
+    assert nearest_psnr(flat, [torch.ones(2, 4), torch.full((1, 4), 0.1)]).item() == pytest.approx(20, abs=1e-3)
+
+
+@pytest.mark.slow
+def test_judge_learns_styles_and_grounds_from_scenes_and_is_kept(tmp_path: Path) -> None:
+    source = Scenes(RENDERS, draw, seed=7)
+    judge = load_judge(source, tmp_path / "judge.safetensors", count=600, steps=300)
+    unseen = [10_000 + i for i in range(100)]
+    images = [Image.fromarray(source.image(row)) for row in unseen]
+    seen = judge.judge(images)
+    right = sum(v.said["style"] == source.facts(row).style for v, row in zip(seen, unseen, strict=True))
+    things = sum(v.said["object"] == source.facts(row).things[0].object for v, row in zip(seen, unseen, strict=True))
+    assert right > 70 and things > 60  # of 7 styles and 4 objects
+    again = load_judge(source, tmp_path / "judge.safetensors", count=600, steps=300)
+    assert again.judge(images[:8]) == seen[:8]

@@ -1,0 +1,117 @@
+"""The mini model's recipe: each part's command, what is carried, and all of it in one piece at a tiny budget."""
+
+from __future__ import annotations
+
+import argparse
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from omegaconf import OmegaConf
+from safetensors.torch import load_file, save_file
+from scene_kit import RENDERS
+
+from train.mini.attachments import ATTACHMENTS
+from train.mini.objects import read_objects
+from train.mini.recipe import CONFIG, Machine, carry, part_command
+
+CPU = Machine("no", 0, False)
+ROOT = Path(__file__).parents[3]
+
+
+def arguments(tmp_path: Path, **changes: object) -> argparse.Namespace:
+    values = {"data": "d", "work": tmp_path / "w", "out": tmp_path / "o", "wordnet": Path("wn"), "config": CONFIG}
+    return argparse.Namespace(**{**values, "start": None, "minutes": None, "overrides": [], **changes})
+
+
+def test_stages_see_the_right_scenes(tmp_path: Path) -> None:
+    args = arguments(tmp_path)
+    assert "train.mini.source:all_scenes=d" in part_command("vqgan", args, CPU)
+    assert "train.mini.source:trained_scenes=d" in part_command("gpt", args, CPU)
+
+
+def test_overrides_reach_their_part_only(tmp_path: Path) -> None:
+    args = arguments(tmp_path, overrides=["image.steps=5", "stage2.steps=7"], minutes=9.0)
+    image, gpt, vqgan = (part_command(part, args, CPU) for part in ("image", "gpt", "vqgan"))
+    assert "steps=5" in image and "stage2.steps=7" not in image
+    assert "stage2.steps=7" in gpt and "steps=5" not in gpt
+    assert "stage2.steps=7" not in vqgan
+    assert image[image.index("--minutes") + 1] == "9"
+    assert 'stage1.precision="no"' in vqgan and "precision=no" in image
+
+
+def test_gpu_takes_larger_steps_and_workers(tmp_path: Path) -> None:
+    gpu = part_command("gpt", arguments(tmp_path), Machine("bf16", 14, True))
+    assert "stage2.batch_size=256" in gpu and "stage2.workers=14" in gpu and 'stage2.precision="bf16"' in gpu
+
+
+def test_carried_weights_start_a_part_that_has_no_checkpoint(tmp_path: Path) -> None:
+    work, start = tmp_path / "w", tmp_path / "carried"
+    (work / "vqgan").mkdir(parents=True)
+    save_file({"a": torch.rand(3), "n": torch.arange(3)}, work / "vqgan" / "vqgan.safetensors")
+    carry("vqgan", work)
+    halves = load_file(work / "weights" / "vqgan.safetensors")
+    assert halves["a"].dtype == torch.float16 and halves["n"].dtype == torch.int64
+    shutil.copytree(work / "weights", start)
+    args = arguments(tmp_path, start=start)
+    assert f"stage1.init={start / 'vqgan.safetensors'}" in part_command("vqgan", args, CPU)
+    assert not any("init=" in text for text in part_command("gpt", args, CPU))  # nothing of it was carried
+    (work / "vqgan" / "checkpoints").mkdir()
+    assert not any("init=" in text for text in part_command("vqgan", args, CPU))
+
+
+@pytest.fixture
+def data(tmp_path: Path) -> Path:
+    """A data folder in which every object looks like one of four."""
+    looks = sorted((RENDERS / "3d").glob("*.png"))
+    codes = [thing.code for thing in read_objects().values()]
+    codes += [a.source for a in ATTACHMENTS.values() if isinstance(a.source, str)]
+    for style in ("3d", "flat"):
+        folder = tmp_path / "data" / "renders" / style
+        folder.mkdir(parents=True)
+        for i, code in enumerate(codes):
+            shutil.copy(RENDERS / style / looks[i % len(looks)].name, folder / f"{code}.png")
+    return tmp_path / "data"
+
+
+@pytest.mark.slow
+def test_whole_recipe_at_a_tiny_budget_makes_weights_that_draw(data: Path, tmp_path: Path) -> None:
+    wordnet = tmp_path / "wordnet"
+    wordnet.mkdir()
+    (wordnet / "data.noun").write_text("00000001 05 n 01 dog 0 000 | a pet\n")
+    (wordnet / "index.noun").write_text("dog n 1 0 1 0 00000001\n")
+    config = OmegaConf.load(CONFIG)
+    config.model.vqgan.update({"ch": 32, "z_channels": 32})
+    config.model.gpt.update({"n_layer": 1, "n_embd": 64})
+    OmegaConf.save(config, tmp_path / "small.yaml")
+    small = ["--config", str(tmp_path / "small.yaml")]
+    small += [f"{part}.{name}" for part in ("image", "text") for name in ("steps=2", "batch_size=4", "held_out=4")]
+    for stage in ("stage1", "stage2"):
+        small += [f"{stage}.{name}" for name in ("steps=2", "batch_size=4", "held_out=4", "sample_every=9")]
+    recipe = [sys.executable, "-m", "train.mini.recipe", "--data", str(data), "--work", str(tmp_path / "work")]
+    recipe += ["--out", str(tmp_path / "weights"), "--wordnet", str(wordnet), *small]
+    run = subprocess.run(recipe, cwd=ROOT, capture_output=True, text=True, timeout=1500)
+    assert run.returncode == 0, run.stdout[-2000:] + run.stderr[-2000:]
+    generate = [
+        sys.executable,
+        "-m",
+        "clipgen",
+        "generate",
+        "a lemon with hair",
+        "--weights",
+        str(tmp_path / "weights"),
+    ]
+    drawn = subprocess.run(
+        [*generate, "--out", str(tmp_path / "out"), "--seed", "1"],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        timeout=300,
+    )
+    assert drawn.returncode == 0, drawn.stderr
+    assert list((tmp_path / "out").rglob("*.png"))
+    carried = {path.name for path in (tmp_path / "work" / "weights").iterdir()}
+    assert carried == {f"{name}.safetensors" for name in ("image", "heads", "text", "vqgan", "gpt")}

@@ -1,0 +1,152 @@
+"""The whole mini model from its data, a part after the other, on whatever machine there is.
+
+    python -m train.mini.recipe --data data/emoji --work runs/mini --out weights/mine [--minutes 60]
+    python -m train.mini.recipe --only gpt --minutes 9 ...
+
+Parts: image (CLIP's image tower), text (its text tower), vqgan, gpt, export. Each is a script that goes on where it
+stopped; --minutes is the budget of each part. After a part its weights are in WORK/weights in half precision, small
+enough to carry: on another machine --start DIR begins with these.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import subprocess
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from safetensors.torch import load_file
+
+from clipgen.weights.precision import pick_device, pick_precision
+from train.loop.checkpoint import save_tensors
+from train.loop.script import command, minutes
+
+PARTS = ("image", "text", "vqgan", "gpt", "export")
+ROOT = Path(__file__).resolve().parents[2]
+CONFIG = Path(__file__).with_name("mini3.yaml")
+_WEIGHTS = {
+    "image": ("clip/image.safetensors", "clip/heads.safetensors"),
+    "text": ("clip/text.safetensors",),
+    "vqgan": ("vqgan/vqgan.safetensors",),
+    "gpt": ("gpt/gpt.safetensors",),
+}
+"""What is carried of each part, in WORK."""
+_ON_GPU = {
+    "image": ("batch_size=512", "lr=0.004", "steps=4000"),
+    "text": ("batch_size=1024", "steps=4000"),
+    "vqgan": ("stage1.batch_size=64", "stage1.lr=0.002", "stage1.steps=6000"),
+    "gpt": ("stage2.batch_size=256", "stage2.steps=6000"),
+}
+"""Larger steps, where they cost no more."""
+
+
+@dataclass(frozen=True)
+class Machine:
+    """What training on this machine is like.
+
+    Attributes:
+        precision: of the products, as the configurations name it.
+        workers: processes that compose scenes; 0 where there is no core to spare.
+        has_gpu: whether there is one.
+    """
+
+    precision: str
+    workers: int
+    has_gpu: bool
+
+    @classmethod
+    def here(cls) -> Machine:
+        """This one."""
+        device = pick_device(None)
+        names = {torch.bfloat16: "bf16", torch.float16: "fp16", torch.float32: "no"}
+        cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+        has_gpu = device.type == "cuda"
+        return cls(names[pick_precision(None, device).compute], max(0, cores - 2) if has_gpu else 0, has_gpu)
+
+
+def part_command(part: str, args: argparse.Namespace, machine: Machine) -> list[str]:
+    """The command line of a part."""
+    work, data = args.work, args.data
+    section = {"vqgan": "stage1.", "gpt": "stage2."}.get(part, "")
+    precision = f'"{machine.precision}"' if section else machine.precision  # YAML reads a bare no as false
+    settings = [f"{section}precision={precision}", f"{section}workers={machine.workers}"]
+    settings += _ON_GPU.get(part, ()) if machine.has_gpu else ()
+    started = any((work / folder / "checkpoints").is_dir() for folder in _folders(part))
+    start = args.start / Path(_WEIGHTS[part][0]).name if args.start and part in _WEIGHTS else None
+    if start is not None and start.is_file() and not started:
+        settings.append(f"{section}init={start}")
+    settings += [text.removeprefix(f"{part}.") for text in args.overrides if _belongs(text, part)]
+    budget = ["--minutes", f"{args.minutes:g}"] if args.minutes else []
+    tower = ["--data", data, "--out", str(work / "clip"), "--wordnet", str(args.wordnet), *budget, *settings]
+    scenes = f"train.mini.source:{{}}={data}"
+    stage = ["--config", str(args.config), *budget, "--out", str(work / part)]
+    clip = str(work / "clip" / "clip.safetensors")
+    commands = {
+        "image": ["-m", "train.mini.image_tower", *tower],
+        "text": ["-m", "train.mini.text_tower", *tower],
+        "vqgan": ["train/stage1.py", *stage, "--data", scenes.format("all_scenes"), *settings],
+        "gpt": [
+            *("train/stage2.py", *stage, "--data", scenes.format("trained_scenes")),
+            *("--vqgan", str(work / "vqgan"), "--clip", clip, *settings),
+        ],
+        "export": [
+            *("-m", "train.export", "--config", str(args.config), "--clip", clip),
+            *("--vqgan", str(work / "vqgan"), "--gpt", str(work / "gpt"), "--out", str(args.out)),
+        ],
+    }
+    return [sys.executable, *commands[part]]
+
+
+def _folders(part: str) -> tuple[str, ...]:
+    return {"image": ("clip/image",), "text": ("clip/text",), "vqgan": ("vqgan",), "gpt": ("gpt",)}.get(part, ())
+
+
+def _belongs(override: str, part: str) -> bool:
+    """Whether a setting such as image.steps=5 or stage1.steps=5 is for a part."""
+    first = override.split(".", 1)[0]
+    return part in {"stage1": ("vqgan",), "stage2": ("gpt",)}.get(first, (first,))
+
+
+def carry(part: str, work: Path) -> None:
+    """Write a part's weights to WORK/weights in half precision."""
+    (work / "weights").mkdir(parents=True, exist_ok=True)
+    for name in _WEIGHTS.get(part, ()):
+        halves = {key: t.half() if t.is_floating_point() else t for key, t in load_file(work / name).items()}
+        save_tensors(halves, work / "weights" / Path(name).name)
+
+
+@command
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--data", default="data/emoji", help="the folder that `make emoji` fills")
+    parser.add_argument("--work", type=Path, default=Path("runs/mini"), help="folder of checkpoints and curves")
+    parser.add_argument("--out", type=Path, default=Path("weights/mine"), help="folder of weights to write")
+    parser.add_argument("--wordnet", type=Path, default=Path("/usr/share/wordnet"), help="WordNet's database")
+    parser.add_argument("--config", type=Path, default=CONFIG, help="sizes and settings, a .yaml file")
+    parser.add_argument("--only", choices=PARTS, action="append", help="this part alone; may be given several times")
+    parser.add_argument("--start", type=Path, help="folder of weights to begin with, a WORK/weights of another machine")
+    parser.add_argument("--minutes", type=minutes, help="budget of each part")
+    parser.add_argument("overrides", nargs="*", help="such as stage2.steps=500, image.batch_size=32")
+    args = parser.parse_intermixed_args()
+    args.data, machine = str(Path(args.data).resolve()), Machine.here()
+    for name in ("work", "out", "wordnet", "start", "config"):
+        if (path := getattr(args, name)) is not None:
+            setattr(args, name, path.resolve())
+    for part in args.only or PARTS:
+        line = part_command(part, args, machine)
+        print(f"== {part}: {' '.join(line[1:])}", flush=True)
+        done = subprocess.run(line, cwd=ROOT, env={**os.environ, "PYTHONPATH": _python_path()}, check=False)
+        if done.returncode:
+            raise SystemExit(done.returncode)
+        carry(part, args.work)
+
+
+def _python_path() -> str:
+    return os.pathsep.join(filter(None, (str(ROOT), os.environ.get("PYTHONPATH", ""))))
+
+
+if __name__ == "__main__":
+    main()
