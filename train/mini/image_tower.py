@@ -11,10 +11,9 @@ from __future__ import annotations
 
 from dataclasses import asdict
 from pathlib import Path
-from typing import cast
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.utils.data import DataLoader
 
 from train.data.images import ignore_signals
@@ -48,7 +47,7 @@ def main() -> None:
     optimizer = torch.optim.AdamW(groups, config.lr, betas=(0.9, 0.98), fused=True)
     tower, heads, optimizer = accelerator.prepare(tower, heads, optimizer)
     ema = build_ema(accelerator.unwrap_model(tower), config.ema)
-    average = cast(nn.Module, ema.module)
+    average = ema.module
     accelerator.register_for_checkpointing(ema)
     out = args.out / "image"
     checkpoints = Checkpoints(accelerator, out, config.keep, {"batch_size": config.batch_size}, asdict(config))
