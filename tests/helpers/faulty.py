@@ -19,8 +19,7 @@ ERROR = "CUDA error: an illegal memory access was encountered"
 
 class Predictor(RealPredictor):
     def setup(self) -> None:
-        super().setup()
-        step, compute = GPT.decode_step, self.service.pipe.compute
+        step = GPT.decode_step
 
         def decode_step(gpt: GPT, *args: Any, **kwargs: Any) -> Any:
             if Path("step_fails").exists():
@@ -28,7 +27,7 @@ class Predictor(RealPredictor):
                 raise RuntimeError(ERROR)
             if Path("thread_dies").exists():
                 Path("thread_dies").unlink()
-                compute.submit(lambda: time.sleep(0.1)).add_done_callback(lambda _: sys.exit())
+                self.service.pipe.compute.submit(lambda: time.sleep(0.1)).add_done_callback(lambda _: sys.exit())
             return step(gpt, *args, **kwargs)
 
         def synchronize(device: object = None) -> None:
@@ -37,3 +36,4 @@ class Predictor(RealPredictor):
 
         GPT.decode_step = decode_step  # type: ignore[method-assign]
         torch.cuda.synchronize = synchronize
+        super().setup()  # the batch keeps the step that it finds

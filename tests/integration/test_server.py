@@ -97,6 +97,15 @@ def test_image_alone_is_varied_and_output_format_is_heeded(server: CogServer) ->
     assert receipt(alone).text == "an image" and images(alone)[0].tobytes() == images(empty)[0].tobytes()
 
 
+@pytest.mark.parametrize("wrap", ["\n", "\r\n"])
+def test_base64_in_lines_is_the_same_image(server: CogServer, wrap: str) -> None:
+    lines = base64.encodebytes(GRADIENT).decode().replace("\n", wrap)
+    assert lines.count(wrap) > 3
+    wrapped = server.predict(image=f"data:image/png;base64,{lines}", candidates=1, seed=0)
+    plain = server.predict(image=url(GRADIENT), candidates=1, seed=0)
+    assert images(wrapped)[0].tobytes() == images(plain)[0].tobytes()
+
+
 def test_long_prompt_is_drawn_and_the_answer_tells_what_was_not_read(server: CogServer) -> None:
     answer = server.predict(prompt=" ".join(f"word{i}" for i in range(500)), candidates=1)
     assert images(answer) and 0 < len(answer["metrics"]["dropped"]) <= 2000
