@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import secrets
+import unicodedata
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
@@ -23,6 +24,14 @@ Prompt = Part | Sequence[Part] | Sequence[tuple[Part, float]]
 MAX_SEED = 2**31 - 1
 MAX_CANDIDATES = 1024
 MAX_PARTS = 64
+
+_INVISIBLE = ("Cc", "Cf", "Zs", "Zl", "Zp")
+"""Unicode's categories of control and format characters (zero-width space, bidirectional marks) and of spaces."""
+_BLANK_CHARACTERS = frozenset(
+    "\u034f\u115f\u1160\u17b4\u17b5\u180b\u180c\u180d\u180f\u2800\u3164\uffa0"
+    + "".join(map(chr, (*range(0xFE00, 0xFE10), *range(0xE0100, 0xE01F0))))
+)
+"""Letters, marks and symbols that are drawn as nothing: fillers, variation selectors, Braille's blank."""
 
 
 @dataclass
@@ -185,12 +194,17 @@ def parts_of(prompt: Prompt, field: str = "prompt") -> list[tuple[Part, float]]:
     if not 1 <= len(parts) <= MAX_PARTS:
         raise RequestError(field, f"has {len(parts)} parts; give 1 to {MAX_PARTS}")
     for part, weight in parts:
-        if isinstance(part, str) and not part.strip():
+        if isinstance(part, str) and is_blank(part):
             raise RequestError(field, "is empty; write what to draw, or give an image")
         if not isinstance(part, (str, Image.Image)):
             raise RequestError(field, f"has a part of type {type(part).__name__}; give text or a PIL image")
         check_number(f"{field} weight", weight, -100, 100)
     return parts
+
+
+def is_blank(text: str) -> bool:
+    """Whether a text has nothing visible: only spaces, control and format characters, fillers, variation selectors."""
+    return all(unicodedata.category(char) in _INVISIBLE or char in _BLANK_CHARACTERS for char in text)
 
 
 def new_seed() -> int:

@@ -28,7 +28,7 @@ from clipgen.images.pixels import grid, load_image, save_image
 from clipgen.images.urls import read_url
 from clipgen.outputs.metadata import device_name
 from clipgen.pipeline import ClipGen
-from clipgen.request import GenerationOutput, GenerationRequest, Part, check_number, check_whole, shown
+from clipgen.request import GenerationOutput, GenerationRequest, Part, check_number, check_whole, is_blank, shown
 from clipgen.weights.resolve import resolve_weights
 
 DEFAULT_PROMPT = "a red apple"
@@ -104,7 +104,7 @@ class PredictionInputs:
             RequestError: a setting out of its range.
         """
         parts: list[tuple[Part, float]] = []
-        if self.prompt.strip() or self.image is None:
+        if self.image is None or not is_blank(self.prompt):
             parts.append((self.prompt, 1.0))
         if image is not None and not (parts and self.keep_rows):
             parts.append((image, self.image_weight))
@@ -119,7 +119,7 @@ class PredictionInputs:
             seed=self.seed,
             keep=image if self.keep_rows else None,
             keep_rows=self.keep_rows if image is not None else 0,
-            negative_prompt=self.negative_prompt if self.negative_prompt.strip() else None,
+            negative_prompt=None if is_blank(self.negative_prompt) else self.negative_prompt,
         )
 
 

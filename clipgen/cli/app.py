@@ -26,7 +26,7 @@ def app(
         import gradio  # noqa: F401
     except ImportError:
         raise typer.BadParameter("the page needs Gradio: run `make app`, which installs it") from None
-    from clipgen.webui.page import serve
+    from clipgen.webui.server import serve
 
     # Before the page forbids downloads for the rest of its process.
     serve(find_weights(weights), host, port, device, dtype)

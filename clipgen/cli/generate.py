@@ -37,7 +37,7 @@ from clipgen.cli.common import (
 )
 from clipgen.cli.progress import progress
 from clipgen.outputs.naming import free_stem
-from clipgen.request import new_seed
+from clipgen.request import is_blank, new_seed
 
 if TYPE_CHECKING:
     from PIL import Image
@@ -160,7 +160,7 @@ def generate(
     }
     requests = {
         number: GenerationRequest(
-            prompt=_parts(text, None if keep_rows and text.strip() else source, image_weight, others), **settings
+            prompt=_parts(text, None if keep_rows and not is_blank(text) else source, image_weight, others), **settings
         )
         for number, text in texts.items()
     }
@@ -278,7 +278,7 @@ def _parts(
 ) -> list[tuple[Part, float]]:
     """Build the pipeline's prompt from the text, the image, and what is mixed in."""
     parts: list[tuple[Part, float]] = [] if image is None else [(image, image_weight)]
-    if text.strip() or image is None:  # an empty prompt is an error, unless there is an image
+    if image is None or not is_blank(text):  # an empty prompt is an error, unless there is an image
         parts.append((text, 1.0))
     return [*parts, *others]
 

@@ -1,4 +1,4 @@
-"""What the web page's server refuses: Gradio would fetch any public address that a request names."""
+"""Requests that the page's server refuses. Gradio on its own fetches any public address that a request names."""
 
 from __future__ import annotations
 
@@ -10,51 +10,51 @@ from starlette.responses import PlainTextResponse
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 MAX_BODY = 1 << 20
-"""Bytes of a request that uploads nothing: the page's own have some thousands."""
+"""Bytes of a request that is not an upload; the page's own have some thousands."""
 
 
-class LocalOnly:
-    """Passes on what is about this page's own files, and answers 403 to what names an address on a network."""
+class LocalFilesOnly:
+    """ASGI middleware: answers 403 to requests that name an address on a network, 413 to long ones."""
 
     def __init__(self, app: ASGIApp) -> None:
         self.app = app
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        """One request."""
-        refused, again = None, receive
+        """Handle one request."""
+        refusal = None
         if scope["type"] == "http":
             if re.search(r"/(file|proxy)=\s*\w+:", scope["path"]):
-                refused = PlainTextResponse("Only files of this page are served.", 403)
+                refusal = PlainTextResponse("Only files of this page are served.", 403)
             elif scope["method"] == "POST" and not scope["path"].rstrip("/").endswith("/upload"):
                 body = await _read(receive)
                 if body is None:
-                    refused = PlainTextResponse(f"The request has more than {MAX_BODY:,} bytes.", 413)
+                    refusal = PlainTextResponse(f"The request has more than {MAX_BODY:,} bytes.", 413)
                 elif names_address(body):
-                    refused = PlainTextResponse("Upload the file: addresses are not fetched.", 403)
+                    refusal = PlainTextResponse("Upload the file: addresses are not fetched.", 403)
                 else:
-                    again = _replay(body, receive)
-        await (refused or self.app)(scope, again, send)
+                    receive = _replay(body, receive)
+        await (refusal or self.app)(scope, receive, send)
 
 
 def names_address(body: bytes) -> bool:
-    """Whether JSON has a file whose path is an address, at any depth. What is no JSON has no files."""
+    """Whether a JSON body has, at any depth, a file whose path is an address. Other bodies have no files."""
     try:
-        left: list[Any] = [json.loads(body)]
+        pending: list[Any] = [json.loads(body)]
     except (ValueError, RecursionError):
         return False
-    while left:
-        value = left.pop()
+    while pending:
+        value = pending.pop()
         if isinstance(value, dict):
             if isinstance(path := value.get("path"), str) and re.match(r"\s*[a-z][a-z0-9+.-]*://", path, re.I):
                 return True
-            left += value.values()
+            pending += value.values()
         elif isinstance(value, list):
-            left += value
+            pending += value
     return False
 
 
 async def _read(receive: Receive) -> bytes | None:
-    """A request's body; None when it is too long."""
+    """The body of a request; None when it is too long."""
     body, more = b"", True
     while more:
         message = await receive()
@@ -66,14 +66,14 @@ async def _read(receive: Receive) -> bytes | None:
 
 
 def _replay(body: bytes, receive: Receive) -> Receive:
-    """Gives out a body that was read already, then what comes after it."""
-    told = False
+    """A channel that delivers a body which was read already, then what follows it."""
+    delivered = False
 
-    async def again() -> Message:
-        nonlocal told
-        if told:
+    async def replay() -> Message:
+        nonlocal delivered
+        if delivered:
             return await receive()
-        told = True
+        delivered = True
         return {"type": "http.request", "body": body, "more_body": False}
 
-    return again
+    return replay

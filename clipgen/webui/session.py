@@ -1,273 +1,273 @@
-"""What the buttons of the web page do: a form in, pictures and a line of text out. Knows nothing of browsers."""
+"""Draws what the page's visitors ask for. Knows nothing of browsers or Gradio."""
 
 from __future__ import annotations
 
+import base64
+import io
 import logging
 import queue
 import threading
+import time
 import uuid
+import zipfile
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from PIL import Image
 
-from clipgen.errors import Cancelled, ClipGenError, RequestError
-from clipgen.images.pixels import load_image, save_image
+from clipgen.errors import Cancelled, ClipGenError
+from clipgen.images.pixels import save_image
 from clipgen.outputs.metadata import Receipt
 from clipgen.outputs.naming import free_stem
 from clipgen.pipeline import ClipGen
-from clipgen.request import GenerationRequest, Part, new_seed
+from clipgen.request import SAMPLING
+from clipgen.webui.form import Form
+from clipgen.weights.training_index import NUM_SHOWN
 
 if TYPE_CHECKING:
     from clipgen.request import GenerationOutput
 
-HISTORY = 20
-"""Drawings of a visitor that are kept, in memory."""
-WORKERS = 8
-"""Drawings under way at once, which the engine draws together; further ones wait."""
+MAX_RUNNING = 8
+"""Requests drawn at once, which the engine batches; further ones wait."""
 PREVIEWS = 4
+"""Unfinished images are shown so many times."""
+UPDATE_SECONDS = 0.25
+"""Between two reports of progress."""
+EXAMPLES = "examples.txt"
+"""File in a folder of weights: prompts that show what the model knows, one a line."""
+MAX_EXAMPLES = 8
 
 
 @dataclass(frozen=True)
-class Form:
-    """What the page holds, field by field as it comes: an empty number is None."""
-
-    prompt: str = ""
-    negative: str = ""
-    image: str | None = None
-    """Path of an uploaded file."""
-    image_weight: float | None = 1.0
-    num_outputs: float | None = 1
-    candidates: float | None = 1
-    guidance: float | None = None
-    temperature: float | None = None
-    top_k: float | None = None
-    top_p: float | None = None
-    random: bool = True
-    seed: float | None = 0
-
-    def request(self, keep: Image.Image | None = None, keep_rows: float | None = 0) -> GenerationRequest:
-        """What to draw, with the seed chosen.
-
-        Raises:
-            RequestError: a field is empty or out of its range.
-            DataError: the image cannot be read.
-        """
-        parts: list[tuple[Part, float]] = []
-        if self.image:
-            parts.append((load_image(self.image), self._given("image_weight")))
-        if self.prompt.strip() or not parts:  # an empty prompt is an error, unless there is an image
-            parts.append((self.prompt, 1.0))
-        return GenerationRequest(
-            parts,
-            num_outputs=int(self._given("num_outputs")),
-            candidates=max(int(self._given("candidates")), int(self._given("num_outputs"))),
-            guidance=self.guidance,
-            temperature=self.temperature,
-            top_k=None if self.top_k is None else int(self.top_k),
-            top_p=self.top_p,
-            seed=new_seed() if self.random else int(self._given("seed")),
-            keep=keep,
-            keep_rows=int(keep_rows or 0),
-            negative_prompt=self.negative if self.negative.strip() else None,
-        )
-
-    def again(self, seed: int) -> Form:
-        """The form that draws one picture again: its own seed, and no candidates beside it."""
-        return replace(self, random=False, seed=seed, num_outputs=1, candidates=1)
-
-    def _given(self, field: str) -> float:
-        value = getattr(self, field)
-        if value is None:
-            raise RequestError(field, "is empty; write a number")
-        return value
-
-
-@dataclass(frozen=True)
-class Drawing:
-    """What one click drew, best first, and the form it came from."""
+class Result:
+    """The images of one finished request, best first, and the form they were drawn from."""
 
     form: Form
     images: list[Image.Image]
-    records: list[Receipt]
-
-    @property
-    def captions(self) -> list[str]:
-        """CLIP score and seed of each picture."""
-        return [f"{record.score:.3f} · seed {record.image_seed}" for record in self.records]
+    receipts: list[Receipt]
+    id: str = field(default_factory=lambda: uuid.uuid4().hex)
 
 
 @dataclass(frozen=True)
-class View:
-    """What the page shows now."""
+class Files:
+    """A result on the disk."""
+
+    images: list[Path]
+    archive: Path
+    """All of them as a ZIP file."""
+
+
+@dataclass(frozen=True)
+class Update:
+    """What changes on the page while a request is drawn."""
 
     note: str
-    pictures: list[Image.Image] | None = None
-    """Unfinished ones; None leaves what is shown."""
-    drawing: Drawing | None = None
-    """At the end, when it went well."""
-    files: tuple[Path, ...] = ()
-    """Of the drawing."""
-    failed: bool = False
+    progress: float | None = None
+    """Share that is done, 0 to 1; None when it is over or unknown."""
+    previews: list[Image.Image] | None = None
+    """Unfinished images; None leaves what is shown."""
+    result: Result | None = None
+    """When it went well."""
+    error: bool = False
+    """Whether it ended without a result."""
+    ignored: bool = False
+    """Whether the request was refused because another one of this visitor is being drawn."""
 
 
-class Studio:
-    """One model for all visitors, and a folder for the files that they are shown."""
+class Session:
+    """A loaded model that draws for all visitors, one request at a time for each, and the folder of their files.
+
+    Call `close` when done.
+    """
 
     def __init__(self, weights: Path, folder: Path, device: str | None = None, dtype: str | None = None) -> None:
-        self.workers = ThreadPoolExecutor(WORKERS)
+        """Load the model.
+
+        Args:
+            weights: folder of weights.
+            folder: for the files that visitors are shown.
+            device: see `ClipGen.from_pretrained`.
+            dtype: likewise.
+
+        Raises:
+            WeightsError, ConfigError, RequestError: see `ClipGen.from_pretrained`.
+        """
+        self.threads = ThreadPoolExecutor(MAX_RUNNING)
         self.pipe = ClipGen.from_pretrained(weights, device=device, dtype=dtype)
+        self.weights = weights
         self.folder = folder
-        self.running: dict[str, set[threading.Event]] = {}
+        self.running: dict[str, threading.Event] = {}
+        """By visitor: set the event to stop the request."""
 
     @property
     def rows(self) -> int:
-        """Rows of tokens in a picture."""
+        """Rows of tokens in an image."""
         return self.pipe.config.vqgan.grid
 
-    def form(self) -> Form:
-        """The form of a fresh page: the model's own defaults."""
-        own = self.pipe.config.sampling
-        settings: dict[str, Any] = {name: getattr(own, name) for name in ("guidance", "temperature", "top_k", "top_p")}
-        return Form(num_outputs=4, candidates=16, **settings)
+    def default_form(self) -> Form:
+        """The form of a fresh page: the best 4 of 16 with the model's own sampling."""
+        sampling: dict[str, Any] = {name: getattr(self.pipe.config.sampling, name) for name in SAMPLING}
+        return Form(num_outputs=4, candidates=16, **sampling)
 
-    def draw(
+    def examples(self) -> list[str]:
+        """Prompts that the weights' `examples.txt` suggests; [] when there is none."""
+        try:
+            lines = (self.weights / EXAMPLES).read_text(encoding="utf-8").split("\n")
+        except (OSError, UnicodeDecodeError):
+            return []
+        return [line.strip() for line in lines if line.strip()][:MAX_EXAMPLES]
+
+    def generate(
         self, form: Form, visitor: str = "", keep: Image.Image | None = None, keep_rows: float | None = 0
-    ) -> Iterator[View]:
-        """Draw, and tell how it goes: first that it began, then previews, at the end pictures or what went wrong.
+    ) -> Iterator[Update]:
+        """Draw a form's request. Yields progress and previews, and at last the result or the error.
 
         Args:
-            form: what is asked for.
-            visitor: whose `cancel` stops it.
-            keep: a picture whose top `keep_rows` rows stay.
-            keep_rows: how many.
+            form: the request.
+            visitor: who asks; `cancel` stops the visitor's request.
+            keep: an image whose top `keep_rows` rows of tokens stay as they are.
+            keep_rows: number of rows.
         """
-        news: queue.SimpleQueue[View] = queue.SimpleQueue()
         stop = threading.Event()
-        mine = self.running.setdefault(visitor, set())
-        mine.add(stop)
+        if self.running.setdefault(visitor, stop) is not stop:
+            yield Update("Still drawing: wait, or cancel it first.", ignored=True)
+            return
+        updates: queue.SimpleQueue[Update] = queue.SimpleQueue()
         try:
-            yield View("Drawing …")
-            self.workers.submit(self._work, form, keep, keep_rows, stop, news)
+            yield Update("Starting …", progress=0.0)
+            self.threads.submit(self._run, form, keep, keep_rows, stop, updates)
             while True:
-                view = news.get()
-                yield view
-                if view.drawing or view.failed:
+                update = updates.get()
+                yield update
+                if update.result or update.error:
                     return
-        finally:  # also when the page has gone
+        finally:  # also when the visitor has gone
             stop.set()
-            mine.discard(stop)
+            if self.running.get(visitor) is stop:
+                del self.running[visitor]
 
     def cancel(self, visitor: str) -> bool:
-        """Stop what a visitor has under way; whether there was anything. It ends within one step."""
-        stops = list(self.running.get(visitor, ()))
-        for stop in stops:
+        """Stop a visitor's request, which ends within one decoding step. Returns whether there was one."""
+        stop = self.running.get(visitor)
+        if stop is not None:
             stop.set()
-        return bool(stops)
-
-    def leave(self, visitor: str) -> None:
-        """A visitor's page was closed."""
-        self.cancel(visitor)
-        self.running.pop(visitor, None)
+        return stop is not None
 
     def close(self) -> None:
-        """Stop all drawings, which end within one step, and begin no more."""
+        """Stop all requests and accept no more."""
         for visitor in list(self.running):
             self.cancel(visitor)
         self.pipe.close()
 
-    def _work(
+    def _run(
         self,
         form: Form,
         keep: Image.Image | None,
         keep_rows: float | None,
         stop: threading.Event,
-        news: queue.SimpleQueue[View],
+        updates: queue.SimpleQueue[Update],
     ) -> None:
         try:
             request = form.request(keep, keep_rows)
-            [result] = self.pipe.generate(
+            report = _Reporter(updates, request.num_candidates)
+            [output] = self.pipe.generate(
                 [request],
+                progress=report.progress,
                 is_cancelled=stop.is_set,
-                on_preview=lambda pictures: news.put(View("Drawing …", pictures)),
+                on_preview=report.previews if form.previews else None,
                 previews=PREVIEWS,
             )
-            drawing = Drawing(replace(form, seed=result.seed), result.images, result.receipts)
-            news.put(View(self._note(result), drawing=drawing, files=tuple(self.files(drawing))))
+            result = Result(replace(form, seed=output.seed), output.images, output.receipts)
+            updates.put(Update(self._summary(output), result=result))
         except Exception as error:
-            news.put(View(plain(error), failed=True))
+            updates.put(Update(describe_error(error), error=True))
 
-    def _note(self, result: GenerationOutput) -> str:
-        count = len(result.images)
-        pictures = "1 picture" if count == 1 else f"{count} pictures"
-        said = [
-            f"{pictures}, the best of {result.num_generated}, in {result.seconds['total']:.1f} s; seed {result.seed}."
-        ]
-        if result.truncated:
-            said.append(f"The prompt is too long, the model did not read: {result.truncated}")
-        covered = result.match
-        if covered:
-            sentence = covered.warning("it") if covered.is_out_of_distribution else str(covered)
-            said.append(f"{sentence[0].upper()}{sentence[1:]}.")
-        return " ".join(said)
-
-    def files(self, drawing: Drawing) -> list[Path]:
-        """Write a drawing's pictures, with their receipts, into a fresh folder inside `folder`."""
-        folder = self.folder / uuid.uuid4().hex
-        stem = free_stem(folder, drawing.form.prompt, drawing.records[0].seed)
-        return [
-            save_image(image, stem.with_name(f"{stem.name}-{i}.png"), metadata=record.to_metadata())
-            for i, (image, record) in enumerate(zip(drawing.images, drawing.records, strict=True), start=1)
-        ]
-
-
-def read_receipt(path: str, form: Form) -> tuple[Form, str]:
-    """The form that draws a file again, as far as a page can hold it, and what to say about it.
-
-    Raises:
-        DataError, DataError: there is no receipt in it, or no picture.
-    """
-    record = Receipt.from_file(path)
-    prompt, negative, image, left = "", "", None, []
-    for part in record.prompt:
-        if part.image and image is None:
-            image = part
-            left.append(f"add {part.name or 'the image it was drawn from'} under “Start from a picture”")
-        elif part.text and part.weight == 1 and not prompt:
-            prompt = part.text
-        else:
-            left.append(f"{part.text or part.name or 'another image'} ({part.weight:g}) has no place on this page")
-    for part in record.negative:
-        if part.text and part.weight == 1 and not negative:
-            negative = part.text
-        else:
-            left.append(
-                f"{part.text or part.name or 'an image'} was kept away from too, which has no place on this page"
+    def _summary(self, output: GenerationOutput) -> str:
+        count, seconds = len(output.images), output.seconds["total"]
+        chosen = f", the best of {output.num_generated}" if output.num_generated > count else ""
+        sentences = [f"{_images(count)}{chosen}, in {seconds:.1f} s; seed {output.seed}."]
+        if output.truncated:
+            sentences.append(f"The prompt is too long, the model did not read: {output.truncated}")
+        if output.match is not None:
+            captions = output.match.captions
+            sentences.append(
+                f"Unlike anything this model was trained on; the nearest it has seen is {captions[0]}."
+                if output.match.is_out_of_distribution
+                else f"Nearest training images: {'; '.join(captions[:NUM_SHOWN])}."
             )
-    if record.keep:
-        left.append(f"its top {record.keep_rows} rows were those of another picture")
-    settings = {name: getattr(record, name) for name in ("guidance", "temperature", "top_k", "top_p")}
-    filled = replace(form, prompt=prompt, negative=negative, image=None, **settings).again(record.image_seed)
-    if image is not None:
-        filled = replace(filled, image_weight=image.weight)
-    return filled, "; ".join(["The settings of this picture are filled in", *left]) + "."
+        return " ".join(sentences)
+
+    def write(self, result: Result) -> Files:
+        """Write a result's images, with their receipts, and a ZIP file of them into a fresh folder inside `folder`."""
+        folder = self.folder / uuid.uuid4().hex
+        stem = free_stem(folder, result.form.prompt, result.receipts[0].seed)
+        images = [
+            save_image(image, stem.with_name(f"{stem.name}-{i}.png"), metadata=record.to_metadata())
+            for i, (image, record) in enumerate(zip(result.images, result.receipts, strict=True), start=1)
+        ]
+        archive = stem.with_name(f"{stem.name}.zip")
+        with zipfile.ZipFile(archive, "w") as file:  # stored: PNG is compressed already
+            for image in images:
+                file.write(image, image.name)
+        return Files(images, archive)
 
 
-def plain(error: Exception) -> str:
-    """An error as a sentence for the page; what no visitor can help goes to the log, and not to them."""
+class _Reporter:
+    """Turns the pipeline's callbacks into updates, a few a second. It must be quick: the engine waits for it."""
+
+    def __init__(self, updates: queue.SimpleQueue[Update], candidates: int) -> None:
+        self.updates = updates
+        self.candidates = candidates
+        self.started = self.last = time.perf_counter()
+        self.done = 0.0
+
+    def progress(self, done: int, total: int) -> None:
+        now = time.perf_counter()
+        self.done = done / total
+        if now - self.last >= UPDATE_SECONDS or done == total:
+            self.last = now
+            self.updates.put(Update(self._note(), progress=self.done))
+
+    def previews(self, images: list[Image.Image]) -> None:
+        self.updates.put(Update(self._note(), progress=self.done, previews=images))
+
+    def _note(self) -> str:
+        spent = time.perf_counter() - self.started
+        if self.done == 1:
+            return f"Decoding and ranking {_images(self.candidates)} · {spent:.0f} s"
+        left = f", about {spent * (1 - self.done) / self.done:.0f} s left" if self.done else ""
+        return f"Drawing {_images(self.candidates)} · {self.done:.0%} · {spent:.0f} s{left}"
+
+
+def _images(count: int) -> str:
+    return "1 image" if count == 1 else f"{count} images"
+
+
+def data_url(image: Image.Image, size: int | None = None) -> str:
+    """An image as text that a browser shows, in lossy WebP; `size` in pixels makes a thumbnail of it."""
+    if size is not None:
+        image = image.copy()
+        image.thumbnail((size, size))
+    file = io.BytesIO()
+    image.save(file, "WEBP", quality=80, method=0)
+    return "data:image/webp;base64," + base64.b64encode(file.getvalue()).decode()
+
+
+def describe_error(error: Exception) -> str:
+    """An error as a sentence for visitors. What none of them can change goes to the log instead."""
     if isinstance(error, Cancelled):
         return "Cancelled."
     if isinstance(error, ClipGenError):
         return hide_folders(str(error))
     logging.getLogger(__name__).error("drawing failed", exc_info=error)
-    return "Something went wrong on the server; its log says what."
+    return "Something went wrong on the server; its log has the details."
 
 
 def hide_folders(message: str) -> str:
-    """A path to an uploaded file, as messages quote it, without the server's folders."""
+    """A message without the server's folders in front of a quoted file name."""
     head, quote, rest = message.partition("'/")
     path, end, tail = rest.partition("'")
     return f"{head}'{path.rsplit('/', 1)[-1]}'{tail}" if quote and end else message

@@ -53,15 +53,16 @@ class IndexMatch:
 
     def warning(self, name: str) -> str:
         """One line for whoever asked for `name`, where it is out of distribution."""
-        [nearest, *_] = self._captions()
+        [nearest, *_] = self.captions
         return f"this model has seen little like {name}; the nearest of its training images is {nearest}"
 
     def __str__(self) -> str:
         """The percentile and the nearest images, in one line."""
-        nearest = "; ".join(self._captions()[:NUM_SHOWN])
+        nearest = "; ".join(self.captions[:NUM_SHOWN])
         return f"coverage {self.percentile:.0f} of 100, nearest training images: {nearest}"
 
-    def _captions(self) -> list[str]:
+    @property
+    def captions(self) -> list[str]:
         """Names without a leading file name: "002439.png: red heart" becomes "red heart"."""
         return [name.partition(": ")[2] or name for name, _ in self.nearest]
 

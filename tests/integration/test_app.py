@@ -1,9 +1,11 @@
-"""The web page without a browser: what its buttons do."""
+"""The page without a browser: requests of its visitors, drawn by a tiny model."""
 
 from __future__ import annotations
 
 import re
+import shutil
 import threading
+import zipfile
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -14,98 +16,125 @@ import torch
 import torch.nn.functional as F
 from PIL import Image
 
-from clipgen.errors import DataError, RequestError
+from clipgen.errors import RequestError
 from clipgen.images.pixels import read_metadata, save_image
 from clipgen.outputs.metadata import Receipt
-from clipgen.webui.session import Form, Studio, View, hide_folders, plain, read_receipt
+from clipgen.webui.form import Form, read_receipt
+from clipgen.webui.session import Result, Session, Update, describe_error, hide_folders
 from clipgen.weights.training_index import TrainingIndex, build_index
 
-LEMON = Form(prompt="a lemon", num_outputs=2, candidates=3, random=False, seed=7)
+LEMON = Form(prompt="a lemon", num_outputs=2, candidates=3, random_seed=False, seed=7)
 
 
 @pytest.fixture(scope="module")
-def studio(tiny_weights: Path, tmp_path_factory: pytest.TempPathFactory) -> Studio:
-    return Studio(tiny_weights, tmp_path_factory.mktemp("page"), device="cpu", dtype="float32")
+def session(tiny_weights: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Session]:
+    session = Session(tiny_weights, tmp_path_factory.mktemp("page"), device="cpu", dtype="float32")
+    yield session
+    session.close()
 
 
-def last(views: Iterator[View]) -> View:
-    return list(views)[-1]
+def last(updates: Iterator[Update]) -> Update:
+    return list(updates)[-1]
 
 
-def pixels(image: Image.Image) -> np.ndarray:
-    return np.asarray(image)
+def drawn(session: Session, form: Form, **settings: object) -> Result:
+    """The result of a request that goes well."""
+    update = last(session.generate(form, **settings))  # type: ignore[arg-type]
+    assert update.result is not None, update.note
+    return update.result
 
 
-def test_a_drawing_begins_shows_previews_and_ends_with_files_that_carry_receipts(studio: Studio) -> None:
-    views = list(studio.draw(LEMON, "me"))
-    assert views[0].note == "Drawing …"
-    assert any(view.pictures for view in views[1:-1]), "no previews"
-    end = views[-1]
-    assert end.drawing is not None and not end.failed
-    assert len(end.files) == 2 and all(file.is_relative_to(studio.folder) for file in end.files)
-    for file, record in zip(end.files, end.drawing.records, strict=True):
+def difference(one: Image.Image, other: Image.Image) -> int:
+    """The largest, in levels of 255."""
+    return int(np.abs(np.asarray(one).astype(int) - np.asarray(other)).max())
+
+
+def test_request_reports_progress_then_previews_then_the_result(session: Session) -> None:
+    first, *running, end = session.generate(LEMON, "me")
+    assert first.note == "Starting …" and first.progress == 0
+    shares = [update.progress for update in running]
+    assert shares == sorted(shares) and shares[-1] == 1  # type: ignore[type-var]
+    assert running[-1].note.startswith("Decoding and ranking 3 images · ")
+    previews = [update for update in running if update.previews]
+    assert previews and all(len(update.previews) == 2 for update in previews)  # type: ignore[arg-type]
+    assert re.fullmatch(r"Drawing 3 images · \d+% · \d+ s, about \d+ s left", previews[0].note)
+    assert end.result is not None and not end.error and end.progress is None
+    assert re.match(r"2 images, the best of 3, in \d+\.\d s; seed 7\.", end.note)
+    assert not session.running, "nothing is under way any more"
+
+
+def test_previews_can_be_switched_off(session: Session) -> None:
+    assert not any(update.previews for update in session.generate(replace(LEMON, previews=False)))
+
+
+def test_written_images_carry_receipts_and_are_all_in_the_archive(session: Session) -> None:
+    result = drawn(session, LEMON)
+    files = session.write(result)
+    assert len(files.images) == 2 and all(file.is_relative_to(session.folder) for file in files.images)
+    for file, record in zip(files.images, result.receipts, strict=True):
         assert Receipt.from_file(file) == record
         assert record.candidates == 3
-    assert end.files[0].name.startswith("a-lemon-7")
-    assert end.drawing.captions[0].endswith(f"seed {end.drawing.records[0].image_seed}")
-    assert not studio.running["me"], "nothing is under way any more"
+    assert [file.name for file in files.images] == ["a-lemon-7-1.png", "a-lemon-7-2.png"]
+    with zipfile.ZipFile(files.archive) as archive:
+        assert {name: archive.read(name) for name in archive.namelist()} == {
+            file.name: file.read_bytes() for file in files.images
+        }
 
 
-def test_use_this_seed_draws_the_same_picture(studio: Studio) -> None:
-    first = last(studio.draw(LEMON)).drawing
-    assert first is not None
-    for picture, record in zip(first.images, first.records, strict=True):
-        again = last(studio.draw(first.form.again(record.image_seed))).drawing
-        assert again is not None and len(again.images) == 1
-        difference = np.abs(pixels(picture).astype(int) - pixels(again.images[0])).max()
-        assert difference <= 1, "the README promises 1 of 255 levels"
+def test_result_written_twice_is_two_sets_of_files(session: Session) -> None:
+    result = drawn(session, LEMON)
+    one, two = session.write(result), session.write(result)
+    assert {*one.images, one.archive}.isdisjoint({*two.images, two.archive})
+    assert read_metadata(one.images[0]) == read_metadata(two.images[0])
 
 
-def test_a_random_seed_is_told_and_differs(studio: Studio) -> None:
-    one, two = (last(studio.draw(replace(LEMON, random=True))).drawing for _ in range(2))
-    assert one is not None and two is not None
-    assert one.form.seed == one.records[0].seed != two.form.seed
+def test_form_with_the_seed_of_an_image_draws_it_again(session: Session) -> None:
+    first = drawn(session, LEMON)
+    for image, record in zip(first.images, first.receipts, strict=True):
+        again = drawn(session, first.form.with_seed(record.image_seed))
+        assert len(again.images) == 1
+        assert difference(image, again.images[0]) <= 1, "the documented bound is 1 of 255 levels"
 
 
-def test_the_top_stays_when_it_is_kept(studio: Studio) -> None:
-    first = last(studio.draw(LEMON)).drawing
-    assert first is not None
-    drawing = last(studio.draw(replace(LEMON, seed=99), keep=first.images[0], keep_rows=2)).drawing
-    assert drawing is not None and drawing.records[0].keep_rows == 2
-    too_many = last(studio.draw(LEMON, keep=first.images[0], keep_rows=studio.rows))
-    assert too_many.failed and "keep_rows" in too_many.note
+def test_random_seed_is_in_the_result_s_form(session: Session) -> None:
+    one, two = (drawn(session, replace(LEMON, random_seed=True)) for _ in range(2))
+    assert one.form.seed == one.receipts[0].seed != two.form.seed
 
 
-def test_a_negative_prompt_is_kept_away_from(studio: Studio) -> None:
-    assert LEMON.request().negative is None and replace(LEMON, negative=" \n").request().negative is None
-    end = last(studio.draw(replace(LEMON, negative="a dog")))
-    assert end.drawing is not None and end.drawing.records[0].text == "a lemon, not a dog"
-    refused = last(studio.draw(replace(LEMON, negative="a dog", guidance=1)))
-    assert refused.failed and "raise it" in refused.note
+def test_kept_rows_are_in_the_receipt_and_too_many_are_refused(session: Session) -> None:
+    first = drawn(session, LEMON)
+    result = drawn(session, replace(LEMON, seed=99), keep=first.images[0], keep_rows=2)
+    assert result.receipts[0].keep_rows == 2
+    refused = last(session.generate(LEMON, keep=first.images[0], keep_rows=session.rows))
+    assert refused.error and "keep_rows" in refused.note
 
 
-@pytest.mark.parametrize("low", [True, False])
-def test_how_near_it_is_to_the_training_pictures_is_said(
-    studio: Studio, monkeypatch: pytest.MonkeyPatch, low: bool
+def test_negative_prompt_is_in_the_receipt_and_needs_guidance(session: Session) -> None:
+    assert drawn(session, replace(LEMON, negative_prompt="a dog")).receipts[0].text == "a lemon, not a dog"
+    refused = last(session.generate(replace(LEMON, negative_prompt="a dog", guidance=1)))
+    assert refused.error and "raise it" in refused.note
+
+
+@pytest.mark.parametrize("is_far", [True, False])
+def test_note_says_in_plain_words_how_near_the_training_images_are(
+    session: Session, monkeypatch: pytest.MonkeyPatch, is_far: bool
 ) -> None:
-    assert "nearest" not in last(studio.draw(LEMON)).note, "these weights have no index"
+    assert "training" not in last(session.generate(LEMON)).note, "these weights have no index"
     images = F.normalize(torch.randn(9, 32, generator=torch.Generator().manual_seed(0)), dim=1)
-    index = TrainingIndex(build_index(images, [f"Picture {i}" for i in range(9)], images[:4]))
-    monkeypatch.setattr(studio.pipe, "coverage", index)
-    monkeypatch.setattr("clipgen.weights.training_index.LOW", 1.01 if low else 0)
-    note = last(studio.draw(LEMON)).note
-    if low:
-        assert "This model has seen little like it; the nearest of its training pictures is Picture " in note
+    index = TrainingIndex(build_index(images, [f"{i}.png: image {i}" for i in range(9)], images[:4]))
+    monkeypatch.setattr(session.pipe, "index", index)
+    monkeypatch.setattr("clipgen.weights.training_index.OUT_OF_DISTRIBUTION", 1.01 if is_far else 0)
+    note = last(session.generate(LEMON)).note
+    if is_far:
+        assert re.search(r"Unlike anything this model was trained on; the nearest it has seen is image \d\.$", note)
     else:
-        assert re.search(
-            r"TrainingIndex \d+ of 100, nearest training pictures: Picture \d; Picture \d; Picture \d\.", note
-        )
+        assert re.search(r"Nearest training images: image \d; image \d; image \d\.$", note)
 
 
-def test_an_image_changes_the_point_that_is_drawn_from(studio: Studio, tmp_path: Path) -> None:
+def test_image_changes_the_embedding_that_is_drawn(session: Session, tmp_path: Path) -> None:
     file = save_image(Image.new("RGB", (40, 40), "red"), tmp_path / "red.png")
-    points = [
-        studio.pipe.embed(form.request().prompt)
+    embeddings = [
+        session.pipe.embed(form.request().prompt)
         for form in (
             LEMON,
             replace(LEMON, image=str(file)),
@@ -113,128 +142,119 @@ def test_an_image_changes_the_point_that_is_drawn_from(studio: Studio, tmp_path:
             replace(LEMON, prompt="", image=str(file)),
         )
     ]
-    for i, one in enumerate(points):
-        assert all((one - other).norm() > 1e-4 for other in points[i + 1 :])
+    for i, one in enumerate(embeddings):
+        assert all((one - other).norm() > 1e-4 for other in embeddings[i + 1 :])
 
 
-def test_cancelling_stops_only_that_visitors_drawing(studio: Studio) -> None:
+def test_receipt_of_a_written_image_draws_it_again(session: Session) -> None:
+    result = drawn(session, replace(LEMON, negative_prompt="a dog", guidance=1.5, temperature=0.8, top_k=9, top_p=0.5))
+    form, _ = read_receipt(str(session.write(result).images[1]), Form())
+    assert difference(result.images[1], drawn(session, form).images[0]) <= 1
+
+
+def test_cancel_stops_only_that_visitor_s_request(session: Session) -> None:
     long = replace(LEMON, num_outputs=8, candidates=64)
-    mine, theirs = studio.draw(long, "me"), studio.draw(replace(LEMON, seed=1), "they")
+    mine, theirs = session.generate(long, "me"), session.generate(replace(LEMON, seed=1), "they")
     next(mine), next(theirs)
-    assert studio.cancel("me")
-    assert last(mine) == View("Cancelled.", failed=True)
-    assert last(theirs).drawing is not None
-    assert not studio.cancel("me") and not studio.cancel("nobody")
+    assert session.cancel("me")
+    assert last(mine) == Update("Cancelled.", error=True)
+    assert last(theirs).result is not None
+    assert not session.cancel("me") and not session.cancel("nobody")
 
 
-def test_a_page_that_is_closed_stops_its_drawing(studio: Studio) -> None:
-    views = studio.draw(LEMON, "gone")
-    next(views)
-    [stop] = studio.running["gone"]
-    studio.leave("gone")
-    assert stop.is_set() and "gone" not in studio.running
-    views.close()
+def test_second_request_of_a_visitor_is_ignored_while_the_first_is_drawn(session: Session) -> None:
+    first = session.generate(LEMON, "me")
+    next(first)
+    [refused] = session.generate(LEMON, "me")
+    assert refused.ignored and not refused.error and "Still drawing" in refused.note
+    assert last(first).result is not None
+    assert drawn(session, LEMON, visitor="me")
 
 
-def test_closing_stops_what_is_under_way_and_begins_no_more(tiny_weights: Path, tmp_path: Path) -> None:
-    studio = Studio(tiny_weights, tmp_path, device="cpu", dtype="float32")
-    views = studio.draw(replace(LEMON, num_outputs=8, candidates=64), "me")
-    next(views)
-    ending = threading.Timer(0.05, studio.close)
+def test_visitor_who_leaves_stops_the_request(session: Session) -> None:
+    updates = session.generate(replace(LEMON, num_outputs=8, candidates=64), "gone")
+    next(updates)
+    stop = session.running["gone"]
+    updates.close()  # type: ignore[attr-defined]
+    assert stop.is_set() and "gone" not in session.running
+
+
+def test_closed_session_stops_what_is_drawn_and_draws_no_more(tiny_weights: Path, tmp_path: Path) -> None:
+    session = Session(tiny_weights, tmp_path, device="cpu", dtype="float32")
+    updates = session.generate(replace(LEMON, num_outputs=8, candidates=64), "me")
+    next(updates)
+    ending = threading.Timer(0.05, session.close)
     ending.start()
-    assert last(views).note in ("Cancelled.", "the engine is closed; nothing more is drawn by it")
+    stopped = last(updates)
+    assert stopped.note == "Cancelled." or "closed" in stopped.note
     ending.join()
-    assert last(studio.draw(LEMON, "me")).note == "the engine is closed; nothing more is drawn by it"
+    assert "closed" in last(session.generate(LEMON, "me")).note
 
 
-def test_visitors_at_once_get_their_own_pictures(studio: Studio) -> None:
-    alone = {seed: last(studio.draw(replace(LEMON, seed=seed))).drawing for seed in (1, 2, 3)}
-    found: dict[int, View] = {}
+def test_visitors_at_once_get_their_own_images(session: Session) -> None:
+    alone = {seed: drawn(session, replace(LEMON, seed=seed)) for seed in (1, 2, 3)}
+    together: dict[int, Result] = {}
 
     def visit(seed: int) -> None:
-        found[seed] = last(studio.draw(replace(LEMON, seed=seed), str(seed)))
+        together[seed] = drawn(session, replace(LEMON, seed=seed), visitor=str(seed))
 
     threads = [threading.Thread(target=visit, args=(seed,)) for seed in alone]
     for thread in threads:
         thread.start()
     for thread in threads:
         thread.join()
-    for seed, drawing in alone.items():
-        together = found[seed].drawing
-        assert drawing is not None and together is not None
-        assert [record.image_seed for record in drawing.records] == [record.image_seed for record in together.records]
+    for seed, result in alone.items():
+        seeds = [record.image_seed for record in result.receipts]
+        assert seeds == [record.image_seed for record in together[seed].receipts]
 
 
 @pytest.mark.parametrize(
-    ("change", "said"),
-    [
-        ({"prompt": "  "}, "prompt is empty"),
-        ({"seed": None}, "seed is empty"),
-        ({"seed": -1}, "seed is -1"),
-        ({"seed": 2**40}, "whole number"),
-        ({"num_outputs": None}, "num_outputs is empty"),
-        ({"top_p": 0}, "above 0"),
-        ({"guidance": 31}, "guidance is 31"),
-        ({"guidance": float("nan")}, "guidance is nan"),
-        ({"temperature": -0.1}, "temperature"),
-        ({"image_weight": None, "image": "x.png"}, "no such file"),
-    ],
+    ("change", "message"), [({"prompt": "  "}, "prompt is empty"), ({"image": "/srv/x.png"}, "'x.png': no such file")]
 )
-def test_a_mistake_is_said_in_a_sentence(studio: Studio, change: dict[str, object], said: str) -> None:
-    view = last(studio.draw(replace(LEMON, **change)))  # type: ignore[arg-type]
-    assert view.failed and view.drawing is None
-    assert said in view.note and "Traceback" not in view.note
+def test_mistake_is_reported_in_one_sentence(session: Session, change: dict[str, object], message: str) -> None:
+    update = last(session.generate(replace(LEMON, **change)))  # type: ignore[arg-type]
+    assert update.error and update.result is None
+    assert message in update.note and "\n" not in update.note and "Traceback" not in update.note
 
 
-def test_what_no_visitor_can_help_goes_to_the_log_alone(caplog: pytest.LogCaptureFixture) -> None:
-    assert "secret" not in plain(OSError("secret path"))
-    assert plain(ValueError("secret of another library")) == plain(RuntimeError())
+@pytest.mark.parametrize("data", [b"", b"no image", b"<svg xmlns='http://www.w3.org/2000/svg'/>", b"\x89PNG\r\n\x1a\n"])
+def test_hostile_upload_is_refused_without_naming_folders(session: Session, tmp_path: Path, data: bytes) -> None:
+    file = tmp_path / "photo.png"
+    file.write_bytes(data)
+    update = last(session.generate(replace(LEMON, image=str(file))))
+    assert update.error and "'photo.png'" in update.note and str(tmp_path) not in update.note
+
+
+def test_errors_that_no_visitor_can_change_go_to_the_log(caplog: pytest.LogCaptureFixture) -> None:
+    assert "secret" not in describe_error(OSError("secret path"))
+    assert describe_error(ValueError("secret of another library")) == describe_error(RuntimeError())
     assert "secret" in caplog.text
-    assert plain(RequestError("seed", "is x")) == "seed is x"
+    assert describe_error(RequestError("seed", "is x")) == "seed is x"
 
 
-def test_messages_do_not_tell_where_uploads_lie() -> None:
+def test_messages_do_not_name_the_server_s_folders() -> None:
     assert hide_folders("'/srv/a b/c/photo.png' is truncated (x)") == "'photo.png' is truncated (x)"
     assert hide_folders("prompt is empty") == "prompt is empty"
     assert hide_folders("candidates is 'x'") == "candidates is 'x'"
 
 
-@pytest.mark.parametrize(
-    "data", [b"", b"no picture", b"<svg xmlns='http://www.w3.org/2000/svg'/>", b"\x89PNG\r\n\x1a\n"]
-)
-def test_a_hostile_upload_is_refused(studio: Studio, tmp_path: Path, data: bytes) -> None:
-    file = tmp_path / "photo.png"
-    file.write_bytes(data)
-    view = last(studio.draw(replace(LEMON, image=str(file))))
-    assert view.failed and "'photo.png'" in view.note and str(tmp_path) not in view.note
-    with pytest.raises((DataError, DataError)):
-        read_receipt(str(file), LEMON)
+def test_examples_come_from_the_folder_of_weights(session: Session, tiny_weights: Path, tmp_path: Path) -> None:
+    assert session.examples() == [], "these weights suggest none"
+    folder = shutil.copytree(tiny_weights, tmp_path / "weights")
+    (folder / "examples.txt").write_text("a lemon\r\n\n  une pêche \n" + "more\n" * 20, encoding="utf-8")
+    suggesting = Session(folder, tmp_path, device="cpu", dtype="float32")
+    assert suggesting.examples() == ["a lemon", "une pêche", *["more"] * 6]
+    (folder / "examples.txt").write_bytes(b"\xff")
+    assert suggesting.examples() == []
+    suggesting.close()
 
 
-def test_a_receipt_fills_the_form(studio: Studio) -> None:
-    form = replace(LEMON, negative="a dog", guidance=1.5, temperature=0.8, top_k=9, top_p=0.5)
-    end = last(studio.draw(form))
-    assert end.drawing is not None
-    filled, note = read_receipt(str(end.files[1]), Form())
-    assert filled == replace(form, image=None).again(end.drawing.records[1].image_seed)
-    assert note == "The settings of this picture are filled in."
-    again = last(studio.draw(filled))
-    assert again.drawing is not None
-    assert np.abs(pixels(end.drawing.images[1]).astype(int) - pixels(again.drawing.images[0])).max() <= 1
+def test_mini_model_s_examples_are_prompts_it_knows(root: Path) -> None:
+    from clipgen.pipeline import ClipGen
 
-
-def test_a_receipt_says_what_a_page_cannot_fill_in(studio: Studio, tmp_path: Path) -> None:
-    photo = save_image(Image.new("RGB", (40, 40), "red"), tmp_path / "photo.png")
-    end = last(studio.draw(replace(LEMON, image=str(photo), image_weight=0.5)))
-    filled, note = read_receipt(str(end.files[0]), Form())
-    assert filled.image is None and filled.image_weight == 0.5 and filled.prompt == "a lemon"
-    assert "add photo.png" in note
-    with pytest.raises(DataError, match="no receipt"):
-        read_receipt(str(photo), Form())
-
-
-def test_a_picture_written_twice_is_two_files(studio: Studio) -> None:
-    drawing = last(studio.draw(LEMON)).drawing
-    assert drawing is not None
-    one, two = studio.files(drawing), studio.files(drawing)
-    assert {*one}.isdisjoint(two) and read_metadata(one[0]) == read_metadata(two[0])
+    pipe = ClipGen.from_pretrained(root / "weights" / "mini", device="cpu", dtype="float32")
+    prompts = (root / "weights" / "mini" / "examples.txt").read_text(encoding="utf-8").splitlines()
+    assert len(prompts) == 8 and len(set(prompts)) == 8
+    for prompt in prompts:
+        match = pipe.query_index(prompt)
+        assert match is not None and not match.is_out_of_distribution, f"{prompt!r} is unlike its training images"

@@ -1,4 +1,4 @@
-"""What the web page's server hands out, and to whom."""
+"""The page's HTTP server: what it serves, to whom, and what it refuses."""
 
 from __future__ import annotations
 
@@ -17,46 +17,47 @@ import pytest
 from local_server import serving, wait_until
 from PIL import Image
 
+from clipgen.errors import UnavailableError
 from clipgen.images.pixels import save_image
-from clipgen.webui.session import Form, Studio
+from clipgen.webui.form import Form
+from clipgen.webui.session import Session
 
-LEMON = Form(prompt="a lemon", num_outputs=2, candidates=3, random=False, seed=7)
-
-
-@pytest.fixture(scope="module")
-def studio(tiny_weights: Path, tmp_path_factory: pytest.TempPathFactory) -> Studio:
-    return Studio(tiny_weights, tmp_path_factory.mktemp("page"), device="cpu", dtype="float32")
+LEMON = Form(prompt="a lemon", num_outputs=2, candidates=3, random_seed=False, seed=7)
+PAGE_NEEDS_GRADIO = "the page needs Gradio: `make app` or `make test-browser` installs it"
 
 
 @pytest.fixture(scope="module")
-def url(studio: Studio) -> Iterator[str]:
+def session(tiny_weights: Path, tmp_path_factory: pytest.TempPathFactory) -> Session:
+    return Session(tiny_weights, tmp_path_factory.mktemp("page"), device="cpu", dtype="float32")
+
+
+@pytest.fixture(scope="module")
+def url(session: Session) -> Iterator[str]:
     """The page, served."""
-    pytest.importorskip("gradio", reason="the page needs Gradio: `make app` or `make test-browser` installs it")
+    pytest.importorskip("gradio", reason=PAGE_NEEDS_GRADIO)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("GRADIO_TEMP_DIR", str(studio.folder))
+        patch.setenv("GRADIO_TEMP_DIR", str(session.folder))
         patch.setenv("GRADIO_ANALYTICS_ENABLED", "False")
-        from clipgen.webui.page import Page, launch
+        from clipgen.webui.page import Page
+        from clipgen.webui.server import launch
 
-        page = Page(studio)
-        with socket.socket() as free:
-            free.bind(("127.0.0.1", 0))
-            port = free.getsockname()[1]
-        yield launch(page, "127.0.0.1", port, block=False).rstrip("/")
+        page = Page(session)
+        yield launch(page, "127.0.0.1", 0).rstrip("/")
         page.blocks.close(verbose=False)
 
 
 def foreign(text: str) -> set[str]:
-    """Hosts of other machines that a page would ask for scripts, styles, fonts or pictures."""
+    """Hosts of other machines that a page would ask for scripts, styles, fonts or images."""
     loaded = r"""(?:src=|href=|url\(|@import|fetch\(|import\()\s*["'(]*\s*(?:https?:)?//([^/"')\s]+)"""
     return {host for host in re.findall(loaded, text) if not host.startswith(("127.0.0.1", "localhost"))}
 
 
-def test_the_check_for_foreign_hosts_finds_them() -> None:
+def test_check_for_foreign_hosts_finds_them() -> None:
     assert foreign('<link href="https://fonts.googleapis.com/css2">') == {"fonts.googleapis.com"}
     assert foreign('<script src="//cdn.example/x.js">') == {"cdn.example"}
 
 
-def test_nothing_on_the_page_comes_from_elsewhere(url: str) -> None:
+def test_page_loads_nothing_from_other_hosts(url: str) -> None:
     page, config, theme = (httpx.get(url + path).raise_for_status() for path in ("/", "/config", "/theme.css"))
     for answer in (page, theme):
         assert foreign(answer.text) == set()
@@ -69,7 +70,7 @@ def test_nothing_on_the_page_comes_from_elsewhere(url: str) -> None:
         assert host not in theme.text + config.text
 
 
-def test_the_server_listens_on_the_loopback_interface(url: str) -> None:
+def test_server_listens_on_the_loopback_interface(url: str) -> None:
     assert url.startswith("http://127.0.0.1:")
 
 
@@ -89,17 +90,17 @@ def test_the_server_listens_on_the_loopback_interface(url: str) -> None:
     ],
 )
 @pytest.mark.parametrize("route", ["/gradio_api/file=", "/file=", "/gradio_api/proxy="])
-def test_no_other_file_is_served(url: str, route: str, path: str) -> None:
+def test_file_outside_the_page_s_folder_is_not_served(url: str, route: str, path: str) -> None:
     answer = httpx.get(url + route + path, follow_redirects=False)
     assert answer.status_code in (400, 403, 404, 307) and "root:" not in answer.text
     assert "location" not in answer.headers or "example.com" not in answer.headers["location"].split("/")[:3]
 
 
 def crafted(url: str, path: str, box: str = "image", event: str = "upload") -> httpx.Response | str:
-    """Tell the page that a file with this path was uploaded; its refusal, or all that its server says to that."""
+    """Claim that a file with this path was uploaded. Returns the refusal, or the text of the events that follow."""
     config = httpx.get(f"{url}/config").json()
     (target,) = [part["id"] for part in config["components"] if part["props"].get("elem_id") == box]
-    (call,) = [made for made in config["dependencies"] if [target, event] in made["targets"]]
+    (call,) = [made for made in config["dependencies"] if [target, event] in made["targets"] and made["inputs"]]
     file = {"path": path, "url": path, "orig_name": "a.png", "meta": {"_type": "gradio.FileData"}}
     data = [file if place == target or box == "go" else None for place in call["inputs"]]
     body = {"data": data, "fn_index": call["id"], "session_hash": uuid.uuid4().hex}
@@ -113,20 +114,20 @@ def crafted(url: str, path: str, box: str = "image", event: str = "upload") -> h
 @pytest.mark.parametrize(
     "path", ["/etc/passwd", "pyproject.toml", "{outside}", "{folder}/../passwd.png", "/proc/self/environ"]
 )
-def test_a_crafted_request_reads_no_file_that_was_not_uploaded(
-    url: str, studio: Studio, tmp_path: Path, box: str, event: str, path: str
+def test_crafted_request_reads_no_file_that_was_not_uploaded(
+    url: str, session: Session, tmp_path: Path, box: str, event: str, path: str
 ) -> None:
     outside = save_image(Image.new("RGB", (9, 9)), tmp_path / "secret.png", metadata={"clipgen": "secret"})
-    path = path.format(outside=outside, folder=studio.folder)
-    before = set(studio.folder.rglob("*"))
+    path = path.format(outside=outside, folder=session.folder)
+    before = set(session.folder.rglob("*"))
     said = crafted(url, path, box, event)
     assert isinstance(said, str) and '"success":false' in said, said
     assert (
-        not re.search("root:|dependencies|secret", said.replace(path, "")) and set(studio.folder.rglob("*")) == before
+        not re.search("root:|dependencies|secret", said.replace(path, "")) and set(session.folder.rglob("*")) == before
     )
 
 
-def test_what_was_uploaded_is_read(url: str, tmp_path: Path) -> None:
+def test_uploaded_image_is_read(url: str, tmp_path: Path) -> None:
     with save_image(Image.new("RGB", (9, 9)), tmp_path / "a.png").open("rb") as file:
         [path] = httpx.post(f"{url}/gradio_api/upload", files={"files": file}).json()
     said = crafted(url, path)
@@ -135,7 +136,9 @@ def test_what_was_uploaded_is_read(url: str, tmp_path: Path) -> None:
 
 @pytest.mark.parametrize(("box", "event"), [("image", "upload"), ("go", "click")])
 @pytest.mark.parametrize("scheme", ["http", "HTTP", "ftp"])
-def test_a_crafted_request_makes_the_page_fetch_nothing(url: str, box: str, event: str, scheme: str) -> None:
+def test_crafted_request_with_an_address_is_refused_and_fetches_nothing(
+    url: str, box: str, event: str, scheme: str
+) -> None:
     with serving() as inside, pytest.MonkeyPatch.context() as patch:
         import gradio.processing_utils as gradio
 
@@ -149,7 +152,7 @@ def test_a_crafted_request_makes_the_page_fetch_nothing(url: str, box: str, even
         assert inside.requests == [] and fetched == []
 
 
-def test_addresses_are_found_at_any_depth_and_however_they_are_written() -> None:
+def test_names_address_finds_addresses_at_any_depth_and_in_any_spelling() -> None:
     guard = pytest.importorskip("clipgen.webui.middleware", exc_type=ImportError)
     assert guard.names_address(b'{"data": [[{"a": {"path": "http://x/"}}]]}')
     assert guard.names_address(b'{"path": "\\u0068ttps://x/"}') and guard.names_address(b'{"path": " HTTP://x"}')
@@ -157,14 +160,14 @@ def test_addresses_are_found_at_any_depth_and_however_they_are_written() -> None
     assert not guard.names_address(b"[" * 100_000) and not guard.names_address(b"\xff")
 
 
-def test_endless_requests_are_refused(url: str) -> None:
+def test_request_with_a_long_body_is_refused(url: str) -> None:
     answer = httpx.post(f"{url}/gradio_api/queue/join", content=b" " * (2 << 20))
     assert answer.status_code == 413
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("sign", [signal.SIGINT, signal.SIGTERM])
-def test_nothing_is_left_when_it_is_stopped(url: str, tiny_weights: Path, tmp_path: Path, sign: signal.Signals) -> None:
+def test_stopped_server_leaves_no_files(url: str, tiny_weights: Path, tmp_path: Path, sign: signal.Signals) -> None:
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
@@ -194,7 +197,95 @@ def answers(url: str) -> bool:
         return False
 
 
-def test_a_drawn_picture_is_served_as_it_was_written(url: str, studio: Studio) -> None:
-    *_, end = studio.draw(LEMON)
-    answer = httpx.get(f"{url}/gradio_api/file={end.files[0]}")
-    assert answer.status_code == 200 and answer.content == end.files[0].read_bytes()
+def test_written_image_is_served_unchanged(url: str, session: Session) -> None:
+    *_, end = session.generate(LEMON)
+    assert end.result is not None
+    files = session.write(end.result)
+    for file in (*files.images, files.archive):
+        answer = httpx.get(f"{url}/gradio_api/file={file}")
+        assert answer.status_code == 200 and answer.content == file.read_bytes()
+
+
+def test_upload_above_the_limit_is_refused(url: str) -> None:
+    answer = httpx.post(f"{url}/gradio_api/upload", files={"files": b"\0" * (33 << 20)}, timeout=60)
+    assert answer.status_code == 413
+
+
+def call(url: str, box: str, event: str, values: dict[str, object], session_hash: str) -> str:
+    """Send an event as a browser does, with values by the elements' ids. Returns the text of what follows."""
+    config = httpx.get(f"{url}/config").json()
+    ids = {part["props"].get("elem_id"): part["id"] for part in config["components"]}
+    (dependency,) = [made for made in config["dependencies"] if [ids[box], event] in made["targets"] and made["inputs"]]
+    given = {ids[name]: value for name, value in values.items()}
+    defaults = {part["id"]: part["props"].get("value") for part in config["components"]}
+    data = [given.get(place, defaults[place]) for place in dependency["inputs"]]
+    body = {"data": data, "fn_index": dependency["id"], "session_hash": session_hash}
+    httpx.post(f"{url}/gradio_api/queue/join", json=body).raise_for_status()
+    return httpx.get(f"{url}/gradio_api/queue/data", params={"session_hash": session_hash}, timeout=60).text
+
+
+def test_visitor_cannot_act_on_the_images_of_another(url: str, session: Session) -> None:
+    one, other = uuid.uuid4().hex, uuid.uuid4().hex
+    drawn = call(url, "go", "click", {"prompt": "a lemon", "num-outputs": 2, "candidates": 2}, one)
+    found = re.search(r'"id": ?"([0-9a-f]{32})"', drawn)
+    assert found, drawn
+    shown = {"id": found[1], "selected": 1, "images": []}
+    assert "is set: one image" in call(url, "use-seed", "click", {"images": shown}, one)
+    assert "no longer kept" in call(url, "use-seed", "click", {"images": shown}, other)
+
+
+@pytest.mark.parametrize("selected", [2, -1, 1e9, None, "0", [0]])
+def test_crafted_selection_is_refused(url: str, selected: object) -> None:
+    visitor = uuid.uuid4().hex
+    drawn = call(url, "go", "click", {"prompt": "a lemon", "num-outputs": 2, "candidates": 2}, visitor)
+    shown = {"id": re.findall(r'"id": ?"([0-9a-f]{32})"', drawn)[-1], "selected": selected}
+    for button in ("use-seed", "use-image"):
+        assert "no longer kept" in call(url, button, "click", {"images": shown}, visitor)
+
+
+@pytest.mark.parametrize(
+    ("host", "reason"),
+    [
+        ("no-such-host.invalid", "no-such-host.invalid"),
+        ("192.0.2.1", "192.0.2.1"),  # reserved for documentation: no machine has it
+        ("::ffff:ffff:1", "::ffff:ffff:1"),
+        ("a" * 70 + ".example", "is no host name"),
+    ],
+)
+def test_host_that_cannot_be_listened_on_is_reported_in_one_line(host: str, reason: str) -> None:
+    pytest.importorskip("gradio", reason=PAGE_NEEDS_GRADIO)
+    from clipgen.webui.server import usable_port
+
+    with pytest.raises(UnavailableError) as raised:
+        usable_port(host, 7860)
+    assert reason in str(raised.value) and "--host" in str(raised.value) and "\n" not in str(raised.value)
+
+
+def test_port_in_use_is_reported_before_the_model_is_loaded(tmp_path: Path) -> None:
+    pytest.importorskip("gradio", reason=PAGE_NEEDS_GRADIO)
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", 0))
+        taken.listen()
+        port = str(taken.getsockname()[1])
+        command = [sys.executable, "-m", "clipgen", "app", "--port", port, "--weights", str(tmp_path)]
+        done = subprocess.run(command, capture_output=True, text=True, timeout=120)
+    assert done.returncode == 2
+    [line] = done.stderr.strip().splitlines()
+    assert f"cannot listen on 127.0.0.1, port {port}" in line and "in use" in line
+
+
+def test_page_is_served_on_an_ipv6_address(session: Session) -> None:
+    pytest.importorskip("gradio", reason=PAGE_NEEDS_GRADIO)
+    try:
+        with socket.socket(socket.AF_INET6) as probe:
+            probe.bind(("::1", 0))
+    except OSError:
+        pytest.skip("this machine has no IPv6")
+    from clipgen.webui.page import Page
+    from clipgen.webui.server import launch
+
+    page = Page(session)
+    address = launch(page, "::1", 0)
+    assert re.fullmatch(r"http://\[::1\]:\d+/", address)
+    assert httpx.get(address).is_success
+    page.blocks.close(verbose=False)

@@ -1,0 +1,37 @@
+"""What a request refuses, beyond what tests of the pipeline and of the interfaces cover."""
+
+from __future__ import annotations
+
+import pytest
+
+from clipgen.errors import RequestError
+from clipgen.request import GenerationRequest, is_blank
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "",
+        " \t\r\n",
+        "\u200b",  # zero-width space
+        "\ufeff\u200d\u2060",  # byte order mark, joiner, word joiner
+        "\u202e\u2066",  # bidirectional marks
+        "\u3000\u2028\u00a0",  # wide space, line separator, no-break space
+        "\u3164\u115f\u2800",  # Hangul fillers, Braille's blank
+        "\ufe0f\U000e0100",  # variation selectors
+        "\x00\x1b",
+    ],
+)
+def test_prompt_with_nothing_visible_is_empty(text: str) -> None:
+    assert is_blank(text)
+    for prompt in (text, ["a lemon", text]):
+        with pytest.raises(RequestError, match="prompt is empty"):
+            GenerationRequest(prompt)
+    with pytest.raises(RequestError, match="negative_prompt is empty"):
+        GenerationRequest("a lemon", negative_prompt=text, guidance=2)
+
+
+@pytest.mark.parametrize("text", [".", "🍋", "❤️", "👩‍🍳", "\u200bx", "ﷺ", "レモン", "\u0301a"])
+def test_prompt_with_one_visible_character_is_not_empty(text: str) -> None:
+    assert not is_blank(text)
+    assert GenerationRequest(text).prompt == text
