@@ -139,8 +139,9 @@ class Page:
     def _connect(self) -> None:
         self.fields: dict[str, Any] = {field.name: getattr(self, field.name) for field in fields(Form)}
         self.on_result = [self.use_seed, self.use_image, self.redraw]
-        form, shown = [*self.fields.values()], {self.images, self.history}
-        results = [self.status, self.images, self.strip, self.history, self.seed]
+        form: list[Any] = [*self.fields.values()]
+        shown: set[Any] = {self.images, self.history}
+        results: list[Any] = [self.status, self.images, self.strip, self.history, self.seed]
         results += [self.go, self.stop, *self.examples, *self.on_result]
         silent: dict[str, Any] = {"api_visibility": "private", "show_progress": "hidden"}
         quick: dict[str, Any] = {"concurrency_limit": None, **silent}
