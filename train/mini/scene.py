@@ -28,6 +28,10 @@ _FLAT_STYLES = ("flat", "line art", "pixel art")
 """Styles that are painted over the flat renders; the others are over the 3D ones."""
 
 
+_LEAST_CONTRAST = 0.14
+"""Difference of the mean colours of a figure and its ground, of 1, below which the ground gives way."""
+
+
 @dataclass(frozen=True)
 class Layer:
     """A sprite and where it is in a figure: premultiplied RGBA, a scale, and its left top corner."""
@@ -80,13 +84,17 @@ class Composer:
             figures, slots = figures[::-1], slots[::-1]  # what stands on something hides its edge
         colourless = facts.style in ("sketch", "line art")
         ground = draw_ground(facts.ground, facts.second_ground, self.size, rng)
+        covers = [
+            cover for figure, slot in zip(figures, slots, strict=True) for cover in self._place(figure, slot, rng)
+        ]
+        if facts.ground != "white" and not colourless:
+            ground = _set_apart(ground, covers)
         frame = np.ones_like(ground) if colourless else ground.copy()
         alpha = np.zeros(frame.shape[:2], np.float32)
-        for figure, slot in zip(figures, slots, strict=True):
-            for cover in self._place(figure, slot, rng):
-                rest = 1 - cover[..., 3:]
-                frame = frame * rest + cover[..., :3]
-                alpha = alpha * rest[..., 0] + cover[..., 3]
+        for cover in covers:
+            rest = 1 - cover[..., 3:]
+            frame = frame * rest + cover[..., :3]
+            alpha = alpha * rest[..., 0] + cover[..., 3]
         painted = _paint(facts.style, frame, alpha, ground[0, 0], rng)
         return (np.clip(painted, 0, 1) * 255 + 0.5).astype(np.uint8)
 
@@ -154,6 +162,16 @@ def _attach(image: Floats, attachment: str, anchors: Anchors, rng: random.Random
     x = anchors.face[0] + (how.right + rng.uniform(-0.05, 0.05)) * radius
     y = (anchors.face[1] if how.at == "face" else anchors.top) + (how.down + rng.uniform(-0.04, 0.04)) * radius
     return Layer(image, scale, x - scale * width / 2, y - scale * height / 2)
+
+
+def _set_apart(ground: Floats, covers: list[Floats]) -> Floats:
+    """The ground a little darker or lighter where a figure of about its colour would be lost on it."""
+    behind = ground.mean((0, 1))
+    for cover in covers:
+        colour = cover[..., :3].sum((0, 1)) / max(float(cover[..., 3].sum()), 1.0)
+        if float(np.abs(colour - behind).max()) < _LEAST_CONTRAST:
+            return floats(ground * 0.86 if behind.mean() > 0.35 else ground + 0.14 * (1 - ground))
+    return ground
 
 
 def _slots(facts: Facts, rng: random.Random) -> list[Slot]:

@@ -117,3 +117,20 @@ def test_tokens_are_ordered_row_by_row() -> None:
     changed[0, 3] = 1  # first row, last column
     codes = [vqgan.quantizer.lookup(t, 4, 4) for t in (tokens, changed)]
     assert (codes[0] != codes[1]).any(1).nonzero().tolist() == [[0, 0, 3]]
+
+
+def test_without_norms_inference_gives_what_training_gives() -> None:
+    # Inference applies SiLU in place; without a norm in front its input is the residual stream itself.
+    torch.manual_seed(0)
+    model = VQGAN(small(norm="none", ch=24)).eval()  # GroupNorm would need a multiple of 32
+    for parameter in model.parameters():
+        if not parameter.any():
+            torch.nn.init.normal_(parameter, std=0.05)  # the zeros that residual branches start from
+    x = torch.rand(2, 3, model.config.image_size, model.config.image_size) * 2 - 1
+    before = x.clone()
+    trained = model(x)[0].detach()
+    with torch.inference_mode():
+        inferred = model(x)[0]
+    torch.testing.assert_close(inferred, trained)
+    assert torch.equal(x, before)
+    assert not any(isinstance(module, torch.nn.GroupNorm) for module in model.modules())
