@@ -10,6 +10,11 @@ OUT/report.md and OUT/grid.png, a row for each prompt.
 
 from __future__ import annotations
 
+if __name__ == "__main__":
+    from clipgen.utils.entry_point import end_at_ctrl_c
+
+    end_at_ctrl_c()  # until main() takes over
+
 import argparse
 import json
 import sys
@@ -32,6 +37,7 @@ from clipgen.images.pixels import from_pixels, grid, save_image, to_pixels
 from clipgen.models.vqgan import VQGAN
 from clipgen.pipeline import ClipGen
 from clipgen.request import GenerationRequest
+from clipgen.utils.entry_point import entry_point
 from clipgen.utils.files import write_text
 from train.mini.objects import read_objects
 from train.mini.sampling import draw_facts
@@ -169,6 +175,7 @@ def to_markdown(report: dict) -> str:
     return "\n".join(lines) + "\n"
 
 
+@entry_point()
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--weights", type=Path, required=True, help="folder of weights")

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import secrets
-import unicodedata
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
@@ -12,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 from PIL import Image
 
 from clipgen.errors import RequestError
+from clipgen.utils.text import is_blank
 
 if TYPE_CHECKING:
     from clipgen.outputs.metadata import Receipt
@@ -24,14 +24,6 @@ Prompt = Part | Sequence[Part] | Sequence[tuple[Part, float]]
 MAX_SEED = 2**31 - 1
 MAX_CANDIDATES = 1024
 MAX_PARTS = 64
-
-_INVISIBLE = ("Cc", "Cf", "Zs", "Zl", "Zp")
-"""Unicode's categories of control and format characters (zero-width space, bidirectional marks) and of spaces."""
-_BLANK_CHARACTERS = frozenset(
-    "\u034f\u115f\u1160\u17b4\u17b5\u180b\u180c\u180d\u180f\u2800\u3164\uffa0"
-    + "".join(map(chr, (*range(0xFE00, 0xFE10), *range(0xE0100, 0xE01F0))))
-)
-"""Letters, marks and symbols that are drawn as nothing: fillers, variation selectors, Braille's blank."""
 
 
 @dataclass
@@ -200,11 +192,6 @@ def parts_of(prompt: Prompt, field: str = "prompt") -> list[tuple[Part, float]]:
             raise RequestError(field, f"has a part of type {type(part).__name__}; give text or a PIL image")
         check_number(f"{field} weight", weight, -100, 100)
     return parts
-
-
-def is_blank(text: str) -> bool:
-    """Whether a text has nothing visible: only spaces, control and format characters, fillers, variation selectors."""
-    return all(unicodedata.category(char) in _INVISIBLE or char in _BLANK_CHARACTERS for char in text)
 
 
 def new_seed() -> int:

@@ -28,7 +28,8 @@ from clipgen.images.pixels import grid, load_image, save_image
 from clipgen.images.urls import read_url
 from clipgen.outputs.metadata import device_name
 from clipgen.pipeline import ClipGen
-from clipgen.request import GenerationOutput, GenerationRequest, Part, check_number, check_whole, is_blank, shown
+from clipgen.request import GenerationOutput, GenerationRequest, Part, check_number, check_whole, shown
+from clipgen.utils.text import is_blank
 from clipgen.weights.resolve import resolve_weights
 
 DEFAULT_PROMPT = "a red apple"

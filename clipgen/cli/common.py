@@ -7,7 +7,9 @@ answers at once.
 from __future__ import annotations
 
 import sys
+import tempfile
 import time
+from contextlib import suppress
 from enum import StrEnum
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -15,6 +17,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 from rich.console import Console
 
+from clipgen.errors import OutputError
 from clipgen.utils.text import printable
 from clipgen.utils.text import read_prompts as read_file
 
@@ -34,12 +37,14 @@ class Format(StrEnum):
 
 def log(message: str) -> None:
     """Print a note on stderr, above the progress bar if there is one; `--quiet` drops it."""
-    console.print(printable(message), markup=False, soft_wrap=True)
+    with suppress(OSError):  # a note that cannot be shown must not end the run
+        console.print(printable(message), markup=False, soft_wrap=True)
 
 
 def warn(message: str) -> None:
     """Print a warning on stderr, with `--quiet` too."""
-    print(printable(message), file=sys.stderr, flush=True)
+    with suppress(OSError):
+        print(printable(message), file=sys.stderr, flush=True)
 
 
 def option(panel: str, help: str, *names: str, model: str = "", **settings: Any) -> Any:
@@ -124,6 +129,21 @@ def read_prompts(file: Path, keep_blank: bool = False) -> list[str]:
     if str(file) == "-" and sys.stdin.isatty():
         log("type one prompt per line; Ctrl-D ends")
     return read_file(file, keep_blank)
+
+
+def make_folder(out: Path) -> None:
+    """Create the folder of --out before the work begins, so that a mistake in its path costs no time.
+
+    Raises:
+        OutputError: it cannot be created or written to.
+    """
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=out):
+            pass
+    except OSError as error:
+        reason = "a file of that name exists" if isinstance(error, FileExistsError) else error.strerror
+        raise OutputError(f"--out '{out}' cannot be written to: {reason}; give another folder") from None
 
 
 def find_weights(weights: str | None) -> Path:

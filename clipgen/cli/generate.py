@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import sys
 import time
 from collections.abc import Iterator, Mapping, Sequence
@@ -30,6 +29,7 @@ from clipgen.cli.common import (
     find_weights,
     load,
     log,
+    make_folder,
     option,
     printable,
     read_prompts,
@@ -37,7 +37,8 @@ from clipgen.cli.common import (
 )
 from clipgen.cli.progress import progress
 from clipgen.outputs.naming import free_stem
-from clipgen.request import is_blank, new_seed
+from clipgen.request import new_seed
+from clipgen.utils.text import is_blank
 
 if TYPE_CHECKING:
     from PIL import Image
@@ -167,9 +168,12 @@ def generate(
     if shards is not None:
         _write_shards(shards, requests, seed, format.value, as_json, (weights, device, dtype))
         return
-    if os.environ.get("WORLD_SIZE", "1") != "1":
+    from clipgen.utils.distributed import Processes
+
+    if Processes.from_environment().count > 1:
         raise typer.BadParameter("several processes share the prompts only with --shards DIR")
     pipe = load(weights, device, dtype)
+    make_folder(out)
     results = _draw(pipe, list(requests.values()), out, previews)
     for text, result in zip(texts.values(), results, strict=True):
         if result.truncated:

@@ -37,7 +37,7 @@ class Commands(TyperGroup):
                 stream.reconfigure(errors="backslashreplace")
         args = expand(sys.argv[1:] if args is None else args, self.commands)
         try:
-            code = super().main(args or ["--help"], **settings | {"standalone_mode": False})
+            code = super().main(args or ["--help"], **settings | {"standalone_mode": False, "prog_name": "clipgen"})
         except typer.TyperException as error:
             raise ClipGenError(error.format_message() + _given(error.__cause__)) from None
         if code == 130:
@@ -60,10 +60,9 @@ def expand(args: Sequence[str], commands: Iterable[str]) -> list[str]:
         return ["generate", *args]
     names = {name: name for name in commands} | {name: f"weights {name}" for name in weights.NAMES}
     near = difflib.get_close_matches(first.lower(), names, n=1)
-    meant = f"did you mean `clipgen {names[near[0]]}`? " if near else ""
-    raise ClipGenError(
-        f"{first!r} is not a command; {meant}to draw it: clipgen generate {shlex.quote(first)} (clipgen -h lists all)"
-    )
+    if near:
+        raise ClipGenError(f"{first!r} is not a command; did you mean `clipgen {names[near[0]]}`? (all: clipgen -h)")
+    raise ClipGenError(f"{first!r} is not a command (see clipgen -h); to draw it: clipgen generate {shlex.join(args)}")
 
 
 def _given(cause: BaseException | None) -> str:

@@ -20,6 +20,7 @@ from clipgen.cli.common import (
     Weights,
     checked_text,
     load,
+    make_folder,
     option,
     printable,
 )
@@ -67,6 +68,7 @@ def morph(
     settings["seed"] = new_seed() if seed is None else seed
     ends = [GenerationRequest(checked_text(text), **settings) for text in (start, end)]
     pipe = load(weights, device, dtype)
+    make_folder(out)
     path = arc(pipe.embed(start), pipe.embed(end), steps)
     requests = [GenerationRequest([(start, a), (end, b)], **settings) for a, b in path[1:-1]]
     with progress(f"drawing {steps} steps", f"drew {steps} steps") as report:

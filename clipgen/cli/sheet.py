@@ -23,6 +23,7 @@ from clipgen.cli.common import (
     Weights,
     checked_text,
     load,
+    make_folder,
     option,
     printable,
 )
@@ -81,6 +82,7 @@ def sheet(
         for row, column in itertools.product(rows, columns)
     ]
     pipe = load(weights, device, dtype)
+    make_folder(out)
     with progress(f"drawing {len(requests)} cells", f"drew {len(requests)} cells") as report:
         results = pipe.generate(requests, progress=report)
     title = f"{printable(prompt)}, seed {results[0].seed}" + "".join(

@@ -9,12 +9,14 @@ import gc
 import logging
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import TypeVar
+from typing import TYPE_CHECKING, TypeVar
 
 import torch
 
-from clipgen.config import GPTConfig, VQGANConfig
 from clipgen.errors import InsufficientMemoryError
+
+if TYPE_CHECKING:
+    from clipgen.config import GPTConfig, VQGANConfig
 
 Item = TypeVar("Item")
 Output = TypeVar("Output")

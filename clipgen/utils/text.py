@@ -5,12 +5,20 @@ from __future__ import annotations
 import codecs
 import re
 import sys
+import unicodedata
 from pathlib import Path
 
 from clipgen.errors import ConfigError, DataError
 
 _UTF16 = (codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)
 _LINE_END = re.compile(r"\r\n|\n|\r")
+_INVISIBLE = ("Cc", "Cf", "Zs", "Zl", "Zp")
+"""Unicode's categories of control and format characters (zero-width space, bidirectional marks) and of spaces."""
+_BLANK_CHARACTERS = frozenset(
+    "\u034f\u115f\u1160\u17b4\u17b5\u180b\u180c\u180d\u180f\u2800\u3164\uffa0"
+    + "".join(map(chr, (*range(0xFE00, 0xFE10), *range(0xE0100, 0xE01F0))))
+)
+"""Letters, marks and symbols that are drawn as nothing: fillers, variation selectors, Braille's blank."""
 
 
 def expand_home(path: str | Path) -> Path:
@@ -69,11 +77,16 @@ def read_prompts(path: Path, keep_blank: bool = False) -> list[str]:
     Raises:
         DataError: the file cannot be read, is not UTF-8, or holds no prompt.
     """
-    lines = read_lines(path)
+    lines = ["" if is_blank(line) else line for line in read_lines(path)]
     if not any(lines):
         name = "stdin" if str(path) == "-" else f"'{path}'"
         raise DataError(f"{name} holds no prompt; write one per line")
     return lines if keep_blank else [line for line in lines if line]
+
+
+def is_blank(text: str) -> bool:
+    """Check whether a text shows nothing: only spaces, control and format characters, fillers, variation selectors."""
+    return all(unicodedata.category(char) in _INVISIBLE or char in _BLANK_CHARACTERS for char in text)
 
 
 def printable(text: str) -> str:

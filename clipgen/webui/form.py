@@ -12,7 +12,8 @@ from PIL import Image
 from clipgen.errors import RequestError
 from clipgen.images.pixels import load_image
 from clipgen.outputs.metadata import Receipt
-from clipgen.request import SAMPLING, GenerationRequest, Part, is_blank, new_seed
+from clipgen.request import SAMPLING, GenerationRequest, Part, new_seed
+from clipgen.utils.text import is_blank
 
 MAX_OUTPUTS = 8
 MAX_CANDIDATES = 64

@@ -5,7 +5,8 @@ from __future__ import annotations
 import pytest
 
 from clipgen.errors import RequestError
-from clipgen.request import GenerationRequest, is_blank
+from clipgen.request import GenerationRequest
+from clipgen.utils.text import is_blank
 
 
 @pytest.mark.parametrize(

@@ -9,6 +9,11 @@ Writes OUT/image.safetensors and OUT/heads.safetensors; init=FILE starts from th
 
 from __future__ import annotations
 
+if __name__ == "__main__":
+    from clipgen.utils.entry_point import end_at_ctrl_c
+
+    end_at_ctrl_c()  # until main() takes over
+
 from dataclasses import asdict
 from pathlib import Path
 
