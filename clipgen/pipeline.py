@@ -7,6 +7,7 @@ output.images[0].save("lemon.png")
 
 from __future__ import annotations
 
+import logging
 import secrets
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -23,7 +24,7 @@ from clipgen.config import ModelConfig
 from clipgen.engine.engine import Engine
 from clipgen.engine.image_decoder import DecodedImage, ImageDecoder
 from clipgen.engine.sequence import Sequence as ImageSequence
-from clipgen.errors import ConfigError, RequestError
+from clipgen.errors import ConfigError, RequestError, WeightsError
 from clipgen.images.pixels import from_pixels, to_clip, to_pixels, to_rgb
 from clipgen.models.clip import Clip, tokenize
 from clipgen.models.gpt import GPT
@@ -31,10 +32,14 @@ from clipgen.models.vqgan import VQGAN
 from clipgen.outputs.metadata import receipts, weights_digest
 from clipgen.request import MAX_SEED, GenerationOutput, GenerationRequest, Prompt, SamplingParams, parts_of
 from clipgen.utils.compute_thread import ComputeThread, synchronize
-from clipgen.weights.model_dir import build_module, load_model_dir
+from clipgen.utils.text import expand_home
+from clipgen.weights.model_dir import build_module, copy_model_dir, load_model_dir
 from clipgen.weights.precision import pick_device, pick_precision
 from clipgen.weights.prior import Prior, load_prior
+from clipgen.weights.resolve import resolve_weights
 from clipgen.weights.training_index import IndexMatch, TrainingIndex
+
+log = logging.getLogger(__name__)
 
 WAVE = 8
 """Candidates generated and ranked before a request with a budget is asked whether it wants more."""
@@ -70,26 +75,51 @@ class ClipGen:
         self.config = config
         self.clip, self.gpt, self.vqgan = clip, gpt, vqgan
         self.index, self.prior, self.digest = index, prior, digest
+        self.folder: Path | None = None  # that it was loaded from
         self.compute = compute or ComputeThread()
         self.engine = Engine(gpt, compute=self.compute)
         self.image_decoder = ImageDecoder(vqgan, clip, self.compute)
 
     @classmethod
-    def from_pretrained(cls, folder: str | Path, device: str | None = None, dtype: str | None = None) -> ClipGen:
-        """Load a folder of weights.
+    def from_pretrained(
+        cls, weights: str | Path | None = None, device: str | None = None, dtype: str | None = None
+    ) -> ClipGen:
+        """Load a model.
 
         Args:
-            folder: config.yaml, clip.safetensors, vqgan.safetensors, gpt.safetensors, manifest.json.
+            weights: a model folder, a name ("mini", "coco") or "hf://user/repo"; by default $CLIPGEN_WEIGHTS, else the
+                best model beside the code (`resolve_weights`).
             device: "cpu", "cuda", "cuda:1"; by default the GPU where there is one.
             dtype: "float32", "bfloat16", "float16", "int8" (`pick_precision`); by default the fastest that is safe.
 
         Raises:
-            WeightsError: something is missing, damaged or does not fit.
+            WeightsError: no such model, or something in it is missing, damaged or does not fit.
+            DownloadError: it is to be fetched and cannot be.
             ConfigError: the folder's configuration cannot work.
             RequestError: no such device or dtype.
         """
+        folder = resolve_weights(weights, log.info)
         compute = ComputeThread()
-        return compute.run(cls._load, folder, device, dtype, compute)
+        pipe = compute.run(cls._load, folder, device, dtype, compute)
+        pipe.folder = folder
+        return pipe
+
+    def save_pretrained(self, folder: str | Path) -> Path:
+        """Copy the model folder that this pipeline was loaded from, with its model card, for `from_pretrained`.
+
+        Args:
+            folder: created if needed; other files in it stay.
+
+        Returns:
+            The folder.
+
+        Raises:
+            WeightsError: the pipeline was not loaded from a folder, or its files have changed since.
+            OutputError: `folder` cannot be written.
+        """
+        if self.folder is None:
+            raise WeightsError("this pipeline was not loaded from a model folder; write one with `save_model_dir`")
+        return copy_model_dir(self.folder, expand_home(folder))
 
     @classmethod
     def _load(cls, folder: str | Path, device: str | None, dtype: str | None, compute: ComputeThread) -> ClipGen:

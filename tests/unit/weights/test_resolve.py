@@ -10,10 +10,10 @@ from local_server import Server, serving
 from published import Source
 
 from clipgen import ClipGen
-from clipgen.errors import ClipGenError, ConfigError, WeightsError
+from clipgen.errors import ClipGenError, ConfigError, OutputError, WeightsError
 from clipgen.weights import resolve
 from clipgen.weights.catalog import CATALOG, File, PretrainedModel
-from clipgen.weights.model_dir import MANIFEST, copy_model_dir
+from clipgen.weights.model_dir import FILES, MANIFEST, copy_model_dir
 from clipgen.weights.resolve import find_default, resolve_weights
 
 
@@ -139,3 +139,39 @@ def test_published_model_that_is_not_in_the_cache_is_refused_offline(monkeypatch
     monkeypatch.setenv("CLIPGEN_OFFLINE", "1")
     with pytest.raises(ClipGenError, match=r"gpt_coco\.pt.*CLIPGEN_OFFLINE is set"):
         resolve_weights("coco")
+
+
+# --- the pipeline ---
+
+
+def test_pipeline_loads_what_is_resolved(mini: Path, coco: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HOME", str(mini.parent))
+    assert ClipGen.from_pretrained(device="cpu").folder == coco
+    assert (
+        ClipGen.from_pretrained("mini", device="cpu").folder == ClipGen.from_pretrained("~/mini", "cpu").folder == mini
+    )
+
+
+def test_saved_pipeline_loads_again_with_its_card(mini: Path, tmp_path: Path) -> None:
+    (mini / "README.md").write_text("the card")
+    (mini / "notes.txt").write_text("not part of the model")
+    pipe = ClipGen.from_pretrained("mini", device="cpu", dtype="float32")
+    saved = pipe.save_pretrained(tmp_path / "deep" / "copy")
+    assert saved == tmp_path / "deep" / "copy"
+    assert {file.name for file in saved.iterdir()} == {*FILES, MANIFEST, "README.md"}
+    again = ClipGen.from_pretrained(saved, device="cpu", dtype="float32")
+    images = [each("a lemon", seed=1, candidates=1).images[0].tobytes() for each in (pipe, again)]
+    assert images[0] == images[1]
+    assert pipe.save_pretrained(mini) == mini, "saving in place changes nothing"
+
+
+def test_saving_refuses_changed_weights_and_an_unwritable_folder(mini: Path, tmp_path: Path) -> None:
+    pipe = ClipGen.from_pretrained("mini", device="cpu", dtype="float32")
+    (tmp_path / "file").write_text("")
+    with pytest.raises(OutputError, match=r"file/out cannot be written: Not a directory"):
+        pipe.save_pretrained(tmp_path / "file" / "out")
+    with (mini / "gpt.safetensors").open("r+b") as file:
+        file.truncate(100)
+    with pytest.raises(WeightsError, match=r"gpt\.safetensors has 100 bytes"):
+        pipe.save_pretrained(tmp_path / "out")
+    assert not (tmp_path / "out").exists()
