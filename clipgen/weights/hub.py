@@ -12,6 +12,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 from clipgen.errors import ConfigError, DownloadError, WeightsError
+from clipgen.utils.text import expand_home
 from clipgen.weights.cache import Settings
 from clipgen.weights.model_dir import MANIFEST, read_manifest, verify_model_dir
 
@@ -49,6 +50,14 @@ def fetch_from_hub(address: str, settings: Settings, log: Callable[[str], None])
     return folder
 
 
+def _hub_cache(settings: Settings) -> Path:
+    """The cache that other tools use too, where the environment names one, else a folder in ours."""
+    if named := os.environ.get("HF_HUB_CACHE"):
+        return expand_home(named)
+    home = os.environ.get("HF_HOME")
+    return (expand_home(home) if home else settings.cache) / "hub"
+
+
 def _fetch_file(repo: str, revision: str | None, name: str, settings: Settings) -> Path:
     try:
         from huggingface_hub import hf_hub_download
@@ -62,7 +71,6 @@ def _fetch_file(repo: str, revision: str | None, name: str, settings: Settings) 
         raise DownloadError(
             f"hf://{repo} needs the package huggingface_hub: pip install 'clipgen[hub]' or huggingface_hub"
         ) from None
-    shared = os.environ.get("HF_HUB_CACHE") or os.environ.get("HF_HOME")
     place = f"hf://{repo}" + (f"@{revision}" if revision else "")
     try:
         return Path(
@@ -70,7 +78,7 @@ def _fetch_file(repo: str, revision: str | None, name: str, settings: Settings) 
                 repo,
                 name,
                 revision=revision,
-                cache_dir=None if shared else settings.cache / "hub",
+                cache_dir=_hub_cache(settings),
                 endpoint=os.environ.get("HF_ENDPOINT") or None,
                 local_files_only=settings.offline,
             )

@@ -98,7 +98,19 @@ def test_installed_wheel_draws_at_once_offline_and_from_anywhere(wheel: Path, tm
     where = run(python, "-c", "import clipgen, importlib.util as u; print(clipgen.__file__, u.find_spec('train'))")
     assert where.startswith(str(packages)) and where.rstrip().endswith("None")
 
-    run(environment / "bin" / "clipgen", "generate", "a lemon", "--seed", "7", "--candidates", "1", "--out", "cli")
+    run(
+        environment / "bin" / "clipgen",
+        "generate",
+        "a lemon",
+        "--seed",
+        "7",
+        "-n",
+        "1",
+        "--candidates",
+        "1",
+        "--out",
+        "cli",
+    )
     (drawn,) = (work / "cli").glob("*.png")
     code = (
         "from clipgen import ClipGen; ClipGen.from_pretrained('mini')('a lemon', seed=7).images[0].save('python.png')"
