@@ -107,6 +107,9 @@ format: $(VENV)/.dev ## apply ruff's fixes and formatting
 
 # --- measure and train -----------------------------------------------------------------------------------------------------
 
+gpu-check: $(VENV)/.dev ## what a GPU must show, in six minutes [ARGS="--device cpu"]: tables in runs/gpu-check
+	@$(BIN)/python benchmarks/gpu_check.py --out runs/gpu-check $(ARGS)
+
 bench: $(VENV)/.dev ## latency, throughput of the server, the mini model's quality (minutes)
 	@$(BIN)/python benchmarks/end_to_end.py
 	@$(BIN)/python benchmarks/serving.py --clients 1 8
@@ -142,4 +145,4 @@ clean: ## remove caches and build products; keeps .venv, data, runs and outputs
 	@rm -rf .pytest_cache .mypy_cache .ruff_cache .hypothesis .cog *.egg-info
 	@find . -name __pycache__ -not -path './$(VENV)/*' -prune -exec rm -rf {} +
 
-.PHONY: help setup predict .prompt serve app test test-slow test-browser lint format bench emoji scenes mini3 mini clean
+.PHONY: gpu-check help setup predict .prompt serve app test test-slow test-browser lint format bench emoji scenes mini3 mini clean

@@ -78,6 +78,11 @@ class Engine:
         return self._is_closed
 
     @property
+    def uses_graphs(self) -> bool:
+        """Whether steps are replayed from CUDA graphs."""
+        return self._graphs is not None
+
+    @property
     def cache_bytes(self) -> int:
         """Memory of the key/value cache; 0 while idle, unless CUDA graphs keep theirs."""
         return self._batch.cache.data.nbytes
