@@ -26,7 +26,7 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path[:0] = [str(ROOT)]  # run from anywhere, installed or not
 
 if __name__ == "__main__":
-    from clipgen.utils.entry_point import end_at_ctrl_c
+    from clipgen.utils.ctrl_c import end_at_ctrl_c
 
     end_at_ctrl_c()  # until main() takes over
 

@@ -3,7 +3,7 @@
 import sys
 from pathlib import Path
 
-from clipgen.utils.entry_point import end_at_ctrl_c
+from clipgen.utils.ctrl_c import end_at_ctrl_c
 
 
 def main() -> None:

@@ -14,7 +14,7 @@ GPT draws can then be arranged otherwise than what CLIP has learned to understan
 from __future__ import annotations
 
 if __name__ == "__main__":
-    from clipgen.utils.entry_point import end_at_ctrl_c
+    from clipgen.utils.ctrl_c import end_at_ctrl_c
 
     end_at_ctrl_c()  # until main() takes over
 

@@ -44,11 +44,11 @@ def _bar(doing: str) -> Iterator[Report]:
     """A bar in one line, however narrow the terminal is. It is gone at the end."""
     from rich.progress import BarColumn, Progress, TaskProgressColumn, TimeRemainingColumn
 
-    space = console.width - len(doing) - len(" 100% 0:00:00 ")
-    bar = [BarColumn(min(space, MAX_BAR))] if space >= 4 else []
-    with Progress(
-        _label(), *bar, TaskProgressColumn(), TimeRemainingColumn(), console=console, transient=True
-    ) as shown:
+    left = console.width - len(doing) - len(" 100%")
+    time_left = [TimeRemainingColumn()] if left >= len(" 0:00:00") else []
+    bar = [BarColumn(min(left - len(" 0:00:00 "), MAX_BAR))] if left >= len(" 0:00:00 ----") else []
+    doing = doing[: max(0, console.width - len(" 100%"))]
+    with Progress(_label(), *bar, TaskProgressColumn(), *time_left, console=console, transient=True) as shown:
         task = shown.add_task(doing, total=None)
         yield lambda done, total: shown.update(task, completed=done, total=total)
 

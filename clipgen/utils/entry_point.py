@@ -49,15 +49,6 @@ def entry_point(
     return decorate
 
 
-def end_at_ctrl_c() -> None:
-    """Until `entry_point` takes over, let Ctrl-C end the process at once and without a traceback.
-
-    For the seconds in which a program imports its packages. An ignored SIGINT (`nohup`) stays ignored.
-    """
-    if signal.getsignal(signal.SIGINT) is signal.default_int_handler:
-        signal.signal(signal.SIGINT, signal.SIG_DFL)
-
-
 def open_closed_streams() -> None:
     """Replace standard streams that were closed (`>&-`) by the null device.
 

@@ -244,6 +244,7 @@ def wrong(result: RunResult, *words: str) -> None:
         ([], ["prompt", "--image"]),
         ([""], ["prompt"]),
         (["   "], ["prompt"]),
+        (["\u200b\u3164"], ["prompt is empty"]),
         (["a\udcff"], ["UTF-8"]),
         (["a", "--seed", "-1"], ["seed", "-1"]),
         (["a", "--seed", "x"], ["--seed", "x"]),
@@ -329,6 +330,113 @@ def test_weights_with_a_wrong_shape(run: Run, broken: Path, tiny_config: ModelCo
 def test_no_arguments_show_the_help(run: Run) -> None:
     result = run()
     assert result.exit_code == 0 and "generate" in result.stdout
+
+
+@pytest.mark.parametrize("args", [["a lemon", *QUICK], [*QUICK, "a lemon"], ["-q", "a lemon", *QUICK]])
+def test_prompt_without_a_command_is_generate(run: Run, args: list[str]) -> None:
+    assert "a lemon: seed 7" in (result := run(*args)).stdout, result.output
+    assert Path("outputs/a-lemon-7-1.png").exists()
+
+
+def test_short_form_takes_a_prompt_after_two_dashes_and_stdin(run: Run) -> None:
+    (dash,) = records(run(*QUICK, "--json", "--", "- a list"))
+    many = records(run("-", *QUICK, "--json", input="a cat\n\na dog\r\n"))
+    assert [record["prompt"] for record in (dash, *many)] == ["- a list", "a cat", "a dog"]
+
+
+@pytest.mark.parametrize(
+    ("args", "words"),
+    [
+        (["generat", "a lemon"], ["'generat'", "did you mean `clipgen generate`"]),
+        (["wieghts", "fetch", "coco"], ["did you mean `clipgen weights`"]),
+        (["fetch", "coco"], ["did you mean `clipgen weights fetch`"]),
+        (["Doctor"], ["did you mean `clipgen doctor`"]),
+        (["lemon"], ["'lemon' is not a command", "clipgen generate lemon"]),
+        (["lemon", "-n", "2", "a cat"], ["clipgen generate lemon -n 2 'a cat'"]),
+        ([""], ["empty"]),
+        (["a lemon", "--sed", "7"], ["--sed", "--seed"]),
+        (["--sed", "7"], ["--sed", "--seed"]),
+    ],
+)
+def test_mistyped_command_draws_nothing(run: Run, args: list[str], words: list[str]) -> None:
+    wrong(run(*args), *words)
+
+
+@pytest.mark.parametrize(
+    "command", ["", "generate", "replay", "sheet", "morph", "doctor", "evaluate", "app", "weights"]
+)
+@pytest.mark.parametrize("flag", ["-h", "--help"])
+def test_every_command_has_a_help(run: Run, command: str, flag: str) -> None:
+    result = run(*command.split(), flag)
+    assert result.exit_code == 0 and f"Usage: clipgen {command}".strip() in " ".join(result.stdout.split())
+
+
+@pytest.mark.parametrize("command", ["list", "fetch", "verify", "convert", "info"])
+def test_every_command_of_weights_has_a_help(run: Run, command: str) -> None:
+    assert f"Usage: clipgen weights {command}" in run("weights", command, "-h").stdout
+
+
+def test_short_options_are_the_long_ones(run: Run) -> None:
+    (record,) = records(run("generate", "a lemon", "-n", "1", "-s", "9", "-o", "here", "--candidates", "1", "--json"))
+    assert record["seed"] == 9 and record["files"] == ["here/a-lemon-9-1.png"]
+
+
+def test_quiet_leaves_results_and_warnings(run: Run) -> None:
+    result = run("generate", "a lemon", *QUICK, "-q")
+    assert result.stderr == "" and "seed 7" in result.stdout
+    result = run("generate", " ".join(f"word{i}" for i in range(500)), *QUICK, "-q")
+    assert "not read" in result.stderr and len(result.stderr.splitlines()) == 1
+    assert "loaded" in run("generate", "a lemon", *QUICK).stderr  # it is not remembered
+
+
+@pytest.mark.parametrize(
+    "args",
+    [
+        ["generate", "a", "--out", "-"],
+        ["generate", "a", "--shards", "-"],
+        ["sheet", "a", "--guidance", "1,2", "-o", "-"],
+        ["morph", "a", "b", "--out", "-"],
+        ["replay", "missing.png", "--save", "-"],
+        ["evaluate", "--reference", "missing", "--out", "-"],
+        ["weights", "fetch", "coco", "--out", "-"],
+        ["weights", "convert", "--out", "-"],
+    ],
+)
+def test_files_are_not_written_to_stdout(run: Run, args: list[str]) -> None:
+    wrong(run(*args), "-", "not written to stdout")
+    assert not Path("-").exists()
+
+
+@pytest.mark.parametrize(
+    "args",
+    [
+        ["sheet", "-", "--guidance", "1,2"],
+        ["morph", "-", "a"],
+        ["morph", "a", "-"],
+        ["generate", "a", "--negative", "-", "--guidance", "3"],
+        ["generate", "a", "--mix", "-"],
+    ],
+)
+def test_stdin_where_it_is_not_read(run: Run, args: list[str]) -> None:
+    wrong(run(*args, input="a cat\n"), "-")
+
+
+def test_shell_completion(tmp_path: Path) -> None:
+    def complete(words: str) -> list[str]:
+        asked = {"_CLIPGEN_COMPLETE": "complete_bash", "COMP_WORDS": words, "COMP_CWORD": str(words.count(" "))}
+        command = [sys.executable, "-X", "importtime", "-m", "clipgen"]
+        done = subprocess.run(command, env={**os.environ, **asked}, capture_output=True, text=True, timeout=60)
+        assert not re.search(r"\| +torch\n", done.stderr)
+        return done.stdout.split()
+
+    assert complete("clipgen gen") == ["generate"]
+    assert {"coco", "openai-vit-b32"} <= set(complete("clipgen weights fetch "))
+    assert "--seed" in complete("clipgen generate --se")
+    script = subprocess.run(
+        [sys.executable, "-m", "clipgen", "--show-completion", "bash"], capture_output=True, text=True, timeout=60
+    )
+    assert script.returncode == 0, script.stderr
+    assert "_CLIPGEN_COMPLETE" in script.stdout
 
 
 def test_version(run: Run) -> None:

@@ -14,7 +14,8 @@ FULL = "cannot write: No space left on device; make room or write elsewhere"
 HEADER = """
 import errno, os, sys, time
 from clipgen.errors import *
-from clipgen.utils.entry_point import end_at_ctrl_c, entry_point
+from clipgen.utils.ctrl_c import end_at_ctrl_c
+from clipgen.utils.entry_point import entry_point
 """
 
 
