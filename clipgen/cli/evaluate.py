@@ -83,8 +83,7 @@ def evaluate(
     processes = Processes.from_environment()
     console.quiet = quiet or processes.rank > 0
     from clipgen.evaluation.caption_score import Captioner
-    from clipgen.evaluation.evaluate import Evaluators
-    from clipgen.evaluation.evaluate import evaluate as measure
+    from clipgen.evaluation.evaluate import Evaluators, evaluate_model
     from clipgen.evaluation.features import build_extractor, build_lpips, fetched, is_here
     from clipgen.outputs.metadata import weights_digest
     from clipgen.pipeline import ClipGen
@@ -103,7 +102,7 @@ def evaluate(
             done += number
             report(done, total)
 
-        result = measure(pipe, tools, texts, source, seed, candidates, processes, advance)
+        result = evaluate_model(pipe, tools, texts, source, seed, candidates, processes, advance)
     named = {"weights": str(folder), "prompts": prompts and str(prompts), "reference": reference}
     result = {"given": named, "weights_sha256": weights_digest(folder), **result}
     if processes.rank == 0:

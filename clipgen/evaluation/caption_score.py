@@ -1,7 +1,7 @@
-"""How well a captioner explains a picture by its prompt: CapS (Wang et al., arXiv 2203.00386, after CogView's).
+"""CapS: how likely a captioner finds the prompt, given the image (Wang et al., arXiv 2203.00386, after CogView's).
 
-The captioner is any of `transformers` that reads pixels and writes text after them, such as BLIP or GIT, from a folder
-of its own; nothing is downloaded.
+The captioner is a model of `transformers` that continues an image with text, such as BLIP or GIT, in a local folder;
+nothing is downloaded.
 """
 
 from __future__ import annotations
@@ -19,13 +19,13 @@ from clipgen.evaluation.metrics import geometric_mean
 
 
 class Captioner:
-    """Likelihoods of texts given pictures."""
+    """Likelihoods of texts given images."""
 
     def __init__(self, folder: Path, device: torch.device) -> None:
-        """Read a folder as `save_pretrained` of a model and its processor writes it.
+        """Load a folder that `save_pretrained` of a model and of its processor wrote.
 
         Raises:
-            WeightsError: `transformers` is missing, or the folder holds nothing it can use.
+            WeightsError: `transformers` is not installed, or the folder holds no model that it can load.
         """
         if not folder.is_dir():
             raise WeightsError(f"no captioner in {folder}: no such folder")
@@ -47,17 +47,17 @@ class Captioner:
         self.device = device
 
     @torch.inference_mode()
-    def likelihoods(self, pictures: Sequence[Image.Image], texts: Sequence[str]) -> Tensor:
+    def likelihoods(self, images: Sequence[Image.Image], texts: Sequence[str]) -> Tensor:
         """CapS of each pair, (N,) in (0, 1]: the geometric mean of the probabilities of the text's tokens.
 
-        The first token, which begins every text, is given; the end of the text counts.
+        The start token is given and does not count; the end token counts.
         """
         inputs = self.processor(
-            images=list(pictures), text=list(texts), return_tensors="pt", padding=True, truncation=True
+            images=list(images), text=list(texts), return_tensors="pt", padding=True, truncation=True
         ).to(self.device)
         ids, mask = inputs["input_ids"], inputs["attention_mask"]
         logits = self.model(pixel_values=inputs["pixel_values"], input_ids=ids, attention_mask=mask).logits
-        # GIT's sequence begins with the picture: the last positions are the text's.
+        # GIT's sequence begins with the image: the last positions are the text's.
         log_p = logits[:, -ids.shape[1] :].float().log_softmax(-1)[:, :-1]
         kept = mask[:, 1:].double()
         found = log_p.gather(2, ids[:, 1:, None]).squeeze(2).double() * kept

