@@ -2,7 +2,8 @@
 
 Settings from the environment: CLIPGEN_WEIGHTS, a folder or a model to fetch at set-up (coco, hf://user/repo), by
 default weights/coco where it lies beside weights/mini, else weights/mini; CLIPGEN_DEVICE, by default a GPU if there is
-one; CLIPGEN_DTYPE, by default what suits the device; CLIPGEN_LOG_PROMPTS=1 to log prompts, which are private otherwise.
+one; CLIPGEN_DTYPE, by default what suits the device; CLIPGEN_IMAGE_HOSTS, private hosts that images may come from;
+CLIPGEN_LOG_PROMPTS=1 to log prompts, which are private otherwise.
 
 Cog's parser reads this source without running it: no `from __future__ import annotations`, and each description is one
 literal on one line, since Cog shows the quotes between two adjacent literals to every client.

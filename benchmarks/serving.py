@@ -2,9 +2,9 @@
 
     python benchmarks/serving.py [--weights weights/mini] [--clients 1 2 4 8] [--seconds 6] [--json]
 
-Each client sends its next request when it has its answer. Two kinds: 1 picture of 1 candidate, and 4 of 16. A request
-that fails ends the benchmark. Cog frees a place a moment after it has answered, so at 8 clients some are refused with
-409 at first: they ask again, which counts as waiting, and the refusals are counted.
+Each client sends its next request when it has its answer. There are two kinds: 1 image of 1 candidate, and 4 of 16. A
+request that fails ends the benchmark. Cog frees a slot a moment after it has answered, so at 8 clients some requests
+are refused with 409 at first: they are sent again, which counts as waiting time, and the refusals are counted.
 """
 
 from __future__ import annotations
@@ -17,7 +17,6 @@ if __name__ == "__main__":
 import argparse
 import json
 import os
-import re
 import socket
 import statistics
 import subprocess
@@ -28,6 +27,7 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import IO
 from urllib import request as http
 from urllib.error import HTTPError
 
@@ -46,21 +46,9 @@ def serve(weights: Path) -> Iterator[str]:
     Raises:
         ValueError: its set-up failed.
     """
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    slots = re.search(r"@concurrent\(max=(\d+)\)", (ROOT / "predict.py").read_text())
-    variables = {
-        "PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}",
-        "PORT": str(port),
-        "COG_PREDICT_TYPE_STUB": "predict.py:Predictor",
-        "COG_MAX_CONCURRENCY": slots[1] if slots else "1",
-        "CLIPGEN_WEIGHTS": str(weights.resolve()),
-        "CLIPGEN_DEVICE": os.environ.get("CLIPGEN_DEVICE", "cpu"),
-    }
+    port = free_port()
     with tempfile.TemporaryFile() as log:
-        command = [sys.executable, "-m", "cog.server.http", "--host", "127.0.0.1"]
-        process = subprocess.Popen(command, cwd=ROOT, env={**os.environ, **variables}, stdout=log, stderr=log)
+        process = start_server(port, weights, log)
         try:
             _wait(f"http://127.0.0.1:{port}", process)
             yield f"http://127.0.0.1:{port}"
@@ -74,6 +62,21 @@ def serve(weights: Path) -> Iterator[str]:
                 process.wait(20)
             except subprocess.TimeoutExpired:
                 process.kill()
+
+
+def free_port() -> int:
+    """A port of the loopback interface that nobody listens on."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        return free.getsockname()[1]
+
+
+def start_server(port: int, weights: Path, log: IO[bytes], **environment: str) -> subprocess.Popen[bytes]:
+    """Start serve.py, on the CPU unless CLIPGEN_DEVICE says otherwise."""
+    device = os.environ.get("CLIPGEN_DEVICE", "cpu")
+    variables = {"CLIPGEN_WEIGHTS": str(weights.resolve()), "CLIPGEN_DEVICE": device, **environment}
+    command = [sys.executable, str(ROOT / "serve.py"), "--port", str(port)]
+    return subprocess.Popen(command, env={**os.environ, **variables}, stdout=log, stderr=log)
 
 
 def _wait(address: str, process: subprocess.Popen[bytes]) -> None:
@@ -93,7 +96,7 @@ def _wait(address: str, process: subprocess.Popen[bytes]) -> None:
 
 
 def ask(address: str, seed: int, kind: dict[str, int]) -> tuple[float, int]:
-    """Seconds of one prediction, and how often it was refused with 409 before.
+    """Send one prediction; return its seconds, and how often it was refused with 409 before.
 
     Raises:
         ValueError: it failed.
@@ -118,7 +121,7 @@ def ask(address: str, seed: int, kind: dict[str, int]) -> tuple[float, int]:
 
 
 def load(address: str, clients: int, seconds: float, kind: dict[str, int]) -> dict[str, float]:
-    """Keep `clients` busy for some seconds; those that are under way then are waited for and counted."""
+    """Keep `clients` busy for some seconds; requests still running then are awaited and counted."""
     taken: list[tuple[float, float, int]] = []  # when it ended, how long it took, refusals
     errors: list[Exception] = []
     start = time.perf_counter()
@@ -140,7 +143,7 @@ def load(address: str, clients: int, seconds: float, kind: dict[str, int]) -> di
         thread.join()
     if errors:
         raise ValueError(f"{len(errors)} of {clients} clients failed: {errors[0]}")
-    # From start to the last answer, in which every client worked but at the very end.
+    # From the start to the last answer: all clients were busy except at the very end.
     wall = max(ended for ended, _, _ in taken)
     times = sorted(took for _, took, _ in taken)
     cuts = statistics.quantiles(times, n=100, method="inclusive") if len(times) > 1 else times * 99
@@ -150,7 +153,7 @@ def load(address: str, clients: int, seconds: float, kind: dict[str, int]) -> di
 
 
 def measure(weights: Path, clients: list[int], seconds: float) -> dict[str, dict[str, dict[str, float]]]:
-    """By kind and number of clients."""
+    """Measure throughput and latency, by kind and number of clients."""
     with serve(weights) as address:
         for kind in KINDS.values():
             ask(address, 0, kind)
@@ -161,7 +164,7 @@ def to_table(report: dict) -> str:
     """The report as Markdown."""
     lines = [f"machine: {json.dumps(report['machine'])}", ""]
     lines += [
-        "| pictures | clients | requests / s | times one client | p50 s | p95 s | p99 s | 409s |",
+        "| images | clients | requests / s | times one client | p50 s | p95 s | p99 s | 409s |",
         "|---" * 8 + "|",
     ]
     for kind, rows in report["kinds"].items():

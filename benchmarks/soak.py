@@ -2,11 +2,11 @@
 
     python benchmarks/soak.py [--weights weights/mini] [--clients 16] [--minutes 10] [--json]
 
-First the latency of well-behaved clients against their number. Then the soak: pictures are asked for, cancelled, left
-by a client that hangs up, asked for with a webhook, and asked for wrongly; refusals (409) are tried again later, as
-`soak_client.backoff` says. In the middle the server's worker gets a SIGKILL. Every picture that comes back must carry
-the receipt of its request, every webhook must be called once, and the log must show one end of each prediction.
-Ends with status 1 when anything was lost, swapped, answered twice or wrongly.
+First the latency of well-behaved clients against their number. Then the soak: clients ask for images, cancel, hang up,
+use a webhook or send wrong inputs; refusals (409) are retried as `soak_client.backoff` says. Half-way the server's
+worker gets a SIGKILL. Every image that comes back must carry the receipt of its request, every webhook must be called
+once, and the log must show one end of each prediction. The exit status is 1 when anything was lost, swapped, answered
+twice or answered wrongly.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ from clipgen.utils.entry_point import entry_point
 
 
 def drive(soak: Soak, clients: int, seconds: float, kinds: dict[str, int], first: int = 0) -> None:
-    """Run clients side by side for some seconds; those that wait for an answer then get it."""
+    """Run clients concurrently for some seconds; requests in flight then are awaited."""
     end = time.monotonic() + seconds
     with ThreadPoolExecutor(clients) as pool:
         list(pool.map(lambda number: Client(soak, first + number).run(end, kinds), range(1, clients + 1)))
@@ -78,7 +78,7 @@ def measure(weights: Path, clients: int, minutes: float) -> dict[str, Any]:
             fault.start()
             drive(soak, clients, minutes * 60, KINDS)
             lasted = time.monotonic() - started
-            time.sleep(2)  # for webhooks that come twice
+            time.sleep(2)  # for webhooks that are called twice
         finally:
             server.stop()
             hooks.shutdown()
@@ -102,7 +102,7 @@ def measure(weights: Path, clients: int, minutes: float) -> dict[str, Any]:
 
 
 def account(soak: Soak, server: Supervised) -> dict[str, int]:
-    """How the predictions ended by the server's log; every one but those that the crash cut off must have, and once."""
+    """Count endings in the server's log; every prediction not cut off by the crash must have exactly one."""
     endings = server.endings()
     cut = [name for name, count in endings.items() if count == 0]
     crashed = server.log().count(CRASH)

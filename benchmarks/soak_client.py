@@ -1,4 +1,4 @@
-"""One of many clients, some of whose requests are bad, cancelled or left alone; and what all of them tally."""
+"""One of many clients, some of whose requests are wrong, cancelled or abandoned, and the tallies of all of them."""
 
 from __future__ import annotations
 
@@ -30,16 +30,16 @@ BAD: list[tuple[dict[str, Any], str]] = [
     ({"image": "http://127.0.0.1/x.png"}, "image"),
     ({"image": "data:image/png;base64,iVBORw0KGgo="}, "image"),
 ]
-CRASHED = ("ComputeThread crashed", "Failed to send request")
-"""What Cog answers when its worker has died."""
+CRASHED = ("Worker crashed", "Failed to send request")
+"""Beginnings of Cog's errors when its worker has died."""
 PAUSE = 1.0
-"""Seconds at most between an answer and the next request."""
+"""Longest time in seconds between an answer and the next request."""
 PATIENCE = 180.0
 """Seconds after which a request counts as lost."""
 
 
 class Soak:
-    """What the clients share: the server's address, and the tallies."""
+    """The server's address and the tallies, shared by all clients."""
 
     def __init__(self, address: str) -> None:
         self.address = address
@@ -63,14 +63,14 @@ class Soak:
 def backoff(attempt: int, dice: random.Random) -> float:
     """Seconds to wait before trying again: 0.1, doubled each time up to 1, and up to half as much on top.
 
-    Cog has no queue: a place that is free goes to whoever asks first. Who waits much longer between two tries than
-    others between two requests gets none.
+    Cog has no queue: a free slot goes to whoever asks first. A client that waits much longer between two tries than
+    others do between two requests gets none.
     """
     return min(1.0, 0.1 * 2**attempt) * dice.uniform(1.0, 1.5)
 
 
 class Client:
-    """One client, which sends its next request when the one before has come to its end."""
+    """One client, which sends its next request when the one before has ended."""
 
     def __init__(self, soak: Soak, number: int) -> None:
         self.soak, self.number = soak, number
@@ -79,7 +79,7 @@ class Client:
         self.http = httpx.Client(base_url=soak.address, timeout=PATIENCE)
 
     def inputs(self) -> dict[str, Any]:
-        """A request that no other resembles: its prompt and its seed are its own."""
+        """Inputs with a prompt and a seed that no other request has."""
         self.sent += 1
         outputs = self.dice.choice((1, 1, 1, 2))
         return {
@@ -90,7 +90,7 @@ class Client:
         }
 
     def run(self, end: float, kinds: dict[str, int]) -> None:
-        """Keep asking until `end`."""
+        """Send requests of random kinds until `end`."""
         acts: dict[str, Callable[[], None]] = {
             **{"plain": self.plain, "bad": self.bad, "cancel": self.cancel},
             **{"hang up": self.hang_up, "webhook": self.webhook},
@@ -105,10 +105,10 @@ class Client:
         self.http.close()
 
     def send(self, inputs: dict[str, Any], name: str = "", **more: Any) -> dict[str, Any]:
-        """One request until it is accepted and answered: after a refusal or a crash it is sent again.
+        """Send one request until it is answered: again after a refusal or a crash.
 
         Raises:
-            TimeoutError: not in `PATIENCE` seconds.
+            TimeoutError: no answer in `PATIENCE` seconds.
         """
         start, attempt, crashes = time.monotonic(), 0, 0
         while time.monotonic() - start < PATIENCE:
@@ -119,6 +119,8 @@ class Client:
                 self.soak.count("no connection, tried again")
             else:
                 found = answer.json() if answer.status_code in (200, 202) else {}
+                if answer.status_code == 422:  # Cog's own refusal of an input
+                    found = {"status": "failed", "error": answer.text}
                 if found and not str(found.get("error", "")).startswith(CRASHED):
                     with self.soak.lock:
                         self.soak.tries.append(attempt + 1)
@@ -138,7 +140,7 @@ class Client:
             self.soak.problem(f"status {status}")
 
     def check(self, inputs: dict[str, Any], answer: dict[str, Any]) -> None:
-        """Whether these are the pictures that were asked for, by the receipts inside them."""
+        """Report a problem unless the receipts inside the images are those of the request."""
         if answer["status"] != "succeeded" or len(answer["output"]) != inputs["num_outputs"]:
             self.soak.problem(f"{inputs}: {answer['status']} {str(answer.get('error'))[:100]}")
             return
@@ -153,7 +155,7 @@ class Client:
         self.check(inputs, self.send(inputs))
         with self.soak.lock:
             self.soak.times["plain"].append(time.monotonic() - start)
-        self.soak.count("pictures asked for, right ones came")
+        self.soak.count("images asked for, right ones came")
 
     def bad(self) -> None:
         change, field = self.dice.choice(BAD)
@@ -170,7 +172,7 @@ class Client:
         def stop() -> None:
             ended.wait(self.dice.uniform(0.0, 1.0))
             with suppress(httpx.TransportError):  # the server may be down just now
-                while not ended.wait(0.1):  # until it has been accepted
+                while not ended.wait(0.1):  # until the prediction is accepted
                     if httpx.post(f"{self.soak.address}/predictions/{name}/cancel").status_code == 200:
                         return
 
@@ -187,7 +189,7 @@ class Client:
             self.soak.count("cancelled, answered failed")
         else:
             self.check(inputs, answer)
-            self.soak.count("cancelled too late, right pictures came")
+            self.soak.count("cancelled too late, right images came")
 
     def hang_up(self) -> None:
         patience = httpx.Timeout(5.0, read=self.dice.uniform(0.01, 0.6))
@@ -215,17 +217,17 @@ class Client:
             self.soak.count("webhook told of the crash")
             return
         self.check(inputs, calls[0])
-        self.soak.count("webhooks called, right pictures came")
+        self.soak.count("webhooks called, right images came")
 
 
 def read(file: str) -> Receipt:
     """The receipt in a PNG that came as a data: URL."""
-    picture = Image.open(io.BytesIO(base64.b64decode(file.partition(",")[2])))
-    return Receipt.from_metadata({KEY: picture.info[KEY]})
+    image = Image.open(io.BytesIO(base64.b64decode(file.partition(",")[2])))
+    return Receipt.from_metadata({KEY: image.info[KEY]})
 
 
 def receive(soak: Soak) -> ThreadingHTTPServer:
-    """A receiver of webhooks, running."""
+    """Start a receiver of webhooks."""
 
     class Handler(BaseHTTPRequestHandler):
         def do_POST(self) -> None:

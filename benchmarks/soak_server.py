@@ -1,15 +1,12 @@
-"""Cog's server under a supervisor that restarts it as an orchestrator would, and what it does to memory and the log."""
+"""Cog's server under a supervisor that restarts it as an orchestrator would; its memory and its log."""
 
 from __future__ import annotations
 
 import json
 import os
-import re
 import signal
-import socket
 import statistics
 import subprocess
-import sys
 import threading
 import time
 from collections import Counter
@@ -17,56 +14,43 @@ from pathlib import Path
 from typing import Any
 from urllib import request as http
 
-from end_to_end import ROOT
+from serving import free_port, start_server
 
 PROBE = 1.0
-"""Seconds between two looks at the health, and at the memory."""
+"""Seconds between two health checks, which also sample the memory."""
 FAILURES = 3
-"""Bad looks in a row before the server is started anew."""
+"""Failed health checks in a row before the server is restarted."""
 SOUND = {"READY", "BUSY", "STARTING"}
 FINAL = {"Prediction worker completed", "Prediction cancelled", "Prediction failed"}
-"""What Cog logs when a prediction has ended ..."""
+"""Cog's log messages when a prediction has ended."""
 CRASH = "Failing prediction due to worker crash"
-"""... but for this, where it leaves the id out."""
+"""Logged without the prediction's id when its worker has died."""
 
 
 class Supervised:
-    """The server: started, watched, and started anew when /health-check says that it is no good any more."""
+    """The server: started, watched, and restarted when /health-check reports that it is unhealthy."""
 
     def __init__(self, weights: Path, folder: Path) -> None:
-        with socket.socket() as free:
-            free.bind(("127.0.0.1", 0))
-            self.port = free.getsockname()[1]
+        self.port = free_port()
         self.address = f"http://127.0.0.1:{self.port}"
         self.weights, self.folder = weights.resolve(), folder
         self.starts: list[float] = []
         self.history: list[tuple[float, str]] = []
-        """When the health changed, and to what; BUSY counts as READY."""
+        """Times and values of health changes; BUSY counts as READY."""
         self.memory: list[tuple[int, float, float]] = []
-        """Of which start, when, megabytes."""
+        """Number of the start, time, megabytes."""
         self.ended = threading.Event()
         self.process = self._start()
         self.thread = threading.Thread(target=self._watch, daemon=True)
         self.thread.start()
 
     def _start(self) -> subprocess.Popen[bytes]:
-        slots = re.search(r"@concurrent\(max=(\d+)\)", (ROOT / "predict.py").read_text())
-        variables = {
-            "PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}",
-            "PORT": str(self.port),
-            "COG_PREDICT_TYPE_STUB": "predict.py:Predictor",
-            "COG_MAX_CONCURRENCY": slots[1] if slots else "1",
-            "CLIPGEN_WEIGHTS": str(self.weights),
-            "CLIPGEN_DEVICE": os.environ.get("CLIPGEN_DEVICE", "cpu"),
-            "TMPDIR": str(self.folder),
-        }
         self.starts.append(time.monotonic())
-        command = [sys.executable, "-m", "cog.server.http", "--host", "127.0.0.1"]
         with (self.folder / "log").open("ab") as log:
-            return subprocess.Popen(command, cwd=ROOT, env={**os.environ, **variables}, stdout=log, stderr=log)
+            return start_server(self.port, self.weights, log, TMPDIR=str(self.folder))
 
     def health(self) -> str:
-        """What /health-check says; "NONE" when there is no answer."""
+        """The status in /health-check; "NONE" when there is no answer."""
         try:
             with http.urlopen(f"{self.address}/health-check", timeout=5) as answer:
                 return json.load(answer)["status"]
@@ -74,10 +58,10 @@ class Supervised:
             return "NONE"
 
     def wait(self, seconds: float = 300) -> None:
-        """Until it is ready.
+        """Wait until it is ready.
 
         Raises:
-            ValueError: it is not, in time.
+            ValueError: its set-up failed, or took too long.
         """
         end = time.monotonic() + seconds
         while (status := self.health()) != "READY":
@@ -96,7 +80,7 @@ class Supervised:
             if status in ("READY", "BUSY"):
                 self.memory.append((len(self.starts), now, sum(map(_megabytes, self.processes()))))
             bad = 0 if status in SOUND else bad + 1
-            if bad >= FAILURES and now - self.starts[-1] > 20:  # a server that is being started does not answer yet
+            if bad >= FAILURES and now - self.starts[-1] > 20:  # a starting server does not answer yet
                 self.stop_process()
                 self.process, bad = self._start(), 0
 
@@ -126,7 +110,7 @@ class Supervised:
         return (self.folder / "log").read_text(errors="replace")
 
     def endings(self) -> Counter[str]:
-        """How often Cog's log says that a prediction has ended, by its id; those begun but not ended have 0."""
+        """Count the endings in Cog's log by prediction id; 0 for a prediction that began and did not end."""
         found: Counter[str] = Counter()
         for line in self.log().splitlines():
             try:
@@ -139,11 +123,11 @@ class Supervised:
 
 
 def slope(memory: list[tuple[int, float, float]], warm: float) -> list[dict[str, Any]]:
-    """Of each start: seconds, megabytes at most and by minute (medians), and the slope of the line through them.
+    """For each start: seconds, peak and per-minute median megabytes, and their least-squares slope.
 
     Args:
         memory: as `Supervised.memory`.
-        warm: seconds after the first sample that are left out.
+        warm: seconds after the first sample to leave out.
     """
     rows = []
     for start in sorted({sample[0] for sample in memory}):
@@ -166,7 +150,7 @@ def _children(pid: int) -> list[int]:
     for task in Path(f"/proc/{pid}/task").glob("*/children"):
         try:
             found += map(int, task.read_text().split())
-        except OSError:  # it has just ended
+        except OSError:  # it has just exited
             continue
     return found
 

@@ -37,7 +37,7 @@ class CogServer:
             self.port = free.getsockname()[1]
         # A connection for each request: Cog closes one on which it has refused a request unread.
         single = httpx.Limits(max_keepalive_connections=0)
-        self.http = httpx.Client(base_url=f"http://127.0.0.1:{self.port}", timeout=120, limits=single)
+        self.http = httpx.Client(base_url=f"http://127.0.0.1:{self.port}", timeout=600, limits=single)
         for name in ("predict.py", "serve.py", "weights"):
             if not (folder / name).exists():
                 (folder / name).symlink_to(ROOT / name)

@@ -1,4 +1,4 @@
-"""Requests as somebody with bad intentions sends them: files that are traps, strategies for hypothesis, and a judge."""
+"""Hostile requests: files that are traps, strategies for hypothesis, and a judge of the answers."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ JSON_TYPE = {"Content-Type": "application/json"}
 
 @dataclass(frozen=True)
 class Attack:
-    """One HTTP request, and the inputs of which a refusal must name one; none when the body is no JSON for Cog."""
+    """One HTTP request, and the inputs of which a refusal must name one; none when the body is not JSON for Cog."""
 
     body: bytes
     names: frozenset[str] = frozenset()
@@ -41,15 +41,15 @@ def encoded(image: Image.Image, format: str, **options: Any) -> bytes:
 
 
 def png(width: int, height: int, *chunks: bytes, color: int = 2) -> bytes:
-    """A PNG that claims to be of this size and holds hardly a pixel."""
+    """A PNG whose header claims this size but which holds hardly a pixel."""
     header = b"IHDR" + struct.pack(">IIBBBBB", width, height, 8, color, 0, 0, 0)
     parts = [header, *chunks, b"IDAT" + zlib.compress(bytes(100)), b"IEND"]
     framed = [struct.pack(">I", len(part) - 4) + part + struct.pack(">I", zlib.crc32(part)) for part in parts]
     return b"\x89PNG\r\n\x1a\n" + b"".join(framed)
 
 
-def pictures() -> list[bytes]:
-    """Small ones of every format that is read, and of most modes."""
+def image_files() -> list[bytes]:
+    """Small images of every format that is read, and of most modes."""
     gradient = Image.linear_gradient("L").resize((24, 16))
     exif = Image.Exif()
     exif[0x0112] = 6  # turned
@@ -64,7 +64,7 @@ def pictures() -> list[bytes]:
 
 
 def traps() -> list[bytes]:
-    """Files that are no pictures, or promise more than they should."""
+    """Files that are not images, or whose headers promise more than they should."""
     bomb = b"zTXtk\0\0" + zlib.compress(bytes(100_000_000), 9)
     gif = encoded(Image.new("P", (4, 4)), "GIF")
     bmp = encoded(Image.new("RGB", (4, 4)), "BMP")
@@ -143,8 +143,8 @@ JSON = st.recursive(
 
 
 def images(canary: str) -> st.SearchStrategy[Any]:
-    """Values of `image`. `canary` is the address of a server on the loopback interface, which must not be asked."""
-    files = st.sampled_from(pictures())
+    """Values of `image`; `canary` is the address of a server on the loopback interface that must not be contacted."""
+    files = st.sampled_from(image_files())
     place = st.integers(0, 2**16)
 
     def damaged(data: bytes, where: int, what: bytes) -> bytes:
@@ -172,7 +172,7 @@ def images(canary: str) -> st.SearchStrategy[Any]:
 
 
 def values(field: dict[str, Any]) -> st.SearchStrategy[Any]:
-    """Of one input, by its schema: what is allowed, its borders, beyond them, and anything else."""
+    """Values of one input, by its schema: allowed ones, the bounds, values beyond them, and anything else."""
     near = [field[end] + step for end in ("minimum", "maximum") if end in field for step in (-1, -0.5, 0, 0.5, 1)]
     huge = [
         2**31,
@@ -201,7 +201,7 @@ def values(field: dict[str, Any]) -> st.SearchStrategy[Any]:
 
 
 def attacks(schema: dict[str, dict[str, Any]], canary: str) -> st.SearchStrategy[Attack]:
-    """Requests with one to four wild inputs, or whose body is not what Cog expects."""
+    """Requests with one to four wild inputs, or with a body that Cog does not expect."""
     wild = {name: images(canary) if name == "image" else values(field) for name, field in schema.items()}
     known = st.sampled_from(sorted(wild)).flatmap(lambda name: st.tuples(st.just(name), wild[name]))
     strange = st.tuples(
@@ -211,7 +211,7 @@ def attacks(schema: dict[str, dict[str, Any]], canary: str) -> st.SearchStrategy
     def with_inputs(pairs: list[tuple[str, Any]]) -> Attack:
         changed = dict(pairs)
         if type(changed.get("candidates")) is int and 2 < changed["candidates"] <= 64:
-            changed["candidates"] = 2  # all are allowed, and take their time
+            changed["candidates"] = 2  # larger values are allowed and slow
         body = json.dumps({"input": {"prompt": "a lemon", "candidates": 1, "seed": 0} | changed})
         return Attack(body.encode(), frozenset(changed))
 
@@ -241,7 +241,7 @@ def attacks(schema: dict[str, dict[str, Any]], canary: str) -> st.SearchStrategy
 
 @dataclass
 class Target:
-    """A server under attack, its folders, and what it answered."""
+    """A server under attack, its folders, and a count of its answers."""
 
     cog: CogServer
     temporary: Path
@@ -263,17 +263,18 @@ class Target:
             self.answers[str(answer.status_code)] += 1
             assert answer.status_code in (400, 415, 422) and named(answer.text, attack), (answer.text, attack)
 
-    def picture(self) -> str:
+    def draw(self) -> str:
+        """An image that must be the same before and after an attack, as a data: URL."""
         return self.cog.predict(prompt="a lemon", candidates=1, seed=0)["output"][0]
 
     def files(self) -> set[str]:
-        """Everything in its folders but the outputs of the last predictions."""
+        """All files in its folders but the log and the outputs of the last predictions."""
         found = [path for path in self.temporary.rglob("*") if "clipgen-" not in str(path)]
         return {str(path) for path in found if path.name != "log"}
 
 
 def named(error: str, attack: Attack) -> bool:
-    """Whether a refusal says which input is wrong, where one is."""
+    """Whether a refusal names one of the wrong inputs, if there are any."""
     return bool(error) and (not attack.names or any(name in error for name in attack.names))
 
 

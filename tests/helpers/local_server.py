@@ -1,4 +1,4 @@
-"""A real HTTP server on the loopback interface that does what it is told: right, late, cut off, or wrong."""
+"""A real HTTP server on the loopback interface whose answers can be late, cut off or wrong."""
 
 from __future__ import annotations
 
@@ -12,16 +12,16 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
 @dataclass
 class Answer:
-    """How one request is answered; the defaults are a good server's.
+    """How one request is answered; the defaults are those of a correct server.
 
     Attributes:
-        status: anything but 200 is sent without the file.
-        headers: added, or in place of the usual ones; None leaves one out.
-        cut: bytes of the body after which the connection is closed.
-        ranges: whether Range is heeded.
+        status: any other than 200 is sent without the file.
+        headers: added to the usual ones or replacing them; None omits one.
+        cut: bytes of the body to send before closing the connection.
+        ranges: whether Range requests are honoured.
         pace: seconds to wait after each `piece` bytes, until `hurry` is set.
-        piece: bytes sent at once.
-        shift: added to where Content-Range says the part begins.
+        piece: bytes to send at once.
+        shift: error added to the start that Content-Range states.
     """
 
     status: int = 200
@@ -36,7 +36,7 @@ class Answer:
 
 @dataclass
 class Server:
-    """What it has, what it will do next, and what it was asked."""
+    """Its files, its next answers, and the requests it has received."""
 
     address: str
     files: dict[str, bytes] = field(default_factory=dict)
@@ -47,7 +47,7 @@ class Server:
     lock: threading.Lock = field(default_factory=threading.Lock)
 
     def put(self, path: str, content: bytes) -> str:
-        """Have a file; returns its URL."""
+        """Add a file and return its URL."""
         self.files[path] = content
         return f"{self.address}{path}"
 
@@ -102,7 +102,7 @@ def _handler(server: Server) -> type[BaseHTTPRequestHandler]:
                     self.wfile.flush()
                     if answer.pace and not answer.hurry.is_set():
                         time.sleep(answer.pace)
-            except OSError:  # the client has had enough
+            except OSError:  # the client has hung up
                 pass
 
     return Handler
@@ -110,7 +110,7 @@ def _handler(server: Server) -> type[BaseHTTPRequestHandler]:
 
 @contextmanager
 def serving() -> Iterator[Server]:
-    """Yields a server that runs until the block ends."""
+    """Run a server until the block ends."""
     server = Server("")
     http = ThreadingHTTPServer(("127.0.0.1", 0), _handler(server))
     http.daemon_threads = True
@@ -125,7 +125,7 @@ def serving() -> Iterator[Server]:
 
 
 def wait_until(condition: Callable[[], bool], seconds: float = 120.0) -> None:
-    """Poll; fails when the time is up."""
+    """Poll until a condition holds; fail when the time is up."""
     end = time.monotonic() + seconds
     while not condition():
         assert time.monotonic() < end, "it did not happen in time"

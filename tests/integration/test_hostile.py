@@ -1,4 +1,4 @@
-"""Thousands of hostile requests against Cog's real server: each is answered, and nothing is left behind.
+"""Thousands of hostile requests to Cog's real server: each is answered, and nothing is left behind.
 
 A few hundred of them are in test_server.py.
 """
@@ -24,15 +24,15 @@ from clipgen.serving import KEPT_FOLDERS
 GROWTH = 250
 """Megabytes by which the memory of a warm server may grow in thousands of requests.
 
-Allocators keep what busy moments took: in 6,000 requests it wanders up by as much as 220 MB, and down again. 5,000
-requests that leave 60 kB each come to more.
+Allocators keep memory from busy moments: over 6,000 requests it rises by up to 220 MB and falls again. A leak of 60 kB
+per request would exceed the limit in 5,000 requests.
 """
 COGS_FOLDERS = Path("/tmp/coglet/predictions")
 
 
 @contextmanager
 def attacked(weights: Path, folder: Path, schema: bool) -> Iterator[Target]:
-    """A server in a folder of its own, warm; fails afterwards if anything was left behind."""
+    """A warm server in a folder of its own; fails afterwards if anything was left behind."""
     (folder / "tmp").mkdir()
     cog = CogServer(folder, schema, CLIPGEN_WEIGHTS=str(weights), TMPDIR=str(folder / "tmp"))
     with serving() as canary:
@@ -43,7 +43,7 @@ def attacked(weights: Path, folder: Path, schema: bool) -> Iterator[Target]:
             assert not canary.requests, "the server fetched from its own machine"
         finally:
             cog.stop()
-            for name in (name for name in target.ids if name.startswith("pred_")):  # Cog makes these and leaves them
+            for name in (name for name in target.ids if name.startswith("pred_")):  # Cog leaves these
                 assert not [path for path in (COGS_FOLDERS / name).rglob("*") if path.is_file()]
                 shutil.rmtree(COGS_FOLDERS / name, ignore_errors=True)
     assert not list((folder / "tmp").glob("clipgen-*"))
@@ -55,7 +55,7 @@ def test_thousands_of_hostile_requests_leave_nothing_behind(
     tiny_weights: Path, tmp_path: Path, schema: bool, count: int
 ) -> None:
     with attacked(tiny_weights, tmp_path, schema) as target:
-        before = target.picture()
+        before = target.draw()
         attack(target, 300)
         large(target)
         files, processes, memory = target.files(), target.cog.processes(), target.cog.memory()
@@ -67,7 +67,7 @@ def test_thousands_of_hostile_requests_leave_nothing_behind(
         )
         assert sum(target.answers.values()) >= count and target.answers["succeeded"] > 50
         assert target.files() == files and target.cog.processes() == processes
-        assert target.picture() == before
+        assert target.draw() == before
         assert grown < GROWTH
 
 

@@ -128,7 +128,7 @@ def test_whole_number_written_with_a_point_is_that_number(server: CogServer) -> 
         ({"prompt": "a", "keep_rows": 2}, "keep_rows is 2; it needs an image"),
         ({"prompt": "a", "top_k": 2**31}, "top_k is 2147483648; it must be a whole number from 0"),
         ({"prompt": "a", "negative_prompt": "b", "guidance": 1}, "guidance is 1; a negative prompt"),
-        ({"image": "/etc/hostname"}, "image cannot be used: '/etc/hostname' is no data: or http(s): URL"),
+        ({"image": "/etc/hostname"}, "image cannot be used: '/etc/hostname' is not a data: or http(s): URL"),
         ({"image": url(b"")}, "image cannot be used: the given image is empty (0 bytes)"),
         ({"image": url(GRADIENT[:200])}, "truncated"),
         ({"image": url(png(30_000, 30_000))}, "megapixels"),
@@ -277,11 +277,11 @@ def test_missing_weights_fail_the_set_up(tmp_path: Path) -> None:
 def test_hostile_requests_are_refused_by_name(bare: CogServer) -> None:
     with serving() as canary:
         target = Target(bare, bare.log.parent, canary)
-        before, files, processes = target.picture(), target.files(), bare.processes()
+        before, files, processes = target.draw(), target.files(), bare.processes()
         for data in traps():
             target.send(Attack(json.dumps({"input": {"image": url(data)}}).encode(), frozenset({"image"})))
         attack(target, 150)
         assert not canary.requests, "the server fetched from its own machine"
     assert target.answers["failed"] > 50 and target.answers["400"] > 0, target.answers
     assert target.files() == files and bare.processes() == processes
-    assert target.picture() == before
+    assert target.draw() == before

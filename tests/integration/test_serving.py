@@ -1,4 +1,4 @@
-"""Cog's real server from its start to its end: cold and warm, webhooks, and what becomes of what runs when it stops."""
+"""Cog's real server from start to stop: cold and warm, webhooks, and what happens to running predictions at the end."""
 
 from __future__ import annotations
 
@@ -24,17 +24,17 @@ from cog_server import Answer, CogServer
 pytestmark = pytest.mark.slow
 SHORT = {"prompt": "a lemon", "candidates": 1, "seed": 1}
 LONG = SHORT | {"candidates": 64}
-"""Some seconds of drawing with the mini model on one thread."""
+"""Takes some seconds with the mini model on one thread."""
 LATER = [f"later-{i}" for i in range(5)]
 
 
 def logged(log: Path) -> list[dict[str, Any]]:
-    """Cog's log: a JSON object a line."""
+    """Lines of Cog's log: JSON objects."""
     return [json.loads(line) for line in log.read_text().splitlines() if line.startswith("{")]
 
 
 def said_of(log: Path, prediction: str) -> list[str]:
-    """What the log says under a prediction's id."""
+    """Log messages of one prediction."""
     return [line["fields"]["message"] for line in logged(log) if line["fields"].get("prediction_id") == prediction]
 
 
@@ -56,16 +56,16 @@ def test_server_is_cold_until_an_image_was_drawn_then_warm(tmp_path: Path) -> No
         server.stop()
 
 
-class Ears(threading.Thread):
+class WebhookReceiver(threading.Thread):
     """Receives webhooks."""
 
     def __init__(self) -> None:
         super().__init__(daemon=True)
-        heard = self.heard = []
+        received = self.received = []
 
         class Handler(BaseHTTPRequestHandler):
             def do_POST(self) -> None:
-                heard.append(json.loads(self.rfile.read(int(self.headers["Content-Length"]))))
+                received.append(json.loads(self.rfile.read(int(self.headers["Content-Length"]))))
                 self.send_response(200)
                 self.end_headers()
 
@@ -80,26 +80,28 @@ class Ears(threading.Thread):
 
 
 @pytest.fixture
-def ears() -> Iterator[Ears]:
-    ears = Ears()
-    ears.start()
-    yield ears
-    ears.server.shutdown()
+def receiver() -> Iterator[WebhookReceiver]:
+    receiver = WebhookReceiver()
+    receiver.start()
+    yield receiver
+    receiver.server.shutdown()
 
 
-def test_webhooks_tell_how_predictions_ended(tiny_weights: Path, tmp_path: Path, ears: Ears) -> None:
+def test_webhooks_tell_how_predictions_ended(tiny_weights: Path, tmp_path: Path, receiver: WebhookReceiver) -> None:
     server = CogServer(tmp_path, CLIPGEN_WEIGHTS=str(tiny_weights))
     try:
         assert server.wait()["status"] == "READY"
         for name, inputs in (("good", {"prompt": "a", "seed": 3}), ("bad", {"prompt": " "})):
-            body = {"input": inputs, "webhook": ears.url, "webhook_events_filter": ["completed"]}
+            body = {"input": inputs, "webhook": receiver.url, "webhook_events_filter": ["completed"]}
             answer = server.http.put(f"/predictions/{name}", json=body, headers={"Prefer": "respond-async"})
             assert answer.status_code == 202 and answer.json()["status"] in ("starting", "processing")
         deadline = time.monotonic() + 60
-        while len(ears.heard) < 2 and time.monotonic() < deadline:
+        while len(receiver.received) < 2 and time.monotonic() < deadline:
             time.sleep(0.05)
-        ends = {event["id"]: event for event in ears.heard}
-        assert len(ears.heard) == 2 and ends["good"]["status"] == "succeeded" and ends["bad"]["status"] == "failed"
+        ends = {event["id"]: event for event in receiver.received}
+        assert (
+            len(receiver.received) == 2 and ends["good"]["status"] == "succeeded" and ends["bad"]["status"] == "failed"
+        )
         assert base64.b64decode(ends["good"]["output"][0].partition(",")[2]).startswith(b"\x89PNG")
         metrics = ends["good"]["metrics"]
         stages = {"embed", "decode_tokens", "queue", "decode_pixels", "rank", "total"}
@@ -145,8 +147,8 @@ def test_sigterm_answers_waiting_clients_and_logs_lost_predictions(tmp_path: Pat
 
 
 def test_ctrl_c_stops_make_serve_at_once(root: Path, tiny_weights: Path, tmp_path: Path) -> None:
-    # Seldom (3 of some 40 starts) Cog's own worker misses the end and is killed after ten seconds. One that Ctrl-C
-    # breaks hangs every time, so the best of three tells.
+    # In 3 of some 40 starts Cog's own worker missed the end and was killed after ten seconds. A worker that Ctrl-C
+    # breaks hangs every time, so the best of three is what counts.
     seconds = [stop_with_ctrl_c(root, tiny_weights, tmp_path / "log")]
     while seconds[-1] > 6 and len(seconds) < 3:
         seconds.append(stop_with_ctrl_c(root, tiny_weights, tmp_path / "log"))
@@ -154,11 +156,11 @@ def test_ctrl_c_stops_make_serve_at_once(root: Path, tiny_weights: Path, tmp_pat
 
 
 def stop_with_ctrl_c(root: Path, weights: Path, log: Path) -> float:
-    """Seconds that `make serve` takes to end."""
+    """Seconds that `make serve` takes to stop."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
-    stamp = f"{sys.prefix}/.run"  # -o: this environment is up to date
+    stamp = f"{sys.prefix}/.run"  # -o: do not update this environment
     command = ["make", "-o", stamp, f"VENV={sys.prefix}", f"PORT={port}", "serve"]
     environment = {key: value for key, value in os.environ.items() if not key.startswith(("MAKE", "MFLAGS"))}
     environment |= {"CLIPGEN_WEIGHTS": str(weights), "CLIPGEN_DEVICE": "cpu", "OMP_NUM_THREADS": "1"}

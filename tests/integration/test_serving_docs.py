@@ -1,4 +1,4 @@
-"""docs/serving.md: its programs draw, its commands work, its Kubernetes probes tell the states of a server apart."""
+"""docs/serving.md and docs/model-page.md: their programs, commands, probes, examples and workflow work as printed."""
 
 from __future__ import annotations
 
@@ -18,15 +18,18 @@ import httpx
 import pytest
 import yaml
 from cog_server import CogServer
+from model_page import predict, read_examples, to_request
 from PIL import Image
 
 from clipgen.outputs.metadata import Receipt
+from clipgen.serving import DEFAULT_PROMPT
+from clipgen.weights.catalog import CATALOG
 
 pytestmark = pytest.mark.slow
 
 
 def blocks(root: Path, language: str, word: str = "") -> list[str]:
-    """The code blocks of a language that hold a word."""
+    """The code blocks of a language that contain a word."""
     found = re.findall(rf"```{language}\n(.*?)```", (root / "docs" / "serving.md").read_text(encoding="utf-8"), re.S)
     return [block for block in found if word in block]
 
@@ -54,23 +57,23 @@ def here(server: CogServer, text: str) -> str:
 
 
 def drawn(folder: Path, prompt: str) -> int:
-    """How many pictures of a prompt are there."""
+    """The number of images in a folder, which must all be of a prompt."""
     files = list(folder.glob("*.png"))
     assert all(Image.open(file).size == (32, 32) and Receipt.from_file(file).text == prompt for file in files)
     return len(files)
 
 
-def test_the_python_client(root: Path, server: CogServer, tmp_path: Path) -> None:
+def test_python_client_writes_images_and_names_a_wrong_input(root: Path, server: CogServer, tmp_path: Path) -> None:
     [program] = blocks(root, "python")
     run(server, tmp_path, sys.executable, "-c", here(server, program))
     assert drawn(tmp_path, "a red heart") == 2
     wrong = program.replace("num_outputs=2", "num_outputs=99")
     done = subprocess.run([sys.executable, "-c", here(server, wrong)], cwd=tmp_path, capture_output=True, text=True)
-    assert "num_outputs is 99; it must be a whole number from 1 to 8" in done.stderr.splitlines()[-1]
+    assert "num_outputs" in done.stderr.splitlines()[-1]
 
 
 @pytest.mark.skipif(not shutil.which("node"), reason="needs Node.js")
-def test_the_javascript_client(root: Path, server: CogServer, tmp_path: Path) -> None:
+def test_javascript_client_writes_images(root: Path, server: CogServer, tmp_path: Path) -> None:
     [program] = blocks(root, "js")
     (tmp_path / "client.mjs").write_text(here(server, program))
     run(server, tmp_path, "node", "client.mjs")
@@ -78,10 +81,17 @@ def test_the_javascript_client(root: Path, server: CogServer, tmp_path: Path) ->
 
 
 @pytest.mark.skipif(not shutil.which("curl"), reason="needs curl")
-def test_the_commands(root: Path, server: CogServer, tmp_path: Path) -> None:
+def test_curl_commands_draw_stream_cancel_and_call_webhooks(root: Path, server: CogServer, tmp_path: Path) -> None:
     [ask] = blocks(root, "sh", "answer.json")
     run(server, tmp_path, "bash", "-e", text=here(server, ask))
     assert drawn(tmp_path, "a lemon") == 2
+    [variation] = blocks(root, "sh", "variation.json")
+    run(server, tmp_path, "bash", "-e", text=here(server, variation))
+    assert json.loads((tmp_path / "variation.json").read_text())["status"] == "succeeded"
+    [stream] = blocks(root, "sh", "events.txt")
+    run(server, tmp_path, "bash", "-e", text=here(server, stream))
+    events = (tmp_path / "events.txt").read_text()
+    assert events.count("event: output") == 2 and '"name":"preview"' in events and "event: completed" in events
     [webhook] = blocks(root, "sh", "webhook")
     answer = run(server, tmp_path, "bash", "-e", text=here(server, webhook)).stdout
     assert json.loads(answer)["status"] == "starting"
@@ -108,11 +118,11 @@ def ask(server: CogServer, probe: dict[str, Any]) -> bool:
     return done.returncode == 0
 
 
-def test_the_probes_in_every_state(root: Path, tiny_weights: Path, tmp_path: Path) -> None:
+def test_probes_tell_the_states_of_a_server_apart(root: Path, tiny_weights: Path, tmp_path: Path) -> None:
     startup, readiness, liveness = probes(root).values()
     server = CogServer(tmp_path, CLIPGEN_WEIGHTS=str(tiny_weights))
     try:
-        assert not ask(server, startup), "nobody listens yet, or it is cold"
+        assert not ask(server, startup), "not listening yet, or cold"
         assert server.wait()["status"] == "READY"
         assert ask(server, startup) and ask(server, readiness) and ask(server, liveness)
         for worker in server.processes()[1:]:
@@ -130,3 +140,38 @@ def test_the_probes_in_every_state(root: Path, tiny_weights: Path, tmp_path: Pat
         assert ask(server, startup) and not ask(server, readiness) and not ask(server, liveness)
     finally:
         server.stop()
+
+
+def test_examples_of_the_model_page_are_inputs_that_draw(root: Path, server: CogServer) -> None:
+    page = root / "docs" / "model-page.md"
+    examples = read_examples(page)
+    assert "the-defaults" in examples and len(examples) >= 3
+    for inputs in examples.values():
+        assert len(predict(f"http://127.0.0.1:{server.port}", to_request(inputs, page.parent))) == (
+            inputs.get("num_outputs", 1)
+        )
+
+
+def test_images_of_the_model_page_were_drawn_by_its_examples(root: Path) -> None:
+    page = root / "docs" / "model-page.md"
+    linked = set(re.findall(r"\]\((model-page/.*?)\)", page.read_text(encoding="utf-8")))
+    assert linked == {f"model-page/{path.name}" for path in page.with_suffix("").iterdir()}
+    for name, inputs in read_examples(page).items():
+        files = sorted(page.with_suffix("").glob(f"{name}-*.webp"))
+        assert len(files) == inputs.get("num_outputs", 1)
+        for index, file in enumerate(files):
+            receipt = Receipt.from_file(file)
+            assert (receipt.seed, receipt.index, receipt.candidates) == (inputs["seed"], index, 16)
+            assert receipt.text == inputs.get("prompt", "an image" if "image" in inputs else DEFAULT_PROMPT)
+
+
+def test_workflow_pushes_with_the_cog_of_the_container(root: Path) -> None:
+    workflow = yaml.safe_load((root / ".github" / "workflows" / "push.yml").read_text())
+    config = yaml.safe_load((root / "cog.yaml").read_text())
+    steps = workflow["jobs"]["push"]["steps"]
+    [cog] = [step["with"] for step in steps if step.get("uses", "").startswith("replicate/setup-cog@")]
+    assert cog["cog-version"] == f"v{config['build']['sdk_version']}"
+    assert steps[-1]["run"] == 'cog push "r8.im/$MODEL" --separate-weights'
+    options = workflow[True]["workflow_dispatch"]["inputs"]["weights"]["options"]  # YAML 1.1 reads `on` as True
+    assert options == ["mini", "coco"] and all(option in (*CATALOG, "mini") for option in options)
+    assert "${{" not in "".join(step.get("run", "") for step in steps), "inputs reach the shell as variables only"

@@ -1,4 +1,4 @@
-"""What the soak would notice: pictures of somebody else, predictions that end twice or never, memory that grows."""
+"""The soak notices images of another request, predictions that end twice or never, and memory that grows."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from clipgen.pipeline import ClipGen
 
 @pytest.fixture(scope="module")
 def answer(tiny_weights: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
-    """What the server answers to the first request of client 1."""
+    """The server's answer to the first request of client 1."""
     pipe = ClipGen.from_pretrained(tiny_weights, device="cpu", dtype="float32")
     result = pipe("a lemon 1-1", num_outputs=1, candidates=2, seed=1_000_100)
     (receipt,) = receipts(pipe, result, "0" * 64)
@@ -29,7 +29,7 @@ def answer(tiny_weights: Path, tmp_path_factory: pytest.TempPathFactory) -> dict
 
 
 @pytest.mark.parametrize("change", [{}, {"prompt": "a lemon 2-1"}, {"seed": 7}, {"candidates": 1}, {"num_outputs": 2}])
-def test_a_picture_of_another_request_is_noticed(answer: dict[str, Any], change: dict[str, Any]) -> None:
+def test_image_of_another_request_is_a_problem(answer: dict[str, Any], change: dict[str, Any]) -> None:
     soak = Soak("http://127.0.0.1:9")
     inputs = {"prompt": "a lemon 1-1", "seed": 1_000_100, "num_outputs": 1, "candidates": 2} | change
     Client(soak, 1).check(inputs, answer)
@@ -37,7 +37,7 @@ def test_a_picture_of_another_request_is_noticed(answer: dict[str, Any], change:
 
 
 def server(folder: Path, *lines: tuple[str, str]) -> Supervised:
-    """One that has left this log: what was said under which id."""
+    """A server that has left this log: pairs of prediction id and message."""
     logged = [
         json.dumps({"fields": {"message": said} | ({"prediction_id": name} if name else {})}) for name, said in lines
     ]
@@ -59,20 +59,22 @@ BEGUN, DONE = "Starting prediction", "Prediction worker completed"
         ([("a", BEGUN), ("a", DONE), ("a", "Prediction cancelled")], "more than once"),
     ],
 )
-def test_every_prediction_must_end_once(tmp_path: Path, lines: list[tuple[str, str]], words: str) -> None:
+def test_prediction_without_exactly_one_end_is_a_problem(
+    tmp_path: Path, lines: list[tuple[str, str]], words: str
+) -> None:
     soak = Soak("")
     account(soak, server(tmp_path, *lines))
     assert bool(soak.problems) == bool(words) and words in "".join(soak.problems)
 
 
-def test_a_webhook_that_is_called_twice(tmp_path: Path) -> None:
+def test_webhook_that_is_called_twice_is_a_problem(tmp_path: Path) -> None:
     soak = Soak("")
     soak.hooks["a"] = [{}, {}]
     account(soak, server(tmp_path))
     assert "webhooks" in soak.problems[0]
 
 
-def test_the_slope_of_each_start_without_its_beginning() -> None:
+def test_memory_slope_is_of_each_start_after_warming_up() -> None:
     first = [(1, float(second), 500.0 + (300 if second < 10 else second)) for second in range(100)]
     second = [(2, 200.0 + second, 700.0) for second in range(50)]
     a, b = slope(first + second, warm=10)
@@ -80,6 +82,6 @@ def test_the_slope_of_each_start_without_its_beginning() -> None:
     assert b["per_minute"] == pytest.approx(0) and b["by_minute"] == [700]
 
 
-def test_waits_grow_and_are_bounded() -> None:
+def test_backoff_doubles_up_to_a_second() -> None:
     waits = [backoff(attempt, random.Random(0)) for attempt in range(40)]
     assert 0.1 <= waits[0] <= 0.15 and all(1 <= wait <= 1.5 for wait in waits[6:])
