@@ -5,6 +5,8 @@ from __future__ import annotations
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
+from clipgen.utils.cpu import choose_wait_policy
+
 if TYPE_CHECKING:
     from clipgen.errors import ClipGenError
     from clipgen.pipeline import ClipGen
@@ -22,6 +24,10 @@ _EXPORTS = {
     "Request": ("clipgen.request", "GenerationRequest"),  # former names
     "Result": ("clipgen.request", "GenerationOutput"),
 }
+
+
+# The one thing that importing clipgen does: OpenMP reads this setting when PyTorch is imported, and never again.
+choose_wait_policy()
 
 
 def __getattr__(name: str) -> Any:

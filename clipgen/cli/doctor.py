@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 import platform
 import re
@@ -19,6 +20,7 @@ import typer
 
 from clipgen import __version__
 from clipgen.cli.common import FILES, Device, Dtype, Weights, find_weights, option, printable
+from clipgen.utils.cpu import cpu_quota, describe_waiting, thread_count, usable_cores
 
 if TYPE_CHECKING:
     from clipgen.pipeline import ClipGen
@@ -27,6 +29,7 @@ EXAMPLE = "Example: clipgen doctor --weights weights/mini"
 REQUIREMENTS = Path(__file__).resolve().parents[2] / "requirements.txt"
 SLOW_SECONDS = 60.0
 """Seconds per image from which the user is warned."""
+_PASSIVE = "unset GOMP_SPINCOUNT and KMP_BLOCKTIME, set OMP_WAIT_POLICY=PASSIVE"
 _SIGNS = {"ok": "ok", "warning": "note", "wrong": "WRONG"}
 
 
@@ -70,6 +73,7 @@ def diagnose(weights: str | Path | None, device: str | None = None, dtype: str |
     yield check_python()
     yield check_packages(REQUIREMENTS)
     yield check_memory()
+    yield check_cpu()
     yield check_threads()
     from clipgen.pipeline import ClipGen
 
@@ -144,18 +148,36 @@ def check_memory() -> Finding:
     return Finding("memory", "ok", text, free)
 
 
+def check_cpu() -> Finding:
+    """Name the instruction set that products run on, and the precisions that follow from it."""
+    from clipgen.models.capabilities import cpu_dtypes, dot_product_bits, has_bfloat16, instruction_set
+
+    default, *others = cpu_dtypes()
+    text = f"{instruction_set()}: on the CPU, {default} is the default and {', '.join(others)} are possible"
+    if not has_bfloat16():
+        text += "; bfloat16, which is about twice as fast, needs AVX512-BF16 or AMX"
+    if dot_product_bits() == 7:
+        text += "; int8 rounds activations to 7 bits, because this CPU has no VNNI"
+    return Finding("cpu", "ok", text)
+
+
 def check_threads() -> Finding:
-    """Compare PyTorch's threads with the cores that this process may use, and warn of a busy machine."""
+    """Compare PyTorch's threads with the cores and the quota of this process, and warn of a busy machine."""
     import torch
 
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    threads, load = torch.get_num_threads(), os.getloadavg()[0]
-    text = f"PyTorch uses {threads} of {cores} cores that this process may use, load {load:.1f}"
-    if threads > cores:
-        return Finding("threads", "warning", f"{text}: they slow each other down; set OMP_NUM_THREADS={cores}")
+    cores, quota, load = usable_cores(), cpu_quota(), os.getloadavg()[0]
+    threads = thread_count(torch.get_num_threads())
+    text = f"{threads} threads on {cores} cores that this process may use, load {load:.1f}"
+    if quota is not None:
+        text += f", a quota of {quota:g} CPUs"
+    allowed = min(cores, math.ceil(quota or cores))
+    if threads > allowed:
+        return Finding("threads", "warning", f"{text}: they slow each other down; set CLIPGEN_THREADS={allowed}")
     if load > 1.5 * cores:
         return Finding("threads", "warning", f"{text}: other programs are busy, so drawing is slower than it could be")
-    return Finding("threads", "ok", text)
+    if "PASSIVE" not in describe_waiting():
+        return Finding("threads", "warning", f"{text}: idle ones spin, which is slow beside other programs; {_PASSIVE}")
+    return Finding("threads", "ok", f"{text}; idle ones sleep ({describe_waiting()})")
 
 
 def check_training_index(weights: Path) -> Finding:

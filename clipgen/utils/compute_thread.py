@@ -16,6 +16,8 @@ from typing import ParamSpec, TypeVar
 
 import torch
 
+from clipgen.utils.cpu import thread_count
+
 P = ParamSpec("P")
 R = TypeVar("R")
 
@@ -25,11 +27,15 @@ log = logging.getLogger(__name__)
 class ComputeThread:
     """A single thread that runs work in order of submission, in inference mode.
 
-    It uses as many PyTorch threads as its creator does (`torch.set_num_threads` only affects the calling thread).
+    It uses as many PyTorch threads as its creator does (`torch.set_num_threads` only affects the calling thread), or
+    fewer under a CPU quota, or CLIPGEN_THREADS.
+
+    Raises:
+        ConfigError: CLIPGEN_THREADS is no number of threads.
     """
 
     def __init__(self) -> None:
-        self._pool = ThreadPoolExecutor(1, "clipgen", torch.set_num_threads, (torch.get_num_threads(),))
+        self._pool = ThreadPoolExecutor(1, "clipgen", torch.set_num_threads, (thread_count(torch.get_num_threads()),))
         self._thread = self._pool.submit(threading.current_thread).result()
         self._device_error: BaseException | None = None
 

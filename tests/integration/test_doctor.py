@@ -26,7 +26,7 @@ def test_healthy_installation_passes_every_check(tiny_weights: Path) -> None:
     result = run(tiny_weights)
     assert result.exit_code == 0, result.output
     names = [line.split()[1] for line in result.stdout.splitlines()[:-1]]
-    assert names == ["python", "packages", "memory", "threads", "weights", "coverage", "device", "time"]
+    assert names == ["python", "packages", "memory", "cpu", "threads", "weights", "coverage", "device", "time"]
     assert "an image takes" in result.stdout and result.stdout.endswith("everything works\n")
 
 

@@ -11,6 +11,7 @@ from accelerate import Accelerator
 from torch import Tensor
 
 from clipgen.errors import ConfigError
+from clipgen.utils.cpu import thread_count
 from clipgen.utils.distributed import Processes
 from train.config import TrainConfig
 
@@ -19,9 +20,11 @@ def build_accelerator(config: TrainConfig) -> Accelerator:
     """Accelerate with the configured precision, over as many processes as `torchrun` started. Seeds torch.
 
     Raises:
-        ConfigError: the batch cannot be split equally, fp16 is asked for on a CPU, or torchrun's variables are wrong.
+        ConfigError: the batch cannot be split equally, fp16 is asked for on a CPU, or torchrun's variables or
+            CLIPGEN_THREADS are wrong.
     """
     Processes.from_environment().check_address()
+    torch.set_num_threads(thread_count(torch.get_num_threads()))
     on_cpu = not torch.accelerator.is_available()
     if on_cpu and config.precision == "fp16":
         raise ConfigError("precision=fp16 needs a GPU, and there is none; use bf16 or no")
