@@ -1,11 +1,11 @@
-"""What is wrong with a data set, before any training.
+"""Check a data set before training.
 
     python -m train.check photos --out runs/check
     python -m train.check "data/{000000..000127}.tar" --size 256
 
-Reads every picture once and says in plain words how many can be used, how large they are and which look alike. With
---out it also writes report.json, unreadable.txt, duplicates.txt and contact.png. The exit code is 1 if nothing can be
-trained on.
+Reads every image once and reports how many can be used, how large they are, which look alike, and which files were
+not used. With --out it also writes report.json, unreadable.txt, duplicates.txt and contact.png. The exit code is 1 if
+nothing can be trained on.
 """
 
 from __future__ import annotations
@@ -29,22 +29,23 @@ import numpy as np
 from PIL import Image
 from rich.progress import track
 
-from clipgen.errors import DataError
+from clipgen.errors import DataError, OutputError
 from clipgen.images.pixels import grid, load_image, save_image
-from clipgen.images.sources import Source, open_source
+from clipgen.images.sources import Source, describe_unused, open_source, spread_rows
 from clipgen.utils.entry_point import entry_point
 from clipgen.utils.files import write_text
+from clipgen.utils.text import expand_home, printable
 from train.data.images import reason
 
 ALIKE = 3
-"""Bits of 64 in which the hashes of near-duplicates differ, at most."""
+"""Hashes of near-duplicates differ in at most this many of their 64 bits."""
 SHEET = 100
-"""Pictures of the contact sheet."""
+"""Images on the contact sheet."""
 
 
 @dataclass(frozen=True)
-class Picture:
-    """What is to be known of one picture; `problem` is "" when it can be used."""
+class CheckedImage:
+    """What the check found out about one image; `problem` is "" if it can be used."""
 
     name: str
     problem: str = ""
@@ -59,23 +60,23 @@ def dhash(image: Image.Image) -> int:
     return int.from_bytes(np.packbits(grey[:, 1:] > grey[:, :-1]).tobytes(), "big")
 
 
-def examine(source: Source, index: int) -> Picture:
-    """Read one picture as training would."""
+def examine(source: Source, index: int) -> CheckedImage:
+    """Read one image as training would."""
     name = source.names[index]
     try:
         image = load_image(source.read(index))
     except (DataError, OSError) as error:
-        return Picture(name, reason(error))
-    return Picture(name, "", image.width, image.height, dhash(image))
+        return CheckedImage(name, reason(error))
+    return CheckedImage(name, "", image.width, image.height, dhash(image))
 
 
-def examine_all(source: Source, workers: int) -> list[Picture]:
-    """`examine` every picture in some processes, with a progress bar."""
+def examine_all(source: Source, workers: int) -> list[CheckedImage]:
+    """`examine` every image in `workers` processes, with a progress bar."""
     count = len(source.names)
     chunk = max(1, min(64, count // (4 * workers)))
-    # Each worker gets the list of names once, not with every picture.
+    # Each worker gets the list of names once, not with every image.
     with ProcessPoolExecutor(min(workers, count), initializer=_take, initargs=(source,)) as pool:
-        return list(track(pool.map(_examine_taken, range(count), chunksize=chunk), f"reading {count} pictures", count))
+        return list(track(pool.map(_examine_taken, range(count), chunksize=chunk), f"reading {count} images", count))
 
 
 _taken: list[Source] = []
@@ -85,7 +86,7 @@ def _take(source: Source) -> None:
     _taken[:] = [source]
 
 
-def _examine_taken(index: int) -> Picture:
+def _examine_taken(index: int) -> CheckedImage:
     return examine(_taken[0], index)
 
 
@@ -125,19 +126,21 @@ def _close(values: np.ndarray) -> Iterator[tuple[int, int]]:
             yield i, i + 1 + int(j)
 
 
-def summary(pictures: Sequence[Picture], groups: Sequence[Sequence[int]], size: int) -> list[str]:
+def summary(source: Source, images: Sequence[CheckedImage], groups: Sequence[Sequence[int]], size: int) -> list[str]:
     """The report in plain words."""
-    good = [p for p in pictures if not p.problem]
-    bad = [p for p in pictures if p.problem]
-    lines = [f"{len(pictures)} pictures: {len(good)} can be used, {len(bad)} cannot"]
+    good = [p for p in images if not p.problem]
+    bad = [p for p in images if p.problem]
+    lines = [f"{len(images)} images: {len(good)} can be used, {len(bad)} cannot"]
+    if source.unused:
+        lines.append(describe_unused(source))
     lines += [f"  {count} x {problem}" for problem, count in Counter(p.problem for p in bad).most_common(5)]
     if not good:
-        return [*lines, "Nothing can be trained on: there is no picture that can be read."]
+        return [*lines, "Nothing can be trained on: there is no image that can be read."]
     sides = sorted(min(p.width, p.height) for p in good)
     lines.append(f"shorter side: {sides[0]} to {sides[-1]} px, half of them at least {sides[len(sides) // 2]} px")
     small = sum(side < size for side in sides)
     if small:
-        lines.append(f"{small} are smaller than {size} px and will be blown up: blurred pictures teach blur")
+        lines.append(f"{small} are smaller than {size} px and will be blown up: blurred images teach blur")
     long = sum(max(p.width, p.height) > 2 * min(p.width, p.height) for p in good)
     if long:
         lines.append(f"{long} are more than twice as long as wide: training sees a square of each")
@@ -145,13 +148,13 @@ def summary(pictures: Sequence[Picture], groups: Sequence[Sequence[int]], size: 
     if again:
         lines.append(f"{again} look like another one ({len(groups)} groups): seen more often, learned by heart sooner")
     if len(good) < 1000:
-        lines.append(f"{len(good)} pictures are enough to try training out, not to make new pictures from")
+        lines.append(f"{len(good)} images are enough to try training out, not to make new images from")
     return lines
 
 
 def contact_sheet(source: Source, good: Sequence[int], side: int = 96) -> Image.Image:
-    """At most `SHEET` of the usable pictures, spread over the set, as thumbnails."""
-    chosen = [good[i * len(good) // min(SHEET, len(good))] for i in range(min(SHEET, len(good)))]
+    """At most `SHEET` of the usable images, spread over the set, as thumbnails."""
+    chosen = [good[row] for row in spread_rows(len(good), SHEET)]
     thumbnails = []
     for index in chosen:
         image = load_image(source.read(index))
@@ -160,15 +163,27 @@ def contact_sheet(source: Source, good: Sequence[int], side: int = 96) -> Image.
     return grid(thumbnails, columns=math.ceil(len(thumbnails) ** 0.5))
 
 
-def write_report(
-    out: Path, source: Source, pictures: Sequence[Picture], groups: Sequence[Sequence[int]], lines: Sequence[str]
-) -> None:
-    """Write everything that was found into a folder."""
-    good = [i for i, p in enumerate(pictures) if not p.problem]
+def prepare_output(data: str, out: Path) -> None:
+    """Create the folder for the report before hours are spent on reading.
+
+    Raises:
+        OutputError: it lies inside the data, where the contact sheet would become a training image.
+        OSError: it cannot be created.
+    """
+    folder = expand_home(data).resolve()
+    if folder.is_dir() and out.resolve().is_relative_to(folder):
+        raise OutputError(f"--out {out} lies inside {data}, so its images would be read as data; give another folder")
     out.mkdir(parents=True, exist_ok=True)
-    write_text(out / "report.json", json.dumps({"summary": lines, "pictures": [asdict(p) for p in pictures]}, indent=1))
-    write_text(out / "unreadable.txt", "".join(f"{p.name}: {p.problem}\n" for p in pictures if p.problem))
-    paragraphs = ["".join(f"{pictures[good[row]].name}\n" for row in group) for group in groups]
+
+
+def write_report(
+    out: Path, source: Source, images: Sequence[CheckedImage], groups: Sequence[Sequence[int]], lines: Sequence[str]
+) -> None:
+    """Write the report, lists and contact sheet into a folder. Names that are not UTF-8 keep their bytes."""
+    good = [i for i, p in enumerate(images) if not p.problem]
+    write_text(out / "report.json", json.dumps({"summary": lines, "pictures": [asdict(p) for p in images]}, indent=1))
+    write_text(out / "unreadable.txt", "".join(f"{p.name}: {p.problem}\n" for p in images if p.problem))
+    paragraphs = ["".join(f"{images[good[row]].name}\n" for row in group) for group in groups]
     write_text(out / "duplicates.txt", "\n".join(paragraphs))
     if good:
         save_image(contact_sheet(source, good), out / "contact.png")
@@ -177,26 +192,31 @@ def write_report(
 @entry_point()
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("data", help="folder, .txt list of paths, or .tar shards")
+    parser.add_argument("data", help="folder, .txt list of paths, .tar shards, or a pattern of any of them")
     parser.add_argument("--out", type=Path, help="folder for the report, the lists and the contact sheet")
-    parser.add_argument("--size", type=int, default=256, help="side of the pictures that training will see, px")
+    parser.add_argument("--size", type=int, default=256, help="side of the images that training will see, px")
     parser.add_argument("--workers", type=int, default=os.cpu_count() or 1, help="processes that read")
     args = parser.parse_args()
+    for name in ("size", "workers"):
+        if getattr(args, name) < 1:
+            parser.error(f"--{name} is {getattr(args, name)}; it must be at least 1")
     try:
         source = open_source(args.data)
     except DataError as error:
-        print(f"error: {error}")
+        print(f"error: {printable(str(error))}")
         raise SystemExit(1) from error
-    pictures = examine_all(source, args.workers)
-    groups = near_duplicates([p.hash for p in pictures if not p.problem])
-    lines = summary(pictures, groups, args.size)
-    print("\n".join(lines))
-    for picture in [p for p in pictures if p.problem][:20]:
-        print(f"unreadable: {picture.name}: {picture.problem}")
     if args.out:
-        write_report(args.out, source, pictures, groups, lines)
-        print(f"report, lists and contact sheet: {args.out}")
-    if all(p.problem for p in pictures):
+        prepare_output(args.data, args.out)
+    images = examine_all(source, args.workers)
+    groups = near_duplicates([image.hash for image in images if not image.problem])
+    lines = summary(source, images, groups, args.size)
+    print("\n".join(lines))
+    for image in [image for image in images if image.problem][:20]:
+        print(f"unreadable: {printable(image.name)}: {printable(image.problem)}")
+    if args.out:
+        write_report(args.out, source, images, groups, lines)
+        print(f"report, lists and contact sheet: {printable(str(args.out))}")
+    if all(image.problem for image in images):
         raise SystemExit(1)
 
 

@@ -24,12 +24,14 @@ HOLDER = ".writing.json"
 def write_text(path: Path, text: str) -> None:
     """Write a text file under a temporary name, then rename it.
 
+    File names in the text that are not UTF-8 (`os.fsdecode`) are written as the bytes that they are.
+
     Raises:
         OSError: the file cannot be written; what was there before is unchanged.
     """
     temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp")
     try:
-        temporary.write_text(text, encoding="utf-8")
+        temporary.write_text(text, encoding="utf-8", errors="surrogateescape")
         os.replace(temporary, path)
     finally:
         temporary.unlink(missing_ok=True)

@@ -13,6 +13,7 @@ from accelerate.utils import gather_object
 
 from clipgen.utils.entry_point import entry_point
 from clipgen.utils.files import write_text
+from clipgen.utils.text import printable, read_lines
 from train.config import Config, load_config
 from train.loop.logger import TRACKERS, check_tracker
 
@@ -91,6 +92,6 @@ def report_failures(accelerator: Accelerator, out: Path, failures: Mapping[str, 
     lines = {f"{name}: {reason}" for part in gather_object([dict(failures)]) for name, reason in part.items()}
     if lines and accelerator.is_main_process:
         path = out / "skipped.txt"
-        lines |= set(path.read_text(encoding="utf-8").splitlines() if path.exists() else ())
+        lines |= set(read_lines(path, errors="surrogateescape") if path.exists() else ())
         write_text(path, "".join(f"{line}\n" for line in sorted(lines)))
-        print(f"{len(lines)} images could not be read, all listed in {path}; {min(lines)}", flush=True)
+        print(f"{len(lines)} images could not be read, all listed in {path}; {printable(min(lines))}", flush=True)

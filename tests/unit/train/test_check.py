@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import json
+import os
 import random
 import sys
 from pathlib import Path
@@ -37,13 +38,56 @@ def test_check_says_what_is_wrong(
     (nasty / "again.png").write_bytes(encoded(photo(9, (200, 160)), "PNG"))  # PLAIN.JPEG, larger
     assert run_check(monkeypatch, nasty, "--out", tmp_path / "out", "--size", 64) == 0
     said = capsys.readouterr().out
-    assert "15 pictures: 11 can be used, 4 cannot" in said and "are smaller than 64 px" in said
+    assert "15 images: 11 can be used, 4 cannot" in said and "are smaller than 64 px" in said
+    assert "not used: 1 hidden files, 1 broken links, 1 .txt" in said
     assert "shorter side: 1 to 2500 px" in said and "text.jpg: is not an image" in said
     duplicates = (tmp_path / "out" / "duplicates.txt").read_text()
     assert "again.png" in duplicates and "PLAIN.JPEG" in duplicates
     assert len((tmp_path / "out" / "unreadable.txt").read_text().splitlines()) == 4
     assert len(json.loads((tmp_path / "out" / "report.json").read_text())["pictures"]) == 15
     assert Image.open(tmp_path / "out" / "contact.png").width > 300
+
+
+def test_names_that_are_not_utf8_are_reported_as_they_are(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder, out = tmp_path / "photos", tmp_path / "out"
+    folder.mkdir()
+    for name, data in ((b"caf\xe9.png", b"broken"), (b"a\xff.png", encoded(photo(1), "PNG")), (b"b\n.png", b"")):
+        Path(os.fsdecode(os.fsencode(folder) + b"/" + name)).write_bytes(data)
+    (folder / "copy.png").write_bytes(encoded(photo(1), "PNG"))
+    assert run_check(monkeypatch, folder, "--out", out) == 0
+    said = capsys.readouterr().out
+    assert "caf\\xe9.png: is not an image" in said and said.encode()
+    assert b"caf\xe9.png: is not" in (out / "unreadable.txt").read_bytes()
+    assert b"a\xff.png\n" in (out / "duplicates.txt").read_bytes()
+    assert len(json.loads((out / "report.json").read_text())["pictures"]) == 4
+
+
+@pytest.mark.parametrize("out", ["", "check", "deep/er"])
+def test_output_inside_the_data_is_refused_before_reading(
+    out: str, nasty: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert run_check(monkeypatch, nasty, "--out", nasty / out) == 2
+    caught = capsys.readouterr()
+    assert "lies inside" in caught.err and len(caught.err.splitlines()) == 1 and not caught.out
+    assert not (nasty / "check").exists()
+
+
+def test_output_that_cannot_be_written_is_one_line(
+    nasty: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "file").write_text("")
+    assert run_check(monkeypatch, nasty, "--out", tmp_path / "file") == 2
+    assert len(capsys.readouterr().err.splitlines()) == 1
+
+
+@pytest.mark.parametrize("flag", ["--workers", "--size"])
+def test_numbers_below_one_are_refused(flag: str, nasty: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sys, "argv", ["check", str(nasty), flag, "0"])
+    with pytest.raises(SystemExit) as stop:
+        check.main()
+    assert stop.value.code == 2
 
 
 @pytest.mark.parametrize("content", [None, b"broken"])
@@ -54,7 +98,7 @@ def test_check_fails_when_nothing_can_be_used(
         (tmp_path / "a.png").write_bytes(content)
     assert run_check(monkeypatch, tmp_path) == 1
     said = capsys.readouterr().out
-    assert ("no picture that can be read" if content else "holds no image") in said
+    assert ("no image that can be read" if content else "holds no image") in said
 
 
 @given(st.lists(st.integers(0, 2**64 - 1), max_size=8), st.randoms(use_true_random=False))
