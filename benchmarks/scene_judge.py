@@ -32,6 +32,8 @@ from train.mini.source import Scenes
 SCENES = 20_000
 """Scenes that the heads are trained on."""
 DIM = 5 * Judge.DIM
+ROWS = 256
+"""Scenes of a training step."""
 _BATCH = 32
 
 
@@ -118,10 +120,10 @@ def stands_as_said(verdict: Verdict, facts: Facts) -> bool:
     return said == facts.relation if first else mirrored.get(said) == facts.relation
 
 
-def load_judge(scenes: Scenes, cache: Path, count: int = SCENES, steps: int = 3000) -> SceneJudge:
+def load_judge(scenes: Scenes, cache: Path, count: int = SCENES, epochs: int = 20) -> SceneJudge:
     """The judge, its heads trained on so many scenes, once, and kept in `cache`."""
     judge = SceneJudge()
-    key = hashlib.sha256(json.dumps([scenes.fingerprint(), count, steps, list(NAMES)]).encode()).hexdigest()
+    key = hashlib.sha256(json.dumps([scenes.fingerprint(), count, epochs, list(NAMES)]).encode()).hexdigest()
     trained = {**dict(judge.norm.named_buffers(prefix="norm")), **dict(judge.heads.named_parameters(prefix="heads"))}
     if cache.is_file():
         with safe_open(cache, "pt") as file:
@@ -130,7 +132,7 @@ def load_judge(scenes: Scenes, cache: Path, count: int = SCENES, steps: int = 30
                     tensor.data.copy_(file.get_tensor(name))
                 return judge.eval()
     features, labels = _look(judge, scenes, count)
-    _train(judge, features, labels, steps)
+    _train(judge, features, labels, epochs * count // ROWS + 1)
     save_file({name: tensor.detach().clone() for name, tensor in trained.items()}, cache, {"key": key})
     return judge.eval()
 
@@ -153,7 +155,7 @@ def _train(judge: SceneJudge, features: Tensor, labels: Tensor, steps: int) -> N
     for step in range(steps):
         for group in optimizer.param_groups:
             group["lr"] = 3e-3 * (1 - step / steps)
-        rows = torch.randint(len(features), (256,), generator=generator)
+        rows = torch.randint(len(features), (ROWS,), generator=generator)
         loss = heads_loss(judge(features[rows]), labels[rows])
         optimizer.zero_grad()
         loss.backward()

@@ -91,12 +91,12 @@ def test_scene_itself_is_a_near_copy_and_noise_is_not() -> None:
 @pytest.mark.slow
 def test_judge_learns_styles_and_grounds_from_scenes_and_is_kept(tmp_path: Path) -> None:
     source = Scenes(RENDERS, draw, seed=7)
-    judge = load_judge(source, tmp_path / "judge.safetensors", count=600, steps=300)
+    judge = load_judge(source, tmp_path / "judge.safetensors", count=600, epochs=120)
     unseen = [10_000 + i for i in range(100)]
     images = [Image.fromarray(source.image(row)) for row in unseen]
     seen = judge.judge(images)
     right = sum(v.said["style"] == source.facts(row).style for v, row in zip(seen, unseen, strict=True))
     things = sum(v.said["object"] == source.facts(row).things[0].object for v, row in zip(seen, unseen, strict=True))
     assert right > 70 and things > 60  # of 7 styles and 4 objects
-    again = load_judge(source, tmp_path / "judge.safetensors", count=600, steps=300)
+    again = load_judge(source, tmp_path / "judge.safetensors", count=600, epochs=120)
     assert again.judge(images[:8]) == seen[:8]

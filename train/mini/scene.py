@@ -36,7 +36,7 @@ _LEAST_CONTRAST = 0.14
 class Layer:
     """A sprite and where it is in a figure: premultiplied RGBA, a scale, and its left top corner."""
 
-    image: Floats
+    image: Bytes
     scale: float
     left: float
     top: float
@@ -71,7 +71,7 @@ class Composer:
     def __init__(self, renders: Path, size: int = 128) -> None:
         """Args: renders: the folder of STYLE/CODE.png that `train.mini.emoji` writes; size: side of the images, px."""
         self.renders, self.size = renders, size
-        self._sprite = lru_cache(maxsize=4096)(self._read_sprite)
+        self._sprite = lru_cache(maxsize=3072)(self._read_sprite)
         self._bank = lru_cache(maxsize=None)(self._read_bank)
 
     def compose(self, facts: Facts, seed: int) -> Bytes:
@@ -129,31 +129,32 @@ class Composer:
             if smaller < 0.6:  # halved first: nothing is skipped between its pixels
                 image, move = _halved(image), move * [[2, 2, 1]]
             moved = cv2.warpAffine(image, move.astype(np.float32), (self.size, self.size), flags=cv2.INTER_LINEAR)
-            covers.append(floats(moved))
+            covers.append(floats(moved) / np.float32(255))
         return covers
 
-    def _read_sprite(self, base: str, name: str, colour: str | None) -> tuple[Floats, Anchors]:
+    def _read_sprite(self, base: str, name: str, colour: str | None) -> tuple[Bytes, Anchors]:
         image = load_render(self.renders, base, read_objects()[name].code)
         anchors = find_anchors(image[..., 3])
         return premultiply(recolour(image, colour) if colour else image), anchors
 
-    def _read_bank(self, base: str, attachment: str, kind: tuple[str, str] | None) -> list[Floats]:
+    def _read_bank(self, base: str, attachment: str, kind: tuple[str, str] | None) -> list[Bytes]:
         source = ATTACHMENTS[attachment].source
         if isinstance(source, str):
             return [premultiply(trim(load_render(self.renders, base, source)))]
         return [premultiply(trim(image)) for image in draw_variants(attachment, kind)]
 
 
-def _halved(image: Floats) -> Floats:
+def _halved(image: Bytes) -> Bytes:
     height, width = image.shape[:2]
-    return floats(cv2.resize(image, (max(1, width // 2), max(1, height // 2)), interpolation=cv2.INTER_AREA))
+    half = cv2.resize(image, (max(1, width // 2), max(1, height // 2)), interpolation=cv2.INTER_AREA)
+    return half.astype(np.uint8, copy=False)
 
 
 def _union(a: Box, b: Box) -> Box:
     return min(a[0], b[0]), min(a[1], b[1]), max(a[2], b[2]), max(a[3], b[3])
 
 
-def _attach(image: Floats, attachment: str, anchors: Anchors, rng: random.Random) -> Layer:
+def _attach(image: Bytes, attachment: str, anchors: Anchors, rng: random.Random) -> Layer:
     """Where an attachment goes on a thing with such anchors."""
     how = ATTACHMENTS[attachment]
     height, width = image.shape[:2]

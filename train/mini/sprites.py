@@ -9,7 +9,7 @@ import cv2
 import numpy as np
 
 from clipgen.errors import DataError
-from train.mini.colours import Bytes, Floats
+from train.mini.colours import Bytes
 
 SIDE = 160
 """Of a sprite, px."""
@@ -28,11 +28,11 @@ def load_render(renders: Path, style: str, code: str) -> Bytes:
     return cv2.cvtColor(image, cv2.COLOR_BGRA2RGBA).astype(np.uint8)
 
 
-def premultiply(image: Bytes) -> Floats:
-    """RGBA bytes (H, W, 4) -> floats in [0, 1], colours times alpha: what can be scaled and blended."""
-    out = image.astype(np.float32) / 255
-    out[..., :3] *= out[..., 3:]
-    return np.ascontiguousarray(out)
+def premultiply(image: Bytes) -> Bytes:
+    """RGBA (H, W, 4) with colours times alpha: what can be scaled and blended. Bytes, as thousands are kept."""
+    out = image.astype(np.float32)
+    out[..., :3] *= out[..., 3:] / 255
+    return np.ascontiguousarray(out.round().astype(np.uint8))
 
 
 def trim(image: Bytes) -> Bytes:

@@ -97,8 +97,8 @@ def test_attachment_changes_a_tenth_of_what_is_around_the_thing(composer: Compos
     plain = composer._figure(Thing("lemon"), "3d", random.Random(0))
     worn = composer._figure(Thing("lemon", None, attachment, kinds_of(attachment)[0]), "3d", random.Random(0))
     layer = next(layer for layer in worn.layers if layer.image is not plain.layers[0].image)
-    covered = float((layer.image[..., 3] > 0.5).sum()) * layer.scale**2
-    lemon = float((plain.layers[0].image[..., 3] > 0.5).sum())
+    covered = float((layer.image[..., 3] > 128).sum()) * layer.scale**2
+    lemon = float((plain.layers[0].image[..., 3] > 128).sum())
     assert covered > 0.06 * lemon
     assert len(worn.layers) == 2
     assert (worn.layers[0] is layer) == (attachment == "wings")  # only wings are behind
