@@ -17,7 +17,7 @@ from torch import Tensor
 
 from clipgen.config import GPTConfig
 from clipgen.models.capabilities import can_prepack
-from clipgen.models.kv_cache import KVCache, KVCacheView
+from clipgen.models.kv_cache import KVCache, KVCacheView, single_query_backends
 from clipgen.models.linear import Linear, RowCounts, quantise_linears
 
 LEAST_ROWS = 5
@@ -199,6 +199,7 @@ class GPT(nn.Module):
         x = x + self.pos_emb[0, positions]
         if self.row_counts is not None:
             x = self.row_counts.pad(x)
-        for layer, block in enumerate(cast(Iterable[Block], self.blocks)):
-            x = block.decode_step(x, view, layer)
+        with single_query_backends(x.device):
+            for layer, block in enumerate(cast(Iterable[Block], self.blocks)):
+                x = block.decode_step(x, view, layer)
         return self.head(self.norm(x))[: view.rows]

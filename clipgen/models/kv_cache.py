@@ -5,12 +5,14 @@ Shapes: B rows, T positions, S positions of a segment, L positions that a step r
 
 from __future__ import annotations
 
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
 from einops import rearrange, repeat
 from torch import Tensor
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from clipgen.config import GPTConfig
 from clipgen.models.capabilities import can_fuse_attention
@@ -103,3 +105,14 @@ class KVCacheView:
         for weight, values in zip(weights[1:], self.values[1:], strict=True):
             y = torch.baddbmm(y, weight, values[layer])
         return y.view(q.shape)
+
+
+def single_query_backends(device: torch.device) -> AbstractContextManager[None]:
+    """Restrict attention on GPUs to kernels that cost nothing for a new cache length.
+
+    On Hopper PyTorch prefers cuDNN, which builds a plan on the host for every shape: tens to hundreds of milliseconds
+    for each of up to T lengths, in a cache without bound. The memory-efficient kernel is the one that a T4 uses, too.
+    """
+    if device.type != "cuda":
+        return nullcontext()
+    return sdpa_kernel([SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH])

@@ -17,7 +17,7 @@ from torch import Tensor
 from clipgen.config import GPTConfig
 from clipgen.models.capabilities import cpu_dtypes
 from clipgen.models.gpt import GPT, causal_attention
-from clipgen.models.kv_cache import KVCache
+from clipgen.models.kv_cache import KVCache, single_query_backends
 from clipgen.weights.convert import map_hfailab_gpt
 from clipgen.weights.model_dir import build_module
 
@@ -262,3 +262,13 @@ def test_attention_of_training_is_that_of_generation() -> None:
     q, k, v = (torch.randn(3, 2, 9, 8, generator=torch.Generator().manual_seed(i)) for i in range(3))
     expected = F.scaled_dot_product_attention(q, k, v, is_causal=True)
     assert torch.allclose(causal_attention(q.requires_grad_(), k, v), expected, atol=1e-6)
+
+
+def test_decoding_on_a_gpu_never_takes_cudnn_attention() -> None:
+    assert torch.backends.cuda.cudnn_sdp_enabled()
+    with single_query_backends(torch.device("cuda")):
+        assert not torch.backends.cuda.cudnn_sdp_enabled() and not torch.backends.cuda.flash_sdp_enabled()
+        assert torch.backends.cuda.mem_efficient_sdp_enabled() and torch.backends.cuda.math_sdp_enabled()
+    assert torch.backends.cuda.cudnn_sdp_enabled()
+    with single_query_backends(torch.device("cpu")):
+        assert torch.backends.cuda.cudnn_sdp_enabled()
