@@ -35,8 +35,12 @@ _LIVE = 7
 """Largest feature maps that a decoder holds at a time: a residual block's input, its normalised and activated copies,
 the results of its convolutions, and what a convolution lays out anew."""
 
-# What the allocators of CPUs and GPUs say when nothing is left; only CUDA's has an exception of its own.
-_PHRASES = ("can't allocate memory", "not enough memory", "out of memory", "ALLOC_FAILED", "bad_alloc")
+# What the allocators of CPUs and GPUs say when nothing is left; only CUDA's has an exception of its own. cuDNN finds no
+# engine for a convolution when the workspace of every one of them is too large.
+_PHRASES = (
+    *("can't allocate memory", "not enough memory", "out of memory", "ALLOC_FAILED", "bad_alloc"),
+    "unable to find an engine",
+)
 
 
 def token_bytes(config: GPTConfig, dtype: torch.dtype, guided: bool) -> int:
