@@ -55,6 +55,8 @@ class TrainConfig:
             value = getattr(self, name)
             require(math.isfinite(value) and value > 0, f"{name} is {value}; it must be positive")
         require(0 <= self.ema < 1, f"ema is {self.ema}; use [0, 1)")
+        if self.precision == "False":  # YAML reads a bare "no" as false
+            self.precision = "no"
         require_choice(self, "precision", "no", "bf16", "fp16")
 
 

@@ -77,8 +77,8 @@ def explain_unusable_gpu() -> str:
         reason = str(error).splitlines()[0]
     return (
         f"there is an NVIDIA GPU ({GPU_NODE}), but PyTorch {torch.__version__} cannot use it ({reason}); update the "
-        "driver, to 580 or newer for CUDA 13, or install a PyTorch for an older CUDA: "
-        "pip install torch==2.11.0 torchvision==0.26.0 --index-url https://download.pytorch.org/whl/cu126"
+        "driver, to 580 or newer for CUDA 13, or install PyTorch built for an older CUDA, "
+        "as pytorch.org describes"
     )
 
 
@@ -90,14 +90,16 @@ def pick_precision(name: str | None, device: torch.device) -> Precision:
     where the device has it, else float32 on CPUs and float16 on GPUs.
 
     Raises:
-        RequestError: an unknown name, or a precision that this CPU cannot compute in.
+        RequestError: an unknown name, or a precision that this device cannot or should not compute in.
     """
     if name is not None and name not in PRECISIONS:
         raise RequestError("dtype", f"is {name!r}; use one of {', '.join(PRECISIONS)}")
     compute = _fastest(device)
     if device.type != "cpu":
         name = name or str(compute).removeprefix("torch.")
-        return Precision(name, compute if name == "int8" else DTYPES[name])
+        if name == "int8":  # PyTorch's CUDA kernel has one thread per output and reads weights uncoalesced
+            raise RequestError("dtype", "is 'int8', which is slower than float16 on a GPU; use float16 or bfloat16")
+        return Precision(name, DTYPES[name])
     possible = cpu_dtypes()
     name = name or possible[0]
     if name not in possible:

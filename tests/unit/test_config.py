@@ -196,3 +196,7 @@ def test_defaults_are_valid(kind: type) -> None:
 def test_settings_of_stage2_that_do_not_go_together(settings: dict[str, Any], message: str) -> None:
     with pytest.raises(ConfigError, match=message):
         Stage2Config(**settings)
+
+
+def test_precision_no_without_quotes_is_understood() -> None:
+    assert load_config("mini", ["stage1.precision=no", 'stage2.precision="no"']).stage1.precision == "no"

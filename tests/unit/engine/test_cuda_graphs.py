@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import logging
 import random
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import replace
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -12,7 +15,7 @@ import torch.nn.functional as F
 from engine_kit import sharp_gpt, together
 
 from clipgen.config import GPTConfig
-from clipgen.engine.cuda_graphs import POSITION_SPAN, CUDAGraphRunner, Run, build_graphs, matches_eager
+from clipgen.engine.cuda_graphs import POSITION_SPAN, CUDAGraphRunner, GraphCapture, Run, build_graphs, matches_eager
 from clipgen.engine.engine import Engine
 from clipgen.engine.sequence import Sequence
 from clipgen.models.gpt import GPT
@@ -109,3 +112,53 @@ def test_on_a_gpu_the_engine_draws_with_graphs_what_it_draws_without(
     monkeypatch.setattr("clipgen.engine.engine.build_graphs", lambda gpt, rows: None)
     plain = Engine(there).draw(wanted).tokens
     assert (recorded == plain).float().mean() > (0.99 if dtype == torch.float32 else 0.9)
+
+
+class Streams:
+    """Stands in for torch.cuda's streams: which exist, and which is current."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        self.made: list[object] = []
+        self.current: object = self.stream()
+        self.fails = False
+        monkeypatch.setattr(torch.cuda, "Stream", lambda device: self.stream())
+        monkeypatch.setattr(torch.cuda, "current_stream", lambda device: self.current)
+        monkeypatch.setattr(torch.cuda, "set_stream", lambda stream: setattr(self, "current", stream))
+        monkeypatch.setattr(torch.cuda, "graph_pool_handle", lambda: None)
+        monkeypatch.setattr(torch.cuda, "CUDAGraph", lambda: SimpleNamespace(replay=lambda: None))
+        monkeypatch.setattr(torch.cuda, "stream", self.enter)
+        monkeypatch.setattr(torch.cuda, "graph", self.capture)
+
+    def stream(self) -> object:
+        self.made.append(SimpleNamespace(wait_stream=lambda other: None))
+        return self.made[-1]
+
+    @contextmanager
+    def enter(self, stream: object) -> Iterator[None]:
+        before, self.current = self.current, stream
+        yield
+        self.current = before
+
+    @contextmanager
+    def capture(self, graph: object, pool: object, stream: object, **_: object) -> Iterator[None]:
+        self.current = stream
+        yield
+        if self.fails:
+            raise RuntimeError("CUDA error: operation failed due to a previous error during capture")
+        self.current = self.made[0]
+
+
+def test_all_captures_share_one_stream(monkeypatch: pytest.MonkeyPatch) -> None:
+    streams = Streams(monkeypatch)
+    capture = GraphCapture(torch.device("cuda"))
+    for _ in range(5):
+        capture(lambda: None)
+    assert len(streams.made) == 2  # the caller's and the capture's
+
+
+def test_failed_capture_returns_to_the_callers_stream(monkeypatch: pytest.MonkeyPatch) -> None:
+    streams = Streams(monkeypatch)
+    caller, streams.fails = streams.current, True
+    with pytest.raises(RuntimeError, match="during capture"):
+        GraphCapture(torch.device("cuda"))(lambda: None)
+    assert streams.current is caller

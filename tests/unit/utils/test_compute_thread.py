@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from clipgen import ClipGen
-from clipgen.utils.compute_thread import ComputeThread
+from clipgen.utils.compute_thread import ComputeThread, synchronize
 
 NAME: ContextVar[str] = ContextVar("NAME", default="nobody")
 
@@ -68,3 +68,11 @@ def test_a_pipeline_computes_on_its_thread_only(tiny_weights: Path, monkeypatch:
     finally:
         hook.remove()
     assert threads == {pipe.compute.run(threading.get_ident)}
+
+
+def test_synchronize_names_its_device_and_leaves_cpus_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    waited: list[torch.device] = []
+    monkeypatch.setattr(torch.cuda, "synchronize", lambda device: waited.append(device))
+    synchronize(torch.device("cpu"))
+    synchronize(torch.device("cuda:1"))
+    assert waited == [torch.device("cuda:1")]

@@ -8,7 +8,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from clipgen.weights.precision import pick_device
+from clipgen.errors import RequestError
+from clipgen.weights.precision import pick_device, pick_precision
 
 
 def fail_to_start() -> None:
@@ -47,3 +48,10 @@ def test_cpu_that_is_asked_for_or_all_there_is_gives_no_warning(
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         assert pick_device(asked) == torch.device("cpu")
+
+
+def test_int8_on_a_gpu_is_refused_with_what_is_faster(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (7, 5))
+    with pytest.raises(RequestError, match="dtype is 'int8', which is slower than float16 on a GPU; use float16"):
+        pick_precision("int8", torch.device("cuda"))
+    assert pick_precision(None, torch.device("cuda")).name == "float16"
