@@ -12,7 +12,6 @@ import secrets
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
@@ -22,15 +21,15 @@ from torch import Tensor
 
 from clipgen.config import ModelConfig
 from clipgen.engine.engine import Engine
-from clipgen.engine.image_decoder import DecodedImage, ImageDecoder
-from clipgen.engine.sequence import Sequence as ImageSequence
+from clipgen.engine.image_decoder import ImageDecoder
 from clipgen.errors import ConfigError, RequestError, WeightsError
 from clipgen.images.pixels import from_pixels, to_clip, to_pixels, to_rgb
+from clipgen.job import Job
 from clipgen.models.clip import Clip, tokenize
 from clipgen.models.gpt import GPT
 from clipgen.models.vqgan import VQGAN
 from clipgen.outputs.metadata import receipts, weights_digest
-from clipgen.request import MAX_SEED, GenerationOutput, GenerationRequest, Prompt, SamplingParams, parts_of
+from clipgen.request import MAX_SEED, GenerationOutput, GenerationRequest, Prompt, parts_of
 from clipgen.utils.compute_thread import ComputeThread, synchronize
 from clipgen.utils.text import expand_home
 from clipgen.weights.model_dir import build_module, copy_model_dir, load_model_dir
@@ -40,9 +39,6 @@ from clipgen.weights.resolve import resolve_weights
 from clipgen.weights.training_index import IndexMatch, TrainingIndex
 
 log = logging.getLogger(__name__)
-
-WAVE = 8
-"""Candidates generated and ranked before a request with a budget is asked whether it wants more."""
 
 
 class ClipGen:
@@ -264,19 +260,19 @@ class ClipGen:
 
     # --- on the compute thread ---
 
-    def _prepare(self, requests: Sequence[GenerationRequest]) -> list[_Job]:
+    def _prepare(self, requests: Sequence[GenerationRequest]) -> list[Job]:
         jobs = [self._job(request) for request in requests]
         synchronize(self.device)  # so that the stage's time is its own
         return jobs
 
-    def _job(self, request: GenerationRequest) -> _Job:
+    def _job(self, request: GenerationRequest) -> Job:
         seed = secrets.randbelow(MAX_SEED) if request.seed is None else request.seed
         params = request.sampling(self.config.sampling)
         negative = request.negative_prompt
         negative_condition = None if negative is None else self._encode_prompt(negative, "negative_prompt")[1]
         embedding, condition = self._encode_prompt(request.prompt)
         match = self._match(request.prompt, embedding)
-        return _Job(request, seed, params, embedding, condition, negative_condition, self._prefix(request), match)
+        return Job(request, seed, params, embedding, condition, negative_condition, self._prefix(request), match)
 
     def _encode_prompt(self, prompt: Prompt, field: str = "prompt") -> tuple[Tensor, Tensor]:
         """Embedding (D,) and condition (n_cond,) of a prompt; `field` is whose prompt it is."""
@@ -316,7 +312,7 @@ class ClipGen:
         pixels = to_pixels([to_rgb(request.keep)], config.image_size).to(self.device, self.dtype)
         return self.vqgan.encode_tokens(pixels)[0, : request.keep_rows * config.grid]
 
-    def _output(self, job: _Job, seconds: dict[str, float]) -> GenerationOutput:
+    def _output(self, job: Job, seconds: dict[str, float]) -> GenerationOutput:
         best, request = job.best(), job.request
         negative = [] if request.negative_prompt is None else parts_of(request.negative_prompt)
         texts = [part for part, _ in parts_of(request.prompt) + negative if isinstance(part, str)]
@@ -344,7 +340,7 @@ class ClipGen:
         return grid * -(-grid // (max(previews, 1) + 1))
 
     def _previewer(
-        self, on_preview: Callable[[list[Image.Image]], None], wave: Sequence[tuple[_Job, int]]
+        self, on_preview: Callable[[list[Image.Image]], None], wave: Sequence[tuple[Job, int]]
     ) -> Callable[[Tensor], None]:
         shown = [i for i, (job, seed) in enumerate(wave) if seed - job.seed < job.request.num_outputs]
 
@@ -353,46 +349,6 @@ class ClipGen:
                 on_preview(self.image_decoder.preview(tokens[shown]))
 
         return on_tokens
-
-
-@dataclass(eq=False)
-class _Job:
-    """One request while it is generated."""
-
-    request: GenerationRequest
-    seed: int
-    params: SamplingParams
-    embedding: Tensor  # (D,), for the ranking
-    condition: Tensor  # (n_cond,), for the GPT
-    negative_condition: Tensor | None  # (n_cond,)
-    prefix_tokens: Tensor | None
-    match: IndexMatch | None
-    candidates: list[tuple[int, DecodedImage]] = field(default_factory=list)  # by seed
-
-    def sequence(self, seed: int) -> ImageSequence:
-        """One of its candidates, for the engine."""
-        return ImageSequence(self.condition, seed, self.params, self.prefix_tokens, self.negative_condition)
-
-    def next_wave(self, start: float) -> range:
-        """The seeds to generate next: all at once without a budget, else a few at a time until it is used up or met."""
-        request, have = self.request, len(self.candidates)
-        if request.target_score is None and request.seconds is None:
-            return range(self.seed + have, self.seed + request.num_candidates)
-        if have and (self._is_met() or self._is_late(start)):
-            return range(0)
-        size = max(WAVE, request.num_outputs)
-        return range(self.seed + have, self.seed + min(have + size, request.num_candidates))
-
-    def best(self) -> list[tuple[int, DecodedImage]]:
-        """The best candidates so far, as many as are asked for."""
-        return sorted(self.candidates, key=lambda candidate: -candidate[1].score)[: self.request.num_outputs]
-
-    def _is_met(self) -> bool:
-        target = self.request.target_score
-        return target is not None and self.best()[-1][1].score >= target
-
-    def _is_late(self, start: float) -> bool:
-        return self.request.seconds is not None and time.perf_counter() - start >= self.request.seconds
 
 
 @contextmanager

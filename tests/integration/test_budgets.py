@@ -8,8 +8,8 @@ import pytest
 
 from clipgen import ClipGen
 from clipgen.errors import RequestError
+from clipgen.job import WAVE
 from clipgen.outputs.metadata import receipts
-from clipgen.pipeline import WAVE
 from clipgen.request import GenerationOutput, GenerationRequest
 
 CANDIDATES = 4 * WAVE

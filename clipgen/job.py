@@ -1,0 +1,56 @@
+"""One request on its way: its candidates so far, and how many more to generate within its budget."""
+
+from __future__ import annotations
+
+import time
+from dataclasses import dataclass, field
+
+from torch import Tensor
+
+from clipgen.engine.image_decoder import DecodedImage
+from clipgen.engine.sequence import Sequence
+from clipgen.request import GenerationRequest, SamplingParams
+from clipgen.weights.training_index import IndexMatch
+
+WAVE = 8
+"""Candidates generated and ranked before a request with a budget is asked whether it wants more."""
+
+
+@dataclass(eq=False)
+class Job:
+    """One request while it is generated."""
+
+    request: GenerationRequest
+    seed: int
+    params: SamplingParams
+    embedding: Tensor  # (D,), for the ranking
+    condition: Tensor  # (n_cond,), for the GPT
+    negative_condition: Tensor | None  # (n_cond,)
+    prefix_tokens: Tensor | None
+    match: IndexMatch | None
+    candidates: list[tuple[int, DecodedImage]] = field(default_factory=list)  # by seed
+
+    def sequence(self, seed: int) -> Sequence:
+        """One of its candidates, for the engine."""
+        return Sequence(self.condition, seed, self.params, self.prefix_tokens, self.negative_condition)
+
+    def next_wave(self, start: float) -> range:
+        """The seeds to generate next: all at once without a budget, else a few at a time until it is used up or met."""
+        request, have = self.request, len(self.candidates)
+        if request.target_score is None and request.seconds is None:
+            return range(self.seed + have, self.seed + request.num_candidates)
+        if have and (self._is_met() or self._is_late(start)):
+            return range(0)
+        size = max(WAVE, request.num_outputs)
+        return range(self.seed + have, self.seed + min(have + size, request.num_candidates))
+
+    def best(self) -> list[tuple[int, DecodedImage]]:
+        """The best candidates so far, as many as are asked for."""
+        return sorted(self.candidates, key=lambda candidate: -candidate[1].score)[: self.request.num_outputs]
+
+    def _is_met(self) -> bool:
+        target = self.request.target_score
+        return target is not None and self.best()[-1][1].score >= target
+
+    def _is_late(self, start: float) -> bool:
+        return self.request.seconds is not None and time.perf_counter() - start >= self.request.seconds
