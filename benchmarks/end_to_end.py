@@ -2,7 +2,7 @@
 
     python benchmarks/end_to_end.py [--weights weights/mini] [--repeats 5] [--json]
 
-Cold: a fresh `python -m clipgen generate` until its first picture is on disk (its files may be in the system's cache,
+Cold: a fresh `clipgen generate` until its first picture is on disk (its files may be in the system's cache,
 as they are after installing). Warm: further calls of a loaded pipeline by stage, with the time to save PNG files.
 """
 

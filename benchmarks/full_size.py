@@ -29,6 +29,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+from clipgen.utils.arguments import at_least
 from clipgen.utils.entry_point import entry_point
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -164,7 +165,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", choices=["coco", "imagenet"], default="coco", help="which size")
     parser.add_argument("--dtype", help="float32, bfloat16 or float16; by default what suits the device")
-    parser.add_argument("--candidates", type=int, default=1, help="pictures to draw")
+    parser.add_argument("--candidates", type=at_least(1), default=1, help="pictures to draw")
     parser.add_argument("--keep", type=Path, help="folder for the converted weights, which are deleted without it")
     parser.add_argument("--json", action="store_true", help="print JSON")
     args = parser.parse_args()

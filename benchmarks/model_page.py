@@ -8,6 +8,11 @@ relative to docs/; here it is sent as a data: URL.
 
 from __future__ import annotations
 
+if __name__ == "__main__":
+    from clipgen.utils.entry_point import end_at_ctrl_c
+
+    end_at_ctrl_c()  # until main() takes over
+
 import argparse
 import base64
 import json
@@ -19,6 +24,8 @@ from urllib import request as http
 
 from end_to_end import ROOT
 from serving import serve
+
+from clipgen.utils.entry_point import entry_point
 
 PAGE = ROOT / "docs" / "model-page.md"
 IMAGES = PAGE.with_suffix("")
@@ -52,6 +59,7 @@ def predict(address: str, body: bytes) -> list[bytes]:
     return [base64.b64decode(url.partition(",")[2]) for url in answer["output"]]
 
 
+@entry_point()
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--weights", type=Path, default=ROOT / "weights" / "mini", help="folder of weights")

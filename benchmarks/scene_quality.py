@@ -37,6 +37,7 @@ from clipgen.images.pixels import from_pixels, grid, save_image, to_pixels
 from clipgen.models.vqgan import VQGAN
 from clipgen.pipeline import ClipGen
 from clipgen.request import GenerationRequest
+from clipgen.utils.arguments import at_least
 from clipgen.utils.entry_point import entry_point
 from clipgen.utils.files import write_text
 from train.mini.objects import read_objects
@@ -183,9 +184,11 @@ def main() -> None:
     parser.add_argument("--wordnet", type=Path, default=Path("/usr/share/wordnet"), help="WordNet's database")
     parser.add_argument("--out", type=Path, default=Path("outputs/scenes"), help="folder for the grid and the reports")
     parser.add_argument("--split", choices=list(SEEDS), default="development", help="which prompts")
-    parser.add_argument("--per-kind", type=int, default=40, help="prompts of each kind")
-    parser.add_argument("--judge-scenes", type=int, default=SCENES, help="scenes that the judge learns from")
-    parser.add_argument("--copies", type=int, default=COPIES, help="scenes that near copies are looked for among")
+    parser.add_argument("--per-kind", type=at_least(1), default=40, help="prompts of each kind")
+    parser.add_argument("--judge-scenes", type=at_least(1), default=SCENES, help="scenes that the judge learns from")
+    parser.add_argument(
+        "--copies", type=at_least(1), default=COPIES, help="scenes that near copies are looked for among"
+    )
     parser.add_argument("--dtype", help="precision that is drawn in; by default what suits the CPU")
     args = parser.parse_args()
     try:

@@ -1,7 +1,7 @@
 """A folder of pictures -> a folder of weights, in one command that may be stopped anywhere.
 
     python -m train.all photos --out weights/mine --config mini --clip clip.safetensors --prompts prompts.txt
-    python -m clipgen generate "a lemon" --weights weights/mine
+    clipgen generate "a lemon" --weights weights/mine
 
 Runs check, stage 1, a round trip of the tokens, encode, stage 2, export, index, evaluate and the model's card, each the
 script of that name; what each writes is in WORK. A step that is done is not done again, and one that was stopped goes
@@ -38,6 +38,7 @@ from safetensors import SafetensorError, safe_open
 from clipgen.errors import ConfigError, DownloadError
 from clipgen.evaluation.features import KINDS, fetched
 from clipgen.images.sources import open_source
+from clipgen.utils.arguments import at_least
 from clipgen.utils.files import sha256, write_text
 from train.config import Config, load_config
 from train.loop.script import command
@@ -243,7 +244,7 @@ def parse() -> tuple[Paths, Config, str, int]:
     parser.add_argument("--clip", type=Path, required=True, help="CLIP weights, .safetensors under OpenAI's names")
     parser.add_argument("--prompts", type=Path, help="sentences about such pictures, one a line, at least 20")
     parser.add_argument("--features", choices=KINDS, default=KINDS[0], help="what pictures are compared by at the end")
-    parser.add_argument("--processes", type=int, default=1, help="processes of this machine, such as its GPUs")
+    parser.add_argument("--processes", type=at_least(1), default=1, help="processes of this machine, such as its GPUs")
     parser.add_argument("--work", type=Path, help="folder for everything on the way [default: runs/NAME_OF_OUT]")
     parser.add_argument("overrides", nargs="*", help="changes to the configuration, such as stage1.steps=1000")
     args = parser.parse_intermixed_args()
@@ -275,7 +276,7 @@ def main() -> None:
             write_text(paths.minutes, json.dumps(minutes, indent=1) + "\n")
         if paths.weights.exists():
             publish(paths.weights, paths.out)
-    print(f"{paths.out} is complete; python -m clipgen generate 'a lemon' --weights {paths.out}")
+    print(f"{paths.out} is complete; clipgen generate 'a lemon' --weights {paths.out}")
 
 
 if __name__ == "__main__":

@@ -79,7 +79,7 @@ A CLIP-GEN model of {model.vqgan.image_size} px pictures in {model.vqgan.grid} x
 {model.vqgan.codebook_size} codes, trained on pictures alone.
 
 ```sh
-python -m clipgen generate "a lemon" --weights THIS_FOLDER
+clipgen generate "a lemon" --weights THIS_FOLDER
 ```
 
 ![Samples](samples.jpg)

@@ -1,4 +1,4 @@
-"""`python -m clipgen weights ...` as a user runs it: results on stdout, a mistake is one line, nothing half-written."""
+"""`clipgen weights ...` as a user runs it: results on stdout, a mistake is one line, nothing half-written."""
 
 from __future__ import annotations
 
@@ -325,7 +325,7 @@ def test_ctrl_c_keeps_what_has_arrived(mirror: Server, bad_checkpoints: dict[str
 
 def test_the_guide_uses_options_that_there_are(root: Path, run: Run) -> None:
     guide = (root / "docs" / "weights.md").read_text().replace("\\\n", " ")
-    commands = re.findall(r"python -m clipgen weights (\w+)([^\n`&|#]*)", guide)
+    commands = re.findall(r"clipgen weights (\w+)([^\n`&|#]*)", guide)
     assert {name for name, _ in commands} == {"list", "fetch", "verify", "convert"}
     for name, rest in commands:
         options = CliRunner().invoke(app, ["weights", name, "--help"], env={"COLUMNS": "200"}).stdout

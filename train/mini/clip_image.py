@@ -25,6 +25,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.optim.lr_scheduler import LambdaLR
 
+from clipgen.utils.arguments import at_least
 from train.loop.batches import build_accelerator
 from train.loop.checkpoint import Checkpoints, save_tensors
 from train.loop.health import check_finite
@@ -75,7 +76,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--data", type=Path, default=Path("data/emoji"), help="what `train.mini.emoji` wrote")
     parser.add_argument("--out", type=Path, default=Path("runs/clip"))
-    parser.add_argument("--steps", type=int, default=3500, help="training steps")
+    parser.add_argument("--steps", type=at_least(1), default=3500, help="training steps")
     args = parser.parse_args()
     config = TowerConfig(steps=args.steps, lr=2e-3, warmup=200)
     accelerator = build_accelerator(config)

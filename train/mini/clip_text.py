@@ -27,6 +27,7 @@ from torch import Tensor
 from torch.optim.lr_scheduler import LambdaLR
 
 from clipgen.models.clip import Clip, OpenAIClip, tokenize
+from clipgen.utils.arguments import at_least
 from train.loop.batches import build_accelerator
 from train.loop.checkpoint import Checkpoints, save_tensors
 from train.loop.health import check_finite
@@ -192,7 +193,7 @@ def main() -> None:
     parser.add_argument("--data", type=Path, default=Path("data/emoji"), help="what `train.mini.emoji` wrote")
     parser.add_argument("--out", type=Path, default=Path("runs/clip"))
     parser.add_argument("--wordnet", type=Path, default=Path("/usr/share/wordnet"), help="WordNet's database")
-    parser.add_argument("--steps", type=int, default=6000, help="training steps")
+    parser.add_argument("--steps", type=at_least(1), default=6000, help="training steps")
     args = parser.parse_args()
     config = TowerConfig(steps=args.steps, batch_size=512, lr=1.5e-3)
     accelerator = build_accelerator(config)

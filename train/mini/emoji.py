@@ -36,6 +36,7 @@ from PIL import Image
 from rich.console import Console
 from rich.progress import track
 
+from clipgen.utils.arguments import at_least
 from clipgen.utils.entry_point import entry_point
 from train.mini.captions import COLOURS, STYLES, Emoji
 
@@ -257,14 +258,14 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--npm", type=Path, default=Path("data/npm/node_modules"), help="folder of installed packages")
     parser.add_argument("--out", type=Path, default=Path("data/emoji"), help="where the pictures go")
-    parser.add_argument("--size", type=int, default=144, help="side of a picture, px")
-    parser.add_argument("--views", type=int, default=3, help="pictures of one emoji, for each of its styles")
-    parser.add_argument("--pairs", type=int, default=6000, help="pictures of two emoji, for CLIP and the VQGAN")
-    parser.add_argument("--drawn-pairs", type=int, default=20_000, help="pictures of two emoji, for the GPT")
-    parser.add_argument("--heldout", type=int, default=300, help="Noto renders to keep from training")
-    parser.add_argument("--unseen", type=int, default=40, help="emoji to keep from training in every style")
-    parser.add_argument("--workers", type=int, default=2, help="processes")
-    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--size", type=at_least(1), default=144, help="side of a picture, px")
+    parser.add_argument("--views", type=at_least(1), default=3, help="pictures of one emoji, for each of its styles")
+    parser.add_argument("--pairs", type=at_least(0), default=6000, help="pictures of two emoji, for CLIP and the VQGAN")
+    parser.add_argument("--drawn-pairs", type=at_least(0), default=20_000, help="pictures of two emoji, for the GPT")
+    parser.add_argument("--heldout", type=at_least(0), default=300, help="Noto renders to keep from training")
+    parser.add_argument("--unseen", type=at_least(0), default=40, help="emoji to keep from training in every style")
+    parser.add_argument("--workers", type=at_least(1), default=2, help="processes")
+    parser.add_argument("--seed", type=at_least(0), default=0)
     args = parser.parse_args()
     if not (args.npm / "emojibase-data").is_dir():
         parser.error(

@@ -17,6 +17,7 @@ from pathlib import Path
 import cv2
 import numpy as np
 
+from clipgen.utils.arguments import at_least
 from clipgen.utils.entry_point import entry_point
 from train.mini.attachments import ATTACHMENTS, can_have, kinds_of
 from train.mini.colours import COLOURS, Bytes
@@ -96,8 +97,8 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--data", type=Path, default=Path("data/emoji"), help="what `make emoji` wrote")
     parser.add_argument("--out", type=Path, default=Path("outputs/scenes.png"), help="where the sheet goes")
-    parser.add_argument("--scenes", type=int, default=72, help="random scenes")
-    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--scenes", type=at_least(1), default=72, help="random scenes")
+    parser.add_argument("--seed", type=at_least(0), default=0)
     args = parser.parse_args()
     sheet = build_sheet(Composer(args.data / "renders"), args.scenes, args.seed)
     args.out.parent.mkdir(parents=True, exist_ok=True)

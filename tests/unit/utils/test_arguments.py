@@ -1,0 +1,46 @@
+"""Numbers on the command lines of scripts: one line for what is out of range."""
+
+from __future__ import annotations
+
+import argparse
+import subprocess
+import sys
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from clipgen.utils.arguments import at_least
+
+
+@given(st.integers(), st.integers(0, 10))
+def test_at_least_takes_its_range_and_nothing_else(number: int, low: int) -> None:
+    if number >= low:
+        assert at_least(low)(str(number)) == number
+    else:
+        with pytest.raises(argparse.ArgumentTypeError, match=f"use a whole number, {low} or more"):
+            at_least(low)(str(number))
+
+
+@pytest.mark.parametrize("text", ["", "x", "1.5", "inf", "0x10", "1e3"])
+def test_text_that_is_no_whole_number_is_named(text: str) -> None:
+    with pytest.raises(argparse.ArgumentTypeError, match=f"{text!r}; use a whole number, 1 or more"):
+        at_least(1)(text)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("program", "option"),
+    [
+        (["train.mini.emoji"], "--workers"),
+        (["train.mini.emoji"], "--views"),
+        (["train.mini.sheet"], "--scenes"),
+        (["train.all", ".", "--out", "nowhere"], "--processes"),
+    ],
+)
+@pytest.mark.parametrize("value", ["0", "-3"])
+def test_scripts_refuse_numbers_below_one(program: list[str], option: str, value: str) -> None:
+    command = [sys.executable, "-m", *program, f"{option}={value}"]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=120)
+    assert done.returncode == 2 and "Traceback" not in done.stderr
+    assert f"{option}: '{value}'; use a whole number, 1 or more" in done.stderr
