@@ -17,6 +17,7 @@ import argparse
 import json
 import random
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors.torch import load_file
@@ -26,6 +27,7 @@ from clipgen.errors import DataError
 from clipgen.images.sources import open_source
 from clipgen.models.clip import Clip
 from clipgen.utils.entry_point import entry_point
+from clipgen.utils.text import expand_home, printable, read_lines
 from clipgen.weights.model_dir import add_extra, load_model_dir
 from clipgen.weights.training_index import FILE, build_index
 from train.encode import Encoded
@@ -46,20 +48,20 @@ def add_index(weights: Path, encoded: Path, data: str | Path, prompts: Path | No
     """
     _, parts = load_model_dir(weights)
     clip = Clip.from_state_dict(parts["clip"])
-    files, data = [Path(name) for name in open_source(data).names], Path(data)
+    files, data = [Path(name) for name in open_source(data).names], expand_home(data)
     embeddings = load_file(encoded)["embeddings"].float() if encoded.is_file() else Encoded(encoded).embeddings()
     if len(embeddings) % len(files):
         raise DataError(f"{encoded} holds {len(embeddings)} embeddings, {data} {len(files)} images: not the same set")
     records = _records(data)
     names = [_name(file, data, records.get(file.name)) for file in files]
-    sentences = prompts.read_text(encoding="utf-8").split("\n") if prompts else _captions(data, records)
+    sentences = read_lines(prompts) if prompts else _captions(data, records)
     sentences = [sentence.strip() for sentence in sentences if sentence.strip()]
     if len(sentences) < 20:
         raise DataError(f"{len(sentences)} sentences are too few; give --prompts with at least 20 of them, one a line")
     with torch.inference_mode():
         texts = torch.cat([clip.encode_text(sentences[i : i + 64]) for i in range(0, len(sentences), 64)])
     skipped = encoded / "skipped.txt"
-    lines = skipped.read_text(encoding="utf-8").splitlines() if skipped.is_file() else []
+    lines = read_lines(skipped, errors="surrogateescape") if skipped.is_file() else []
     several = {name for name, record in records.items() if len(record["objects"]) > 1}
     rows = [
         i
@@ -76,29 +78,45 @@ def _unit(embeddings: Tensor) -> Tensor:
 
 
 def _records(data: Path) -> dict[str, dict]:
-    """What metadata.jsonl says of each file, with the names of the emoji for their codes; {} without such a file."""
-    if not (data / "metadata.jsonl").is_file():
+    """What the metadata.jsonl of `train.mini.emoji` says of each file, with the names of the emoji for their codes.
+
+    Other programs give files of this name another content (Hugging Face's image folders): without a word of ours in
+    every line it is not used, and {} is returned.
+    """
+    path = data / "metadata.jsonl"
+    try:
+        records = [json.loads(line) for line in read_lines(path) if line] if path.is_file() else []
+    except ValueError:
         return {}
-    records = [json.loads(line) for line in (data / "metadata.jsonl").read_text().splitlines()]
+    if not all(map(_is_ours, records)):
+        return {}
     emoji = _emoji(data)
-    return {
-        record["file_name"]: record
-        | {"names": [emoji[code].name if code in emoji else code for code in record.get("objects", [])]}
-        for record in records
-    }
+    names = [[emoji[code].name if code in emoji else code for code in record["objects"]] for record in records]
+    return {record["file_name"]: record | {"names": own} for record, own in zip(records, names, strict=True)}
+
+
+def _is_ours(record: Any) -> bool:
+    """Whether a line of metadata.jsonl has the fields, of the types, that `train.mini.emoji` writes."""
+    if not isinstance(record, dict) or not isinstance(record.get("objects"), list):
+        return False
+    texts = [record.get("file_name"), record.get("style"), record.get("background"), *record["objects"]]
+    return all(isinstance(text, str) for text in texts)
 
 
 def _emoji(data: Path) -> dict[str, Emoji]:
     path = data.parent / "emoji.jsonl"
-    rows = map(json.loads, path.read_text().splitlines()) if path.is_file() else []
-    return {row["code"]: Emoji(row["code"], row["name"], tuple(row["keywords"]), row["group"]) for row in rows}
+    try:
+        rows = [json.loads(line) for line in read_lines(path) if line] if path.is_file() else []
+        return {row["code"]: Emoji(row["code"], row["name"], tuple(row["keywords"]), row["group"]) for row in rows}
+    except (ValueError, KeyError, TypeError):  # another program's file of this name
+        return {}
 
 
 def _name(path: Path, data: Path, record: dict | None) -> str:
-    file = path.relative_to(data).as_posix() if path.is_relative_to(data) else path.name
+    file = printable(path.relative_to(data).as_posix() if path.is_relative_to(data) else path.name)
     if not record or not record["names"]:
         return file
-    look = f"{record.get('style', '')} on {record.get('background', 'white')}"
+    look = f"{record['style']} on {record['background']}"
     return f"{file}: {' and '.join(record['names'])}, {look}"
 
 
