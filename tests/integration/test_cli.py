@@ -112,7 +112,7 @@ def test_more_prompts_than_a_batch_holds(run: Run) -> None:
     assert all(record["seed"] == 0 for record in many)
 
 
-def test_prompts_from_stdin(run: Run) -> None:
+def test_prompts_file_dash_reads_stdin(run: Run) -> None:
     result = run("generate", "--prompts-file", "-", *QUICK, "--json", input="a lemon\na dog\n")
     assert [record["prompt"] for record in records(result)] == ["a lemon", "a dog"]
 
@@ -126,7 +126,7 @@ def test_an_image_alone_and_with_a_prompt(run: Run, photo: Path) -> None:
 
 
 @pytest.mark.parametrize(("suffix", "format"), [("png", "PNG"), ("webp", "WEBP"), ("jpg", "JPEG")])
-def test_formats(run: Run, suffix: str, format: str) -> None:
+def test_format_option_sets_the_format_of_every_file(run: Run, suffix: str, format: str) -> None:
     (record,) = records(run("generate", "a lemon", *QUICK, "--format", suffix, "--json"))
     assert {Image.open(file).format for file in [*record["files"], record["grid"]]} == {format}
 
@@ -138,7 +138,7 @@ def test_no_file_is_ever_overwritten(run: Run) -> None:
     assert len(set(files)) == len(files) == len(list(Path("outputs").iterdir())) == 12
 
 
-def test_a_long_prompt_works_and_tells_what_was_dropped(run: Run) -> None:
+def test_long_prompt_is_truncated_with_a_warning(run: Run) -> None:
     result = run("generate", " ".join(f"word{i}" for i in range(500)), *QUICK, "--json")
     assert len(records(result)) == 1
     assert "word499" in result.stderr and "not read" in result.stderr
@@ -170,11 +170,11 @@ def test_names_never_mix_up_a_copy_with_another_prompt(tmp_path: Path) -> None:
 
 
 @given(st.text())
-def test_what_is_shown_cannot_drive_the_terminal(text: str) -> None:
+def test_printable_text_has_no_control_characters(text: str) -> None:
     assert printable(text).isprintable()
 
 
-def test_mixes(run: Run, photo: Path) -> None:
+def test_mixed_texts_and_images_are_in_the_receipt(run: Run, photo: Path) -> None:
     plain, mixed = (
         records(run("generate", "a lemon", *QUICK, "--json", *more))[0] for more in ([], ["--mix", "a dog=0.5"])
     )
@@ -191,7 +191,7 @@ def test_mixes(run: Run, photo: Path) -> None:
     assert receipt.text == "My Photo.png (0.25) + a lemon + a dog (0.5) + green (-1)"
 
 
-def test_the_top_of_a_picture_is_kept(run: Run, photo: Path) -> None:
+def test_keep_rows_keeps_the_top_of_the_image(run: Run, photo: Path) -> None:
     """What the prompt says below it; without one, what the picture says."""
     for prompt in (["a lemon"], []):
         keep = ("--image", photo, "--keep-rows", 3)
@@ -201,7 +201,7 @@ def test_the_top_of_a_picture_is_kept(run: Run, photo: Path) -> None:
         assert run("replay", kept["files"][0], "--image", photo).exit_code == 0
 
 
-def test_previews_are_written_while_it_draws_and_gone_at_the_end(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_previews_are_deleted_at_the_end(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
     written: list[tuple[str, tuple[int, int]]] = []
 
     def save(image: Image.Image, path: Path, *more: Any, **named: Any) -> Path:
@@ -216,7 +216,7 @@ def test_previews_are_written_while_it_draws_and_gone_at_the_end(run: Run, monke
     assert sorted(path.name for path in Path("outputs").iterdir()) == sorted(files)
 
 
-def test_negative_prompts(run: Run) -> None:
+def test_negative_prompts_change_the_image_and_are_in_the_receipt(run: Run) -> None:
     keep_away = (["--negative", "green"], ["--negative", "green", "--negative", "a dog"])
     plain, one, two = (
         records(run("generate", "a lemon", *QUICK, "--json", *more))[0]["files"][0] for more in ([], *keep_away)
@@ -283,7 +283,7 @@ def wrong(result: RunResult, *words: str) -> None:
         (["a", "--sed", "1"], ["--sed"]),
     ],
 )
-def test_mistakes(run: Run, args: list[str], words: list[str]) -> None:
+def test_mistake_is_one_line_and_writes_nothing(run: Run, args: list[str], words: list[str]) -> None:
     Path("empty.png").touch()
     Path("blank.txt").write_text(" \n\n")
     Path("text.txt").write_text("a lemon")
@@ -291,7 +291,7 @@ def test_mistakes(run: Run, args: list[str], words: list[str]) -> None:
     wrong(run("generate", *args), *words)
 
 
-def test_a_truncated_image(run: Run, photo: Path) -> None:
+def test_truncated_image_is_named(run: Run, photo: Path) -> None:
     photo.write_bytes(photo.read_bytes()[:200])
     wrong(run("generate", "--image", photo), "My Photo.png", "truncated")
 

@@ -36,7 +36,7 @@ def draw(run: Run, *args: object) -> list[str]:
     return json.loads(result.stdout)["files"]
 
 
-def test_a_png_comes_back(run: Run) -> None:
+def test_replay_of_a_png_is_the_same(run: Run) -> None:
     for file in draw(run, "a lemon", "--mix", "a dog=-0.5"):
         result = run("replay", file)
         assert result.exit_code == 0, result.output
@@ -44,7 +44,7 @@ def test_a_png_comes_back(run: Run) -> None:
         assert "every pixel matches" in result.stdout or "up to rounding" in result.stdout
 
 
-def test_json_and_the_new_picture(run: Run) -> None:
+def test_json_and_save_hold_the_redrawn_image(run: Run) -> None:
     file = draw(run, "a lemon")[1]
     result = run("replay", file, "--json", "--save", "again.png")
     record = json.loads(result.stdout)
@@ -62,7 +62,7 @@ def test_lossy_files_say_how_far_they_are(run: Run, suffix: str) -> None:
     assert "mean difference" in run("replay", file).stdout
 
 
-def test_an_edited_picture(run: Run) -> None:
+def test_edited_image_is_different(run: Run) -> None:
     (file, _) = draw(run, "a lemon")
     receipt = Receipt.from_file(file)
     from clipgen.images.pixels import load_image, save_image
@@ -107,7 +107,7 @@ def test_a_device_that_is_not_here(run: Run, dtype: str, device: str) -> None:
     assert result.exit_code in (0, 1) and f"device: {device} then" in result.stdout
 
 
-def test_a_picture_drawn_from_an_image(run: Run, tmp_path: Path) -> None:
+def test_image_prompt_must_be_given_again(run: Run, tmp_path: Path) -> None:
     photo = tmp_path / "photo.png"
     Image.linear_gradient("L").convert("RGB").save(photo)
     (file, _) = draw(run, "--image", photo)

@@ -56,7 +56,7 @@ def test_every_cell_is_what_generate_draws(run: Run) -> None:
     assert near(sheet.crop((left + 34, top + 34, left + 66, top + 66)), Image.open(file).convert("RGB"))
 
 
-def test_what_every_cell_keeps_away_from(run: Run) -> None:
+def test_negative_prompt_applies_to_every_cell(run: Run) -> None:
     found = record(run("sheet", "a lemon", "--guidance", "2,3", "--negative", "a dog", *HERE))
     cells = json.loads(read_metadata(found["file"])[KEY])
     assert [[part["text"] for part in cell["negative"]] for cell in cells] == [["a dog"]] * 2
@@ -87,7 +87,7 @@ def test_one_setting_makes_a_row(run: Run) -> None:
         (["\udcff", "--guidance", "1,2"], ["UTF-8"]),
     ],
 )
-def test_mistakes(run: Run, args: list[str], words: list[str]) -> None:
+def test_mistake_in_sheet_is_one_line(run: Run, args: list[str], words: list[str]) -> None:
     wrong(run("sheet", *args), words)
 
 
@@ -97,7 +97,7 @@ def wrong(result: RunResult, words: list[str]) -> None:
     assert not Path("outputs").exists()
 
 
-def test_a_strip(run: Run) -> None:
+def test_morph_strip_ends_with_the_images_of_generate(run: Run) -> None:
     found = record(run("morph", "a lemon", "a heart", "--steps", 5, *HERE))
     strip, cells = Image.open(found["file"]), json.loads(read_metadata(found["file"])[KEY])
     assert strip.width == 5 * 34 - 2 and len(found["clip_scores"]) == len(cells) == 5
@@ -130,12 +130,12 @@ def test_an_animation_goes_there_and_back(run: Run) -> None:
         (["a", "\udcff"], ["UTF-8"]),
     ],
 )
-def test_mistakes_of_morph(run: Run, args: list[str], words: list[str]) -> None:
+def test_mistake_in_morph_is_one_line(run: Run, args: list[str], words: list[str]) -> None:
     wrong(run("morph", *args), words)
 
 
 @given(st.integers(0, 10_000), st.integers(2, 64))
-def test_the_way_is_an_arc_of_equal_turns(seed: int, steps: int) -> None:
+def test_arc_has_equal_angles(seed: int, steps: int) -> None:
     a, b = F.normalize(torch.randn(2, 16, generator=torch.Generator().manual_seed(seed)).double(), dim=1)
     points = torch.stack([x * a + y * b for x, y in arc(a, b, steps)])
     assert torch.allclose(points.norm(dim=1), torch.ones(steps).double(), atol=1e-6)
@@ -144,13 +144,13 @@ def test_the_way_is_an_arc_of_equal_turns(seed: int, steps: int) -> None:
     assert float(turns.max() - turns.min()) < 1e-4
 
 
-def test_ends_that_are_the_same_or_opposite() -> None:
+def test_arc_is_linear_between_equal_or_opposite_ends() -> None:
     a = F.normalize(torch.ones(4), dim=0)
     assert arc(a, a, 3) == arc(a, -a, 3) == [(1.0, 0.0), (0.5, 0.5), (0.0, 1.0)]
 
 
 @given(st.lists(st.text(max_size=30), min_size=1, max_size=3), st.lists(st.text(max_size=9), min_size=1, max_size=3))
-def test_any_label(columns: list[str], rows: list[str]) -> None:
+def test_labelled_grid_takes_any_label(columns: list[str], rows: list[str]) -> None:
     images = [Image.new("RGB", (32, 32))] * (len(columns) * len(rows))
     assert labelled_grid(images, columns, rows, "日本 🍋 " * 9).width >= len(columns) * 34 - 2
 

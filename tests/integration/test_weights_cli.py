@@ -79,7 +79,7 @@ def mistake(result: Result) -> str:
     return lines[-1]
 
 
-def test_list_shows_what_there_is(run: Run) -> None:
+def test_list_shows_every_model_with_licence_and_state(run: Run) -> None:
     result = run("list")
     assert result.exit_code == 0, result.output
     for entry in CATALOG.values():
@@ -223,7 +223,7 @@ def test_a_mirror_that_is_none(run: Run, monkeypatch: pytest.MonkeyPatch) -> Non
     assert "'file:///srv' is not a mirror" in mistake(run("fetch", "coco"))
 
 
-def test_verify(run: Run, tiny_weights: Path, tmp_path: Path) -> None:
+def test_verify_names_a_damaged_file(run: Run, tiny_weights: Path, tmp_path: Path) -> None:
     result = run("verify", tiny_weights)
     assert result.exit_code == 0 and "is complete: the model tiny" in result.stdout
     damaged = Path(shutil.copytree(tiny_weights, tmp_path / "damaged"))
@@ -244,7 +244,7 @@ def test_info(run: Run, tiny_weights: Path) -> None:
     assert f"weights: {facts['memory']['float32']['weights'] / 1e6:,.1f} MB" in result.stdout and "T4" in result.stdout
 
 
-def test_convert(run: Run, tiny_sources: dict[str, Path], tiny_weights: Path) -> None:
+def test_convert_three_parts_makes_a_model(run: Run, tiny_sources: dict[str, Path], tiny_weights: Path) -> None:
     result = run("convert", *options(tiny_sources), "--out", "weights/mine")
     assert result.exit_code == 0 and result.stdout == "weights/mine\n", result.output
     ours, theirs = load_model_dir("weights/mine"), load_model_dir(tiny_weights)
@@ -256,7 +256,7 @@ def test_convert(run: Run, tiny_sources: dict[str, Path], tiny_weights: Path) ->
     )
 
 
-def test_convert_some_parts(run: Run, tiny_sources: dict[str, Path]) -> None:
+def test_convert_two_parts_makes_files_for_training(run: Run, tiny_sources: dict[str, Path]) -> None:
     """What `train/stage2.py` starts from: another VQGAN and CLIP, and no GPT yet."""
     given = {name: path for name, path in tiny_sources.items() if name != "gpt"}
     result = run("convert", *options(given), "--out", "runs/published")
@@ -269,7 +269,7 @@ def test_convert_some_parts(run: Run, tiny_sources: dict[str, Path]) -> None:
 
 
 @pytest.mark.parametrize("parts", [("clip", "vqgan", "gpt", "config"), ("vqgan", "config")])
-def test_a_folder_that_cannot_be_made(run: Run, tiny_sources: dict[str, Path], parts: tuple[str, ...]) -> None:
+def test_convert_names_a_folder_that_cannot_be_written(run: Run, tiny_sources: dict[str, Path], parts: tuple[str, ...]) -> None:
     Path("file").write_text("")
     given = options({name: tiny_sources[name] for name in parts})
     assert "file/model cannot be written: Not a directory" in mistake(run("convert", *given, "--out", "file/model"))
