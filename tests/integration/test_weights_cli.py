@@ -269,7 +269,9 @@ def test_convert_two_parts_makes_files_for_training(run: Run, tiny_sources: dict
 
 
 @pytest.mark.parametrize("parts", [("clip", "vqgan", "gpt", "config"), ("vqgan", "config")])
-def test_convert_names_a_folder_that_cannot_be_written(run: Run, tiny_sources: dict[str, Path], parts: tuple[str, ...]) -> None:
+def test_convert_names_a_folder_that_cannot_be_written(
+    run: Run, tiny_sources: dict[str, Path], parts: tuple[str, ...]
+) -> None:
     Path("file").write_text("")
     given = options({name: tiny_sources[name] for name in parts})
     assert "file/model cannot be written: Not a directory" in mistake(run("convert", *given, "--out", "file/model"))
