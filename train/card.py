@@ -1,4 +1,4 @@
-"""A folder of weights gets a README.md, which says what it was made of and how good it is, and samples.jpg.
+"""Write the model card of a model folder: README.md, which says how it was made and how good it is, and samples.jpg.
 
     python -m train.card --weights runs/mine/weights --evaluation runs/mine/evaluation.json --data photos \\
         --config runs/mine/config.yaml --minutes runs/mine/minutes.json [--prompts prompts.txt]
@@ -17,6 +17,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
+import yaml
 from PIL import Image
 
 from clipgen import ClipGen
@@ -26,6 +27,7 @@ from clipgen.images.pixels import from_pixels, load_image, save_image, to_pixels
 from clipgen.images.sources import Source, Subset, open_source
 from clipgen.request import GenerationRequest
 from clipgen.utils.files import write_text
+from clipgen.utils.text import read_lines
 from clipgen.weights.describe import describe_model_dir
 from train.config import Config, load_config
 from train.loop.script import command
@@ -34,19 +36,19 @@ ROWS, COLUMNS, CANDIDATES = 6, 4, 16
 
 
 def sample_grid(pipe: ClipGen, prompts: Sequence[str], source: Source) -> Image.Image:
-    """The best 4 of 16 candidates, seed 0, for some prompts, or where there are none for some pictures, shown first."""
+    """Draw the best 4 of 16 candidates, seed 0, for some prompts, or without prompts for some images, shown first."""
     size = pipe.config.vqgan.image_size
-    pictures = [] if prompts else list(_readable(Subset(source, 2 * ROWS), size))[:ROWS]
-    asked: list[str | Image.Image] = [*prompts[:ROWS], *pictures]
+    given = [] if prompts else list(_readable_images(Subset(source, 2 * ROWS), size))[:ROWS]
+    asked: list[str | Image.Image] = [*prompts[:ROWS], *given]
     requests = [GenerationRequest(prompt, num_outputs=COLUMNS, candidates=CANDIDATES, seed=0) for prompt in asked]
     cells: list[Image.Image] = []
     for i, result in enumerate(pipe.generate(requests)):
-        cells += [*pictures[i : i + 1], *result.images]
+        cells += [*given[i : i + 1], *result.images]
     columns = [""] * COLUMNS if prompts else ["given", "drawn from its embedding", "", "", ""]
-    return labelled_grid(cells, columns, [text[:40] for text in prompts[:ROWS]] or [""] * len(pictures))
+    return labelled_grid(cells, columns, [text[:40] for text in prompts[:ROWS]] or [""] * len(given))
 
 
-def _readable(source: Source, size: int) -> Iterator[Image.Image]:
+def _readable_images(source: Source, size: int) -> Iterator[Image.Image]:
     for index in range(len(source.names)):
         try:
             yield from_pixels(to_pixels([load_image(source.read(index))], size))[0]
@@ -54,29 +56,52 @@ def _readable(source: Source, size: int) -> Iterator[Image.Image]:
             continue
 
 
+def hub_metadata(prompts: Sequence[str]) -> str:
+    """YAML that the Hub reads at the top of a model card: library, task, licence, and the samples as example.
+
+    The licence is "other", to be changed by whoever publishes: it follows from that of the training images.
+    """
+    metadata = {
+        "library_name": "clipgen",
+        "pipeline_tag": "text-to-image",
+        "license": "other",
+        "license_name": "follows-training-images",
+        "tags": ["clip-gen", "vqgan", "text-to-image"],
+        "widget": [{"text": prompts[0] if prompts else "-", "output": {"url": "samples.jpg"}}],
+    }
+    return f"---\n{yaml.safe_dump(metadata, sort_keys=False, allow_unicode=True)}---\n"
+
+
 def card(
-    facts: dict[str, Any], config: Config, data: str, evaluation: dict[str, Any], minutes: dict[str, float]
+    facts: dict[str, Any],
+    config: Config,
+    data: str,
+    evaluation: dict[str, Any],
+    minutes: dict[str, float],
+    prompts: Sequence[str] = (),
 ) -> str:
-    """README.md of a model.
+    """Compose the README.md of a model folder.
 
     Args:
-        facts: what `describe_model_dir` says of the folder.
-        config: how it was trained.
-        data: what it was trained on, as given.
-        evaluation: what `clipgen evaluate` printed.
+        facts: what `describe_model_dir` returns.
+        config: of the training.
+        data: --data of the training.
+        evaluation: the JSON of `clipgen evaluate`.
         minutes: by step of the training.
+        prompts: sentences that samples.jpg shows; none for variations of images.
     """
     model, one, two = config.model, config.stage1, config.stage2
     parts = "\n".join(
         f"| `{name}.safetensors` | {part['parameters'] / 1e6:.1f} M |" for name, part in facts["parts"].items()
     )
     spent = "\n".join(f"| {name} | {value:.1f} |" for name, value in minutes.items())
-    reference, prompts = evaluation["reference"], evaluation["prompts"]
+    reference, drawn = evaluation["reference"], evaluation["prompts"]
     left_out = "".join(f"- {name}: {why}\n" for name, why in evaluation["left_out"].items())
-    return f"""# {model.name}
+    return f"""{hub_metadata(prompts)}
+# {model.name}
 
-A CLIP-GEN model of {model.vqgan.image_size} px pictures in {model.vqgan.grid} x {model.vqgan.grid} tokens of \
-{model.vqgan.codebook_size} codes, trained on pictures alone.
+A CLIP-GEN model of {model.vqgan.image_size} px images in {model.vqgan.grid} x {model.vqgan.grid} tokens of \
+{model.vqgan.codebook_size} codes, trained on images alone.
 
 ```sh
 clipgen generate "a lemon" --weights THIS_FOLDER
@@ -91,8 +116,8 @@ clipgen generate "a lemon" --weights THIS_FOLDER
 {parts}
 
 ## Data
-`{data}`; SHA-256 of the list of pictures used for evaluation: `{reference["sha256"]}`. What may be done with the
-model depends on what may be done with these pictures.
+`{data}`; SHA-256 of the list of images used for evaluation: `{reference["sha256"]}`. What may be done with the
+model depends on what may be done with these images.
 
 ## Training
 | stage | steps | batch | learning rate | other settings |
@@ -109,7 +134,7 @@ model depends on what may be done with these pictures.
 {spent}
 
 ## Figures
-{prompts["count"]} drawn pictures ({prompts["what"]}) against {reference["count"]} real ones, which are among those \
+{drawn["count"]} drawn images ({drawn["what"]}) against {reference["count"]} real ones, which are among those \
 it was trained on; compared by {evaluation["features"]["what"]}.
 
 | figure | value |
@@ -132,19 +157,20 @@ def _figures(figures: dict[str, Any], prefix: str = "") -> str:
 @command
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--weights", type=Path, required=True, help="folder of weights that gets them")
-    parser.add_argument("--evaluation", type=Path, required=True, help="what `clipgen evaluate --out` wrote")
-    parser.add_argument("--data", required=True, help="pictures that it was trained on")
+    parser.add_argument("--weights", type=Path, required=True, help="model folder")
+    parser.add_argument("--evaluation", type=Path, required=True, help="JSON that `clipgen evaluate --out` wrote")
+    parser.add_argument("--data", required=True, help="images it was trained on")
     parser.add_argument("--config", required=True, help="configuration of the training")
     parser.add_argument("--minutes", type=Path, required=True, help="JSON: step -> minutes")
-    parser.add_argument("--prompts", type=Path, help="sentences to draw, one a line; else variations of the pictures")
+    parser.add_argument(
+        "--prompts", type=Path, help="prompts for the samples, one a line; by default variations of images"
+    )
     args = parser.parse_args()
-    lines = args.prompts.read_text(encoding="utf-8").splitlines() if args.prompts else []
+    prompts = [line for line in read_lines(args.prompts) if line] if args.prompts else []
     pipe = ClipGen.from_pretrained(args.weights)
-    picture = sample_grid(pipe, [line.strip() for line in lines if line.strip()], open_source(args.data))
-    save_image(picture, args.weights / "samples.jpg")
+    save_image(sample_grid(pipe, prompts, open_source(args.data)), args.weights / "samples.jpg")
     evaluation, minutes = (json.loads(path.read_text()) for path in (args.evaluation, args.minutes))
-    text = card(describe_model_dir(args.weights), load_config(args.config), args.data, evaluation, minutes)
+    text = card(describe_model_dir(args.weights), load_config(args.config), args.data, evaluation, minutes, prompts)
     write_text(args.weights / "README.md", text)
     print(args.weights / "README.md")
 

@@ -29,6 +29,7 @@ from clipgen.errors import DataError, DownloadError
 from clipgen.images.pixels import OPTIONAL_FORMATS, read_formats
 from clipgen.images.search import drop_companions, expand_pattern, is_hidden, is_remote, walk
 from clipgen.utils.download import download
+from clipgen.utils.paths import cache_dir
 from clipgen.utils.text import expand_home, read_lines
 
 HASHED_CONTENTS = 1000
@@ -290,7 +291,7 @@ def _index_shard(name: str, path: str, unused: Counter[str]) -> list[_Entry]:
 
 def shard_cache() -> Path:
     """Where remote shards are kept: CLIPGEN_CACHE/shards, by default ~/.cache/clipgen/shards."""
-    return expand_home(os.environ.get("CLIPGEN_CACHE", "").strip() or "~/.cache/clipgen") / "shards"
+    return cache_dir() / "shards"
 
 
 def _fetch(url: str) -> Path:

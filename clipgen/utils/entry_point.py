@@ -17,6 +17,7 @@ from functools import wraps
 from typing import Any, NamedTuple, TextIO, TypeVar, cast
 
 from clipgen.errors import ClipGenError
+from clipgen.utils.paths import place_library_caches
 from clipgen.utils.text import printable
 
 F = TypeVar("F", bound=Callable[..., Any])
@@ -37,6 +38,7 @@ def entry_point(
         @wraps(main)
         def run(*args: Any, **kwargs: Any) -> Any:
             open_closed_streams()
+            place_library_caches()
             outcome = _run(lambda: main(*args, **kwargs), prefix, stopped)
             if cleanup and outcome.orderly:
                 cleanup()

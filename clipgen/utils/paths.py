@@ -1,8 +1,10 @@
-"""Folder of downloads."""
+"""Folders of caches: ours, and those of libraries, also for a user without a name or a home folder."""
 
 from __future__ import annotations
 
+import getpass
 import os
+import tempfile
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -24,3 +26,17 @@ def cache_dir(environ: Mapping[str, str] = os.environ) -> Path:
         return expand_home("~/.cache/clipgen")
     except ConfigError:
         raise ConfigError("no folder for downloads: there is no home folder here; set CLIPGEN_CACHE to one") from None
+
+
+def place_library_caches() -> None:
+    """Let libraries find folders for their caches where the user has no name or no home folder.
+
+    Containers often run as a user without a passwd entry. PyTorch's compiler names its folder after the user and fails
+    at import without a name; Triton would write into a folder called "~".
+    """
+    try:
+        getpass.getuser()
+    except (KeyError, OSError):
+        os.environ["LOGNAME"] = f"uid{os.getuid()}"
+    if os.path.expanduser("~") == "~":
+        os.environ.setdefault("TRITON_HOME", os.path.join(tempfile.gettempdir(), f"triton-{os.getuid()}"))

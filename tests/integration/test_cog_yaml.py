@@ -57,6 +57,6 @@ def test_commented_ways_to_the_weights_are_valid_settings(root: Path) -> None:
     commented = [line[2:] for line in (root / "cog.yaml").read_text().splitlines() if line.startswith("# environment")]
     lines = [line[2:] for line in (root / "cog.yaml").read_text().splitlines() if line.startswith("#   - ")]
     values = yaml.safe_load("\n".join([*commented, *lines]))["environment"]
-    assert values == ["CLIPGEN_WEIGHTS=weights/coco", "CLIPGEN_WEIGHTS=/weights", "CLIPGEN_WEIGHTS=coco"]
+    assert values == ["CLIPGEN_WEIGHTS=/weights", "CLIPGEN_WEIGHTS=coco", "CLIPGEN_WEIGHTS=hf://user/model"]
     ignored = (root / ".dockerignore").read_text().split()
     assert not {"weights", "weights/", "clipgen", "predict.py", "requirements.txt"} & set(ignored)
