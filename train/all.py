@@ -33,13 +33,13 @@ from pathlib import Path
 from typing import Any
 
 from omegaconf import OmegaConf
-from safetensors import SafetensorError, safe_open
 
 from clipgen.errors import ConfigError, DownloadError
 from clipgen.evaluation.features import KINDS, fetched
 from clipgen.images.sources import open_source
 from clipgen.utils.arguments import at_least
 from clipgen.utils.files import sha256, write_text
+from clipgen.weights.tensor_file import read_header
 from train.config import Config, load_config
 from train.loop.script import command
 
@@ -115,15 +115,15 @@ def check_inputs(paths: Paths, config: Config, features: str, processes: int) ->
         What the training is made from, as JSON: another one does not go on in the same folder.
 
     Raises:
-        ConfigError: a file is missing or does not fit.
+        ConfigError: a file does not fit.
+        WeightsError: the CLIP is missing or is not .safetensors.
         DataError: no pictures.
     """
     names = open_source(paths.data).names
-    try:
-        with safe_open(paths.clip, framework="pt") as file:
-            width = file.get_slice("text_projection").get_shape()[1]
-    except (OSError, SafetensorError) as error:
-        raise ConfigError(f"--clip {paths.clip}: no CLIP under OpenAI's names in .safetensors ({error})") from error
+    projection = read_header(paths.clip).get("text_projection")
+    if projection is None or len(projection.shape) != 2:
+        raise ConfigError(f"--clip {paths.clip} holds no CLIP under OpenAI's names: it has no text_projection matrix")
+    width = projection.shape[1]
     if width != config.model.gpt.n_cond:
         raise ConfigError(
             f"--clip {paths.clip} has embeddings of {width} numbers, model.gpt.n_cond is {config.model.gpt.n_cond}; "

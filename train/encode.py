@@ -29,7 +29,6 @@ from typing import Any
 import torch
 from accelerate import Accelerator
 from rich.progress import track
-from safetensors.torch import load_file
 from torch import Tensor
 
 from clipgen.config import GPTConfig, VQGANConfig
@@ -37,6 +36,7 @@ from clipgen.errors import DataError
 from clipgen.models.clip import Clip
 from clipgen.models.vqgan import VQGAN
 from clipgen.utils.files import sha256, write_text
+from clipgen.weights.tensor_file import load_tensors
 from train.config import Config
 from train.data.images import Batch, Images, Key, image_batches
 from train.loop.batches import build_accelerator, process_rows
@@ -133,7 +133,7 @@ def load_encoders(
 
     Raises:
         DataError: no picture there, others in `seen`, or a CLIP of another size than the GPT takes.
-        FileNotFoundError: weights that are not there.
+        WeightsError: weights that are missing or cannot be read.
     """
     c, clip = config.stage2, load_clip(config.model.gpt, files["clip"])
     with accelerator.local_main_process_first():  # remote shards are fetched once
@@ -152,10 +152,10 @@ def load_clip(config: GPTConfig, path: Path) -> Clip:
     """The frozen CLIP.
 
     Raises:
-        FileNotFoundError: no such file.
+        WeightsError: the file is missing, or is not a CLIP in .safetensors.
         DataError: its embeddings have another size than the GPT takes.
     """
-    clip = Clip.from_state_dict(load_file(path))
+    clip = Clip.from_state_dict(load_tensors(path))
     if clip.embed_dim != config.n_cond:
         raise DataError(f"{path} has embeddings of {clip.embed_dim} numbers, gpt.n_cond is {config.n_cond}")
     return clip
@@ -165,8 +165,7 @@ def load_vqgan(config: VQGANConfig, path: Path) -> VQGAN:
     """The frozen VQGAN of stage 1.
 
     Raises:
-        FileNotFoundError: no such file.
-        WeightsError: it does not fit the configuration.
+        WeightsError: the file is missing, is not .safetensors, or does not fit the configuration.
     """
     vqgan = VQGAN(config).requires_grad_(False).eval()
     load_model_weights(vqgan, path)
@@ -248,7 +247,7 @@ class Encoded:
             header["origin"]["settings"]["views"],
         )
         shards = range(-(-self._rows // self._per_shard))
-        self._shards = [load_file(shard_path(folder, n)) for n in shards]  # mapped, not read
+        self._shards = [load_tensors(shard_path(folder, n)) for n in shards]  # mapped, not read
 
     def __len__(self) -> int:
         return self._rows

@@ -17,10 +17,10 @@ import argparse
 from pathlib import Path
 
 import torch
-from safetensors.torch import load_file
 
 from clipgen.utils.entry_point import entry_point
 from clipgen.weights.model_dir import save_model_dir
+from clipgen.weights.tensor_file import load_tensors
 from train.config import load_config
 from train.mini.index import add_index
 
@@ -42,7 +42,7 @@ def main() -> None:
             parser.error(f"{file} is missing; train the {part} first")
     try:
         config = load_config(args.config).model
-        save_model_dir(args.out, config, {part: load_file(file) for part, file in files.items()}, torch.float16)
+        save_model_dir(args.out, config, {part: load_tensors(file) for part, file in files.items()}, torch.float16)
         if args.data:
             shards, file = args.gpt / "encoded", args.gpt / "encoded.safetensors"
             add_index(args.out, file if file.is_file() else shards, args.data, args.prompts)

@@ -23,7 +23,7 @@ from clipgen.engine.sequence import Sequence
 from clipgen.errors import Cancelled, EngineError, InsufficientMemoryError, UnavailableError
 from clipgen.models.gpt import GPT
 from clipgen.utils.compute_thread import ComputeThread
-from clipgen.utils.memory import MOST_ROWS, fitting, halve, is_out_of_memory, reason_of, token_bytes
+from clipgen.utils.memory import MAX_NUM_SEQS, first_line, halve, is_out_of_memory, max_batch_size, token_bytes
 
 MAX_WAITING = 1024
 """Sequences that may wait for a row before further calls are refused."""
@@ -50,7 +50,7 @@ class Engine:
         compute: the thread that runs the steps.
     """
 
-    def __init__(self, gpt: GPT, max_num_seqs: int = MOST_ROWS, compute: ComputeThread | None = None) -> None:
+    def __init__(self, gpt: GPT, max_num_seqs: int = MAX_NUM_SEQS, compute: ComputeThread | None = None) -> None:
         self.gpt = gpt
         self.max_num_rows = 2 * max_num_seqs * (FAIR_SHARE + 1) // FAIR_SHARE
         self._compute = compute or ComputeThread()
@@ -169,7 +169,7 @@ class Engine:
                 self._recover(*failure)
         except Exception as error:  # the device is gone: nobody may wait for it
             log.exception("the engine could not recover")
-            self._end_with_error(list(self._scheduler.groups), EngineError(f"the engine failed: {reason_of(error)}"))
+            self._end_with_error(list(self._scheduler.groups), EngineError(f"the engine failed: {first_line(error)}"))
         with self._changed:
             self._is_active = bool(self._scheduler.groups)
             if self._is_active:
@@ -181,7 +181,7 @@ class Engine:
             self._step()
         except Exception as error:
             self._compute.check_device(error)
-            return reason_of(error), None if is_out_of_memory(error) else error
+            return first_line(error), None if is_out_of_memory(error) else error
         return None
 
     def _step(self) -> None:
@@ -219,12 +219,12 @@ class Engine:
     def _fitting_rows(self) -> int:
         weight = self.gpt.head.weight
         row = token_bytes(self.gpt.config, self._batch.cache.data.dtype, guided=False)
-        return max(2, fitting(row, weight.device, self.max_num_rows))
+        return max(2, max_batch_size(row, weight.device, self.max_num_rows))
 
     def _build_graphs(self) -> CUDAGraphRunner | None:
         # The graphs keep their cache, so it gets half of the memory that would be taken otherwise.
         row = token_bytes(self.gpt.config, self.gpt.allocate(0).data.dtype, guided=False)
-        return build_graphs(self.gpt, max(2, fitting(2 * row, self.gpt.head.weight.device, self.max_num_rows)))
+        return build_graphs(self.gpt, max(2, max_batch_size(2 * row, self.gpt.head.weight.device, self.max_num_rows)))
 
     def _report(self) -> None:
         """Tell each group its progress and, where asked for, its tokens so far."""

@@ -22,7 +22,7 @@ from clipgen.images.pixels import clip_from_pixels, from_pixels
 from clipgen.models.clip import Clip
 from clipgen.models.vqgan import VQGAN
 from clipgen.utils.compute_thread import ComputeThread, synchronize
-from clipgen.utils.memory import MOST_PICTURES, fitting, in_batches, pixel_bytes
+from clipgen.utils.memory import MAX_DECODE_BATCH, in_batches, max_batch_size, pixel_bytes
 
 log = logging.getLogger(__name__)
 
@@ -104,7 +104,7 @@ class ImageDecoder:
     def _decode_waiting(self) -> None:
         """Decode one batch of the items that have waited longest, whoever submitted them."""
         weight = self.vqgan.post_quant_conv.weight
-        size = fitting(pixel_bytes(self.vqgan.config, weight.dtype), weight.device, MOST_PICTURES)
+        size = max_batch_size(pixel_bytes(self.vqgan.config, weight.dtype), weight.device, MAX_DECODE_BATCH)
         items: list[_Item] = []
         while self._waiting and len(items) < size:
             item = self._waiting.popleft()

@@ -1,7 +1,7 @@
-"""One URL into one file over HTTP: resumed after a break, retried, bounded in time and in bytes.
+"""Download one URL into one file over HTTP: resumed after a break, retried, bounded in time and in bytes.
 
-While it arrives the file is PATH, and PATH.json says what it is the beginning of (URL, size, the server's validator),
-so that bytes of two versions are never joined. `clipgen.weights.cache` verifies what arrived.
+The partial file is PATH; PATH.json records its source (URL, size, the server's validator), so that bytes of two
+versions are never joined. `clipgen.weights.cache` verifies the result.
 """
 
 from __future__ import annotations
@@ -27,16 +27,16 @@ from clipgen.errors import DownloadError
 CHUNK = 1 << 18
 """Bytes read at once, at most."""
 PROGRESS = 1 << 20
-"""New bytes that make up for the failures before them: a poor line gets there, a server that sends crumbs does not."""
+"""New bytes after which earlier failures no longer count, so that a poor line succeeds in the end."""
 _TRANSIENT = {408, 425, 429, 500, 502, 503, 504}
 
 Report = Callable[[int, int | None], None]
-"""Called with the bytes that have arrived and the bytes there will be, None while that is unknown."""
+"""Called with the bytes received and the bytes in all (None while unknown)."""
 Log = Callable[[str], None]
 
 
 class _Broken(Exception):
-    """An attempt that failed in a way that another one may not."""
+    """A failed attempt that is worth repeating."""
 
     def __init__(self, message: str, wait: float = 0.0, restart: bool = False) -> None:
         super().__init__(message)
@@ -46,23 +46,23 @@ class _Broken(Exception):
 
 @dataclass(frozen=True)
 class RetryPolicy:
-    """How patient a download is.
+    """Timeouts, retries and limits of a download.
 
     Attributes:
         timeout: seconds to wait for a connection or for the next bytes.
-        slowest: bytes per second; less than that on average over `timeout` counts as broken off.
+        min_rate: bytes per second; a lower average over `timeout` counts as a failure.
         attempts: failures in a row, without `PROGRESS` new bytes in between, after which it gives up.
         backoff: seconds before the second attempt; each further wait is twice as long.
-        longest_wait: seconds; also caps what a server asks for with Retry-After.
-        largest: bytes; no file is larger.
+        max_wait: seconds; also caps what a server asks for with Retry-After.
+        max_bytes: size limit of a file.
     """
 
     timeout: float = 30.0
-    slowest: float = 1000.0
+    min_rate: float = 1000.0
     attempts: int = 6
     backoff: float = 1.0
-    longest_wait: float = 60.0
-    largest: int = 1 << 34
+    max_wait: float = 60.0
+    max_bytes: int = 1 << 34
 
 
 PATIENT = RetryPolicy()
@@ -82,7 +82,7 @@ class _Job:
 
 @dataclass(frozen=True)
 class _Origin:
-    """What a partial file is the beginning of."""
+    """Source of a partial file."""
 
     url: str
     total: int | None
@@ -98,20 +98,20 @@ def download(
     report: Report = lambda done, total: None,
     log: Log = lambda message: None,
 ) -> None:
-    """Bring all of `url` into `path`, going on from what is there.
+    """Download `url` into `path`, resuming from the bytes that are there.
 
     Args:
         url: http or https; redirects to anything else, or from https to http, are refused.
-        path: the partial file, in a folder that exists. It is kept when the download fails, to go on from.
-        size: bytes expected, if known; a server that offers another number is refused.
-        checked: the caller knows a hash of the whole, so going on may rely on that when the server has no validator
-            (RFC 9110, section 13.1.5); without either the download starts over.
-        policy: how patient to be.
-        report: progress; may go back to 0 when the download has to start over.
-        say: told about failures that are tried again.
+        path: the partial file, in an existing folder. It is kept for resuming when the download fails.
+        size: expected bytes, if known; a server that offers another number is refused.
+        checked: the caller will verify a hash of the whole, so the download may resume even if the server has no
+            validator (RFC 9110, section 13.1.5); without either it starts over.
+        policy: timeouts, retries and limits.
+        report: called with the progress, which returns to 0 when the download has to start over.
+        log: called with a line for each failure that is retried.
 
     Raises:
-        DownloadError: it failed for good, too often, or the disk is full.
+        DownloadError: it failed permanently or too often, or the disk is full.
     """
     job = _Job(url, path, size, checked, policy, report)
     best, failures = _length(path), 0
@@ -126,7 +126,7 @@ def download(
                 discard(path)
             if failures >= policy.attempts:
                 raise DownloadError(f"{url} {broken}; gave up after {failures} attempts in a row") from broken
-            wait = min(policy.longest_wait, max(broken.wait, policy.backoff * 2 ** (failures - 1)))
+            wait = min(policy.max_wait, max(broken.wait, policy.backoff * 2 ** (failures - 1)))
             log(f"{url} {broken}; trying again in {wait:.0f} s")
             time.sleep(wait)
         except OSError as error:  # of the disk: those of the network have become _Broken
@@ -134,7 +134,7 @@ def download(
 
 
 def discard(path: Path) -> None:
-    """Forget a partial file."""
+    """Delete a partial file and its record."""
     path.unlink(missing_ok=True)
     _notes(path).unlink(missing_ok=True)
 
@@ -263,16 +263,16 @@ def _validator(response: Any) -> str | None:
 def _check_room(job: _Job, have: int, total: int | None) -> None:
     if total is None:
         return
-    if total > job.policy.largest:
-        raise DownloadError(f"{job.url} offers {total:,} bytes; no file here is larger than {job.policy.largest:,}")
+    if total > job.policy.max_bytes:
+        raise DownloadError(f"{job.url} offers {total:,} bytes; no file here is larger than {job.policy.max_bytes:,}")
     free = shutil.disk_usage(job.path.parent).free
     if free < total - have:
         raise DownloadError(f"{job.path.parent} has {free:,} bytes free; {total - have:,} are needed: make room")
 
 
 def _receive(job: _Job, response: Any, have: int, total: int | None) -> int:
-    """Append the response's body to the file; returns how long the file is then."""
-    most = job.policy.largest if total is None else total
+    """Append the response's body to the file; return the file's size."""
+    most = job.policy.max_bytes if total is None else total
     since, before = time.monotonic(), have
     job.report(have, total)
     with job.path.open("ab") as out:
@@ -283,7 +283,7 @@ def _receive(job: _Job, response: Any, have: int, total: int | None) -> int:
             job.report(have, total)
             elapsed = time.monotonic() - since
             if elapsed > job.policy.timeout:
-                if have - before < job.policy.slowest * elapsed:
+                if have - before < job.policy.min_rate * elapsed:
                     raise _Broken(f"sends only {(have - before) / elapsed:,.0f} bytes/s")
                 since, before = time.monotonic(), have
         out.flush()
@@ -311,7 +311,7 @@ def _write_origin(path: Path, origin: _Origin) -> None:
 
 
 def _read_origin(path: Path) -> _Origin | None:
-    """None when there are no notes, or none that can be read: then the download starts over."""
+    """None if there is no readable record: then the download starts over."""
     try:
         notes = json.loads(_notes(path).read_text(encoding="utf-8"))
         return _Origin(str(notes["url"]), notes["total"] and int(notes["total"]), notes["validator"])

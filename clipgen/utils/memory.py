@@ -1,6 +1,6 @@
-"""Memory: how many pictures fit at once, and what happens when that was too many.
+"""Memory: how many images fit at once, and smaller batches when memory runs out all the same.
 
-The estimates are upper bounds for planning, held against measurements by `benchmarks/full_size.py`.
+The estimates are upper bounds for planning; `benchmarks/full_size.py` compares them with measurements.
 """
 
 from __future__ import annotations
@@ -24,19 +24,19 @@ Output = TypeVar("Output")
 log = logging.getLogger(__name__)
 
 HEADROOM = 0.8
-"""Share of the free memory that is planned with; the rest is for what is not counted: workspaces, fragmentation."""
+"""Share of the free memory to plan with; the rest is for workspaces and fragmentation, which are not counted."""
 
-MOST_ROWS = 64
-"""Pictures whose tokens are decoded at once; with guidance twice as many rows."""
-MOST_PICTURES = 16
-"""Pictures whose pixels are decoded at once: more are no faster, and their feature maps are what takes memory."""
+MAX_NUM_SEQS = 64
+"""Images whose tokens are decoded at once; guidance doubles the rows."""
+MAX_DECODE_BATCH = 16
+"""Images whose pixels are decoded at once: more are not faster, and their feature maps take the most memory."""
 
 _LIVE = 7
 """Largest feature maps that a decoder holds at a time: a residual block's input, its normalised and activated copies,
-the results of its convolutions, and what a convolution lays out anew."""
+the results of its convolutions, and a convolution's re-laid input."""
 
-# What the allocators of CPUs and GPUs say when nothing is left; only CUDA's has an exception of its own. cuDNN finds no
-# engine for a convolution when the workspace of every one of them is too large.
+# Messages of allocators that have run out; only CUDA's has an exception of its own. cuDNN finds no engine for a
+# convolution when the workspace of every one is too large.
 _PHRASES = (
     *("can't allocate memory", "not enough memory", "out of memory", "ALLOC_FAILED", "bad_alloc"),
     "unable to find an engine",
@@ -44,24 +44,24 @@ _PHRASES = (
 
 
 def token_bytes(config: GPTConfig, dtype: torch.dtype, guided: bool) -> int:
-    """Memory that decoding the tokens of one picture takes beyond the weights; with guidance there are two rows."""
+    """Bytes that decoding the tokens of one image takes beyond the weights; guidance needs two rows."""
     cache = 2 * config.n_layer * config.block_size * config.n_embd * dtype.itemsize
     logits = 6 * config.vocab_size * 4  # float32: logits, their sorted copy, its order (int64), probabilities, CDF
     return (cache + logits) * (2 if guided else 1)
 
 
 def pixel_bytes(config: VQGANConfig, dtype: torch.dtype) -> int:
-    """Memory that decoding the pixels of one picture takes beyond the weights."""
+    """Bytes that decoding the pixels of one image takes beyond the weights."""
     widest = 0
     side = config.image_size // config.patch
     for level, mult in enumerate(config.ch_mult):
-        above = config.ch_mult[min(level + 1, len(config.ch_mult) - 1)]  # the channels it arrives with
+        above = config.ch_mult[min(level + 1, len(config.ch_mult) - 1)]  # channels of its input
         widest = max(widest, (side >> level) ** 2 * config.ch * max(mult, above))
     return _LIVE * widest * dtype.itemsize + 3 * 3 * 4 * config.image_size**2
 
 
 def free_bytes(device: torch.device) -> int | None:
-    """Memory that can be had on a device; None where nobody tells."""
+    """Free bytes on a device; None if unknown."""
     if device.type == "cuda":
         free, _ = torch.cuda.mem_get_info(device)
         return free + torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
@@ -81,7 +81,7 @@ def _system_free() -> int | None:
 
 
 def _container_free(root: Path = Path("/sys/fs/cgroup")) -> int | None:
-    """What the container's limit leaves (cgroup v2); pages of files, such as mapped weights, can be dropped."""
+    """Bytes up to the container's limit (cgroup v2); cached file pages, such as mapped weights, count as free."""
     try:
         limit, used = ((root / name).read_text().strip() for name in ("memory.max", "memory.current"))
         stat = dict(line.split() for line in (root / "memory.stat").read_text().splitlines())
@@ -90,14 +90,14 @@ def _container_free(root: Path = Path("/sys/fs/cgroup")) -> int | None:
         return None
 
 
-def fitting(each: int, device: torch.device, most: int) -> int:
-    """How many pictures of `each` bytes to work on at once: at least 1, at most `most`."""
+def max_batch_size(bytes_each: int, device: torch.device, limit: int) -> int:
+    """How many items of `bytes_each` to process at once: at least 1, at most `limit`."""
     free = free_bytes(device)
-    return most if free is None else max(1, min(most, int(free * HEADROOM) // max(each, 1)))
+    return limit if free is None else max(1, min(limit, int(free * HEADROOM) // max(bytes_each, 1)))
 
 
 def is_out_of_memory(error: BaseException) -> bool:
-    """Whether an exception means that memory ran out."""
+    """Whether an exception means that memory ran out, on a CPU or GPU."""
     if isinstance(error, (torch.OutOfMemoryError, MemoryError)):
         return True
     return isinstance(error, RuntimeError) and any(phrase in str(error) for phrase in _PHRASES)
@@ -106,13 +106,13 @@ def is_out_of_memory(error: BaseException) -> bool:
 def in_batches(
     run: Callable[[Sequence[Item]], Output], items: Sequence[Item], size: int, what: str
 ) -> Iterator[Output]:
-    """Yield `run(batch)` of every batch, in order; when memory runs out, go on in batches half as large.
+    """Yield `run(batch)` for every batch, in order; when memory runs out, continue with batches half as large.
 
     Args:
-        run: must give the same for an item whatever its batch, and keep nothing when it fails.
-        items: what to work on.
-        size: how many of them at a time, at least 1.
-        what: names the work in messages.
+        run: its result for an item must not depend on the batch; it must keep nothing when it fails.
+        items: to be processed.
+        size: items per batch, at least 1.
+        what: name of the work, for messages.
 
     Raises:
         InsufficientMemoryError: one item alone does not fit.
@@ -125,25 +125,25 @@ def in_batches(
         except (RuntimeError, MemoryError) as error:
             if not is_out_of_memory(error):
                 raise
-            reason = reason_of(error)
+            reason = first_line(error)
         else:
             yield output
             start += len(batch)
             continue
-        # Here the exception is gone, and with its traceback the tensors that the failed attempt held.
+        # Outside the except block: the exception, and with its traceback the tensors of the failed attempt, are freed.
         size = halve(len(batch), what, reason)
 
 
-def reason_of(error: BaseException) -> str:
-    """The first line of what an exception says, or its kind where it says nothing."""
+def first_line(error: BaseException) -> str:
+    """First line of an exception's message, or its type if it has none."""
     return (str(error).strip() or type(error).__name__).splitlines()[0]
 
 
 def halve(count: int, what: str, reason: str) -> int:
-    """With how many pictures to go on when memory ran out with `count`; frees what can be freed.
+    """Return half of `count`, the batch that memory ran out with, after freeing what can be freed.
 
     Raises:
-        InsufficientMemoryError: it was one.
+        InsufficientMemoryError: `count` is 1.
     """
     if count <= 1:
         raise InsufficientMemoryError(

@@ -13,7 +13,7 @@ import torch
 
 from clipgen.config import ModelConfig, load_model_config
 from clipgen.errors import ConfigError, WeightsError
-from clipgen.utils.memory import HEADROOM, MOST_PICTURES, MOST_ROWS, pixel_bytes, token_bytes
+from clipgen.utils.memory import HEADROOM, MAX_DECODE_BATCH, MAX_NUM_SEQS, pixel_bytes, token_bytes
 from clipgen.weights.model_dir import DTYPES, PARTS
 from clipgen.weights.tensor_file import read_header
 
@@ -66,7 +66,7 @@ def _memory_needed(config: ModelConfig, parameters: int, dtype: torch.dtype) -> 
     tokens, pixels = token_bytes(config.gpt, dtype, guided), pixel_bytes(config.vqgan, dtype)
     weights = parameters * dtype.itemsize
     # All tokens are generated before the first image is decoded, so the two never add up.
-    peak = weights + max(MOST_ROWS * tokens, MOST_PICTURES * pixels)
+    peak = weights + max(MAX_NUM_SEQS * tokens, MAX_DECODE_BATCH * pixels)
     return {
         "weights": weights,
         "tokens_per_candidate": tokens,
@@ -82,7 +82,7 @@ def _fitting_gpus(dtype: str, needed: Mapping[str, int]) -> list[str]:
         if dtype == "bfloat16" and gpu == "T4":
             continue  # Turing has no bfloat16 arithmetic
         free = (size - CUDA_CONTEXT) * 2**30 - needed["weights"]
-        candidates = min(MOST_ROWS, int(free * HEADROOM) // needed["tokens_per_candidate"])
+        candidates = min(MAX_NUM_SEQS, int(free * HEADROOM) // needed["tokens_per_candidate"])
         if candidates >= 1 and free * HEADROOM >= needed["pixels_per_picture"]:
             fitting.append(f"{gpu} ({candidates} candidates at a time)")
     return fitting

@@ -54,7 +54,7 @@ def flags(
     [
         (["--prompts", "few.txt"], "few.txt has 2 sentences; give at least 20"),
         (["--prompts", "none.txt"], "none.txt cannot be read"),
-        (["--clip", "tiny.yaml"], "--clip tiny.yaml: no CLIP under OpenAI's names"),
+        (["--clip", "tiny.yaml"], "tiny.yaml is not a .safetensors file"),
         (["model.gpt.n_cond=64"], "embeddings of 32 numbers, model.gpt.n_cond is 64; add model.gpt.n_cond=32"),
         (["--processes", 3], "stage1.batch_size is 8; it must be a multiple of --processes, 3"),
         (["--processes", 0], "--processes is 0"),

@@ -10,13 +10,13 @@ from typing import Any
 
 import torch
 import torch.nn as nn
-from safetensors.torch import load_file
 from torch import Tensor
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 from torch.utils.checkpoint import checkpoint
 
 from clipgen.errors import WeightsError
 from clipgen.weights.model_dir import check_shapes
+from clipgen.weights.tensor_file import load_tensors
 from train.config import Stage2Config, TrainConfig
 
 
@@ -24,10 +24,9 @@ def load_model_weights(model: nn.Module, path: str | Path) -> None:
     """Load a .safetensors file into a model.
 
     Raises:
-        WeightsError: it does not fit the model.
-        FileNotFoundError: no such file.
+        WeightsError: the file is missing, is not .safetensors, or does not fit the model.
     """
-    weights = load_file(path)
+    weights = load_tensors(path)
     expected = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
     try:
         check_shapes(expected, weights, type(model).__name__)

@@ -26,7 +26,7 @@ from clipgen.errors import InsufficientMemoryError
 from clipgen.models.kv_cache import KVCache
 from clipgen.request import GenerationOutput, GenerationRequest
 from clipgen.utils import memory
-from clipgen.utils.memory import fitting, in_batches, pixel_bytes, token_bytes
+from clipgen.utils.memory import in_batches, max_batch_size, pixel_bytes, token_bytes
 from train.config import load_config
 
 CPU = torch.device("cpu")
@@ -234,7 +234,7 @@ def test_other_errors_come_through() -> None:
 def test_batches_follow_free_memory(monkeypatch: pytest.MonkeyPatch) -> None:
     for free, expected in [(0, 1), (99, 1), (1000, 8), (10**9, 64), (None, 64)]:
         monkeypatch.setattr(memory, "free_bytes", lambda device, free=free: free)
-        assert fitting(100, CPU, 64) == expected
+        assert max_batch_size(100, CPU, 64) == expected
 
 
 def test_a_pipeline_plans_with_what_is_free(pipe: ClipGen, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -11,8 +11,11 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
+from clipgen.config import GPTConfig
 from clipgen.errors import WeightsError
 from clipgen.weights.tensor_file import TensorInfo, load_tensors, read_header
+from train.encode import load_clip
+from train.loop.optimization import load_model_weights
 
 LFS = b"version https://git-lfs.github.com/spec/v1\noid sha256:4d7a\nsize 36841586\n"
 
@@ -100,3 +103,15 @@ def test_offsets_beyond_the_file_are_refused(tmp_path: Path) -> None:
     header = json.dumps({"a": {"dtype": "F32", "shape": [2], "data_offsets": [0, 10**15]}}).encode()
     (tmp_path / "w.safetensors").write_bytes(struct.pack("<Q", len(header)) + header + bytes(8))
     refused(tmp_path / "w.safetensors")
+
+
+@pytest.mark.parametrize("content", [LFS, b"", b"PK\x03\x04 a checkpoint", b"<html>"])
+def test_training_names_a_wrong_file_as_the_library_does(tmp_path: Path, content: bytes) -> None:
+    """What stages read with --clip, --vqgan and init goes through the same reader."""
+    path = tmp_path / "clip.pt"
+    path.write_bytes(content)
+    expected = refused(path)
+    for read in (lambda: load_clip(GPTConfig(), path), lambda: load_model_weights(torch.nn.Linear(1, 1), path)):
+        with pytest.raises(WeightsError) as caught:
+            read()
+        assert str(caught.value) == expected
