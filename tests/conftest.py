@@ -5,15 +5,11 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
-import torch
 from published import Source, write_hfailab, write_torchscript
+from tiny_weights import write_tiny_weights
 
 from clipgen.config import GPTConfig, ModelConfig, VQGANConfig
-from clipgen.models.clip import OpenAIClip
-from clipgen.models.gpt import GPT
-from clipgen.models.vqgan import VQGAN
 from clipgen.request import SamplingParams
-from clipgen.weights.model_dir import save_model_dir
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -55,26 +51,7 @@ def tiny_config() -> ModelConfig:
 @pytest.fixture(scope="session")
 def tiny_weights(tiny_config: ModelConfig, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A complete folder of weights drawn from a fixed seed. Copy it before changing anything in it."""
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(0)
-        clip = OpenAIClip(
-            embed_dim=32,
-            image_resolution=32,
-            vision_layers=2,
-            vision_width=64,
-            vision_patch_size=8,
-            context_length=16,
-            vocab_size=49408,
-            transformer_width=64,
-            transformer_heads=1,
-            transformer_layers=2,
-        )
-        vqgan, gpt = VQGAN(tiny_config.vqgan), GPT(tiny_config.gpt)
-    with torch.no_grad():  # an untrained decoder paints grey and an untrained GPT hardly listens: make both vivid
-        vqgan.decoder.conv_out.weight.mul_(4)
-        gpt.head.weight.mul_(20)
-    parts = {"clip": clip.state_dict(), "vqgan": vqgan.state_dict(), "gpt": gpt.state_dict()}
-    return save_model_dir(tmp_path_factory.mktemp("weights") / "tiny", tiny_config, parts)
+    return write_tiny_weights(tmp_path_factory.mktemp("weights") / "tiny", tiny_config)
 
 
 @pytest.fixture

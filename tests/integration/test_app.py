@@ -67,6 +67,12 @@ def test_previews_can_be_switched_off(session: Session) -> None:
     assert not any(update.previews for update in session.generate(replace(LEMON, previews=False)))
 
 
+def test_previews_are_on_by_default_where_decoding_is_cheap(session: Session, monkeypatch: pytest.MonkeyPatch) -> None:
+    assert session.default_form().previews
+    monkeypatch.setattr(session.pipe.config.vqgan, "image_size", 256)
+    assert not session.default_form().previews, "large images on a CPU"
+
+
 def test_written_images_carry_receipts_and_are_all_in_the_archive(session: Session) -> None:
     result = drawn(session, LEMON)
     files = session.write(result)

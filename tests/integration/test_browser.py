@@ -1,4 +1,4 @@
-"""The web page as people meet it: in Chromium, with the mini model. `make test-browser` runs these."""
+"""The web page as people meet it, in Chromium. `make test-browser` runs these."""
 
 from __future__ import annotations
 
@@ -13,47 +13,72 @@ import sys
 import time
 import zipfile
 from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import httpx
 import pytest
 from PIL import Image, ImageChops
+from tiny_weights import write_tiny_weights
 
-from clipgen.outputs.metadata import Receipt
+from clipgen.config import ModelConfig
+from clipgen.outputs.metadata import Receipt, image_digest
 
 pytestmark = pytest.mark.browser
 WAIT = 1000 * float(os.environ.get("CLIPGEN_BROWSER_WAIT", "180"))
 """Milliseconds to wait for something to appear: drawing takes a second on a quiet machine."""
 SIZES = {"desktop": (1280, 850), "phone": (390, 844)}
+EXAMPLES = ["a lemon", "a red heart", "a panda on a pink background"]
 
 
-@pytest.fixture(scope="module")
-def url(root: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
-    """`python -m clipgen app` in a process of its own, which must end without leaving files."""
+@contextmanager
+def serve(root: Path, folder: Path, *options: str) -> Iterator[str]:
+    """Run `clipgen app` in a process of its own, which must end without leaving files. Yields its address."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
-    folder = tmp_path_factory.mktemp("served")
-    command = [sys.executable, "-m", "clipgen", "app", "--port", str(port), "--device", "cpu"]
+    command = [sys.executable, "-m", "clipgen", "app", "--port", str(port), "--device", "cpu", *options]
     with (folder / "log").open("w") as log:
         env = os.environ | {"TMPDIR": str(folder)}
         server = subprocess.Popen(command, cwd=root, env=env, stdout=log, stderr=log)
     address = f"http://127.0.0.1:{port}"
     deadline = time.monotonic() + 3 * WAIT / 1000
-    while True:
-        assert server.poll() is None and time.monotonic() < deadline, (folder / "log").read_text()
-        try:
-            httpx.get(address, timeout=30).raise_for_status()
-            break
-        except httpx.HTTPError:
-            time.sleep(0.5)
-    yield address
-    server.send_signal(2)  # Ctrl-C
-    server.wait(60)
+    try:
+        while True:
+            assert server.poll() is None and time.monotonic() < deadline, (folder / "log").read_text()
+            try:
+                httpx.get(address, timeout=30).raise_for_status()
+                break
+            except httpx.HTTPError:
+                time.sleep(0.5)
+        yield address
+        server.send_signal(2)  # Ctrl-C
+        server.wait(60)
+    finally:
+        server.kill()
     log_text = (folder / "log").read_text()
     assert "Traceback" not in log_text, log_text
     assert not list(folder.glob("clipgen-app-*")), "files were left behind"
+
+
+@pytest.fixture(scope="module")
+def weights(tiny_config: ModelConfig, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A tiny model that draws in a moment, yet in enough steps to be cancelled, and its example prompts."""
+    vqgan, gpt = replace(tiny_config.vqgan, image_size=64), replace(tiny_config.gpt, block_size=64)
+    folder = write_tiny_weights(
+        tmp_path_factory.mktemp("weights") / "small", replace(tiny_config, vqgan=vqgan, gpt=gpt)
+    )
+    (folder / "examples.txt").write_text("\n".join(EXAMPLES))
+    return folder
+
+
+@pytest.fixture(scope="module")
+def url(root: Path, weights: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
+    """The page with a tiny model."""
+    with serve(root, tmp_path_factory.mktemp("served"), "--weights", str(weights)) as address:
+        yield address
 
 
 @pytest.fixture(scope="module")
@@ -269,8 +294,6 @@ def test_every_button_acts_on_the_image_that_is_shown_as_selected(page: Any, tmp
 
     draw(page, "#redraw")  # with rows of the selected image on top
     redrawn, _ = shown(page)
-    from clipgen.outputs.metadata import image_digest
-
     assert redrawn.keep == image_digest(image) and redrawn.image_seed == seed
 
 
@@ -292,7 +315,7 @@ def test_used_seed_draws_the_same_image_and_another_seed_another(page: Any) -> N
     assert draw(page).startswith("2 images")
     assert len(sources(page)) == 2
     receipt, image = shown(page)
-    assert image.size == (receipt_size := image.size) and receipt_size[0] == receipt_size[1]
+    assert image.size == (64, 64)
     page.locator("#use-seed").click()
     status(page, "is set")
     assert draw(page).startswith("1 image")
@@ -303,14 +326,13 @@ def test_used_seed_draws_the_same_image_and_another_seed_another(page: Any) -> N
     assert not alike(shown(page)[1], image)
 
 
-def test_example_is_drawn_with_one_click(page: Any, root: Path) -> None:
-    examples = (root / "weights" / "mini" / "examples.txt").read_text(encoding="utf-8").splitlines()
-    assert page.locator("#examples button").all_inner_texts() == examples
+def test_example_is_drawn_with_one_click(page: Any) -> None:
+    assert page.locator("#examples button").all_inner_texts() == EXAMPLES
     set_number(page, "num-outputs", 1)
     set_number(page, "candidates", 1)
     draw(page, "#examples button >> nth=2")
-    assert page.locator("#prompt textarea").input_value() == examples[2]
-    assert shown(page)[0].prompt[0].text == examples[2]
+    assert page.locator("#prompt textarea").input_value() == EXAMPLES[2]
+    assert shown(page)[0].prompt[0].text == EXAMPLES[2]
 
 
 def test_enter_draws_and_shift_enter_breaks_the_line(page: Any) -> None:
@@ -430,7 +452,7 @@ def test_link_with_a_wrong_setting_says_so(browser: Any, url: str) -> None:
     visitor.close()
 
 
-def test_copied_python_call_draws_the_image_again(page: Any, root: Path, tmp_path: Path) -> None:
+def test_copied_python_call_draws_the_image_again(page: Any, root: Path, weights: Path, tmp_path: Path) -> None:
     fill(page, 'it\'s "a red heart"')
     draw(page)
     _, image = shown(page)
@@ -438,7 +460,7 @@ def test_copied_python_call_draws_the_image_again(page: Any, root: Path, tmp_pat
     page.locator("[data-copy=python]").click()
     page.locator("[data-copy=python]", has_text="Copied").wait_for()
     script = page.evaluate("navigator.clipboard.readText()")
-    (tmp_path / "weights").symlink_to(root / "weights")
+    (tmp_path / "weights").symlink_to(weights.parent)
     env = os.environ | {"PYTHONPATH": str(root)}
     subprocess.run([sys.executable, "-c", script], cwd=tmp_path, env=env, check=True, timeout=WAIT / 1000)
     assert alike(Image.open(tmp_path / "image.png"), image)
@@ -485,3 +507,18 @@ def test_results_are_in_view_after_a_click(page: Any, size: str, count: int) -> 
         download = page.locator("#download").bounding_box()
         assert download["y"] + download["height"] <= height
         assert page.evaluate("scrollY") == 0, "everything fits without scrolling"
+
+
+def test_mini_model_draws_its_own_example(browser: Any, root: Path, tmp_path: Path) -> None:
+    with serve(root, tmp_path, "--weights", "mini") as address:
+        visitor = browser.new_page()
+        visitor.set_default_timeout(WAIT)
+        visitor.goto(address)
+        examples = (root / "weights" / "mini" / "examples.txt").read_text(encoding="utf-8").splitlines()
+        assert visitor.locator("#examples button").all_inner_texts() == examples
+        set_number(visitor, "num-outputs", 1)
+        set_number(visitor, "candidates", 1)
+        draw(visitor, "#examples button >> nth=0")
+        receipt, image = shown(visitor)
+        assert receipt.model == "mini" and receipt.prompt[0].text == examples[0] and len(set(image.size)) == 1
+        visitor.close()
