@@ -225,8 +225,8 @@ def test_cancelling_frees_the_model_at_once(bare: CogServer) -> None:
         for name in ("waiting", "running"):
             assert bare.http.post(f"/predictions/{name}/cancel").status_code == 200
         assert running.result().json()["status"] == waiting.result().json()["status"] == "canceled"
-    assert bare.predict(prompt="b", candidates=1)["status"] == "succeeded"
     assert time.monotonic() - started < whole / 2
+    assert bare.predict(prompt="b", candidates=1)["metrics"]["seconds"]["queue"] < whole / 10
     assert "Traceback" not in bare.log.read_text()
 
 
