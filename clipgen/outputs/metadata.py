@@ -33,8 +33,7 @@ KEY = "clipgen"
 VERSION = 2  # version 1 had no negative prompt
 MAX_BYTES = 60_000  # of prompt and negative prompt in a file: a JPEG's EXIF holds 64 KB
 MAX_READ = 200_000  # characters of a receipt that are parsed
-MAX_TEXT = 5_000  # characters of a text that are kept: more than the 64 * 77 that CLIP reads (`clip.tokenize`)
-MAX_NAME = 255
+MAX_TEXT, MAX_NAME = 5_000, 255  # characters of a text that are kept (CLIP reads 64 * 77 of them), and of a name
 
 
 def _whole(low: int, high: int) -> Callable[[Any], bool]:
@@ -257,8 +256,7 @@ def receipts(pipe: ClipGen, result: GenerationOutput, weights: str) -> list[Rece
         result: its output.
         weights: `weights_digest` of the pipeline's folder.
     """
-    request = result.request
-    sampling = request.sampling(pipe.config.sampling)
+    request, sampling = result.request, result.request.sampling(pipe.config.sampling)
     shared: dict[str, Any] = {
         "seed": result.seed,
         "num_outputs": request.num_outputs,
@@ -282,16 +280,14 @@ def receipts(pipe: ClipGen, result: GenerationOutput, weights: str) -> list[Rece
 
 def _store_prompts(request: GenerationRequest) -> dict[str, Any]:
     """The parts of prompt and negative prompt, with texts shortened until they fit into a file's metadata."""
-    prompt, negative = (
-        parts_of(request.prompt),
-        [] if request.negative_prompt is None else parts_of(request.negative_prompt),
-    )
+    prompt = parts_of(request.prompt)
+    negative = [] if request.negative_prompt is None else parts_of(request.negative_prompt)
     for limit in (MAX_TEXT >> halvings for halvings in range(MAX_TEXT.bit_length())):
         kept = [_store_part(part, float(weight), limit) for part, weight in prompt + negative]
         if _size_in_exif([asdict(part) for part in kept]) <= MAX_BYTES:
             break
-    texts = {"prompt": tuple(kept[: len(prompt)]), "negative": tuple(kept[len(prompt) :])}
-    return {**texts, "shortened": limit < MAX_TEXT}
+    shortened = limit < MAX_TEXT
+    return {"prompt": tuple(kept[: len(prompt)]), "negative": tuple(kept[len(prompt) :]), "shortened": shortened}
 
 
 def _store_part(part: Part, weight: float, limit: int) -> PromptPart:
@@ -337,8 +333,8 @@ def weights_digest(folder: str | Path) -> str:
     Raises:
         WeightsError: there is no manifest, or it is damaged.
     """
-    files = read_manifest(Path(folder) / MANIFEST)
-    return hashlib.sha256("".join(entry["sha256"] for entry in files.values()).encode()).hexdigest()
+    hashes = [entry["sha256"] for entry in read_manifest(Path(folder) / MANIFEST).values()]
+    return hashlib.sha256("".join(hashes).encode()).hexdigest()
 
 
 def image_digest(image: Image.Image) -> str:
