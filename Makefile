@@ -123,10 +123,14 @@ emoji: $(VENV)/.dev ## the mini model's images: emoji art from npm, rendered to 
 	npm install --no-fund --no-audit --prefix data/npm $(EMOJI)
 	$(BIN)/python -m train.mini.emoji --npm data/npm/node_modules --out data/emoji
 
-scenes: emoji ## a contact sheet of the mini model's world, outputs/scenes.png
+renders: $(VENV)/.dev ## what scenes are composed of: emoji art from npm, rendered to data/emoji/renders; needs npm
+	npm install --no-fund --no-audit --prefix data/npm $(EMOJI)
+	$(BIN)/python -m train.mini.renders --npm data/npm/node_modules --out data/emoji
+
+scenes: renders ## a contact sheet of the mini model's world, outputs/scenes.png
 	$(BIN)/python -m train.mini.sheet --data data/emoji --out outputs/scenes.png
 
-mini3: emoji ## version 3 of the mini model, in the making, to weights/mine [MINUTES=60 a part]; needs WordNet
+mini3: renders ## version 3 of the mini model, in the making, to weights/mine [MINUTES=60 a part]; needs WordNet
 	$(BIN)/python -m train.mini.recipe --data data/emoji --out weights/mine $(if $(MINUTES),--minutes $(MINUTES)) $(ARGS)
 
 mini: emoji ## rebuild the mini model from its data (hours); run it again to resume; needs WordNet (wordnet-base)
@@ -145,4 +149,4 @@ clean: ## remove caches and build products; keeps .venv, data, runs and outputs
 	@rm -rf .pytest_cache .mypy_cache .ruff_cache .hypothesis .cog *.egg-info
 	@find . -name __pycache__ -not -path './$(VENV)/*' -prune -exec rm -rf {} +
 
-.PHONY: gpu-check help setup predict .prompt serve app test test-slow test-browser lint format bench emoji scenes mini3 mini clean
+.PHONY: gpu-check help setup predict .prompt serve app test test-slow test-browser lint format bench emoji renders scenes mini3 mini clean

@@ -180,7 +180,7 @@ def to_markdown(report: dict) -> str:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--weights", type=Path, required=True, help="folder of weights")
-    parser.add_argument("--data", type=Path, default=Path("data/emoji"), help="the folder that `make emoji` fills")
+    parser.add_argument("--data", type=Path, default=Path("data/emoji"), help="the folder that `make renders` fills")
     parser.add_argument("--wordnet", type=Path, default=Path("/usr/share/wordnet"), help="WordNet's database")
     parser.add_argument("--out", type=Path, default=Path("outputs/scenes"), help="folder for the grid and the reports")
     parser.add_argument("--split", choices=list(SEEDS), default="development", help="which prompts")

@@ -126,7 +126,7 @@ def carry(part: str, work: Path) -> None:
 @command
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--data", default="data/emoji", help="the folder that `make emoji` fills")
+    parser.add_argument("--data", default="data/emoji", help="the folder that `make renders` fills")
     parser.add_argument("--work", type=Path, default=Path("runs/mini"), help="folder of checkpoints and curves")
     parser.add_argument("--out", type=Path, default=Path("weights/mine"), help="folder of weights to write")
     parser.add_argument("--wordnet", type=Path, default=Path("/usr/share/wordnet"), help="WordNet's database")

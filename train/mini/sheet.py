@@ -95,7 +95,7 @@ def _text(text: str, width: int, height: int, scale: float) -> Bytes:
 @entry_point()
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--data", type=Path, default=Path("data/emoji"), help="what `make emoji` wrote")
+    parser.add_argument("--data", type=Path, default=Path("data/emoji"), help="what `make renders` wrote")
     parser.add_argument("--out", type=Path, default=Path("outputs/scenes.png"), help="where the sheet goes")
     parser.add_argument("--scenes", type=at_least(1), default=72, help="random scenes")
     parser.add_argument("--seed", type=at_least(0), default=0)

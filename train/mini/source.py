@@ -89,7 +89,7 @@ class Scenes:
 
 
 def all_scenes(data: str) -> Scenes:
-    """Scenes with every combination: what the VQGAN and the CLIP may see; data: the folder that `make emoji` fills."""
+    """Scenes with every combination, for the VQGAN and the CLIP; data: the folder that `make renders` fills."""
     return Scenes(Path(data) / "renders", draw_facts, seed=1)
 
 

@@ -24,7 +24,7 @@ def load_render(renders: Path, style: str, code: str) -> Bytes:
     path = renders / style / f"{code}.png"
     image = cv2.imread(str(path), cv2.IMREAD_UNCHANGED) if path.is_file() else None
     if image is None or image.shape != (SIDE, SIDE, 4):
-        raise DataError(f"{path} is no render of {SIDE} x {SIDE} px; `make emoji` makes them all")
+        raise DataError(f"{path} is no render of {SIDE} x {SIDE} px; `make renders` makes them all")
     return cv2.cvtColor(image, cv2.COLOR_BGRA2RGBA).astype(np.uint8)
 
 

@@ -61,7 +61,7 @@ def build_clip() -> OpenAIClip:
 def parse_tower(doc: str, **defaults: object) -> tuple[argparse.Namespace, TowerConfig]:
     """The flags of a tower's script, and its settings, with overrides such as steps=500."""
     parser = argparse.ArgumentParser(description=doc, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--data", default="data/emoji", help="the folder that `make emoji` fills")
+    parser.add_argument("--data", default="data/emoji", help="the folder that `make renders` fills")
     parser.add_argument("--out", type=Path, default=Path("runs/clip"), help="folder of both towers")
     parser.add_argument("--wordnet", type=Path, default=Path("/usr/share/wordnet"), help="WordNet's database")
     parser.add_argument("--minutes", type=minutes, help="stop, saved, after so long; the same command goes on")

@@ -22,6 +22,7 @@ from train.data.images import Images
 from train.mini.attachments import ATTACHMENTS, can_have, kinds_of
 from train.mini.colours import COLOURS, recolour
 from train.mini.describe import describe
+from train.mini.emoji import SETS, WEBP_SET
 from train.mini.facts import (
     COLOURLESS,
     PLACES,
@@ -35,6 +36,7 @@ from train.mini.facts import (
     is_held_out,
 )
 from train.mini.objects import read_objects
+from train.mini.renders import write_renders
 from train.mini.sampling import draw_facts, draw_trained_facts
 from train.mini.scene import Composer
 from train.mini.sprites import load_render
@@ -254,7 +256,7 @@ def test_unknown_function_as_data_is_named(data: str) -> None:
 
 
 def test_missing_renders_say_how_they_are_made(tmp_path: Path) -> None:
-    with pytest.raises(DataError, match="make emoji"):
+    with pytest.raises(DataError, match="make renders"):
         Composer(tmp_path).compose(LEMON, 0)
 
 
@@ -277,3 +279,15 @@ def test_stage1_trains_on_scenes_and_goes_on_where_it_stopped(tmp_path: Path) ->
         assert run.returncode == 0, run.stderr
     assert "step 3/4" in run.stdout and "step 1/4" not in run.stdout
     assert (tmp_path / "vqgan.safetensors").is_file()
+
+
+def test_package_without_an_emoji_that_scenes_need_is_named(tmp_path: Path) -> None:
+    for package in (*SETS.values(), WEBP_SET):
+        (tmp_path / package / "assets").mkdir(parents=True)
+        (tmp_path / package / "icons.json").write_text('{"icons": {}}')
+        (tmp_path / package / "chars.json").write_text("{}")
+    (tmp_path / "emojibase-data/en").mkdir(parents=True)
+    (tmp_path / "emojibase-data/en/data.json").write_text("[]")
+    with pytest.raises(DataError, match="no 3d drawing of"):
+        write_renders(tmp_path, tmp_path / "out")
+    assert not (tmp_path / "out").exists()
