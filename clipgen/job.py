@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
+from PIL import Image
 from torch import Tensor
 
-from clipgen.engine.image_decoder import DecodedImage
-from clipgen.engine.sequence import Sequence
+from clipgen.engine.image_decoder import DecodedImage, ImageDecoder
+from clipgen.engine.sequence import Sequence as ImageSequence
 from clipgen.request import GenerationRequest, SamplingParams
 from clipgen.weights.training_index import IndexMatch
 
@@ -30,9 +32,9 @@ class Job:
     match: IndexMatch | None
     candidates: list[tuple[int, DecodedImage]] = field(default_factory=list)  # by seed
 
-    def sequence(self, seed: int) -> Sequence:
+    def sequence(self, seed: int) -> ImageSequence:
         """One of its candidates, for the engine."""
-        return Sequence(self.condition, seed, self.params, self.prefix_tokens, self.negative_condition)
+        return ImageSequence(self.condition, seed, self.params, self.prefix_tokens, self.negative_condition)
 
     def next_wave(self, start: float) -> range:
         """The seeds to generate next: all at once without a budget, else a few at a time until it is used up or met."""
@@ -54,3 +56,23 @@ class Job:
 
     def _is_late(self, start: float) -> bool:
         return self.request.seconds is not None and time.perf_counter() - start >= self.request.seconds
+
+
+def preview_interval(grid: int, previews: int) -> int:
+    """Steps between two previews: whole rows of `grid` tokens."""
+    return grid * -(-grid // (max(previews, 1) + 1))
+
+
+def previewer(
+    image_decoder: ImageDecoder,
+    on_preview: Callable[[list[Image.Image]], None],
+    wave: Sequence[tuple[Job, int]],
+) -> Callable[[Tensor], None]:
+    """Decode the tokens so far of each job's first candidates for `on_preview`."""
+    shown = [i for i, (job, seed) in enumerate(wave) if seed - job.seed < job.request.num_outputs]
+
+    def on_tokens(tokens: Tensor) -> None:
+        if shown and bool((tokens[shown] < 0).any()):
+            on_preview(image_decoder.preview(tokens[shown]))
+
+    return on_tokens

@@ -24,7 +24,7 @@ from clipgen.engine.engine import Engine
 from clipgen.engine.image_decoder import ImageDecoder
 from clipgen.errors import ConfigError, RequestError, WeightsError
 from clipgen.images.pixels import from_pixels, to_clip, to_pixels, to_rgb
-from clipgen.job import Job
+from clipgen.job import Job, preview_interval, previewer
 from clipgen.models.clip import Clip, tokenize
 from clipgen.models.gpt import GPT
 from clipgen.models.vqgan import VQGAN
@@ -236,8 +236,8 @@ class ClipGen:
                     [job.sequence(seed) for job, seed in wave],
                     None if progress is None else _offset(progress, done, total),
                     is_cancelled,
-                    None if on_preview is None else self._previewer(on_preview, wave),
-                    every=self._preview_interval(previews),
+                    None if on_preview is None else previewer(self.image_decoder, on_preview, wave),
+                    every=preview_interval(self.config.vqgan.grid, previews),
                 )
             seconds["queue"] = seconds.get("queue", 0.0) + output.queue_time
             seconds["decode_tokens"] -= output.queue_time
@@ -331,24 +331,6 @@ class ClipGen:
         if self.digest:
             output.receipts.extend(receipts(self, output, self.digest))
         return output
-
-    # --- previews ---
-
-    def _preview_interval(self, previews: int) -> int:
-        """Steps between two previews: whole rows of tokens."""
-        grid = self.config.vqgan.grid
-        return grid * -(-grid // (max(previews, 1) + 1))
-
-    def _previewer(
-        self, on_preview: Callable[[list[Image.Image]], None], wave: Sequence[tuple[Job, int]]
-    ) -> Callable[[Tensor], None]:
-        shown = [i for i, (job, seed) in enumerate(wave) if seed - job.seed < job.request.num_outputs]
-
-        def on_tokens(tokens: Tensor) -> None:
-            if shown and bool((tokens[shown] < 0).any()):
-                on_preview(self.image_decoder.preview(tokens[shown]))
-
-        return on_tokens
 
 
 @contextmanager
