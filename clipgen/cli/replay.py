@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator
+from contextlib import suppress
 from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -22,6 +23,7 @@ from clipgen.cli.common import (
     option,
     printable,
 )
+from clipgen.errors import RequestError
 
 if TYPE_CHECKING:
     from PIL import Image
@@ -84,10 +86,16 @@ def _machine(receipt: Receipt, device: str | None, dtype: str | None) -> tuple[s
     """Choose device and precision: those asked for, else those of the receipt if this machine has them."""
     import torch
 
+    from clipgen.weights.precision import pick_device, pick_precision
+
     kind = receipt.device.split(" ")[0]
     if device is None and (kind == "cpu" or (kind == "cuda" and torch.cuda.is_available())):
         device = kind
-    return device, dtype or receipt.dtype
+    if dtype is None:
+        with suppress(RequestError):  # otherwise what suits the device
+            pick_precision(receipt.dtype, pick_device(device))
+            dtype = receipt.dtype
+    return device, dtype
 
 
 def compare(a: Image.Image, b: Image.Image) -> dict[str, float] | None:
