@@ -170,8 +170,10 @@ class Quantizer(nn.Module):
     def nearest(self, z: Tensor) -> Tensor:
         """Indices of the nearest codes: (N, embed_dim) -> (N,)."""
         codes = self.codes().float()
-        # argmin |z - e|^2, without the term |z|^2, which is the same for all codes.
-        return torch.addmm(codes.pow(2).sum(1), z.float(), codes.t(), beta=1, alpha=-2).argmin(1)
+        # argmin |z - e|^2 without the constant |z|^2. In float32 also where training uses autocast, which would lower
+        # the product to bfloat16 and choose other codes for one latent in nine.
+        with torch.autocast("cpu" if z.is_meta else z.device.type, enabled=False):
+            return torch.addmm(codes.pow(2).sum(1), z.float(), codes.t(), beta=1, alpha=-2).argmin(1)
 
     def forward(self, z: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Quantize latents (B, C, h, w), normalised first if `l2_codes`.

@@ -134,3 +134,17 @@ def test_without_norms_inference_gives_what_training_gives() -> None:
     torch.testing.assert_close(inferred, trained)
     assert torch.equal(x, before)
     assert not any(isinstance(module, torch.nn.GroupNorm) for module in model.modules())
+
+
+def test_nearest_code_under_autocast_equals_the_one_without() -> None:
+    generator = torch.Generator().manual_seed(0)
+    quantizer = Quantizer(VQGANConfig(**TINY, codebook_size=1024, embed_dim=16, l2_codes=True))
+    with torch.no_grad():
+        quantizer.embedding.weight.copy_(torch.randn(1024, 16, generator=generator))
+    z = torch.nn.functional.normalize(torch.randn(2000, 16, generator=generator), dim=1)
+    exact = (z.double() @ quantizer.codes().double().t()).argmax(1)
+    assert (quantizer.nearest(z) == exact).float().mean() > 0.999
+    for dtype in (torch.bfloat16, torch.float16):
+        with torch.autocast("cpu", dtype):
+            assert (quantizer.nearest(z) == exact).float().mean() > 0.999
+            assert (quantizer.nearest(z.to(dtype)) == exact).float().mean() < 0.999, "rounding z itself would show"
