@@ -105,6 +105,9 @@ class Gan:
             self.accelerator.backward(loss / len(parts))
             rows.append(scalars)
         self.optimizer.step()
+        # Otherwise the VQGAN's next step, which unscales all gradients, would find an overflow of these once more and
+        # lower the loss scale twice.
+        self.optimizer.zero_grad()
         self._bare_discriminator.requires_grad_(False)
         scalars = mean_scalars(rows)
         if c.disc_regularisation == "lecam":
