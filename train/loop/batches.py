@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -20,19 +22,43 @@ def build_accelerator(config: TrainConfig) -> Accelerator:
     """Accelerate with the configured precision, over as many processes as `torchrun` started. Seeds torch.
 
     Raises:
-        ConfigError: the batch cannot be split equally, fp16 is asked for on a CPU, or torchrun's variables or
+        ConfigError: the batch cannot be split equally, the precision is not possible here, or torchrun's variables or
             CLIPGEN_THREADS are wrong.
     """
     Processes.from_environment().check_address()
     torch.set_num_threads(thread_count(torch.get_num_threads()))
-    on_cpu = not torch.accelerator.is_available()
-    if on_cpu and config.precision == "fp16":
-        raise ConfigError("precision=fp16 needs a GPU, and there is none; use bf16 or no")
     # Unless told so, Accelerate does not join other processes on a CPU.
-    accelerator = Accelerator(mixed_precision=config.precision, cpu=on_cpu)
+    accelerator = Accelerator(mixed_precision=choose_precision(config), cpu=not torch.accelerator.is_available())
     check_batch_split(config, accelerator.num_processes)
     torch.manual_seed(config.seed)  # the same initial weights everywhere
     return accelerator
+
+
+def choose_precision(config: TrainConfig) -> str:
+    """The configured precision, or fp16 instead of bf16 on GPUs that only emulate that (before Ampere, as the T4).
+
+    Raises:
+        ConfigError: fp16 is asked for on a CPU, or is needed here and this training cannot use it.
+    """
+    if config.precision == "fp16" and not torch.accelerator.is_available():
+        raise ConfigError("precision=fp16 needs a GPU, and there is none; use bf16 or no")
+    emulated = torch.cuda.is_available() and not torch.cuda.is_bf16_supported(including_emulation=False)
+    if config.precision != "bf16" or not emulated:
+        return config.precision
+    gpu = torch.cuda.get_device_name()
+    try:
+        replace(config, precision="fp16")  # checks the combination with the other settings
+    except ConfigError as error:
+        raise ConfigError(f"precision is bf16, which {gpu} only emulates; use no, or fp16, but {error}") from error
+    print(f"{gpu} only emulates bf16, so training uses precision=fp16", file=sys.stderr, flush=True)
+    return "fp16"
+
+
+def to_device(x: Tensor, device: torch.device) -> Tensor:
+    """Copy a CPU tensor to the device without waiting for it."""
+    if device.type == "cuda" and not x.is_pinned():
+        x = x.pin_memory()  # copies from pageable memory wait
+    return x.to(device, non_blocking=True)
 
 
 def check_batch_split(config: TrainConfig, processes: int) -> None:

@@ -1,0 +1,41 @@
+"""Precision and the splitting of batches."""
+
+from __future__ import annotations
+
+import pytest
+
+from clipgen.errors import ConfigError
+from train.config import Stage1Config, Stage2Config
+from train.loop.batches import choose_precision
+
+
+@pytest.fixture
+def t4(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A GPU from before Ampere."""
+    monkeypatch.setattr("torch.accelerator.is_available", lambda: True)
+    monkeypatch.setattr("torch.cuda.is_available", lambda: True)
+    monkeypatch.setattr("torch.cuda.is_bf16_supported", lambda including_emulation=True: including_emulation)
+    monkeypatch.setattr("torch.cuda.get_device_name", lambda *_: "Tesla T4")
+
+
+@pytest.mark.usefixtures("t4")
+def test_gpu_that_emulates_bf16_trains_in_fp16_and_says_so(capsys: pytest.CaptureFixture[str]) -> None:
+    assert choose_precision(Stage1Config()) == choose_precision(Stage2Config()) == "fp16"
+    assert "Tesla T4 only emulates bf16, so training uses precision=fp16" in capsys.readouterr().err
+    assert choose_precision(Stage1Config(precision="no")) == "no"
+    assert choose_precision(Stage1Config(precision="fp16")) == "fp16"
+    assert capsys.readouterr().err == ""
+
+
+@pytest.mark.usefixtures("t4")
+@pytest.mark.parametrize("settings", [{"optimizer": "muon"}, {"parallel": "fsdp"}])
+def test_training_that_cannot_use_fp16_is_refused_where_bf16_is_emulated(settings: dict[str, str]) -> None:
+    with pytest.raises(ConfigError, match="precision is bf16, which Tesla T4 only emulates; use no, or fp16, but "):
+        choose_precision(Stage2Config(**settings))  # type: ignore[arg-type]
+
+
+def test_gpu_with_bf16_and_cpu_keep_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert choose_precision(Stage2Config(optimizer="muon")) == "bf16"
+    monkeypatch.setattr("torch.cuda.is_available", lambda: True)
+    monkeypatch.setattr("torch.cuda.is_bf16_supported", lambda including_emulation=True: True)
+    assert choose_precision(Stage2Config(optimizer="muon")) == "bf16"
