@@ -11,7 +11,7 @@ from typing import Any
 import torch
 import torch.nn as nn
 from torch import Tensor
-from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
+from torch.optim.swa_utils import AveragedModel
 from torch.utils.checkpoint import checkpoint
 
 from clipgen.errors import WeightsError
@@ -69,20 +69,25 @@ def cosine_schedule(config: TrainConfig) -> Callable[[int], float]:
     return factor
 
 
-def build_optimizers(model: nn.Module, config: Stage2Config) -> list[torch.optim.Optimizer]:
+def build_optimizers(model: nn.Module, config: Stage2Config, scaled: bool = False) -> list[torch.optim.Optimizer]:
     """AdamW, or Muon for the matrices of the blocks and AdamW for the rest (Jordan et al. 2024).
 
     Muon's updates are scaled to the size of AdamW's (Liu et al., arXiv 2502.16982), so one learning rate serves both.
+
+    Args:
+        scaled: whether a gradient scaler is used (fp16). It always calls the step of a fused optimizer, which then
+            skips overflows itself, so that Accelerate could not tell that a step was skipped.
     """
+    fused = not scaled
     groups = weight_decay_groups(model, config.weight_decay)
     if config.optimizer == "adamw":
-        return [torch.optim.AdamW(groups, config.lr, betas=(0.9, 0.95), fused=True)]
+        return [torch.optim.AdamW(groups, config.lr, betas=(0.9, 0.95), fused=fused)]
     matrices = [p for name, p in model.named_parameters() if name.startswith("blocks.") and p.ndim == 2]
     by_muon = set(map(id, matrices))
     for group in groups:
         group["params"] = [p for p in group["params"] if id(p) not in by_muon]
     muon = torch.optim.Muon(matrices, config.lr, weight_decay=config.weight_decay, adjust_lr_fn="match_rms_adamw")
-    return [muon, torch.optim.AdamW(groups, config.lr, betas=(0.9, 0.95), fused=True)]
+    return [muon, torch.optim.AdamW(groups, config.lr, betas=(0.9, 0.95), fused=fused)]
 
 
 def weight_decay_groups(model: nn.Module, weight_decay: float) -> list[dict[str, Any]]:
@@ -94,9 +99,30 @@ def weight_decay_groups(model: nn.Module, weight_decay: float) -> list[dict[str,
     return [{"params": matrices, "weight_decay": weight_decay}, {"params": others, "weight_decay": 0.0}]
 
 
-def build_ema(model: nn.Module, decay: float) -> AveragedModel:
-    """Exponential moving average of a model's weights."""
-    return AveragedModel(model, multi_avg_fn=get_ema_multi_avg_fn(decay)).eval().requires_grad_(False)
+class MovingAverage(AveragedModel):
+    """Exponential moving average of a model's weights; the first update copies them.
+
+    `AveragedModel` copies its step counter to the device in every update, which waits for the device.
+    """
+
+    def __init__(self, model: nn.Module, decay: float) -> None:
+        super().__init__(model)
+        self.decay = decay
+        self.eval().requires_grad_(False)
+
+    @torch.no_grad()
+    def update_parameters(self, model: nn.Module) -> None:
+        """Move the average towards the weights of the model; buffers are copied."""
+        averages: list[Tensor] = list(self.module.parameters())
+        weights: list[Tensor] = list(model.parameters())
+        if self.n_averaged == 0:
+            for average, weight in zip(averages, weights, strict=True):
+                average.copy_(weight)
+        else:
+            torch._foreach_lerp_(averages, weights, 1 - self.decay)
+        for copy, buffer in zip(self.module.buffers(), model.buffers(), strict=True):
+            copy.copy_(buffer)
+        self.n_averaged += 1
 
 
 class LowestLoss(nn.Module):

@@ -30,7 +30,7 @@ from train.loop.batches import build_accelerator
 from train.loop.checkpoint import Checkpoints, save_tensors
 from train.loop.health import check_finite
 from train.loop.logger import Logger
-from train.loop.optimization import build_ema, cosine_schedule, weight_decay_groups
+from train.loop.optimization import MovingAverage, cosine_schedule, weight_decay_groups
 from train.loop.script import command
 from train.mini.captions import COLOURS, STYLES
 from train.mini.clip_data import (
@@ -102,7 +102,7 @@ def main() -> None:
     optimizer = torch.optim.AdamW(groups, config.lr, fused=True)
     schedule = LambdaLR(optimizer, cosine_schedule(config))
     tower, heads, optimizer, schedule = accelerator.prepare(tower, heads, optimizer, schedule)
-    ema = build_ema(accelerator.unwrap_model(tower), config.ema)
+    ema = MovingAverage(accelerator.unwrap_model(tower), config.ema)
     accelerator.register_for_checkpointing(ema)
     out = args.out / "image"
     checkpoints = Checkpoints(accelerator, out, config.keep, about=asdict(config))

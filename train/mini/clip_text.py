@@ -32,7 +32,7 @@ from train.loop.batches import build_accelerator
 from train.loop.checkpoint import Checkpoints, save_tensors
 from train.loop.health import check_finite
 from train.loop.logger import Logger
-from train.loop.optimization import build_ema, cosine_schedule, weight_decay_groups
+from train.loop.optimization import MovingAverage, cosine_schedule, weight_decay_groups
 from train.loop.script import command
 from train.mini.captions import Emoji, article
 from train.mini.clip_data import (
@@ -213,7 +213,7 @@ def main() -> None:
     schedule = LambdaLR(optimizer, cosine_schedule(config))
     model, optimizer, schedule = accelerator.prepare(model, optimizer, schedule)
     tower = accelerator.unwrap_model(model)
-    ema = build_ema(tower, config.ema)
+    ema = MovingAverage(tower, config.ema)
     accelerator.register_for_checkpointing(ema)
     out = args.out / "text"
     checkpoints = Checkpoints(accelerator, out, config.keep, about=asdict(config))

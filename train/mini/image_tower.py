@@ -21,12 +21,12 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader
 
-from train.data.images import ignore_signals
 from train.loop.batches import build_accelerator, process_rows
 from train.loop.checkpoint import Checkpoints, save_tensors
 from train.loop.health import check_finite
+from train.loop.loader import ignore_signals
 from train.loop.logger import Logger
-from train.loop.optimization import build_ema, cosine_schedule, load_model_weights, set_lr, weight_decay_groups
+from train.loop.optimization import MovingAverage, cosine_schedule, load_model_weights, set_lr, weight_decay_groups
 from train.loop.script import command
 from train.loop.stopping import Stop
 from train.mini.labels import Heads, accuracy, heads_loss
@@ -51,7 +51,7 @@ def main() -> None:
     ]
     optimizer = torch.optim.AdamW(groups, config.lr, betas=(0.9, 0.98), fused=True)
     tower, heads, optimizer = accelerator.prepare(tower, heads, optimizer)
-    ema = build_ema(accelerator.unwrap_model(tower), config.ema)
+    ema = MovingAverage(accelerator.unwrap_model(tower), config.ema)
     average = ema.module
     accelerator.register_for_checkpointing(ema)
     out = args.out / "image"

@@ -30,7 +30,7 @@ from train.loop.batches import build_accelerator, process_rows, step_generator
 from train.loop.checkpoint import Checkpoints, save_tensors
 from train.loop.health import check_finite
 from train.loop.logger import Logger
-from train.loop.optimization import build_ema, cosine_schedule, load_model_weights, set_lr, weight_decay_groups
+from train.loop.optimization import MovingAverage, cosine_schedule, load_model_weights, set_lr, weight_decay_groups
 from train.loop.script import command
 from train.loop.stopping import Stop
 from train.mini.describe import Words, describe
@@ -104,7 +104,7 @@ def main() -> None:
     )
     model, optimizer = accelerator.prepare(model, optimizer)
     text = cast(OpenAIClip, accelerator.unwrap_model(model))
-    ema = build_ema(text, config.ema)
+    ema = MovingAverage(text, config.ema)
     average = cast(OpenAIClip, ema.module)
     accelerator.register_for_checkpointing(ema)
     out = args.out / "text"

@@ -22,7 +22,7 @@ from train.loop.health import (
     discriminator_wins,
     worse_than_guessing,
 )
-from train.losses.codes import CodeUsage, EMACodebook, perplexity, revive_codes
+from train.losses.codes import CodeUsage, EMACodebook, count_codes, perplexity, revive_codes
 from train.losses.stage1 import (
     Crop,
     LeCam,
@@ -159,6 +159,13 @@ def test_usage_is_of_the_steps_since_it_was_told() -> None:
     usage.update(torch.tensor([3]))
     assert usage.report(lambda t: t)["codes_used"].item() == 0.25
     assert usage.counts.tolist() == [2, 2, 0, 1]  # dead codes are looked for at moments of their own
+
+
+@given(st.lists(st.integers(0, 6), max_size=40), st.integers(7, 9))
+def test_code_counts_are_those_of_bincount(indices: list[int], codebook_size: int) -> None:
+    chosen = torch.tensor(indices, dtype=torch.long)
+    expected = torch.bincount(chosen, minlength=codebook_size)
+    assert count_codes(chosen, codebook_size).tolist() == expected.tolist()
 
 
 @given(st.integers(1, 3000), st.integers(0, 600))
