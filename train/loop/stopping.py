@@ -6,8 +6,10 @@ import os
 import signal
 import threading
 import time
+from datetime import timedelta
+from pathlib import Path
 from types import FrameType, TracebackType
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
 import torch.distributed as dist
@@ -29,8 +31,9 @@ class Stop:
         self._minutes, self._deadline = minutes, None if minutes is None else time.monotonic() + 60 * minutes
         self._previous: dict[int, Any] = {}
         alone = not dist.is_initialized() or dist.get_world_size() == 1
-        # Gloo, whatever backend the training uses: agreeing must not wait for the accelerator.
-        self._group = None if alone else dist.new_group(backend="gloo")
+        # Gloo, whatever backend the training uses: agreeing must not wait for the accelerator, and NCCL gives up after
+        # ten minutes, in which no machine fetches its shards.
+        self._group = None if alone else dist.new_group(backend="gloo", timeout=timedelta(days=7))
 
     def __enter__(self) -> Stop:
         if threading.current_thread() is threading.main_thread():  # only there can handlers be set
@@ -46,6 +49,14 @@ class Stop:
             raise KeyboardInterrupt
         self.signal = number
 
+    def wait_for_others(self) -> None:
+        """Wait until all processes are here, however long the slowest one takes; signals are handled meanwhile."""
+        if self._group is not None:
+            arrived = dist.barrier(self._group, async_op=True)
+            while not arrived.is_completed():
+                time.sleep(0.05)
+            arrived.wait()  # raises if another process has gone
+
     def requested(self) -> bool:
         """Whether any process was asked to stop. All processes call this, once a step."""
         if not self.signal and self._deadline is not None and time.monotonic() > self._deadline:
@@ -58,14 +69,20 @@ class Stop:
         self.signal = max(self.signal, int(agreed))
         return int(agreed) != 0
 
-    def leave(self, saved: str) -> None:
+    def leave_unsaved(self, out: Path) -> NoReturn:
+        """Exit as `leave` does, when the data for the next step does not arrive."""
+        self.leave(f"the data for the next step did not arrive; what is saved in {out} is the newest checkpoint")
+
+    def leave(self, saved: str) -> NoReturn:
         """Exit with 128 + signal, or 0 at the end of the budget, after one line about what was saved.
 
         Raises:
             SystemExit: always.
         """
         if int(os.environ.get("RANK", "0")) == 0:
-            name = {signal.SIGINT: "Ctrl-C", _BUDGET: f"its budget of {self._minutes:g} minutes"}.get(self.signal)
-            name = name or signal.Signals(self.signal).name
+            if self.signal == _BUDGET:
+                name = f"its budget of {self._minutes:g} minutes"
+            else:
+                name = "Ctrl-C" if self.signal == signal.SIGINT else signal.Signals(self.signal).name
             print(f"stopped by {name}: {saved}; the same command continues from there", flush=True)
         raise SystemExit(0 if self.signal == _BUDGET else 128 + self.signal)

@@ -2,6 +2,12 @@
 
 from __future__ import annotations
 
+import os
+import signal
+import socket
+import subprocess
+import sys
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -21,3 +27,39 @@ def test_budget_of_minutes_stops_a_training_with_exit_code_0(monkeypatch: pytest
             stop.leave("step 5 of 9 is saved")
     assert ended.value.code == 0
     assert "stopped by its budget of 2 minutes: step 5 of 9 is saved" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(("number", "name"), [(signal.SIGINT, "Ctrl-C"), (signal.SIGTERM, "SIGTERM")])
+@pytest.mark.parametrize("minutes", [None, 5.0])
+def test_signal_is_named_and_exits_with_its_number(number: int, name: str, minutes: float | None, capsys: Any) -> None:
+    with Stop(minutes) as stop:
+        os.kill(os.getpid(), number)
+        assert stop.requested()
+        with pytest.raises(SystemExit) as ended:
+            stop.leave("step 5 of 9 is saved")
+    assert ended.value.code == 128 + number
+    assert f"stopped by {name}: step 5 of 9 is saved" in capsys.readouterr().out
+
+
+_WAIT = """
+import os, sys, time
+from datetime import timedelta
+import torch.distributed as dist
+from train.loop.stopping import Stop
+dist.init_process_group("gloo", timeout=timedelta(seconds=1), rank=int(sys.argv[1]), world_size=2)
+stop = Stop()
+time.sleep(4 * int(sys.argv[1]))
+stop.wait_for_others()
+dist.destroy_process_group()
+"""
+
+
+@pytest.mark.slow
+def test_processes_wait_longer_for_each_other_than_their_group_allows(root: Path) -> None:
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = str(free.getsockname()[1])
+    environment = os.environ | {"PYTHONPATH": str(root), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
+    command = [sys.executable, "-c", _WAIT]
+    both = [subprocess.Popen([*command, rank], env=environment) for rank in "01"]
+    assert [process.wait(120) for process in both] == [0, 0]
