@@ -22,7 +22,7 @@ import hashlib
 import json
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from itertools import count
+from itertools import count, islice
 from pathlib import Path
 from typing import Any
 
@@ -38,11 +38,13 @@ from clipgen.models.vqgan import VQGAN
 from clipgen.utils.files import sha256, write_text
 from clipgen.weights.tensor_file import load_tensors
 from train.config import Config
-from train.data.images import Batch, Images, Key, image_batches
-from train.loop.batches import build_accelerator, process_rows
+from train.data.images import Batch, Images, Key
+from train.loop.batches import build_accelerator, process_rows, to_device
 from train.loop.checkpoint import save_tensors
+from train.loop.loader import image_batches
 from train.loop.optimization import load_model_weights
-from train.loop.script import command, parse_args, report_failures
+from train.loop.script import check_output, command, lock_output, parse_args, report_failures
+from train.loop.stopping import Stop
 
 ROWS = 4096
 """Crops of one shard."""
@@ -76,25 +78,40 @@ class Encoders:
     def failures(self) -> dict[str, str]:
         return self.data.failures
 
+    @property
+    def fingerprint(self) -> str:
+        """Of the images."""
+        return self.origin["images"]
+
     def read(self, rows: Rows) -> tuple[Tensor, Tensor]:
         """Tokens (B, T) int64 and unit-norm embeddings (B, D) float32 of some rows, on the CPU."""
-        parts = [self._encode(self._batch(rows[start : start + BATCH])) for start in range(0, len(rows), BATCH)]
-        tokens, embeddings = zip(*parts, strict=True)
-        return torch.cat(tokens), torch.cat(embeddings)
+        (encoded,) = self.read_each([rows], workers=0)
+        return encoded
 
-    def batches(self, rows: Callable[[int], Rows], start: int, workers: int) -> Iterator[tuple[Tensor, Tensor]]:
+    def read_each(self, parts: Sequence[Rows], workers: int) -> Iterator[tuple[Tensor, Tensor]]:
+        """What `read` gives for each of several lists of rows; worker processes decode the images ahead."""
+        chunks = [rows[start : start + BATCH] for rows in parts for start in range(0, len(rows), BATCH)]
+        images = image_batches(self.data, lambda chunk: self._keys(chunks[chunk]), range(len(chunks)), workers)
+        encoded = (self._encode(self._add_seen(batch, chunk)) for batch, chunk in zip(images, chunks, strict=True))
+        for rows in parts:
+            tokens, embeddings = zip(*islice(encoded, -(-len(rows) // BATCH)), strict=True)
+            yield torch.cat(tokens), torch.cat(embeddings)
+
+    def batches(
+        self, rows: Callable[[int], Rows], start: int, workers: int, stop: Stop | None = None
+    ) -> Iterator[tuple[Tensor, Tensor]]:
         """What `read` gives for the rows of every step from `start` on; each process encodes its part of them."""
 
         def keys(step: int) -> list[Key]:
             every = rows(step)
             return self._keys(every)[process_rows(self.accelerator, len(every))]
 
-        for batch in image_batches(self.data, keys, start, workers):
+        for batch in image_batches(self.data, keys, count(start), workers, stop):
             tokens, embeddings = (part.to(self.accelerator.device) for part in self._encode(batch))
             yield self.accelerator.gather(tokens).cpu(), self.accelerator.gather(embeddings).cpu()
 
-    def _batch(self, rows: Rows) -> Batch:
-        batch = self.data.batch(self._keys(rows))
+    def _add_seen(self, batch: Batch, rows: Rows) -> Batch:
+        """Let CLIP see the images of `seen` instead, if there are any."""
         if self.seen is None:
             return batch
         seen = self.seen.batch(self._keys(rows))
@@ -111,8 +128,8 @@ class Encoders:
         self.vqgan.to(device)
         self.clip.to(device)
         with self.accelerator.autocast():
-            z = self.vqgan.encode(batch.pixels.to(device))
-            embeddings = self.clip.encode_image(batch.clip.to(device))
+            z = self.vqgan.encode(to_device(batch.pixels, device))
+            embeddings = self.clip.encode_image(to_device(batch.clip, device))
         # Outside of autocast: the nearest code must be the one that decoding will use.
         return self.vqgan.quantizer(z)[2].cpu(), embeddings.half().float().cpu()  # rounded as in the shards
 
@@ -136,15 +153,16 @@ def load_encoders(
         WeightsError: weights that are missing or cannot be read.
     """
     c, clip = config.stage2, load_clip(config.model.gpt, files["clip"])
-    with accelerator.local_main_process_first():  # remote shards are fetched once
-        size = 0 if seen else clip.image_size
-        images = Images(data, config.model.vqgan.image_size, c.min_scale, c.views > 1, size)
-        others = Images(seen, clip.image_size, c.min_scale, c.views > 1, clip.image_size) if seen else None
+    size = 0 if seen else clip.image_size
+    images = Images(data, config.model.vqgan.image_size, c.min_scale, c.views > 1, size)
+    others = Images(seen, clip.image_size, c.min_scale, c.views > 1, clip.image_size) if seen else None
     if others and [Path(name).name for name in others.source.names] != [Path(n).name for n in images.source.names]:
         raise DataError(f"{seen} does not hold the same names as {data}; it needs a picture for each of them")
     settings = {"views": c.views, "min_scale": c.min_scale, "seed": c.seed}
-    names = "\n".join([*images.source.names, *(others.source.names if others else ())])
-    origin = {"pictures": hashlib.sha256(names.encode()).hexdigest(), "settings": settings} | hashes(files)
+    fingerprint = images.source.fingerprint()
+    if others:
+        fingerprint = hashlib.sha256(f"{fingerprint} {others.source.fingerprint()}".encode()).hexdigest()
+    origin = {"images": fingerprint, "settings": settings} | hashes(files)
     return Encoders(accelerator, images, vqgan, clip, c.views, c.seed, origin, others)
 
 
@@ -177,7 +195,7 @@ def hashes(files: Mapping[str, Path]) -> dict[str, str]:
     return {name: sha256(path) for name, path in files.items()}
 
 
-def write_shards(encoders: Encoders, out: Path) -> None:
+def write_shards(encoders: Encoders, out: Path, workers: int, stop: Stop) -> None:
     """Encode what is missing in OUT: each process its own shards. All processes call this.
 
     Raises:
@@ -188,23 +206,24 @@ def write_shards(encoders: Encoders, out: Path) -> None:
         check_origin(index, encoders.origin)
     total = encoders.pictures * encoders.views
     header = {"origin": encoders.origin, "rows": total, "rows_per_shard": ROWS}
-    accelerator.wait_for_everyone()
+    stop.wait_for_others()
     if accelerator.is_main_process and not index.is_file():
         out.mkdir(parents=True, exist_ok=True)
         write_text(index, json.dumps(header | {"complete": False}, indent=1))
-    accelerator.wait_for_everyone()
+    stop.wait_for_others()
     missing = [n for n in range(-(-total // ROWS)) if not shard_path(out, n).is_file()]
     own = missing[accelerator.process_index :: accelerator.num_processes]
     shown = accelerator.is_main_process and own
     # Not `missing` again after this line: other processes are writing.
+    encoded = encoders.read_each([range(n * ROWS, min(total, (n + 1) * ROWS)) for n in own], workers)
     for n in track(own, f"encoding {len(missing)} shards of {ROWS} crops") if shown else own:
-        tokens, embeddings = encoders.read(range(n * ROWS, min(total, (n + 1) * ROWS)))
+        tokens, embeddings = next(encoded)
         save_tensors({"tokens": tokens.to(torch.int32), "embeddings": embeddings.half()}, shard_path(out, n))
+    stop.wait_for_others()  # the last shard of another may take long
     report_failures(accelerator, out, encoders.failures)
-    accelerator.wait_for_everyone()
     if accelerator.is_main_process:
         write_text(index, json.dumps(header | {"complete": True}, indent=1))
-    accelerator.wait_for_everyone()
+    stop.wait_for_others()
 
 
 def shard_path(folder: Path, number: int) -> Path:
@@ -220,7 +239,8 @@ def check_origin(index: Path, origin: Mapping[str, Any]) -> None:
     """
     before = json.loads(index.read_text())["origin"]
     settings = origin.get("settings", {})
-    changed = [name for name in ("vqgan", "clip", "pictures") if before[name] != origin.get(name, before[name])]
+    parts = ("vqgan", "clip", "images")  # sets of earlier versions have the list of names in place of the last
+    changed = [name for name in parts if before.get(name, origin.get(name)) != origin.get(name, before.get(name))]
     old = before["settings"]
     changed += [f"{name} ({old[name]}, not {settings[name]})" for name in settings if old[name] != settings[name]]
     if changed:
@@ -241,6 +261,8 @@ class Encoded:
         header = json.loads(index.read_text())
         if not header["complete"]:
             raise DataError(f"{folder} is not complete; run train/encode.py again, it goes on where it stopped")
+        origin = header["origin"]
+        self.fingerprint: str = origin.get("images", origin.get("pictures", ""))  # the latter by earlier versions
         self._rows, self._per_shard = int(header["rows"]), int(header["rows_per_shard"])
         self.pictures, self.views = (
             self._rows // header["origin"]["settings"]["views"],
@@ -259,7 +281,9 @@ class Encoded:
         embeddings = torch.stack([self._shards[shard]["embeddings"][at] for shard, at in places])
         return tokens.long(), embeddings.float()
 
-    def batches(self, rows: Callable[[int], Rows], start: int, workers: int = 0) -> Iterator[tuple[Tensor, Tensor]]:
+    def batches(
+        self, rows: Callable[[int], Rows], start: int, workers: int = 0, stop: Stop | None = None
+    ) -> Iterator[tuple[Tensor, Tensor]]:
         """What `read` gives for the rows of every step from `start` on."""
         return (self.read(rows(step)) for step in count(start))
 
@@ -272,13 +296,16 @@ class Encoded:
 def main() -> None:
     paths = {"vqgan": "folder of stage 1, with vqgan.safetensors", "clip": "CLIP weights, .safetensors"}
     args, config = parse_args(__doc__ or "", paths, optional={"seen": "pictures for CLIP, in place of --data"})
-    accelerator = build_accelerator(config.stage2)
-    files = {"vqgan": args.vqgan / "vqgan.safetensors", "clip": args.clip}
-    vqgan = load_vqgan(config.model.vqgan, files["vqgan"])
-    encoders = load_encoders(config, args.data, vqgan, files, accelerator, args.seen)
-    write_shards(encoders, args.out)
-    if accelerator.is_main_process:
-        print(f"{args.out}: {encoders.views} crops of each of {encoders.pictures} pictures")
+    if args.seen:
+        check_output(args.seen, args.out)
+    with lock_output(args.out):
+        accelerator, stop = build_accelerator(config.stage2), Stop()
+        files = {"vqgan": args.vqgan / "vqgan.safetensors", "clip": args.clip}
+        vqgan = load_vqgan(config.model.vqgan, files["vqgan"])
+        encoders = load_encoders(config, args.data, vqgan, files, accelerator, args.seen)
+        write_shards(encoders, args.out, config.stage2.workers, stop)
+        if accelerator.is_main_process:
+            print(f"{args.out}: {encoders.views} crops of each of {encoders.pictures} pictures")
 
 
 if __name__ == "__main__":

@@ -17,8 +17,10 @@ if __name__ == "__main__":
 
     end_at_ctrl_c()  # until main() takes over
 
+from argparse import Namespace
 from dataclasses import asdict
 from functools import partial
+from itertools import count
 from pathlib import Path
 from typing import cast
 
@@ -30,7 +32,8 @@ from torch import Tensor
 from clipgen.evaluation.metrics import psnr
 from clipgen.images.pixels import from_pixels, grid
 from clipgen.models.vqgan import VQGAN, AttnBlock, ResBlock
-from train.data.images import Images, ResumableSampler, image_batches
+from train.config import Config
+from train.data.images import Images, ResumableSampler
 from train.loop.batches import (
     build_accelerator,
     mean_scalars,
@@ -38,12 +41,14 @@ from train.loop.batches import (
     process_rows,
     split_held_out,
     step_generator,
+    to_device,
 )
 from train.loop.checkpoint import Checkpoints, fixed_settings, save_tensors
 from train.loop.health import Health, check_finite, collapsed_codes, discriminator_wins
+from train.loop.loader import image_batches
 from train.loop.logger import Logger
-from train.loop.optimization import LowestLoss, build_ema, cosine_schedule, enable_recompute, init_weights, set_lr
-from train.loop.script import command, parse_args, report_failures
+from train.loop.optimization import LowestLoss, MovingAverage, cosine_schedule, enable_recompute, init_weights, set_lr
+from train.loop.script import command, lock_output, parse_args, report_failures
 from train.loop.stopping import Stop
 from train.losses.codes import CodeUsage, EMACodebook, encode_latents, revive_codes
 from train.losses.gan import Gan
@@ -56,13 +61,19 @@ MAX_VALIDATED = 128
 @command
 def main() -> None:
     args, config = parse_args(__doc__ or "", tracked=True)
+    with lock_output(args.out):
+        train(args, config)
+
+
+def train(args: Namespace, config: Config) -> None:
+    """Train a VQGAN to the last step, or until stopped."""
     c = config.stage1
     accelerator = build_accelerator(c)
     device, is_main = accelerator.device, accelerator.is_main_process
     all_reduce_mean = partial(accelerator.reduce, reduction="mean")
     all_reduce_sum = partial(accelerator.reduce, reduction="sum")
-    with accelerator.local_main_process_first():  # remote shards are fetched once
-        data = Images(args.data, config.model.vqgan.image_size, c.min_scale)
+    stop = Stop(args.minutes)
+    data = Images(args.data, config.model.vqgan.image_size, c.min_scale)
     rows, held_out = split_held_out(len(data), c.held_out)
 
     model = VQGAN(config.model.vqgan)
@@ -77,9 +88,10 @@ def main() -> None:
     opt_g = torch.optim.Adam(trainable, c.lr, betas=(c.betas[0], c.betas[1]))
     opt_d = torch.optim.Adam(discriminator.parameters(), c.disc_lr, betas=(0.5, 0.9))
     lr_factor = cosine_schedule(c)
+    stop.wait_for_others()  # who may still be fetching shards or LPIPS
     model, discriminator, opt_g, opt_d = accelerator.prepare(model, discriminator, opt_g, opt_d)
     vqgan: VQGAN = accelerator.unwrap_model(model)
-    ema = build_ema(vqgan, c.ema)
+    ema = MovingAverage(vqgan, c.ema)
     average = cast(VQGAN, ema.module)
     if c.recompute:
         enable_recompute(vqgan, (ResBlock, AttnBlock))
@@ -89,15 +101,15 @@ def main() -> None:
         ema_codebook.attach(vqgan.quantizer)
         accelerator.register_for_checkpointing(ema_codebook)
 
-    fixed = fixed_settings(c, vqgan=config.model.vqgan)
+    fixed = fixed_settings(c, data.source.fingerprint(), vqgan=config.model.vqgan)
     checkpoints = Checkpoints(accelerator, args.out, c.keep, fixed, asdict(config))
-    start = checkpoints.load()
+    start = checkpoints.load(args.resume_step)
     sampler, own_rows = ResumableSampler(len(rows), c.seed), process_rows(accelerator, c.batch_size)
 
     def keys(step: int) -> list[tuple[int, int]]:
         return [(int(rows[i]), crop) for i, crop in sampler.keys(step * c.batch_size, c.batch_size)[own_rows]]
 
-    batches = image_batches(data, keys, start, c.workers)
+    batches = image_batches(data, keys, count(start), c.workers, stop)
     gan = Gan(c, accelerator, vqgan, discriminator, opt_d, reconstruction_loss, lecam)
     symptoms = [collapsed_codes(config.model.vqgan.codebook_size), discriminator_wins()]
     health = Health(c.patience, symptoms, verbose=is_main)
@@ -106,9 +118,12 @@ def main() -> None:
         validated = held_out[:: -(-len(held_out) // MAX_VALIDATED)].tolist()
         held_out_images = data.batch([(row, 0) for row in validated]).pixels.to(device)
 
-    with Stop(args.minutes) as stop:
+    with stop:
         for step in range(start, c.steps):
-            x = next(batches).pixels.to(device)
+            batch = next(batches, None)
+            if batch is None:
+                stop.leave_unsaved(args.out)
+            x = to_device(batch.pixels, device)
             parts = x.chunk(c.accumulate)
             generator = step_generator(c, step)
             crop = Crop.random(x.shape[-2:], c.perceptual_crop, generator)

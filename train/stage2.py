@@ -20,7 +20,9 @@ if __name__ == "__main__":
 
     end_at_ctrl_c()  # until main() takes over
 
-from collections.abc import Mapping
+from argparse import Namespace
+from collections.abc import Callable, Mapping
+from contextlib import AbstractContextManager
 from dataclasses import asdict, replace
 from functools import partial
 from pathlib import Path
@@ -34,7 +36,6 @@ from PIL import Image
 from torch import Tensor
 from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor
-from torch.optim.swa_utils import AveragedModel
 
 from clipgen.config import GPTConfig
 from clipgen.engine.batch import generate_tokens
@@ -61,20 +62,21 @@ from train.loop.batches import (
     process_rows,
     split_held_out,
     step_generator,
+    to_device,
 )
 from train.loop.checkpoint import Checkpoints, fixed_settings, save_tensors
 from train.loop.health import Health, check_finite, worse_than_guessing
 from train.loop.logger import Logger
 from train.loop.optimization import (
     LowestLoss,
-    build_ema,
+    MovingAverage,
     build_optimizers,
     cosine_schedule,
     enable_recompute,
     init_weights,
     set_lr,
 )
-from train.loop.script import command, parse_args, report_failures
+from train.loop.script import command, lock_output, parse_args, report_failures
 from train.loop.sharding import ShardedState, full_state_dict, shard_model
 from train.loop.stopping import Stop
 from train.losses.embedding import EmbeddingLoss, clip_loss_rows
@@ -84,15 +86,23 @@ from train.losses.embedding import EmbeddingLoss, clip_loss_rows
 def main() -> None:
     paths = {"vqgan": "folder of stage 1, with vqgan.safetensors", "clip": "CLIP weights, .safetensors"}
     args, config = parse_args(__doc__ or "", paths, tracked=True)
+    with lock_output(args.out):
+        train(args, config)
+
+
+def train(args: Namespace, config: Config) -> None:
+    """Train a GPT to the last step, or until stopped."""
     c = config.stage2
     accelerator = build_accelerator(c)
     device, is_main = accelerator.device, accelerator.is_main_process
     all_reduce_mean = partial(accelerator.reduce, reduction="mean")
 
+    stop = Stop(args.minutes)
+
     files = {"vqgan": args.vqgan / "vqgan.safetensors", "clip": args.clip}
     vqgan = load_vqgan(config.model.vqgan, files["vqgan"]).to(device)
     clip = load_clip(config.model.gpt, files["clip"]).to(device) if c.clip_weight or c.prompts else None
-    data = open_data(config, args.data, args.out, vqgan, files, accelerator)
+    data = open_data(config, args.data, args.out, vqgan, files, accelerator, stop)
     trained, held_out = split_held_out(data.pictures, c.held_out)
     rows = crop_rows(trained, data.pictures, data.views)
     neighbours = None
@@ -102,7 +112,7 @@ def main() -> None:
 
     gpt = GPT(config.model.gpt)
     init_weights(gpt, c)
-    ema = build_ema(gpt.to(device), c.ema)
+    ema = MovingAverage(gpt.to(device), c.ema)
     if c.recompute:
         enable_recompute(gpt, (Block,))
     if c.parallel == "fsdp":
@@ -113,35 +123,38 @@ def main() -> None:
         sharded = ShardedState({"model": gpt, "average": ema}, optimizers[0])
     else:
         model, sharded = accelerator.prepare(gpt), None
-        optimizers = [accelerator.prepare(optimizer) for optimizer in build_optimizers(gpt, c)]
+        scaled = accelerator.scaler is not None
+        optimizers = [accelerator.prepare(optimizer) for optimizer in build_optimizers(gpt, c, scaled)]
         accelerator.register_for_checkpointing(ema)
     lowest, lr_factor = LowestLoss(), cosine_schedule(c)
     accelerator.register_for_checkpointing(lowest)
     embedding_loss = EmbeddingLoss(vqgan, clip) if c.clip_weight and clip is not None else None
     embedded_rows = clip_loss_rows(c, accelerator.num_processes) if embedding_loss else slice(None)
 
-    fixed = fixed_settings(c, gpt=config.model.gpt)
+    fixed = fixed_settings(c, data.fingerprint, gpt=config.model.gpt)
     checkpoints = Checkpoints(accelerator, args.out, c.keep, fixed, asdict(config), sharded)
-    start = checkpoints.load()
+    start = checkpoints.load(args.resume_step)
     sampler, own_rows = ResumableSampler(len(rows), c.seed), process_rows(accelerator, c.batch_size)
     batch_rows = partial(step_rows, sampler, c.batch_size)
-    batches = data.batches(lambda step: rows[batch_rows(step)].tolist(), start, c.workers)
+    batches = data.batches(lambda step: rows[batch_rows(step)].tolist(), start, c.workers, stop)
     health = Health(c.patience, [worse_than_guessing(config.model.gpt.vocab_size)], verbose=is_main)
     if is_main:
         log = Logger(args.out, c.steps, c.batch_size, start, args.tracker, asdict(config))
         held_tokens, held_embeddings = (t.to(device) for t in data.read(held_out.tolist()))
         prompt_embeddings = clip.encode_text(c.prompts) if clip is not None and c.prompts else None
 
-    with Stop(args.minutes) as stop:
+    with stop:
         for step in range(start, c.steps):
             # Every process augments the whole batch, so that the result does not depend on their number.
-            targets, embedding = next(batches)
+            targets, embedding = next(batches, (None, None))
+            if targets is None or embedding is None:
+                stop.leave_unsaved(args.out)
             generator = step_generator(c, step)
             if neighbours is not None:
                 embedding = interpolate(embeddings, batch_rows(step), neighbours, generator)
             condition = perturb(embedding, c.noise_angle, c.condition_dropout, generator)
             inputs = corrupt(targets[:, :-1], c.token_noise, generator)
-            parts = [whole[own_rows].to(device).chunk(c.accumulate) for whole in (inputs, condition, targets)]
+            parts = [to_device(t[own_rows], device).chunk(c.accumulate) for t in (inputs, condition, targets)]
             for optimizer in optimizers:
                 set_lr(optimizer, c.lr * lr_factor(step))
                 optimizer.zero_grad()
@@ -170,12 +183,14 @@ def main() -> None:
             sampling = done % c.sample_every == 0 or done == c.steps
             stopping = stop.requested()
             saving = done % c.save_every == 0 or done == c.steps or stopping
-            if sampling or saving:
-                average = average_model(ema, config.model.gpt, is_main)
+            weights = full_state_dict(ema.module) if sampling or saving else {}
             if sampling or done % c.log_every == 0:
                 line = all_reduce_mean(scalars) | {"lr": torch.tensor(c.lr * lr_factor(step))}
                 if is_main:
-                    quality = validate_gpt(average, held_tokens, held_embeddings) if sampling else {}
+                    quality = {}
+                    if sampling:
+                        average = average_model(ema, weights, config.model.gpt)
+                        quality = validate_gpt(average, held_tokens, held_embeddings, accelerator.autocast)
                     log.scalars(done, line | quality)
                     if sampling:
                         few = slice(None, None, max(1, len(held_out) // 16))
@@ -184,14 +199,15 @@ def main() -> None:
                         if prompt_embeddings is not None:
                             drawn = draw(average, prompt_embeddings, config.model.sampling)
                             log.image(done, "prompts", token_grid(vqgan, drawn))
+                        del average  # of a sharded model a copy on the GPU
                     if sampling and lowest.improved(quality["held_loss"]):
-                        save_tensors(average.state_dict(), args.out / "gpt_best.safetensors")
+                        save_tensors(weights, args.out / "gpt_best.safetensors")
                 health.check(done, line)
             if saving:
                 numbers = [name for name in ("loss", "grad_norm") if name in scalars]
                 check_finite(done, {name: all_reduce_mean(scalars[name]) for name in numbers})
                 if is_main:
-                    save_tensors(average.state_dict(), args.out / "gpt.safetensors")
+                    save_tensors(weights, args.out / "gpt.safetensors")
                 checkpoints.save(done)
             if stopping:
                 report_failures(accelerator, args.out, data.failures)
@@ -202,7 +218,13 @@ def main() -> None:
 
 
 def open_data(
-    config: Config, data: str, out: Path, vqgan: VQGAN, files: Mapping[str, Path], accelerator: Accelerator
+    config: Config,
+    data: str,
+    out: Path,
+    vqgan: VQGAN,
+    files: Mapping[str, Path],
+    accelerator: Accelerator,
+    stop: Stop,
 ) -> Encoded | Encoders:
     """Open the tokens and embeddings of an encoded set, or of images, which are encoded to OUT/encoded first.
 
@@ -214,8 +236,9 @@ def open_data(
         return Encoded(Path(data))
     encoders = load_encoders(config, data, vqgan, files, accelerator)
     if config.stage2.from_pixels:
+        stop.wait_for_others()  # who may still be fetching shards
         return encoders
-    write_shards(encoders, out / "encoded")
+    write_shards(encoders, out / "encoded", config.stage2.workers, stop)
     return Encoded(out / "encoded")
 
 
@@ -230,7 +253,9 @@ def step_rows(sampler: ResumableSampler, batch_size: int, step: int) -> Tensor:
 
 
 def nearest_neighbours(embeddings: Tensor, k: int) -> Tensor:
-    """Rows of the k nearest neighbours of each unit-norm embedding (N, D): (N, min(k, N - 1)) int64."""
+    """Rows of the k nearest neighbours of each unit-norm embedding (N, D): (N, min(k, N - 1)) int64, (1, 1) if alone."""
+    if len(embeddings) < 2:
+        return torch.zeros(len(embeddings), 1, dtype=torch.long)  # itself: interpolation changes nothing
     k, neighbours_of = min(k, len(embeddings) - 1), []
     for rows in torch.arange(len(embeddings)).split(1024):
         similarity = embeddings[rows] @ embeddings.t()
@@ -274,28 +299,28 @@ def perturb(embeddings: Tensor, angle: float, dropout: float, generator: torch.G
     return torch.where(dropped, 0.0, rotated)
 
 
-def average_model(ema: AveragedModel, config: GPTConfig, is_main: bool) -> GPT:
-    """The moving average as a model that one process can run. All processes call this.
-
-    If it is sharded, this is a copy whose weights only the main process has.
-    """
+def average_model(ema: MovingAverage, weights: Mapping[str, Tensor], config: GPTConfig) -> GPT:
+    """The moving average as a model that this process alone can run: if it is sharded, a copy with `weights`."""
     if not isinstance(ema.module, FSDPModule):
         return cast(GPT, ema.module)
-    weights = full_state_dict(ema.module)
-    device = next(ema.parameters()).device
     with torch.device("meta"):
         gpt = GPT(config).eval().requires_grad_(False)
-    if is_main:
-        gpt.to_empty(device=device).load_state_dict(weights)
+    gpt.to_empty(device=next(ema.parameters()).device).load_state_dict(weights)
     return gpt
 
 
 @torch.no_grad()
-def validate_gpt(gpt: GPT, tokens: Tensor, embeddings: Tensor, batch_size: int = 64) -> dict[str, float]:
+def validate_gpt(
+    gpt: GPT,
+    tokens: Tensor,
+    embeddings: Tensor,
+    autocast: Callable[[], AbstractContextManager[None]],
+    batch_size: int = 64,
+) -> dict[str, float]:
     """Mean cross-entropy, nats per token, of (N, T) tokens given their unperturbed conditions (N, C)."""
     total = 0.0
     for t, e in zip(tokens.split(batch_size), embeddings.split(batch_size), strict=True):
-        with torch.autocast(t.device.type, torch.bfloat16):
+        with autocast():
             logits = gpt(t[:, :-1], e)
         total += F.cross_entropy(logits.float().flatten(0, 1), t.flatten()).item() * len(t)
     return {"held_loss": total / len(tokens)}

@@ -84,7 +84,8 @@ def test_signals_save_and_the_training_goes_on_bit_for_bit(
         assert finish(process) == 128 + number
         step = max(int(path.name.removeprefix("step_")) for path in (out / "checkpoints").iterdir())
         assert (
-            f"{said}: step {step} of 30 is saved in {out}; the same command goes on from there" in log(out).read_text()
+            f"{said}: step {step} of 30 is saved in {out}; the same command continues from there"
+            in log(out).read_text()
         )
         assert before < step < 30
     training.finish(out, *more)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from pathlib import Path
 
 import pytest
@@ -168,6 +169,34 @@ def test_reduced_precision_learns_about_the_same(
         AcceleratorState._reset_state(True)
     for name, key in (("vqgan", "l1"), ("gpt", "loss")):
         assert scalars(tmp_path / name)[(6, key)] == pytest.approx(scalars(trained / name)[(6, key)], rel=0.05)
+
+
+@pytest.mark.parametrize("count", [1, 2])
+def test_one_or_two_images_train_in_both_stages(
+    count: int, pictures: Path, config: Path, tiny_weights: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for path in sorted(pictures.rglob("*.png"))[:count]:
+        (tmp_path / "few").mkdir(exist_ok=True)
+        shutil.copy(path, tmp_path / "few")
+    flags = ["--config", config, "--data", tmp_path / "few"]
+    parts = ["--vqgan", tiny_weights, "--clip", tiny_weights / "clip.safetensors"]
+    run(stage1, monkeypatch, *flags, "--out", tmp_path / "vqgan", "stage1.steps=2", "stage1.sample_every=2")
+    for views in (1, 2):
+        few = ["stage2.steps=2", "stage2.sample_every=2", f"stage2.views={views}"]
+        run(stage2, monkeypatch, *flags, *parts, "--out", tmp_path / f"gpt{views}", *few)
+        assert (2, "held_loss") in scalars(tmp_path / f"gpt{views}")
+
+
+def test_the_sharded_average_becomes_a_whole_model_to_draw_samples_only(
+    pictures: Path, config: Path, tiny_weights: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    built = []
+    average_model = stage2.average_model
+    monkeypatch.setattr(stage2, "average_model", lambda *args: built.append(args) or average_model(*args))
+    parts = ["--vqgan", tiny_weights, "--clip", tiny_weights / "clip.safetensors"]
+    flags = ["--config", config, "--data", pictures, "stage2.save_every=1", "stage2.sample_every=6"]
+    run(stage2, monkeypatch, *flags, *parts, "--out", tmp_path)
+    assert len(built) == 1 and (tmp_path / "gpt.safetensors").is_file()
 
 
 def test_samples_of_many_tokens() -> None:

@@ -9,6 +9,7 @@ import shutil
 import signal
 import subprocess
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 
 import pytest
@@ -19,9 +20,11 @@ from training_kit import draw_pictures, run, write_config
 
 from clipgen import ClipGen
 from clipgen.config import ModelConfig
-from clipgen.errors import DataError
+from clipgen.errors import DataError, DownloadError
 from clipgen.images.sources import open_source
 from clipgen.models.vqgan import VQGAN
+from clipgen.utils.download import RetryPolicy
+from clipgen.utils.files import lock_folder
 from train import all as everything
 from train import roundtrip
 from train.config import load_config
@@ -58,7 +61,9 @@ def flags(
         (["model.gpt.n_cond=64"], "embeddings of 32 numbers, model.gpt.n_cond is 64; add model.gpt.n_cond=32"),
         (["--processes", 3], "stage1.batch_size is 8; it must be a multiple of --processes, 3"),
         (["--processes", 0], "--processes is 0"),
-        (["--out", "pictures"], "pictures exists; give another --out"),
+        (["--out", "tiny.yaml"], "tiny.yaml exists; give another --out"),
+        (["--out", "pictures/mine"], "lies inside the data, pictures"),
+        (["--work", "pictures/work"], "lies inside the data, pictures"),
         (["--features", "inception"], "CLIPGEN_OFFLINE is set.*give --features clip or efficientnet"),
         (["stage1.stps=5"], "stps"),
     ],
@@ -85,7 +90,7 @@ def test_another_training_does_not_go_on_in_the_same_folder(
     flags: list[object], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     done = []
-    monkeypatch.setattr(everything, "run", lambda name, arguments, lock: done.append(name))
+    monkeypatch.setattr(everything, "run_step", lambda name, arguments: done.append(name))
     run(everything, monkeypatch, *flags, "--prompts", "prompts.txt")
     assert done == ["check", "stage 1", "round trip", "encode", "stage 2", "export", "index", "evaluate", "card"]
     with pytest.raises(SystemExit):
@@ -100,10 +105,64 @@ def test_another_training_does_not_go_on_in_the_same_folder(
     assert done == ["export", "index", "evaluate", "card"]
 
 
+def test_evaluation_without_a_network_uses_the_features_that_are_there(
+    flags: list[object], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("CLIPGEN_CACHE", "cache")
+    asked: list[Sequence[str]] = []
+
+    def unreachable(entry: object, settings: object, policy: RetryPolicy, log: object) -> None:
+        assert policy.attempts * policy.timeout <= 20, "that it waits long is of no use"
+        raise DownloadError("no route to host")
+
+    def note(name: str, arguments: Sequence[str]) -> None:
+        asked.extend([arguments] if name == "evaluate" else [])
+
+    monkeypatch.setattr(everything, "fetch", unreachable)
+    monkeypatch.setattr(everything, "run_step", note)
+    position = flags.index("--features")
+    flags[position : position + 2] = []
+    for network in (False, True):
+        if network:
+            monkeypatch.setattr(everything, "fetch", lambda *args, **kwargs: {})
+        Path("runs/mine/minutes.json").unlink(missing_ok=True)
+        run(everything, monkeypatch, *flags)
+        said = capsys.readouterr().out
+        assert ("evaluation will use efficientnet features: no route to host" in said) == (not network)
+    assert [arguments[arguments.index("--features") + 1] for arguments in asked] == ["efficientnet"] * 2, "as begun"
+    monkeypatch.setattr(everything, "find_spec", lambda name: None)
+    monkeypatch.setattr(everything, "fetch", unreachable)
+    assert everything.choose_features(None, None) == "clip"
+
+
+def test_moved_images_are_the_same_training_and_changed_ones_are_not(
+    flags: list[object], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(everything, "run_step", lambda name, arguments: None)
+    run(everything, monkeypatch, *flags)
+    Path("pictures").rename("moved")
+    flags[0] = str(Path("moved").resolve())
+    run(everything, monkeypatch, *flags)
+    Path("moved/0/00.png").write_bytes(Path("moved/0/03.png").read_bytes())
+    with pytest.raises(SystemExit):
+        run(everything, monkeypatch, *flags)
+    assert "runs/mine was begun with another images (" in capsys.readouterr().err
+
+
+def test_second_start_names_the_process_that_trains(
+    flags: list[object], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(everything, "run_step", lambda name, arguments: None)
+    with lock_folder(Path("runs/mine")), pytest.raises(SystemExit) as stopped:
+        run(everything, monkeypatch, *flags)
+    assert stopped.value.code == 2
+    assert f"runs/mine is being written by process {os.getpid()}" in capsys.readouterr().err
+
+
 def test_steps_without_sentences_or_encoded_set(flags: list[object], tmp_path: Path) -> None:
     paths = everything.Paths("pictures", Path("clip"), None, tmp_path / "work", tmp_path / "out")
     config = load_config(tmp_path / "tiny.yaml", ["stage2.from_pixels=true", "stage2.neighbours=0"])
-    found = everything.steps(paths, config, "clip", 2)
+    found = everything.plan_steps(paths, config, "clip", 2)
     assert list(found) == ["check", "stage 1", "round trip", "stage 2", "export", "evaluate", "card"]
     assert found["stage 1"][:5] == ["-m", "torch.distributed.run", "--nproc-per-node", "2", "-m"]
     assert "pictures" in found["stage 2"] and not any("--prompts" in arguments for arguments in found.values())
@@ -132,7 +191,7 @@ def test_tokens_that_keep_nothing_are_refused(
     ]  # fmt: skip
     (tmp_path / "none").mkdir()
     (tmp_path / "none" / "bad.png").write_bytes(b"no picture")
-    with pytest.raises(DataError, match="none of the 1 pictures can be read"):
+    with pytest.raises(DataError, match="none of the 1 images can be read"):
         roundtrip.measure(vqgan, open_source("none"))
 
 
@@ -165,7 +224,7 @@ def test_killed_in_the_middle_it_ends_with_a_folder_that_draws(flags: list[objec
     names = {path.name for path in folder.iterdir()}
     assert {"README.md", "samples.jpg", "coverage.safetensors", "manifest.json"} <= names
     text = (folder / "README.md").read_text()
-    assert "clip_fd, 0" in text and "| stage 2 |" in text and "vqgan, psnr" in text and "24 drawn pictures" in text
+    assert "clip_fd, 0" in text and "| stage 2 |" in text and "vqgan, psnr" in text and "24 generated images" in text
     assert Image.open(folder / "samples.jpg").width > 4 * 32
     pipe = ClipGen.from_pretrained(folder)
     assert len(pipe("a red circle", num_outputs=2, candidates=4, seed=0).images) == 2

@@ -34,6 +34,19 @@ def test_the_formula_of_the_gpt_is_what_a_step_computes() -> None:
     assert training.gpt_flops(config) == pytest.approx(counter.get_total_flops() / 2, rel=0.01)
 
 
+def test_float32_products_are_timed_in_the_precision_of_convolutions(monkeypatch: pytest.MonkeyPatch) -> None:
+    cpu, gpu = torch.device("cpu"), torch.device("cuda")
+    monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", True)
+    assert (training.convolution_precision(cpu), training.convolution_precision(gpu)) == ("highest", "high")
+    monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", False)
+    assert training.convolution_precision(gpu) == "highest"
+    before, seen = torch.get_float32_matmul_precision(), []
+    monkeypatch.setattr(training, "convolution_precision", lambda device: "high")
+    monkeypatch.setattr(training, "seconds", lambda product: seen.append(torch.get_float32_matmul_precision()) or 1.0)
+    training.matrix_rate("no", cpu)
+    assert seen == ["high"] and torch.get_float32_matmul_precision() == before
+
+
 def test_stage_1_is_counted_with_and_without_its_gan(config: Config) -> None:
     convolution = 2 * 8 * 8 * 48 * 32 * 9  # one of many: 4 x 4 pixels folded into 48 channels, then 3 x 3
     plain = training.stage1_flops(replace(config, stage1=replace(config.stage1, disc_start=99)))

@@ -7,16 +7,13 @@ of workers, or of interruptions: batch k is positions k * B to (k + 1) * B, of w
 from __future__ import annotations
 
 import random
-import signal
-from collections.abc import Callable, Iterator
-from itertools import count
 from pathlib import Path
 from typing import NamedTuple
 
 import torch
 from PIL import Image
 from torch import Tensor
-from torch.utils.data import DataLoader, Dataset, Sampler
+from torch.utils.data import Dataset
 
 from clipgen.errors import DataError
 from clipgen.images.pixels import load_image, to_clip, to_pixels
@@ -60,6 +57,11 @@ class Images(Dataset[Batch]):
 
     def __len__(self) -> int:
         return len(self.source.names)
+
+    @property
+    def item_bytes(self) -> int:
+        """Size of one item's pixels, as both networks see them."""
+        return 3 * 4 * (self.size**2 + self.clip_size**2)
 
     def __getitem__(self, key: Key) -> Batch:
         index, seed = key
@@ -121,40 +123,3 @@ class ResumableSampler:
             generator = torch.Generator().manual_seed(self.seed * 1_000_003 + epoch)
             self._epoch, self._permutation = epoch, torch.randperm(self.length, generator=generator)
         return int(self._permutation[offset])
-
-
-class _Steps(Sampler[list[Key]]):
-    """The keys of every step from `start` on."""
-
-    def __init__(self, keys: Callable[[int], list[Key]], start: int) -> None:
-        self.keys, self.start = keys, start
-
-    def __iter__(self) -> Iterator[list[Key]]:
-        return map(self.keys, count(self.start))
-
-
-def image_batches(data: Images, keys: Callable[[int], list[Key]], start: int, workers: int) -> Iterator[Batch]:
-    """One batch a step, for ever, read ahead by other processes.
-
-    Args:
-        keys: what this process reads for a step.
-        start: the step to begin with; what the steps before it saw is not read.
-        workers: processes that decode; 0 decodes in this one.
-    """
-    loader = DataLoader(
-        data,
-        batch_sampler=_Steps(keys, start),
-        num_workers=workers,
-        collate_fn=collate,
-        pin_memory=torch.cuda.is_available(),
-        worker_init_fn=ignore_signals,
-    )
-    for batch in loader:
-        data.failures |= batch.failures  # a worker's own are in its process
-        yield batch
-
-
-def ignore_signals(_: int) -> None:
-    """Ctrl-C is the trainer's to handle: it still needs its workers for the step at hand."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
-    signal.signal(signal.SIGTERM, signal.SIG_DFL)

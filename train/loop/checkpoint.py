@@ -12,6 +12,7 @@ import json
 import os
 import shutil
 from collections.abc import Mapping
+from contextlib import suppress
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -38,9 +39,15 @@ class CheckpointError(ClipGenError):
     """A checkpoint or weights that cannot be written, or that belong to another training."""
 
 
-def fixed_settings(config: TrainConfig, **models: VQGANConfig | GPTConfig) -> dict[str, Any]:
-    """What must be the same in a checkpoint and in the training that resumes from it: name -> value."""
-    values = {name: value for name, value in asdict(config).items() if name in FIXED_SETTINGS}
+def fixed_settings(config: TrainConfig, fingerprint: str, **models: VQGANConfig | GPTConfig) -> dict[str, Any]:
+    """What must be the same in a checkpoint and in the training that resumes from it: name -> value.
+
+    Args:
+        fingerprint: of the data set (`clipgen.images.sources.Source.fingerprint`), wherever it lies.
+        models: what is trained.
+    """
+    values: dict[str, Any] = {"images": fingerprint[:16]}
+    values |= {name: value for name, value in asdict(config).items() if name in FIXED_SETTINGS}
     for part, model in models.items():
         values |= {f"{part}.{name}": value for name, value in asdict(model).items()}
     return values
@@ -88,7 +95,7 @@ class Checkpoints:
             wait()
             if main:
                 state = {"step": step, "processes": self.accelerator.num_processes}
-                state |= {"fixed": dict(self.fixed), "about": dict(self.about)}
+                state |= {"fixed": dict(self.fixed), "about": dict(self.about), "files": file_sizes(temporary)}
                 (temporary / "state.json").write_text(json.dumps(state, indent=1))
                 _sync_folder(temporary)
                 os.replace(temporary, final)
@@ -102,20 +109,40 @@ class Checkpoints:
             self._remove_leftovers()
         wait()
 
-    def load(self) -> int:
-        """Restore the newest checkpoint into what the accelerator prepared.
+    def load(self, step: int | None = None) -> int:
+        """Restore a checkpoint into what the accelerator prepared. All processes call this.
+
+        Args:
+            step: which one; later ones are removed. None takes the newest.
 
         Returns:
             The step to continue from, 0 if there is no checkpoint.
 
         Raises:
-            CheckpointError: it belongs to another model, or to a training with other fixed settings.
+            CheckpointError: it is damaged, or belongs to another model or to a training with other fixed settings.
         """
-        complete = self.complete()
+        complete = dict(self.complete())
+        if step is not None and step not in complete:
+            there = ", ".join(map(str, complete)) or "none"
+            raise CheckpointError(f"{self.folder} has no checkpoint of step {step}; there is {there}")
         if not complete:
             return 0
-        step, path = complete[-1]
-        before = json.loads((path / "state.json").read_text())["fixed"]
+        step = max(complete) if step is None else step
+        try:
+            self._restore(complete[step])
+        except CheckpointError:
+            raise
+        except Exception as error:  # pickle, zipfile, safetensors and DCP each raise their own
+            raise self._load_error(step, error) from error
+        self.accelerator.wait_for_everyone()
+        if self.accelerator.is_main_process:
+            for later in (path for other, path in complete.items() if other > step):
+                os.replace(later, later.with_suffix(".tmp"))
+            self._remove_leftovers()
+        return step
+
+    def _restore(self, path: Path) -> None:
+        before = read_state(path)["fixed"]
         now = json.loads(json.dumps(dict(self.fixed)))
         changed = [
             f"{name} {before[name]}, not {now[name]}" for name in now if before.get(name, now[name]) != now[name]
@@ -127,7 +154,6 @@ class Checkpoints:
         self.accelerator.load_state(str(path))
         if self.sharded:
             self.sharded.load(path / "sharded")
-        return step
 
     def complete(self) -> list[tuple[int, Path]]:
         """Steps and folders of the complete checkpoints, oldest first."""
@@ -139,12 +165,52 @@ class Checkpoints:
         for path in self.folder.glob("*.tmp"):
             shutil.rmtree(path, ignore_errors=True)
 
+    def _load_error(self, step: int, error: BaseException) -> CheckpointError:
+        """Name the damage, and the newest older checkpoint that is intact."""
+        intact = None
+        for other, path in self.complete():
+            if other < step:
+                with suppress(ValueError, OSError):
+                    read_state(path)
+                    intact = other
+        advice = "no older one is intact: delete it to start again"
+        if intact is not None:
+            advice = f"that of step {intact} is intact: add --resume-step {intact} to continue from it"
+        return CheckpointError(f"the checkpoint {dict(self.complete())[step]} is damaged ({_cause(error)}); {advice}")
+
     def _save_error(self, step: int, error: BaseException) -> CheckpointError:
         complete = self.complete()
         earlier = f"the checkpoint of step {complete[-1][0]} is intact" if complete else "there is no earlier one"
         return CheckpointError(
             f"step {step} could not be saved in {self.out}: {_cause(error)}; {earlier}: make room, then run it again"
         )
+
+
+def read_state(path: Path) -> dict[str, Any]:
+    """Read a checkpoint's state.json and check that its files have the sizes they were written with.
+
+    Raises:
+        ValueError: one is missing, cut off, or not what it should be.
+        OSError: state.json cannot be read.
+    """
+    text = (path / "state.json").read_text(encoding="utf-8")
+    try:
+        state = json.loads(text)
+    except ValueError as error:
+        raise ValueError(f"state.json is {'no JSON' if text else 'empty'}") from error
+    if not isinstance(state, dict) or not isinstance(state.get("fixed"), dict):
+        raise ValueError("state.json lacks the settings of the training")
+    there = file_sizes(path)
+    for name, size in state.get("files", {}).items():  # checkpoints of earlier versions do not list them
+        if there.get(name) != size:
+            raise ValueError(f"{name} has {there.get(name, 0)} of {size} bytes")
+    return state
+
+
+def file_sizes(folder: Path) -> dict[str, int]:
+    """Bytes of each file in a folder except state.json, by its relative path."""
+    paths = (path for path in sorted(folder.rglob("*")) if path.is_file() and path.name != "state.json")
+    return {path.relative_to(folder).as_posix(): path.stat().st_size for path in paths}
 
 
 def save_tensors(weights: Mapping[str, Tensor], path: Path) -> None:
@@ -164,7 +230,8 @@ def save_tensors(weights: Mapping[str, Tensor], path: Path) -> None:
 
 def _cause(error: BaseException) -> str:
     """The cause in one line; every library reports a full disk in its own way."""
-    return (error.strerror if isinstance(error, OSError) else None) or str(error).splitlines()[0]
+    text = (error.strerror if isinstance(error, OSError) else None) or str(error)
+    return next(iter(text.splitlines()), type(error).__name__)
 
 
 def _sync_folder(folder: Path) -> None:

@@ -4,16 +4,21 @@ from __future__ import annotations
 
 import argparse
 import math
-from collections.abc import Mapping
+import os
+import re
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 
 import torch.distributed as dist
 from accelerate import Accelerator
 from accelerate.utils import gather_object
 
+from clipgen.errors import OutputError
+from clipgen.images.search import is_remote
 from clipgen.utils.entry_point import entry_point
-from clipgen.utils.files import write_text
-from clipgen.utils.text import printable, read_lines
+from clipgen.utils.files import lock_folder, write_text
+from clipgen.utils.text import expand_home, printable, read_lines
 from train.config import Config, load_config
 from train.loop.logger import TRACKERS, check_tracker
 
@@ -30,7 +35,10 @@ def parse_args(
         doc: description of the script, for --help.
         paths: more required paths, name -> help.
         optional: more optional flags, name -> help.
-        tracked: whether the script logs curves, which adds --minutes and --tracker.
+        tracked: whether the script is a training, which adds --minutes, --resume-step and --tracker.
+
+    Raises:
+        OutputError: --out lies inside --data.
     """
     parser = argparse.ArgumentParser(description=doc, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--config", default="mini", help="mini, photos, coco, imagenet, or the path of a .yaml file")
@@ -43,15 +51,53 @@ def parse_args(
         parser.add_argument(f"--{name}", help=text)
     if tracked:
         parser.add_argument("--minutes", type=minutes, help="stop, saved, after so long; the same command continues")
+        help_resume = "continue from this checkpoint, not the newest; later ones are removed"
+        parser.add_argument("--resume-step", type=int, metavar="STEP", help=help_resume)
         parser.add_argument("--tracker", choices=TRACKERS, default=TRACKERS[0], help="where curves are shown")
     parser.add_argument("overrides", nargs="*", help="changes to the configuration, such as stage1.batch_size=16")
     args = parser.parse_intermixed_args()  # overrides may stand anywhere
     try:
         if tracked:
             check_tracker(args.tracker)
-        return args, load_config(args.config, args.overrides)
+        config = load_config(args.config, args.overrides)
     except ValueError as error:
         parser.error(str(error))
+    check_output(args.data, args.out)
+    return args, config
+
+
+def check_output(data: str, out: Path) -> None:
+    """Check that outputs would not be read as data, now or when the training is resumed.
+
+    Args:
+        data: what --data names: a folder, a pattern, or something without a folder of its own.
+        out: where the script writes.
+
+    Raises:
+        OutputError: `out` lies where `data` is searched.
+    """
+    pattern = re.search(r"[*?\[{]", data)
+    if data.endswith(".tar") or is_remote(data):
+        return  # these name their files
+    folder = expand_home(os.path.dirname(data[: pattern.start()]) or "." if pattern else data)
+    if not folder.is_dir() or (folder / "index.json").is_file():  # the latter is an encoded set, read by name
+        return
+    if out.resolve().is_relative_to(folder.resolve()):
+        raise OutputError(
+            f"--out {out} lies inside the data, {folder}, so that the images written there would be read as data; "
+            "give an --out elsewhere"
+        )
+
+
+@contextmanager
+def lock_output(out: Path) -> Iterator[None]:
+    """Keep other processes from writing into OUT; of the processes of one training, the main one does so.
+
+    Raises:
+        OutputError: another process writes there; the message names it.
+    """
+    with lock_folder(out) if os.environ.get("RANK", "0") == "0" else nullcontext():
+        yield
 
 
 def minutes(text: str) -> float:

@@ -147,4 +147,3 @@ def test_nearest_code_under_autocast_equals_the_one_without() -> None:
     for dtype in (torch.bfloat16, torch.float16):
         with torch.autocast("cpu", dtype):
             assert (quantizer.nearest(z) == exact).float().mean() > 0.999
-            assert (quantizer.nearest(z.to(dtype)) == exact).float().mean() < 0.999, "rounding z itself would show"

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from itertools import islice
+from itertools import count, islice
 from pathlib import Path
 
 import pytest
@@ -13,7 +13,8 @@ from image_files import BAD, GOOD, photo, write_difficult_images
 
 from clipgen.errors import DataError
 from clipgen.images.pixels import to_clip
-from train.data.images import Images, ResumableSampler, image_batches
+from train.data.images import Images, ResumableSampler
+from train.loop.loader import image_batches
 
 
 @pytest.fixture
@@ -68,8 +69,8 @@ def test_batches_begin_at_any_step_and_do_not_depend_on_workers(nasty: Path) -> 
     data = Images(nasty, 16, min_scale=0.5)
     order = ResumableSampler(len(data), 3)
     keys = lambda step: order.keys(step * 4, 4)  # noqa: E731
-    whole = list(islice(image_batches(data, keys, 0, workers=0), 8))
+    whole = list(islice(image_batches(data, keys, count(), workers=0), 8))
     fresh = Images(nasty, 16, min_scale=0.5)
-    later = list(islice(image_batches(fresh, keys, 3, workers=2), 5))
+    later = list(islice(image_batches(fresh, keys, count(3), workers=2), 5))
     assert all(torch.equal(a.pixels, b.pixels) for a, b in zip(whole[3:], later, strict=True))
     assert fresh.failures and fresh.failures.items() <= data.failures.items()  # of the workers, told to this process

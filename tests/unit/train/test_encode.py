@@ -38,7 +38,7 @@ def flags(pictures: Path, config: Path, tiny_weights: Path, monkeypatch: pytest.
 def test_what_is_missing_is_encoded_again_and_nothing_else(flags, tmp_path: Path, monkeypatch) -> None:
     out = tmp_path / "encoded"
     run(encode, monkeypatch, *flags, "--out", out)
-    assert sorted(p.name for p in out.iterdir()) == [
+    assert sorted(p.name for p in out.iterdir() if not p.name.startswith(".")) == [
         *(f"00000{n}.safetensors" for n in range(3)),
         "index.json",
         "skipped.txt",
@@ -102,7 +102,7 @@ def test_an_interrupted_set_is_not_trained_on(flags, tmp_path: Path, monkeypatch
     monkeypatch.setattr(encode, "save_tensors", save)
     with pytest.raises(SystemExit) as stop:
         run(encode, monkeypatch, *flags, "--out", out)
-    assert stop.value.code == 130 and "the same command goes on" in capsys.readouterr().err
+    assert stop.value.code == 130 and "the same command continues" in capsys.readouterr().err
     with pytest.raises(encode.DataError, match="not complete"):
         encode.Encoded(out)
     monkeypatch.setattr(encode, "save_tensors", encode_save)
@@ -110,7 +110,7 @@ def test_an_interrupted_set_is_not_trained_on(flags, tmp_path: Path, monkeypatch
     assert len(encode.Encoded(out)) == 50
 
 
-@pytest.mark.parametrize("what", ["vqgan", "pictures", "views"])
+@pytest.mark.parametrize("what", ["vqgan", "images", "views"])
 def test_what_was_made_from_something_else_is_refused(
     what: str, flags, tiny_weights: Path, tmp_path: Path, monkeypatch, capsys
 ) -> None:
@@ -121,8 +121,10 @@ def test_what_was_made_from_something_else_is_refused(
         weights = load_file(tmp_path / "other" / "vqgan.safetensors")
         weights["quantizer.embedding.weight"] += 1
         encode.save_tensors(weights, tmp_path / "other" / "vqgan.safetensors")
-    elif what == "pictures":
+    elif what == "images":
         flags[-1] = shutil.copytree(flags[-1], tmp_path / "more")
+        run(encode, monkeypatch, *flags, "--out", out)  # the same images in another place
+        shutil.copy(tmp_path / "more" / "0" / "03.png", tmp_path / "more" / "0" / "00.png")
     more = ["stage2.views=3"] if what == "views" else []
     with pytest.raises(SystemExit) as stop:
         run(encode, monkeypatch, *flags, "--out", out, *more)
