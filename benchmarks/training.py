@@ -18,7 +18,9 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
+from itertools import count
 from pathlib import Path
 from typing import Any
 
@@ -45,9 +47,11 @@ from clipgen.models.gpt import GPT  # noqa: E402
 from clipgen.models.vqgan import VQGAN  # noqa: E402
 from clipgen.utils.entry_point import entry_point  # noqa: E402
 from train.config import Config, load_config  # noqa: E402
-from train.data.images import Images, image_batches  # noqa: E402
+from train.data.images import Images  # noqa: E402
 from train.encode import Encoded, Encoders, write_shards  # noqa: E402
-from train.loop.optimization import build_ema, build_optimizers  # noqa: E402
+from train.loop.loader import image_batches  # noqa: E402
+from train.loop.optimization import MovingAverage, build_optimizers  # noqa: E402
+from train.loop.stopping import Stop  # noqa: E402
 from train.losses.gan import Gan  # noqa: E402
 from train.losses.stage1 import Crop, LeCam, PatchDiscriminator, ReconstructionLoss  # noqa: E402
 
@@ -101,7 +105,7 @@ class Stage1:
                 module.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
         self.layout = torch.channels_last if recipe.channels_last else torch.contiguous_format
         self.model = torch.compile(self.vqgan) if recipe.compiled else self.vqgan
-        self.ema = build_ema(self.vqgan, c.ema)
+        self.ema = MovingAverage(self.vqgan, c.ema)
 
     def backward(self, x: Tensor) -> Tensor:
         """The VQGAN's losses and gradients; returns its reconstructions."""
@@ -147,9 +151,9 @@ def gpt_flops(config: GPTConfig) -> float:
 
 
 def matrix_rate(precision: str, device: torch.device) -> float:
-    """Operations a second of a square matrix product here."""
+    """Operations per second of a square matrix product, in float32 on a GPU with TF32 where convolutions use it."""
     size, times = (8192, 8) if device.type == "cuda" else (2048, 1)
-    dtype = torch.float32 if precision == "no" else torch.bfloat16
+    dtype = {"no": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}[precision]
     a, b = torch.randn(2, size, size, device=device).to(dtype)
 
     def product() -> None:
@@ -157,7 +161,24 @@ def matrix_rate(precision: str, device: torch.device) -> float:
             a @ b
         synchronize(device)
 
-    return times * 2 * size**3 / seconds(product)
+    with float32_products(convolution_precision(device)):
+        return times * 2 * size**3 / seconds(product)
+
+
+def convolution_precision(device: torch.device) -> str:
+    """PyTorch's name for the precision of float32 convolutions: TF32 is on for them by default, for products off."""
+    return "high" if device.type == "cuda" and torch.backends.cudnn.allow_tf32 else "highest"
+
+
+@contextmanager
+def float32_products(precision: str) -> Iterator[None]:
+    """Let float32 matrix products have a precision for a while."""
+    before = torch.get_float32_matmul_precision()
+    torch.set_float32_matmul_precision(precision)
+    try:
+        yield
+    finally:
+        torch.set_float32_matmul_precision(before)
 
 
 def synchronize(device: torch.device) -> None:
@@ -199,7 +220,7 @@ def measure_stage1(config: Config, name: str, steps: int, pictures: Path, device
     rate = matrix_rate(recipe.precision, device)
     trainer = Stage1(config, recipe, device)
     data = Images(pictures, config.model.vqgan.image_size, c.min_scale)
-    batches = image_batches(data, keys(c.batch_size), 0, c.workers)
+    batches = image_batches(data, keys(c.batch_size), count(), c.workers)
     spent = timed(lambda: trainer.step(next(batches).pixels.to(device)), steps, device)
     return {"batch": c.batch_size, "seconds": spent, "images_per_s": c.batch_size / spent, "matrix_flops": rate}
 
@@ -221,12 +242,12 @@ def measure_stage2(config: Config, source: str, steps: int, pictures: Path, devi
     vqgan = VQGAN(config.model.vqgan).requires_grad_(False).eval()
     read: Encoders | Encoded = Encoders(accelerator, images, vqgan, clip, 1, 0, {"settings": {"views": 1}})
     if source == "tokens":
-        write_shards(read, pictures / "encoded")  # type: ignore[arg-type]
+        write_shards(read, pictures / "encoded", c.workers, Stop())  # type: ignore[arg-type]
         read = Encoded(pictures / "encoded")
         del vqgan, clip
     batches: Iterator[tuple[Tensor, Tensor]] = read.batches(lambda s: [row for row, _ in keys(c.batch_size)(s)], 0, 0)
     gpt = GPT(config.model.gpt).to(device)
-    optimizers, ema = build_optimizers(gpt, c), build_ema(gpt, c.ema)
+    optimizers, ema = build_optimizers(gpt, c), MovingAverage(gpt, c.ema)
 
     def step() -> None:
         tokens, condition = (t.to(device) for t in next(batches))
