@@ -1,12 +1,12 @@
-"""A folder of pictures -> a folder of weights, in one command that may be stopped anywhere.
+"""A folder of images -> a folder of weights, in one command that can be interrupted at any time.
 
     python -m train.all photos --out weights/mine --config mini --clip clip.safetensors --prompts prompts.txt
     clipgen generate "a lemon" --weights weights/mine
 
-Runs check, stage 1, a round trip of the tokens, encode, stage 2, export, index, evaluate and the model's card, each the
-script of that name; what each writes is in WORK. A step that is done is not done again, and one that was stopped goes
-on, so the same command always brings it to its end. Sentences about such pictures (--prompts, at least 20) give the
-index that prompts are understood by, and something to evaluate; without them it is done by the pictures alone.
+Runs check, stage 1, a round trip of the tokens, encode, stage 2, export, index, evaluate and the model card, each the
+script of that name, which writes into WORK. Finished steps are skipped and an interrupted one is resumed, so the same
+command always brings the training to its end. Sentences about such images (--prompts, at least 20) build the index that
+maps prompts to images, and are what is evaluated; without them there is no index, and images are evaluated.
 """
 
 from __future__ import annotations
@@ -17,8 +17,6 @@ if __name__ == "__main__":
     end_at_ctrl_c()  # until main() takes over
 
 import argparse
-import fcntl
-import hashlib
 import json
 import os
 import shutil
@@ -26,34 +24,40 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
 from omegaconf import OmegaConf
 
 from clipgen.errors import ConfigError, DownloadError
-from clipgen.evaluation.features import KINDS, fetched
+from clipgen.evaluation.features import KINDS
 from clipgen.images.sources import open_source
 from clipgen.utils.arguments import at_least
-from clipgen.utils.files import sha256, write_text
+from clipgen.utils.download import PATIENT, RetryPolicy
+from clipgen.utils.files import lock_folder, sha256, write_text
+from clipgen.utils.text import read_lines
+from clipgen.weights.cache import Settings, fetch
+from clipgen.weights.catalog import CATALOG
 from clipgen.weights.tensor_file import read_header
 from train.config import Config, load_config
-from train.loop.script import command
+from train.loop.script import check_output, command
 
-MOST = 5000
-"""Real pictures to evaluate against, and without sentences also pictures to draw."""
-ON_WEIGHTS = ("export", "index", "evaluate", "card")
-"""Steps that make the folder of weights and what is in it."""
-SENTENCES = 20
-"""Fewest that the index can be made with."""
+MAX_EVALUATED = 5000
+"""Real images to compare with, and without sentences also images to generate."""
+WEIGHTS_STEPS = ("export", "index", "evaluate", "card")
+"""Steps that write into the folder of weights."""
+MIN_SENTENCES = 20
+"""Fewest sentences that the index can be built from."""
+HASTY = RetryPolicy(timeout=10, attempts=2, backoff=0.5)
+"""For a download that there is a substitute for."""
 
 
 @dataclass(frozen=True)
 class Paths:
-    """What is read and written."""
+    """Inputs and outputs of a training."""
 
     data: str
     clip: Path
@@ -67,59 +71,62 @@ class Paths:
 
     @property
     def minutes(self) -> Path:
-        """Of the steps that are done: their names and how long they took."""
+        """JSON of the finished steps: name -> minutes they took."""
         return self.work / "minutes.json"
 
     @property
     def weights(self) -> Path:
-        """The folder of weights, until it is complete."""
+        """The folder of weights while it is incomplete."""
         return self.work / "weights"
 
 
-def steps(paths: Paths, config: Config, features: str, processes: int) -> dict[str, list[str]]:
-    """What there is to do: name -> arguments of Python."""
+def plan_steps(paths: Paths, config: Config, features: str, processes: int) -> dict[str, list[str]]:
+    """The steps in order: name -> arguments of Python."""
     many = ["-m", "torch.distributed.run", "--nproc-per-node", str(processes)] if processes > 1 else []
-    pictures = ["--config", str(paths.config), "--data", paths.data]
+    images = ["--config", str(paths.config), "--data", paths.data]
     vqgan, gpt, encoded = (str(paths.work / name) for name in ("vqgan", "gpt", "encoded"))
     frozen = ["--vqgan", vqgan, "--clip", str(paths.clip)]
     learned = paths.data if config.stage2.from_pixels else encoded
     prompts = ["--prompts", str(paths.prompts)] if paths.prompts else []
     weights, evaluation = ["--weights", str(paths.weights)], str(paths.work / "evaluation.json")
     size = str(config.model.vqgan.image_size)
-    found = {
+    steps = {
         "check": ["-m", "train.check", paths.data, "--out", str(paths.work / "check"), "--size", size],
-        "stage 1": [*many, "-m", "train.stage1", *pictures, "--out", vqgan],
-        "round trip": ["-m", "train.roundtrip", *pictures, "--vqgan", vqgan, "--out", str(paths.work / "roundtrip")],
-        "encode": [*many, "-m", "train.encode", *pictures, *frozen, "--out", encoded],
-        "stage 2": [*many, "-m", "train.stage2", *pictures[:2], "--data", learned, *frozen, "--out", gpt],
-        "export": ["-m", "train.export", *pictures[:2], *frozen, "--gpt", gpt, "--out", str(paths.weights)],
+        "stage 1": [*many, "-m", "train.stage1", *images, "--out", vqgan],
+        "round trip": ["-m", "train.roundtrip", *images, "--vqgan", vqgan, "--out", str(paths.work / "roundtrip")],
+        "encode": [*many, "-m", "train.encode", *images, *frozen, "--out", encoded],
+        "stage 2": [*many, "-m", "train.stage2", *images[:2], "--data", learned, *frozen, "--out", gpt],
+        "export": ["-m", "train.export", *images[:2], *frozen, "--gpt", gpt, "--out", str(paths.weights)],
         "index": ["-m", "train.mini.index", *weights, "--encoded", encoded, "--data", paths.data, *prompts],
         "evaluate": [
             *(*many, "-m", "clipgen", "evaluate", *weights, "--reference", paths.data, *prompts),
-            *("--features", features, "--limit", str(MOST), "--out", evaluation),
+            *("--features", features, "--limit", str(MAX_EVALUATED), "--out", evaluation),
         ],
         "card": [
-            *("-m", "train.card", *weights, "--evaluation", evaluation, *pictures, *prompts),
+            *("-m", "train.card", *weights, "--evaluation", evaluation, *images, *prompts),
             *("--minutes", str(paths.minutes)),
         ],
     }
     left_out = {"encode", "index"} if config.stage2.from_pixels else set[str]()
     left_out |= set() if paths.prompts else {"index"}
-    return {name: arguments for name, arguments in found.items() if name not in left_out}
+    return {name: arguments for name, arguments in steps.items() if name not in left_out}
 
 
-def check_inputs(paths: Paths, config: Config, features: str, processes: int) -> dict[str, Any]:
-    """Find out in a minute what would end the training after days.
+def check_inputs(paths: Paths, config: Config, processes: int) -> dict[str, Any]:
+    """Find within a minute what would end the training after days.
 
     Returns:
-        What the training is made from, as JSON: another one does not go on in the same folder.
+        What the training is made from, as JSON; with other inputs it cannot be resumed in the same folder.
 
     Raises:
         ConfigError: a file does not fit.
         WeightsError: the CLIP is missing or is not .safetensors.
-        DataError: no pictures.
+        DataError: there are no images.
+        OutputError: outputs lie inside the data.
     """
-    names = open_source(paths.data).names
+    for out in (paths.work, paths.out):
+        check_output(paths.data, out)
+    source = open_source(paths.data)
     projection = read_header(paths.clip).get("text_projection")
     if projection is None or len(projection.shape) != 2:
         raise ConfigError(f"--clip {paths.clip} holds no CLIP under OpenAI's names: it has no text_projection matrix")
@@ -134,37 +141,49 @@ def check_inputs(paths: Paths, config: Config, features: str, processes: int) ->
             raise ConfigError(f"{name}.batch_size is {size}; it must be a multiple of --processes, {processes}")
     if paths.prompts:
         try:
-            lines = [line for line in paths.prompts.read_text(encoding="utf-8").splitlines() if line.strip()]
-        except (OSError, UnicodeDecodeError) as error:
+            lines = [line for line in read_lines(paths.prompts) if line.strip()]
+        except (OSError, ValueError) as error:
             raise ConfigError(f"--prompts {paths.prompts} cannot be read: {error}") from error
-        if len(lines) < SENTENCES:
+        if len(lines) < MIN_SENTENCES:
             raise ConfigError(
-                f"--prompts {paths.prompts} has {len(lines)} sentences; give at least {SENTENCES}, one a line"
+                f"--prompts {paths.prompts} has {len(lines)} sentences; give at least {MIN_SENTENCES}, one a line"
             )
-    if features == "inception":
-        try:
-            fetched("inception", print)
-        except DownloadError as error:
-            raise ConfigError(f"{error}. Or give --features clip or efficientnet") from error
     return {
-        "pictures": hashlib.sha256("\n".join(names).encode()).hexdigest(),
+        "images": source.fingerprint(),
         "clip": sha256(paths.clip),
         "prompts": sha256(paths.prompts) if paths.prompts else None,
-        "features": features,
-        **_flat(asdict(config)),
+        **_flatten(asdict(config)),
     }
 
 
-def begin(paths: Paths, config: Config, made_from: dict[str, Any]) -> None:
-    """Make the folder of work this training's own, or see that it is.
+def choose_features(asked: str | None, before: str | None) -> str:
+    """Features to evaluate with: those asked for, those of the interrupted training, or the best that can be had.
 
     Raises:
-        ConfigError: it belongs to another one, or the place for the weights is taken.
+        ConfigError: Inception is asked for and cannot be downloaded.
+    """
+    features = asked or before or "inception"
+    if features == "inception":
+        try:
+            fetch(CATALOG["inception"], Settings.from_environment(), PATIENT if asked else HASTY, log=print)
+        except DownloadError as error:
+            if asked:
+                raise ConfigError(f"{error}. Or give --features clip or efficientnet") from error
+            features = "efficientnet" if find_spec("efficientnet_lite_pytorch") else "clip"
+            print(f"evaluation will use {features} features: {error}", flush=True)
+    return features
+
+
+def begin(paths: Paths, config: Config, made_from: dict[str, Any]) -> None:
+    """Claim the work folder for this training, or check that it belongs to it.
+
+    Raises:
+        ConfigError: it belongs to another training, or the place for the weights is taken.
     """
     settings = paths.work / "settings.json"
     if settings.is_file():
         before = json.loads(settings.read_text())
-        other = [f"{k} ({before.get(k)}, not {v})" for k, v in made_from.items() if before.get(k) != v]
+        other = [f"{k} ({before[k]}, not {v})" for k, v in made_from.items() if before.get(k, v) != v]
         if other:
             raise ConfigError(f"{paths.work} was begun with another {', '.join(other)}; give another --work")
     elif paths.out.exists():
@@ -175,32 +194,13 @@ def begin(paths: Paths, config: Config, made_from: dict[str, Any]) -> None:
         write_text(settings, json.dumps(made_from, indent=1) + "\n")
 
 
-@contextmanager
-def sole(work: Path) -> Iterator[int]:
-    """Wait until no other process works in a folder; yields a descriptor that holds it as long as any process has it.
-
-    A killed command may leave its script behind, at work: with the descriptor, that one holds the folder too.
-    """
-    work.mkdir(parents=True, exist_ok=True)
-    descriptor = os.open(work / ".lock", os.O_RDWR | os.O_CREAT, 0o644)
-    try:
-        try:
-            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            print(f"another process is at work in {work}; waiting for it", flush=True)
-            fcntl.flock(descriptor, fcntl.LOCK_EX)
-        yield descriptor
-    finally:
-        os.close(descriptor)
-
-
-def run(name: str, arguments: Sequence[str], lock: int) -> None:
-    """Run one script to its end; SIGTERM is passed on, Ctrl-C reaches it by itself.
+def run_step(name: str, arguments: Sequence[str]) -> None:
+    """Run one script to its end. SIGTERM is passed on; Ctrl-C reaches the script by itself.
 
     Raises:
         SystemExit: it failed or was stopped, with its exit code.
     """
-    process = subprocess.Popen([sys.executable, *arguments], pass_fds=[lock])
+    process = subprocess.Popen([sys.executable, *arguments])
     handlers = {
         signal.SIGTERM: signal.signal(signal.SIGTERM, lambda *_: process.terminate()),
         signal.SIGINT: signal.signal(signal.SIGINT, signal.SIG_IGN),
@@ -211,12 +211,12 @@ def run(name: str, arguments: Sequence[str], lock: int) -> None:
         for number, handler in handlers.items():
             signal.signal(number, handler)
     if code:
-        print(f"{name} ended with exit code {code}; the same command goes on from there", file=sys.stderr)
+        print(f"{name} ended with exit code {code}; the same command continues from there", file=sys.stderr)
         raise SystemExit(code if code > 0 else 128 - code)
 
 
 def publish(weights: Path, out: Path) -> None:
-    """Give a complete folder its place; it is there as a whole or not at all."""
+    """Move the complete folder of weights to its place, where it appears completely or not at all."""
     out.parent.mkdir(parents=True, exist_ok=True)
     try:
         os.replace(weights, out)
@@ -228,24 +228,25 @@ def publish(weights: Path, out: Path) -> None:
         shutil.rmtree(weights)
 
 
-def _flat(value: Any, name: str = "") -> dict[str, Any]:
-    """Nested settings as "model.vqgan.ch" -> 128."""
+def _flatten(value: Any, name: str = "") -> dict[str, Any]:
+    """Nested settings as a flat mapping such as "model.vqgan.ch" -> 128."""
     if not isinstance(value, dict):
         return {name: value}
-    return {k: v for key, inner in value.items() for k, v in _flat(inner, f"{name}.{key}" if name else key).items()}
+    return {k: v for key, inner in value.items() for k, v in _flatten(inner, f"{name}.{key}" if name else key).items()}
 
 
-def parse() -> tuple[Paths, Config, str, int]:
-    """The command line."""
+def parse() -> tuple[Paths, Config, str | None, int]:
+    """Parse the command line: paths, configuration, --features and --processes."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("data", help='pictures: a folder, a .txt list or .tar shards such as "data/{000..127}.tar"')
+    parser.add_argument("data", help='images: a folder, a .txt list or .tar shards such as "data/{000..127}.tar"')
     parser.add_argument("--out", type=Path, required=True, help="folder of weights to write")
     parser.add_argument("--config", default="mini", help="mini, coco, imagenet, or the path of a .yaml file")
     parser.add_argument("--clip", type=Path, required=True, help="CLIP weights, .safetensors under OpenAI's names")
-    parser.add_argument("--prompts", type=Path, help="sentences about such pictures, one a line, at least 20")
-    parser.add_argument("--features", choices=KINDS, default=KINDS[0], help="what pictures are compared by at the end")
+    parser.add_argument("--prompts", type=Path, help="sentences about such images, one per line, at least 20")
+    help_features = "what images are compared by at the end [default: inception, or what can be had offline]"
+    parser.add_argument("--features", choices=KINDS, help=help_features)
     parser.add_argument("--processes", type=at_least(1), default=1, help="processes of this machine, such as its GPUs")
-    parser.add_argument("--work", type=Path, help="folder for everything on the way [default: runs/NAME_OF_OUT]")
+    parser.add_argument("--work", type=Path, help="folder for intermediate results [default: runs/NAME_OF_OUT]")
     parser.add_argument("overrides", nargs="*", help="changes to the configuration, such as stage1.steps=1000")
     args = parser.parse_intermixed_args()
     if args.processes < 1:
@@ -259,19 +260,22 @@ def parse() -> tuple[Paths, Config, str, int]:
 
 @command
 def main() -> None:
-    paths, config, features, processes = parse()
-    made_from = check_inputs(paths, config, features, processes)
-    with sole(paths.work) as lock:
+    paths, config, asked, processes = parse()
+    made_from = check_inputs(paths, config, processes)
+    with lock_folder(paths.work):
+        chosen = paths.work / "features.txt"
+        features = choose_features(asked, chosen.read_text() if chosen.is_file() else None)
         begin(paths, config, made_from)
+        write_text(chosen, features)
         minutes = json.loads(paths.minutes.read_text()) if paths.minutes.is_file() else {}
         if not paths.weights.exists() and not paths.out.exists():  # never exported, or deleted since
-            minutes = {name: spent for name, spent in minutes.items() if name not in ON_WEIGHTS}
-        for name, arguments in steps(paths, config, features, processes).items():
+            minutes = {name: spent for name, spent in minutes.items() if name not in WEIGHTS_STEPS}
+        for name, arguments in plan_steps(paths, config, features, processes).items():
             if name in minutes:
                 continue
             print(f"== {name}", flush=True)
             started = time.monotonic()
-            run(name, arguments, lock)
+            run_step(name, arguments)
             minutes[name] = round((time.monotonic() - started) / 60, 2)
             write_text(paths.minutes, json.dumps(minutes, indent=1) + "\n")
         if paths.weights.exists():

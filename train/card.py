@@ -35,7 +35,7 @@ from train.loop.script import command
 ROWS, COLUMNS, CANDIDATES = 6, 4, 16
 
 
-def sample_grid(pipe: ClipGen, prompts: Sequence[str], source: Source) -> Image.Image:
+def best_of_grid(pipe: ClipGen, prompts: Sequence[str], source: Source) -> Image.Image:
     """Draw the best 4 of 16 candidates, seed 0, for some prompts, or without prompts for some images, shown first."""
     size = pipe.config.vqgan.image_size
     given = [] if prompts else list(_readable_images(Subset(source, 2 * ROWS), size))[:ROWS]
@@ -168,7 +168,7 @@ def main() -> None:
     args = parser.parse_args()
     prompts = [line for line in read_lines(args.prompts) if line] if args.prompts else []
     pipe = ClipGen.from_pretrained(args.weights)
-    save_image(sample_grid(pipe, prompts, open_source(args.data)), args.weights / "samples.jpg")
+    save_image(best_of_grid(pipe, prompts, open_source(args.data)), args.weights / "samples.jpg")
     evaluation, minutes = (json.loads(path.read_text()) for path in (args.evaluation, args.minutes))
     text = card(describe_model_dir(args.weights), load_config(args.config), args.data, evaluation, minutes, prompts)
     write_text(args.weights / "README.md", text)

@@ -1,9 +1,9 @@
-"""What the training scripts wrote -> a folder of weights that `clipgen` and `predict.py` serve.
+"""Results of the training scripts -> a folder of weights that `clipgen` and `predict.py` load.
 
     python -m train.export --config mini --clip runs/clip/clip.safetensors --vqgan runs/vqgan --gpt runs/gpt \\
         --out weights/mini --data data/emoji/stage2
 
---data, the pictures of stage 2, adds the index of what the model has seen (train/mini/index.py).
+--data, the images of stage 2, adds the index of training images (train/mini/index.py).
 """
 
 from __future__ import annotations
@@ -33,8 +33,8 @@ def main() -> None:
     parser.add_argument("--vqgan", type=Path, required=True, help="folder that stage 1 wrote")
     parser.add_argument("--gpt", type=Path, required=True, help="folder that stage 2 wrote")
     parser.add_argument("--out", type=Path, required=True, help="folder of weights to write")
-    parser.add_argument("--data", help="pictures that stage 2 was trained on: adds coverage.safetensors")
-    parser.add_argument("--prompts", type=Path, help="sentences about such pictures, one a line; emoji have captions")
+    parser.add_argument("--data", help="images that stage 2 was trained on: adds coverage.safetensors")
+    parser.add_argument("--prompts", type=Path, help="sentences about such images, one per line; emoji have captions")
     args = parser.parse_args()
     files = {"clip": args.clip, "vqgan": args.vqgan / "vqgan.safetensors", "gpt": args.gpt / "gpt.safetensors"}
     for part, file in files.items():

@@ -1,9 +1,9 @@
-"""Whether tokens keep what pictures show: before stage 2 learns to write them.
+"""Round trip of images through the tokenizer: check what tokens keep before stage 2 learns them.
 
     python -m train.roundtrip --config mini --data photos --vqgan runs/vqgan --out runs/roundtrip
 
-Encodes some pictures, decodes their tokens and compares. Writes OUT/roundtrip.json and OUT/roundtrip.png (originals
-above what their tokens decode to). The exit code is 2 where stage 2 could learn nothing from such tokens.
+Encodes some images, decodes their tokens and compares. Writes OUT/roundtrip.json and OUT/roundtrip.png (originals above
+their reconstructions). The exit code is 2 if stage 2 could learn nothing from such tokens.
 """
 
 from __future__ import annotations
@@ -32,42 +32,46 @@ from train.encode import load_vqgan
 from train.loop.health import TrainingError
 from train.loop.script import command, parse_args
 
-PICTURES = 256
+MAX_IMAGES = 256
 BATCH = 16
-FEWEST = 0.01
-"""Share of the codes that there could be, below which they count as collapsed."""
+MIN_USED = 0.01
+"""Fraction of the possible codes below which the codebook counts as collapsed."""
 
 
 @dataclass(frozen=True)
 class RoundTrip:
-    """What the tokens of some pictures keep."""
+    """What the tokens of some images keep."""
 
     pictures: int
+    """Number of images."""
     psnr: float
-    """dB, mean over the pictures."""
+    """dB, mean over the images."""
     flat_psnr: float
-    """The same for one flat colour a picture, its mean: what tokens that say nothing would keep."""
+    """The same if each image is replaced by its mean colour, which needs no tokens."""
     codes_used: int
     codes_possible: int
-    """Codes of the codebook, or tokens of the pictures where they are fewer."""
+    """Size of the codebook, or number of tokens of the images if that is smaller."""
 
     def check(self) -> None:
-        """Raises: TrainingError: nothing to learn from."""
+        """Raises: TrainingError: there is nothing to learn from."""
         if self.psnr <= self.flat_psnr + 1:
             raise TrainingError(
                 f"the tokens keep no more than a flat colour would ({self.psnr:.1f} dB, {self.flat_psnr:.1f} dB); "
                 "train stage 1 for longer (stage1.steps), or look at its curves for what went wrong"
             )
-        if self.codes_used < max(2, FEWEST * self.codes_possible):
+        if self.codes_used < max(2, MIN_USED * self.codes_possible):
             raise TrainingError(
-                f"only {self.codes_used} of {self.codes_possible} possible codes are in use: they collapsed; train "
-                "stage 1 again with model.vqgan.l2_codes=true or a smaller stage1.revive_every"
+                f"only {self.codes_used} of {self.codes_possible} possible codes are in use: the codebook collapsed; "
+                "train stage 1 again with model.vqgan.l2_codes=true or a smaller stage1.revive_every"
             )
 
 
 @torch.no_grad()
 def measure(vqgan: VQGAN, source: Source) -> tuple[RoundTrip, Image.Image]:
-    """Encode and decode at most `PICTURES` pictures; the figures, and a grid of the first ones and what they become.
+    """Encode and decode up to `MAX_IMAGES` images.
+
+    Returns:
+        The figures, and a grid of the first images with their reconstructions below.
 
     Raises:
         DataError: none of them can be read.
@@ -76,7 +80,7 @@ def measure(vqgan: VQGAN, source: Source) -> tuple[RoundTrip, Image.Image]:
     kept: list[float] = []
     flat: list[float] = []
     shown: tuple[Tensor, Tensor] | None = None
-    for x in _batches(Subset(source, PICTURES), size):
+    for x in _batches(Subset(source, MAX_IMAGES), size):
         tokens = vqgan.encode_tokens(x)
         copy = vqgan.decode_tokens(tokens).clamp(-1, 1)
         mean = x.mean((2, 3), keepdim=True).expand_as(x)
@@ -85,7 +89,7 @@ def measure(vqgan: VQGAN, source: Source) -> tuple[RoundTrip, Image.Image]:
         codes += torch.bincount(tokens.flatten(), minlength=len(codes))
         shown = shown or (x[:8], copy[:8])
     if shown is None:
-        raise DataError(f"none of the {len(source.names)} pictures can be read")
+        raise DataError(f"none of the {len(source.names)} images can be read")
     possible = min(len(codes), len(kept) * vqgan.config.num_tokens)
     used = int((codes > 0).sum())
     found = RoundTrip(len(kept), sum(kept) / len(kept), sum(flat) / len(flat), used, possible)
@@ -93,7 +97,7 @@ def measure(vqgan: VQGAN, source: Source) -> tuple[RoundTrip, Image.Image]:
 
 
 def _batches(source: Source, size: int) -> Iterator[Tensor]:
-    """What can be read, (B, 3, size, size) in [-1, 1]."""
+    """Batches of the readable images, (B, 3, size, size) in [-1, 1]."""
     batch: list[Image.Image] = []
     for index in range(len(source.names)):
         try:
@@ -116,7 +120,7 @@ def main() -> None:
     save_image(picture, Path(args.out) / "roundtrip.png")
     write_text(args.out / "roundtrip.json", json.dumps(asdict(found), indent=1) + "\n")
     print(
-        f"{found.pictures} pictures: {found.psnr:.1f} dB ({found.flat_psnr:.1f} for a flat colour), "
+        f"{found.pictures} images: {found.psnr:.1f} dB ({found.flat_psnr:.1f} for a flat colour), "
         f"{found.codes_used} of {found.codes_possible} possible codes"
     )
     found.check()

@@ -224,7 +224,7 @@ def test_killed_in_the_middle_it_ends_with_a_folder_that_draws(flags: list[objec
     names = {path.name for path in folder.iterdir()}
     assert {"README.md", "samples.jpg", "coverage.safetensors", "manifest.json"} <= names
     text = (folder / "README.md").read_text()
-    assert "clip_fd, 0" in text and "| stage 2 |" in text and "vqgan, psnr" in text and "24 generated images" in text
+    assert "clip_fd, 0" in text and "| stage 2 |" in text and "vqgan, psnr" in text and "24 drawn images" in text
     assert Image.open(folder / "samples.jpg").width > 4 * 32
     pipe = ClipGen.from_pretrained(folder)
     assert len(pipe("a red circle", num_outputs=2, candidates=4, seed=0).images) == 2
