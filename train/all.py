@@ -249,8 +249,6 @@ def parse() -> tuple[Paths, Config, str | None, int]:
     parser.add_argument("--work", type=Path, help="folder for intermediate results [default: runs/NAME_OF_OUT]")
     parser.add_argument("overrides", nargs="*", help="changes to the configuration, such as stage1.steps=1000")
     args = parser.parse_intermixed_args()
-    if args.processes < 1:
-        parser.error(f"--processes is {args.processes}; it must be at least 1")
     paths = Paths(args.data, args.clip, args.prompts, args.work or Path("runs") / args.out.name, args.out)
     try:
         return paths, load_config(args.config, args.overrides), args.features, args.processes
