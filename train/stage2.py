@@ -253,7 +253,7 @@ def step_rows(sampler: ResumableSampler, batch_size: int, step: int) -> Tensor:
 
 
 def nearest_neighbours(embeddings: Tensor, k: int) -> Tensor:
-    """Rows of the k nearest neighbours of each unit-norm embedding (N, D): (N, min(k, N - 1)) int64, (1, 1) if alone."""
+    """Rows of the k nearest neighbours of each unit-norm embedding (N, D): (N, k) int64, with k at most N - 1."""
     if len(embeddings) < 2:
         return torch.zeros(len(embeddings), 1, dtype=torch.long)  # itself: interpolation changes nothing
     k, neighbours_of = min(k, len(embeddings) - 1), []

@@ -121,8 +121,9 @@ def _next_batch(batches: Iterator[Batch], stop: Stop | None) -> Batch | None:
                 raise
             message = str(error).strip().splitlines()[-1].partition(": ")[2]  # before it stands the worker's traceback
             raise type(error)(message) from error
-        except RuntimeError as error:
-            if "exited unexpectedly" in str(error):
+        except (RuntimeError, EOFError, ConnectionError) as error:
+            # The latter two where a batch that a dead worker had ready cannot be had from it any more.
+            if not isinstance(error, RuntimeError) or "exited unexpectedly" in str(error):
                 raise DataError(
                     "a worker process that reads images died: it was killed, or memory ran out; use workers=0, or a "
                     "container with more shared memory (--shm-size). The newest checkpoint is intact"
