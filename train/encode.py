@@ -210,11 +210,10 @@ def write_shards(encoders: Encoders, out: Path, workers: int, stop: Stop) -> Non
     if accelerator.is_main_process and not index.is_file():
         out.mkdir(parents=True, exist_ok=True)
         write_text(index, json.dumps(header | {"complete": False}, indent=1))
-    stop.wait_for_others()
     missing = [n for n in range(-(-total // ROWS)) if not shard_path(out, n).is_file()]
+    stop.wait_for_others()  # nobody writes a shard before all have seen which are missing
     own = missing[accelerator.process_index :: accelerator.num_processes]
     shown = accelerator.is_main_process and own
-    # Not `missing` again after this line: other processes are writing.
     encoded = encoders.read_each([range(n * ROWS, min(total, (n + 1) * ROWS)) for n in own], workers)
     for n in track(own, f"encoding {len(missing)} shards of {ROWS} crops") if shown else own:
         tokens, embeddings = next(encoded)
@@ -231,13 +230,28 @@ def shard_path(folder: Path, number: int) -> Path:
     return folder / f"{number:06d}.safetensors"
 
 
+def read_index(path: Path) -> dict[str, Any]:
+    """Read the index.json of an encoded set.
+
+    Raises:
+        DataError: it is damaged, or belongs to something else.
+    """
+    try:
+        header = json.loads(path.read_text(encoding="utf-8"))
+        if {"views"} <= header["origin"]["settings"].keys() and header.keys() >= {"complete", "rows", "rows_per_shard"}:
+            return header
+    except (ValueError, LookupError, TypeError, AttributeError):
+        pass
+    raise DataError(f"{path} is damaged or no index of an encoded set; delete it and encode again")
+
+
 def check_origin(index: Path, origin: Mapping[str, Any]) -> None:
     """Refuse shards that were made from or with something else.
 
     Raises:
         DataError: it names what differs.
     """
-    before = json.loads(index.read_text())["origin"]
+    before = read_index(index)["origin"]
     settings = origin.get("settings", {})
     parts = ("vqgan", "clip", "images")  # sets of earlier versions have the list of names in place of the last
     changed = [name for name in parts if before.get(name, origin.get(name)) != origin.get(name, before.get(name))]
@@ -258,7 +272,7 @@ class Encoded:
         index = folder / "index.json"
         if not index.is_file():
             raise DataError(f"{folder} holds no index.json; `python train/encode.py --out {folder}` writes one")
-        header = json.loads(index.read_text())
+        header = read_index(index)
         if not header["complete"]:
             raise DataError(f"{folder} is not complete; run train/encode.py again, it goes on where it stopped")
         origin = header["origin"]

@@ -162,3 +162,11 @@ def test_held_out_pictures_are_held_out_in_crop_rows() -> None:
     rows = stage2.crop_rows(pictures, 100, 3)
     assert len(held) == 5 and len(rows) == 285 and rows.max() < 300
     assert not set((rows % 100).tolist()) & set(held.tolist())
+
+
+@pytest.mark.parametrize("text", ["", '{"origin": ', "[]", '{"complete": true}', '{"origin": {"settings": null}}'])
+def test_damaged_index_is_named(text: str, tmp_path: Path) -> None:
+    (tmp_path / "index.json").write_text(text)
+    for read in (encode.Encoded, lambda folder: encode.check_origin(folder / "index.json", {})):
+        with pytest.raises(encode.DataError, match=r"index\.json is damaged or no index of an encoded set"):
+            read(tmp_path)
