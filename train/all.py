@@ -34,6 +34,7 @@ from omegaconf import OmegaConf
 
 from clipgen.errors import ConfigError, DownloadError
 from clipgen.evaluation.features import KINDS
+from clipgen.images.search import check_output
 from clipgen.images.sources import open_source
 from clipgen.utils.arguments import at_least
 from clipgen.utils.download import PATIENT, RetryPolicy
@@ -43,7 +44,7 @@ from clipgen.weights.cache import Settings, fetch
 from clipgen.weights.catalog import CATALOG
 from clipgen.weights.tensor_file import read_header
 from train.config import Config, load_config
-from train.loop.script import check_output, command
+from train.loop.script import command
 
 MAX_EVALUATED = 5000
 """Real images to compare with, and without sentences also images to generate."""

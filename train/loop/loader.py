@@ -124,6 +124,8 @@ def _next_batch(batches: Iterator[Batch], stop: Stop | None) -> Batch | None:
         except (RuntimeError, EOFError, ConnectionError) as error:
             # The latter two where a batch that a dead worker had ready cannot be had from it any more.
             if not isinstance(error, RuntimeError) or "exited unexpectedly" in str(error):
+                if stop is not None and stop.signal:
+                    return None  # SIGTERM reached the whole process group
                 raise DataError(
                     "a worker process that reads images died: it was killed, or memory ran out; use workers=0, or a "
                     "container with more shared memory (--shm-size). The newest checkpoint is intact"

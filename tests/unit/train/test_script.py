@@ -8,7 +8,8 @@ from pathlib import Path
 import pytest
 
 from clipgen.errors import OutputError
-from train.loop.script import check_output, lock_output
+from clipgen.images.search import check_output
+from train.loop.script import lock_output
 
 
 @pytest.fixture
