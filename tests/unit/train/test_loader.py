@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import signal
 import time
-from itertools import count, islice
+from itertools import count
 from pathlib import Path
 from types import SimpleNamespace
 
