@@ -82,6 +82,9 @@ app: $(VENV)/.app ## the web page [HOST=127.0.0.1 PAGE_PORT=7860 ARGS="--weights
 test: $(VENV)/.dev ## the fast suite: offline, CPU [ARGS="-k gpt"]
 	@$(BIN)/python -m pytest $(ARGS)
 
+test-levels: $(VENV)/.dev ## the numeric tests under each lower instruction set of this CPU
+	@$(BIN)/python .ci/levels
+
 test-slow: $(VENV)/.dev ## the slow suite
 	@$(BIN)/python -m pytest -m slow $(ARGS)
 
@@ -149,4 +152,4 @@ clean: ## remove caches and build products; keeps .venv, data, runs and outputs
 	@rm -rf .pytest_cache .mypy_cache .ruff_cache .hypothesis .cog *.egg-info
 	@find . -name __pycache__ -not -path './$(VENV)/*' -prune -exec rm -rf {} +
 
-.PHONY: gpu-check help setup predict .prompt serve app test test-slow test-browser lint format bench emoji renders scenes mini3 mini clean
+.PHONY: gpu-check help setup predict .prompt serve app test test-slow test-levels test-browser lint format bench emoji renders scenes mini3 mini clean

@@ -43,12 +43,16 @@ def test_outputs_are_the_best_candidates_in_order(pipe: ClipGen) -> None:
     assert all(image.size == (32, 32) and image.mode == "RGB" for image in best.images)
 
 
+@pytest.mark.numeric
 @pytest.mark.parametrize("dtype", cpu_dtypes())
 def test_same_seed_same_picture_alone_in_a_batch_and_among_candidates(tiny_weights: Path, dtype: str) -> None:
     pipe = ClipGen.from_pretrained(tiny_weights, device="cpu", dtype=dtype)
     alone = pipe("a lemon", seed=3).images[0]
     among = pipe("a lemon", num_outputs=8, seed=0)
     assert same(alone, among.images[among.seeds.index(3)])
+    many = pipe("a lemon", num_outputs=8, candidates=64, seed=0)
+    for seed, image in zip(many.seeds, many.images, strict=True):
+        assert same(pipe("a lemon", seed=seed).images[0], image)
     prompts = ["a dog", "a lemon", "a red heart", "pizza", "a cat", "a bus", "snow", "sun"]
     batch = pipe.generate([GenerationRequest(p, seed=3) for p in prompts])
     assert same(alone, batch[1].images[0])
