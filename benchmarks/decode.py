@@ -34,6 +34,7 @@ from roofline import describe, floor_seconds, in_words, random_weights, read_ban
 
 from clipgen.config import GPTConfig  # noqa: E402
 from clipgen.engine.batch import generate_tokens  # noqa: E402
+from clipgen.models.capabilities import cpu_dtypes, has_bfloat16  # noqa: E402
 from clipgen.models.gpt import GPT  # noqa: E402
 from clipgen.request import SamplingParams  # noqa: E402
 from clipgen.utils.entry_point import entry_point  # noqa: E402
@@ -42,7 +43,11 @@ from train.config import load_config  # noqa: E402
 SAMPLING = SamplingParams(temperature=1.0, top_k=500, top_p=0.95)
 UNCACHED_ROWS = 8
 """The published demo's batches; the uncached loop is timed with no more, and time per image does not fall beyond."""
-CACHE = torch.bfloat16
+COMPUTE = torch.bfloat16 if has_bfloat16() else torch.float32
+"""What activations and the cache have, and all of transformers' model: the faster of the two on this CPU."""
+COMPUTE_NAME = str(COMPUTE).removeprefix("torch.")
+DEFAULT = f"ours, {cpu_dtypes()[0]}"
+BYTES = {"float32": 4, "bfloat16": 2, "float16": 2, "int8": 1}
 SAMPLES = 4
 """Lengths at which the uncached loop is timed."""
 
@@ -84,7 +89,7 @@ def uncached(gpt: GPT) -> Contender:
 
 
 def transformers_generate(config: GPTConfig, cache: str) -> Contender:
-    """Hugging Face's generate() with a GPT-2 of the same sizes in bfloat16, from one start token."""
+    """Hugging Face's generate() with a GPT-2 of the same sizes in COMPUTE, from one start token."""
     from transformers import GPT2Config, GPT2LMHeadModel
 
     settings = GPT2Config(
@@ -98,7 +103,7 @@ def transformers_generate(config: GPTConfig, cache: str) -> Contender:
         pad_token_id=0,
     )
     with torch.device("meta"):
-        model = GPT2LMHeadModel(settings).to(torch.bfloat16)
+        model = GPT2LMHeadModel(settings).to(COMPUTE)
     model = random_weights(model)
     model.tie_weights()
 
@@ -136,7 +141,8 @@ def contenders(config: GPTConfig, names: Sequence[str]) -> dict[str, Contender]:
         elif name.startswith("ours"):
             gpt = copy.deepcopy(exact)
             kind = name.removeprefix("ours, ")
-            built[name] = ours(gpt.to(torch.bfloat16).prepack() if kind == "bfloat16" else gpt.quantise(kind, CACHE))
+            plain = kind in ("bfloat16", "float32")
+            built[name] = ours(gpt.to(getattr(torch, kind)).prepack() if plain else gpt.quantise(kind, COMPUTE))
         else:
             built[name] = transformers_generate(config, name.split()[1])
         gc.collect()
@@ -144,12 +150,10 @@ def contenders(config: GPTConfig, names: Sequence[str]) -> dict[str, Contender]:
 
 
 NAMES = [
-    "ours, bfloat16",
-    "ours, float16",
-    "ours, int8",
+    *(f"ours, {name}" for name in cpu_dtypes() if name != "float32" or torch.float32 == COMPUTE),
     "ours, uncached float32",
-    "transformers dynamic cache, bfloat16",
-    "transformers static cache, bfloat16",
+    f"transformers dynamic cache, {COMPUTE_NAME}",
+    f"transformers static cache, {COMPUTE_NAME}",
 ]
 
 
@@ -174,15 +178,15 @@ def measure(
 
 def compare(results: list[dict], config: GPTConfig, machine: dict) -> None:
     """Add to each result: seconds per image, how often ours is faster, and for ours the share of the floor."""
-    ours_seconds = {r["rows"]: r["seconds"] for r in results if r["name"] == "ours, bfloat16"}
+    ours_seconds = {r["rows"]: r["seconds"] for r in results if r["name"] == DEFAULT}
     for result in results:
         rows = result["rows"]
         result["per_image"] = result["seconds"] / rows
         if rows in ours_seconds:
             result["ours_faster"] = result["seconds"] / ours_seconds[rows]
         if result["name"].startswith("ours") and "uncached" not in result["name"]:
-            size = 1 if "int8" in result["name"] else 2
-            floor = floor_seconds(config, rows, size, config.block_size, machine)
+            size = BYTES[result["name"].removeprefix("ours, ")]
+            floor = floor_seconds(config, rows, size, config.block_size, machine, COMPUTE.itemsize)
             result["floor"], result["share"] = floor, floor / result["seconds"]
 
 

@@ -94,10 +94,12 @@ def describe_machine() -> dict[str, object]:
     """What the numbers depend on."""
     import torch
 
+    from clipgen.models.capabilities import instruction_set
+
     return {
         "cpus": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count(),
         "threads": torch.get_num_threads(),
-        "capability": torch.backends.cpu.get_cpu_capability(),
+        "instruction_set": instruction_set(),
         "load_average": round(os.getloadavg()[0], 2) if hasattr(os, "getloadavg") else None,
         "torch": torch.__version__,
     }

@@ -26,6 +26,7 @@ import torch
 import torch.nn as nn
 
 from clipgen.config import GPTConfig
+from clipgen.models.capabilities import has_bfloat16, instruction_set
 from clipgen.utils.entry_point import entry_point
 
 LARGE = 400_000_000
@@ -55,9 +56,10 @@ def matrix_rate(dtype: torch.dtype, size: int = 2048) -> float:
     return 2 * size**3 / seconds(lambda: a @ b)
 
 
-def step_bytes(config: GPTConfig, rows: int, weight_size: int, tokens: int) -> float:
-    """Bytes an average step must read: weights of `weight_size` bytes each, and half of a full bfloat16 cache."""
-    return matrix_weights(config) * weight_size + rows * config.n_layer * 2 * config.n_embd * 2 * (tokens + 1) / 2
+def step_bytes(config: GPTConfig, rows: int, weight_size: int, tokens: int, cache_size: int = 2) -> float:
+    """Bytes an average step must read: weights of `weight_size` bytes each, half of a cache with `cache_size`."""
+    cache = rows * config.n_layer * 2 * config.n_embd * cache_size * (tokens + 1) / 2
+    return matrix_weights(config) * weight_size + cache
 
 
 def step_flops(config: GPTConfig, rows: int) -> float:
@@ -70,10 +72,12 @@ def matrix_weights(config: GPTConfig) -> int:
     return 12 * config.n_layer * config.n_embd**2 + config.n_embd * config.vocab_size
 
 
-def floor_seconds(config: GPTConfig, rows: int, weight_size: int, tokens: int, machine: dict) -> float:
+def floor_seconds(
+    config: GPTConfig, rows: int, weight_size: int, tokens: int, machine: dict, cache_size: int = 2
+) -> float:
     """What `tokens` steps take at least on a machine that `describe` measured: the larger of both floors."""
-    read = step_bytes(config, rows, weight_size, tokens) / machine["read_bytes_per_s"]
-    compute = step_flops(config, rows) / machine["bfloat16_flops"]
+    read = step_bytes(config, rows, weight_size, tokens, cache_size) / machine["read_bytes_per_s"]
+    compute = step_flops(config, rows) / (machine["bfloat16_flops"] or machine["float32_flops"])
     return tokens * max(read, compute)
 
 
@@ -84,13 +88,13 @@ def describe() -> dict:
         "cpu": names[0] if names else platform.processor(),
         "cores": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count(),
         "threads": torch.get_num_threads(),
-        "capability": torch.backends.cpu.get_cpu_capability(),
-        "avx512_bf16": torch.cpu._is_avx512_bf16_supported(),
+        "instruction_set": instruction_set(),
         "load_average": round(os.getloadavg()[0], 2),
         "torch": torch.__version__,
         "read_bytes_per_s": read_bandwidth(),
         "float32_flops": matrix_rate(torch.float32),
-        "bfloat16_flops": matrix_rate(torch.bfloat16),
+        # Without the instructions PyTorch emulates bfloat16, and nothing runs at that rate.
+        "bfloat16_flops": matrix_rate(torch.bfloat16) if has_bfloat16() else None,
     }
 
 
@@ -101,11 +105,11 @@ def _cpuinfo() -> list[str]:
 
 def in_words(machine: dict) -> str:
     """One line for people."""
+    bfloat16 = f", {machine['bfloat16_flops'] / 1e9:.0f} in bfloat16" if machine["bfloat16_flops"] else ""
     return (
-        f"{machine['cpu']}, {machine['cores']} cores, {machine['threads']} threads, {machine['capability']}"
-        f"{' with bf16' if machine['avx512_bf16'] else ''}, torch {machine['torch']}, load {machine['load_average']}; "
-        f"reads {machine['read_bytes_per_s'] / 1e9:.1f} GB/s, multiplies {machine['float32_flops'] / 1e9:.0f} GFLOP/s "
-        f"in float32, {machine['bfloat16_flops'] / 1e9:.0f} in bfloat16"
+        f"{machine['cpu']}, {machine['cores']} cores, {machine['threads']} threads, {machine['instruction_set']}, "
+        f"torch {machine['torch']}, load {machine['load_average']}; reads {machine['read_bytes_per_s'] / 1e9:.1f} GB/s, "
+        f"multiplies {machine['float32_flops'] / 1e9:.0f} GFLOP/s in float32{bfloat16}"
     )
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
+import busy
 import decode
 import precision
 import pytest
@@ -41,7 +42,7 @@ def test_all_contenders_run_and_the_table_compares_them() -> None:
     table = decode.to_table(report)
     assert "uncached float32 (extrapolated)" in table and "| 1.00x |" in table
     by_name = {r["name"]: r for r in results if r["rows"] == 2}
-    ours, theirs = by_name["ours, bfloat16"], by_name["transformers dynamic cache, bfloat16"]
+    ours, theirs = by_name[decode.DEFAULT], by_name[f"transformers dynamic cache, {decode.COMPUTE_NAME}"]
     assert theirs["ours_faster"] == pytest.approx(theirs["seconds"] / ours["seconds"])
     assert "share" in ours and "share" not in theirs
 
@@ -68,3 +69,21 @@ def test_precisions_are_compared_on_the_same_tokens(tiny_weights: Path) -> None:
     assert rows["float32"]["same_likeliest"] == 1 and rows["float32"]["divergence"] == 0
     assert 0.8 < rows["int8"]["same_likeliest"] <= 1 and 0 < rows["int8"]["divergence"] < 0.05
     assert "| int8 |" in precision.to_table(list(rows.values()))
+
+
+def test_busy_measures_a_command_under_every_condition_that_can_be_made() -> None:
+    code = "import os, time; time.sleep(0.02); print(os.getpid())"
+    times = busy.measure(["-c", code], 2)
+    assert set(times) >= {"idle", "beside one busy loop", "beside two busy loops"}
+    assert all(len(found) == 2 and min(found) > 0.02 for found in times.values())
+    machine = {"instruction_set": "AVX2", "cores": 2, "waiting": "OMP_WAIT_POLICY=PASSIVE"}
+    table = busy.to_table({"machine": machine, "repeats": 2, "seconds": {"idle": [2.0, 2.0], "busy": [5.0, 3.0]}})
+    assert "| idle | 2.00 | 1.00x |" in table and "| busy | 4.00 | 2.00x |" in table
+
+
+def test_busy_holds_a_command_to_its_quota() -> None:
+    code = "from clipgen.utils.cpu import cpu_quota; raise SystemExit(cpu_quota() != 0.5)"
+    try:
+        busy.seconds(lambda: busy.under_quota(0.5), ["-c", code])
+    except OSError as error:
+        pytest.skip(f"no control group can be made here: {error}")
