@@ -61,7 +61,7 @@ def flags(
         (["--clip", "tiny.yaml"], "tiny.yaml is not a .safetensors file"),
         (["model.gpt.n_cond=64"], "embeddings of 32 numbers, model.gpt.n_cond is 64; add model.gpt.n_cond=32"),
         (["--processes", 3], "stage1.batch_size is 8; it must be a multiple of --processes, 3"),
-        (["--processes", 0], "--processes is 0"),
+        (["--processes", 0], "--processes: '0'; use a whole number, 1 or more"),
         (["--out", "tiny.yaml"], "tiny.yaml exists; give another --out"),
         (["--out", "pictures/mine"], "lies inside the data, pictures"),
         (["--work", "pictures/work"], "lies inside the data, pictures"),
