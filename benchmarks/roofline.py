@@ -108,8 +108,8 @@ def in_words(machine: dict) -> str:
     bfloat16 = f", {machine['bfloat16_flops'] / 1e9:.0f} in bfloat16" if machine["bfloat16_flops"] else ""
     return (
         f"{machine['cpu']}, {machine['cores']} cores, {machine['threads']} threads, {machine['instruction_set']}, "
-        f"torch {machine['torch']}, load {machine['load_average']}; reads {machine['read_bytes_per_s'] / 1e9:.1f} GB/s, "
-        f"multiplies {machine['float32_flops'] / 1e9:.0f} GFLOP/s in float32{bfloat16}"
+        f"torch {machine['torch']}, load {machine['load_average']}; "
+        f"reads {machine['read_bytes_per_s'] / 1e9:.1f} GB/s, multiplies {machine['float32_flops'] / 1e9:.0f} GFLOP/s in float32{bfloat16}"
     )
 
 

@@ -148,7 +148,7 @@ class GPT(nn.Module):
         return self
 
     def _count_rows(self, least: int) -> None:
-        # All blocks have the same shapes, so one shows how rows are summed. Rounding to bfloat16 hides most differences.
+        # Blocks have equal shapes, so one shows how rows are summed. Rounding to bfloat16 hides most differences.
         blocks = self.blocks if self.head.weight.dtype == torch.bfloat16 else self.blocks[:1]
         layers = [m for b in cast(Iterable[Block], blocks) for m in (b.qkv, b.proj, b.fc1, b.fc2)]
         self.row_counts = RowCounts([*layers, self.head], least)

@@ -90,7 +90,9 @@ def test_gpu_that_cuda_cannot_start_is_a_note_with_the_remedy(
     [found] = [finding for finding in record["findings"] if finding["name"] == "device"]
     assert record["ok"] and found["state"] == "warning"
     assert (
-        "driver on your system is too old" in found["text"] and "580" in found["text"] and "as pytorch.org describes" in found["text"]
+        "driver on your system is too old" in found["text"]
+        and "580" in found["text"]
+        and "as pytorch.org describes" in found["text"]
     )
 
 
