@@ -109,7 +109,9 @@ class Page:
             self.seed = gr.Number(0, label="Seed", precision=0, minimum=0, elem_id="seed", min_width=120)
         with gr.Accordion("Start from an image", open=False, elem_id="start") as self.start:
             self.image = gr.File(label="Image to mix in", file_types=["image"], elem_id="image", height=120)
-            self.thumbnail = gr.Image(visible=False, interactive=False, show_label=False, height=160, buttons=[])
+            self.thumbnail = gr.Image(
+                visible=False, interactive=False, show_label=False, height=160, buttons=[], format="png"
+            )
             self.image_weight = gr.Slider(-2, 4, 1.0, step=0.1, label="Its weight", info="the prompt counts 1")
         with gr.Accordion("More settings", open=False):
             self.negative_prompt = gr.Textbox(

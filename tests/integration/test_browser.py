@@ -45,7 +45,7 @@ def serve(root: Path, folder: Path, *options: str) -> Iterator[str]:
         env = os.environ | {"TMPDIR": str(folder)}
         server = subprocess.Popen(command, cwd=root, env=env, stdout=log, stderr=log)
     address = f"http://127.0.0.1:{port}"
-    deadline = time.monotonic() + 3 * WAIT / 1000
+    deadline = time.monotonic() + max(600, WAIT / 1000)
     try:
         while True:
             assert server.poll() is None and time.monotonic() < deadline, (folder / "log").read_text()
