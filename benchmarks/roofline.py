@@ -109,7 +109,8 @@ def in_words(machine: dict) -> str:
     return (
         f"{machine['cpu']}, {machine['cores']} cores, {machine['threads']} threads, {machine['instruction_set']}, "
         f"torch {machine['torch']}, load {machine['load_average']}; "
-        f"reads {machine['read_bytes_per_s'] / 1e9:.1f} GB/s, multiplies {machine['float32_flops'] / 1e9:.0f} GFLOP/s in float32{bfloat16}"
+        f"reads {machine['read_bytes_per_s'] / 1e9:.1f} GB/s, "
+        f"multiplies {machine['float32_flops'] / 1e9:.0f} GFLOP/s in float32{bfloat16}"
     )
 
 
