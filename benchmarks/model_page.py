@@ -9,7 +9,7 @@ relative to docs/; here it is sent as a data: URL.
 from __future__ import annotations
 
 if __name__ == "__main__":
-    from clipgen.utils.entry_point import end_at_ctrl_c
+    from clipgen.utils.ctrl_c import end_at_ctrl_c
 
     end_at_ctrl_c()  # until main() takes over
 

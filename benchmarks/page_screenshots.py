@@ -8,6 +8,11 @@ Needs Chromium and Playwright, as `make test-browser` installs them.
 
 from __future__ import annotations
 
+if __name__ == "__main__":
+    from clipgen.utils.ctrl_c import end_at_ctrl_c
+
+    end_at_ctrl_c()  # until main() takes over
+
 import argparse
 import io
 import os
@@ -17,6 +22,8 @@ from typing import Any
 
 from PIL import Image
 from playwright.sync_api import sync_playwright
+
+from clipgen.utils.entry_point import entry_point
 
 SIZES = {"desktop": (1280, 850), "phone": (390, 844)}
 COLOURS = 256
@@ -36,6 +43,7 @@ def drawn_page(browser: Any, url: str, size: tuple[int, int], scheme: str, examp
     return page
 
 
+@entry_point()
 def main() -> None:
     """Command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)

@@ -106,7 +106,7 @@ model:
         ("stage1.min_scale=0", "min_scale is 0"),
         ("stage1.warmup=-1", "warmup is -1"),
         ("stage1.disc_regularisation=r1", "disc_regularisation_weight is 0.0 with disc_regularisation=r1; use a pos"),
-        ("stage1.disc_regularisation_weight=1", "use 0 without one"),
+        ("stage1.disc_regularisation_weight=1", "use 0 with none"),
         ("stage1.codes=kmeans", "codes is 'kmeans'; use gradient or ema"),
         ("stage1.only_decoder=true", "only_decoder is true with init=, codes=gradient"),
         ("stage1.accumulate=0", "accumulate is 0; it must be at least 1"),

@@ -8,6 +8,11 @@ and of the emoji that are put on them, in both styles that scenes are painted ov
 
 from __future__ import annotations
 
+if __name__ == "__main__":
+    from clipgen.utils.ctrl_c import end_at_ctrl_c
+
+    end_at_ctrl_c()  # until main() takes over
+
 import argparse
 from pathlib import Path
 

@@ -143,7 +143,7 @@ def test_generate_says_it_to_people(folder: Path, monkeypatch: pytest.MonkeyPatc
     monkeypatch.setattr("clipgen.weights.training_index.OUT_OF_DISTRIBUTION", 1.01 if low else 0)
     few = ("--num-outputs", "1", "--candidates", "1", "--device", "cpu", "--dtype", "float32")
     result = CliRunner().invoke(app, ["generate", "a lemon", *few, "--weights", str(folder)])
-    assert re.search(r"coverage \d+ of 100, nearest training pictures: \d+\.png; \d+\.png; \d+\.png\n", result.stdout)
+    assert re.search(r"coverage \d+ of 100, nearest training images: \d+\.png; \d+\.png; \d+\.png\n", result.stdout)
     warned = re.search(r"little like 'a lemon'; the nearest of its training images is \d+\.png", result.stderr)
     assert bool(warned) == low
 
