@@ -516,6 +516,7 @@ def test_mini_model_draws_its_own_example(browser: Any, root: Path, tmp_path: Pa
         visitor.set_default_timeout(WAIT)
         visitor.goto(address)
         examples = (root / "weights" / "mini" / "examples.txt").read_text(encoding="utf-8").splitlines()
+        visitor.locator("#examples button").first.wait_for()
         assert visitor.locator("#examples button").all_inner_texts() == examples
         set_number(visitor, "num-outputs", 1)
         set_number(visitor, "candidates", 1)
