@@ -18,6 +18,7 @@ import urllib.request
 from collections.abc import Iterator
 from contextlib import suppress
 from dataclasses import dataclass, field
+from functools import cache
 from pathlib import Path
 
 import pytest
@@ -46,7 +47,7 @@ PROGRAM = re.compile(
 )
 
 
-@dataclass
+@dataclass(eq=False)
 class Checkout:
     """A fresh copy of the project with an environment, and what its readers bring along: photos and prompts."""
 
@@ -61,7 +62,13 @@ class Checkout:
             process = subprocess.Popen(shell, cwd=self.folder, env=self.environment, start_new_session=True)
             self.background.append(process)
             return subprocess.CompletedProcess(shell, 0, "", "")
-        return subprocess.run(shell, cwd=self.folder, env=self.environment, capture_output=True, text=True, timeout=900)
+        pipes = {"stdin": subprocess.DEVNULL, "stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
+        return subprocess.run(shell, cwd=self.folder, env=self.environment, text=True, timeout=900, **pipes)
+
+    @cache  # noqa: B019 there is one checkout
+    def help(self, program: str) -> subprocess.CompletedProcess[str]:
+        """Run a program with --help."""
+        return self.run(f"COLUMNS=200 {program} --help")
 
     def stop(self) -> None:
         for process in self.background:
@@ -172,9 +179,10 @@ def test_options_of_commands_that_are_not_run_exist(root: Path, checkout: Checko
     missing = []
     for command in commands_of(root, page):
         programs = list(PROGRAM.finditer(command.text)) if reason(command) else []
-        for program, following in zip(programs, [*programs[1:], None], strict=True):
-            arguments = command.text[program.end() : following.start() if following else None].split(" #")[0]
-            shown = checkout.run(f"COLUMNS=200 {program[1]} --help")
+        ends = [*(program.start() for program in programs), len(command.text)][1:]
+        for program, end in zip(programs, ends, strict=False):
+            arguments = command.text[program.end() : end].split(" #")[0]
+            shown = checkout.help(program[1])
             if shown.returncode:
                 missing.append(f"{command}: {program[1]} --help fails: {shown.stderr[-300:]}")
             options = re.findall(r"(?<!\S)--?[a-z][a-z-]*", arguments)
