@@ -122,7 +122,7 @@ def test_numbers_that_are_not_finite_stop_the_training(
 STEPS = ["log_every=2", "patience=3", "warmup=0", "save_every=5"]
 GONE_WRONG = {
     "explodes": (stage1, ["lr=1e12", "steps=20"], "not finite, so the weights are lost"),
-    "collapses": (stage1, ["lr=0.3", "revive_every=0", "codes=gradient", "steps=60"], "the codebook collapses"),
+    "collapses": (stage1, ["lr=0.3", "revive_every=0", "codes=gradient", "steps=300"], "the codebook collapses"),
     "loses": (stage1, ["disc_start=0", "disc_lr=1e-2", "disc_weight=0", "steps=400"], "the discriminator wins"),
     "diverges": (stage2, ["lr=1.0", "steps=40"], "the GPT does worse than guessing"),
 }
@@ -254,7 +254,8 @@ def test_a_folder_without_images_is_one_clear_line(
     config: Path, tmp_path: Path, monkeypatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     with pytest.raises(SystemExit) as stop:
-        run(stage1, monkeypatch, "--config", config, "--data", tmp_path, "--out", tmp_path / "run")
+        (tmp_path / "empty").mkdir()
+        run(stage1, monkeypatch, "--config", config, "--data", tmp_path / "empty", "--out", tmp_path / "run")
     assert stop.value.code == 2
     assert "holds no image" in capsys.readouterr().err
 
@@ -284,28 +285,6 @@ def test_mixed_embeddings_lie_between_a_picture_and_one_of_its_nearest() -> None
     assert torch.allclose(mixed.norm(dim=1), torch.ones(200))
     low, high = torch.tensor([0.0, 5.0, 80.0, 87.5]), torch.tensor([5.0, 10.0, 87.5, 95.0])  # at most half of the way
     assert ((found > low - 1e-3) & (found < high + 1e-3)).all() and (found.std(0) > 0.5).all()
-
-
-def test_each_thing_of_a_picture_is_perturbed_alone_and_those_not_there_stay_away() -> None:
-    things = F.normalize(torch.randn(400, 2, 32, generator=torch.Generator().manual_seed(0)), dim=2)
-    things[::2, 1] = 0
-    turned = perturb(things, angle=30, dropout=0.25, generator=torch.Generator().manual_seed(1))
-    dropped = (turned == 0).flatten(1).all(dim=1)
-    assert 0.2 < dropped.float().mean() < 0.3 and not turned[::2, 1].any()
-    angles = (turned * things).sum(2)[~dropped & things[:, 1].any(1)].clamp(-1, 1).acos().rad2deg()
-    assert angles.max() <= 30.01 and angles.min(dim=1).values.mean() < 0.9 * angles.mean()
-
-
-def test_pictures_of_several_things_have_no_neighbours_but_themselves() -> None:
-    things = torch.zeros(4, 2, 3)
-    things[:, 0, 0] = 1.0
-    things[1, 0] = F.normalize(torch.tensor([1.0, 0.1, 0.0]), dim=0)
-    things[[2, 3], 1, 2] = 1.0  # nearer to each other than anything else is
-    near = nearest_neighbours(things, 5)
-    assert near.tolist() == [[1], [0], [2], [3]]
-    mixed = interpolate(things, torch.arange(4), near, torch.Generator().manual_seed(0))
-    assert torch.equal(mixed[2:], things[2:]) and not torch.equal(mixed[:2], things[:2])
-    assert torch.allclose(mixed[:, 0].norm(dim=1), torch.ones(4))
 
 
 def test_corrupted_tokens_are_other_pictures_of_the_same_place() -> None:
