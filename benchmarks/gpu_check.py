@@ -10,25 +10,28 @@ the machine.
 
 from __future__ import annotations
 
+import sys
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path[:0] = [str(ROOT)]  # run from anywhere, installed or not
+
 if __name__ == "__main__":
     from clipgen.utils.ctrl_c import end_at_ctrl_c
 
     end_at_ctrl_c()  # until main() takes over
 
-import argparse
-import os
-import sys
-import time
-from pathlib import Path
+import argparse  # noqa: E402
+import os  # noqa: E402
+import time  # noqa: E402
 
-import torch
-from gpucheck import kernels, numerics, speed, training
-from gpucheck.report import Bench, Outcome, Stage, append, read, run_stage, write_report
+import torch  # noqa: E402
+from gpucheck import kernels, numerics, speed, training  # noqa: E402
+from gpucheck.report import Bench, Outcome, Stage, append, read, run_stage, write_report  # noqa: E402
 
-from clipgen.utils.entry_point import entry_point
-from clipgen.weights.precision import pick_device
+from clipgen.utils.entry_point import entry_point  # noqa: E402
+from clipgen.weights.precision import pick_device  # noqa: E402
 
-ROOT = Path(__file__).resolve().parent.parent
 STAGES: dict[str, Stage] = {
     "facts": kernels.facts,
     "attention": kernels.attention,

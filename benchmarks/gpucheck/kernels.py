@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import platform
 import re
 import subprocess
@@ -34,8 +33,7 @@ def facts(bench: Bench) -> Iterator[Figure]:
         query = ["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"]
         yield Figure("driver", subprocess.run(query, capture_output=True, text=True).stdout.strip())
     tests = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", *GPU_TESTS]
-    environment = os.environ | {"PYTHONPATH": str(bench.root)}
-    done = subprocess.run(tests, cwd=bench.root, capture_output=True, text=True, env=environment)
+    done = subprocess.run(tests, cwd=bench.root, capture_output=True, text=True, env=bench.environment)
     if done.returncode not in (0, 1):
         raise Skipped(f"pytest could not run: {(done.stderr or done.stdout).strip().splitlines()[-1:]}")
     counts = {word: int(count) for count, word in re.findall(r"(\d+) (passed|failed|skipped)", done.stdout)}

@@ -183,7 +183,11 @@ def nan(bench: Bench) -> Iterator[Figure]:
     """NaN in the GPT's head, in a process of its own: an error, and the next request works."""
     weights = str(bench.root / "weights" / "mini")
     done = subprocess.run(
-        [sys.executable, "-c", NAN, weights, str(bench.device)], cwd=bench.root, capture_output=True, text=True
+        [sys.executable, "-c", NAN, weights, str(bench.device)],
+        cwd=bench.root,
+        env=bench.environment,
+        capture_output=True,
+        text=True,
     )
     said = done.stdout.strip() or done.stderr.strip().splitlines()[-1:] or "nothing"
     yield Figure(

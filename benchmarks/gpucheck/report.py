@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass, field
@@ -43,6 +44,12 @@ class Bench:
     def is_cuda(self) -> bool:
         """Whether the device is a GPU."""
         return self.device.type == "cuda"
+
+    @property
+    def environment(self) -> dict[str, str]:
+        """For child processes: they find the checkout, beside whatever this process finds, and only its device."""
+        path = os.pathsep.join(filter(None, (str(self.root), os.environ.get("PYTHONPATH"))))
+        return os.environ | {"PYTHONPATH": path} | ({} if self.is_cuda else {"CUDA_VISIBLE_DEVICES": ""})
 
 
 class Skipped(Exception):
