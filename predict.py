@@ -15,6 +15,7 @@ from typing import Any
 from cog import BasePredictor, Input, Path, concurrent, streaming
 
 from clipgen.serving import PredictionService
+from clipgen.utils.ctrl_c import heed_ctrl_c
 
 
 class Predictor(BasePredictor):
@@ -22,6 +23,7 @@ class Predictor(BasePredictor):
 
     def setup(self) -> None:
         """Load the model and warm it up. Nothing is downloaded unless CLIPGEN_WEIGHTS names a published model."""
+        heed_ctrl_c()  # serve.py has it ignored, and Cog's worker then hangs for ten seconds now and then
         self.service = PredictionService.from_environment()
 
     def healthcheck(self) -> bool:

@@ -49,6 +49,7 @@ from clipgen.utils.entry_point import entry_point  # noqa: E402
 from train.config import Config, load_config  # noqa: E402
 from train.data.images import Images  # noqa: E402
 from train.encode import Encoded, Encoders, write_shards  # noqa: E402
+from train.loop.batches import choose_precision  # noqa: E402
 from train.loop.loader import image_batches  # noqa: E402
 from train.loop.optimization import MovingAverage, build_optimizers  # noqa: E402
 from train.loop.stopping import Stop  # noqa: E402
@@ -83,7 +84,8 @@ class Stage1:
     def __init__(self, config: Config, recipe: Recipe, device: torch.device) -> None:
         c = config.stage1
         self.config, self.gan_on = c, c.disc_start < c.steps
-        self.accelerator = Accelerator(mixed_precision=recipe.precision, cpu=device.type != "cuda")
+        self.precision = choose_precision(replace(c, precision=recipe.precision))
+        self.accelerator = Accelerator(mixed_precision=self.precision, cpu=device.type != "cuda")
         with device:
             self.vqgan, judge = VQGAN(config.model.vqgan), PatchDiscriminator(c.disc_ch)
         # LPIPS with random weights costs what it costs with its own.
@@ -217,8 +219,8 @@ def keys(batch: int) -> Callable[[int], list[tuple[int, int]]]:
 def measure_stage1(config: Config, name: str, steps: int, pictures: Path, device: torch.device) -> dict[str, Any]:
     """Pictures a second of one recipe."""
     c, recipe = config.stage1, RECIPES[name]
-    rate = matrix_rate(recipe.precision, device)
     trainer = Stage1(config, recipe, device)
+    rate = matrix_rate(trainer.precision, device)
     data = Images(pictures, config.model.vqgan.image_size, c.min_scale)
     batches = image_batches(data, keys(c.batch_size), count(), c.workers)
     spent = timed(lambda: trainer.step(next(batches).pixels.to(device)), steps, device)
@@ -235,8 +237,9 @@ def build_clip(config: Config) -> Clip:
 def measure_stage2(config: Config, source: str, steps: int, pictures: Path, device: torch.device) -> dict[str, Any]:
     """Tokens a second from pixels, encoded in every step, or from an encoded set."""
     c = config.stage2
-    rate = matrix_rate(c.precision, device)
-    accelerator = Accelerator(mixed_precision=c.precision, cpu=device.type != "cuda")
+    precision = choose_precision(c)
+    rate = matrix_rate(precision, device)
+    accelerator = Accelerator(mixed_precision=precision, cpu=device.type != "cuda")
     clip = build_clip(config)
     images = Images(pictures, config.model.vqgan.image_size, c.min_scale, clip_size=clip.image_size)
     vqgan = VQGAN(config.model.vqgan).requires_grad_(False).eval()

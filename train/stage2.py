@@ -117,7 +117,7 @@ def train(args: Namespace, config: Config) -> None:
         enable_recompute(gpt, (Block,))
     if c.parallel == "fsdp":
         for copy in (gpt, cast(GPT, ema.module)):
-            shard_model(copy, copy.blocks, device, c.precision == "bf16")
+            shard_model(copy, copy.blocks, device, accelerator.mixed_precision == "bf16")
         model: nn.Module = gpt
         optimizers = build_optimizers(gpt, c)
         sharded = ShardedState({"model": gpt, "average": ema}, optimizers[0])

@@ -1,6 +1,7 @@
-"""Ctrl-C before a program has begun. It imports next to nothing, so that it can act at once."""
+"""What Ctrl-C does outside `entry_point`. It imports next to nothing, so that it can act at once."""
 
 import signal
+import threading
 
 
 def end_at_ctrl_c() -> None:
@@ -9,4 +10,11 @@ def end_at_ctrl_c() -> None:
     For the seconds in which a program imports its packages. An ignored SIGINT (`nohup`) stays ignored.
     """
     if signal.getsignal(signal.SIGINT) is signal.default_int_handler:
+        signal.signal(signal.SIGINT, signal.SIG_DFL)
+
+
+def heed_ctrl_c() -> None:
+    """Let Ctrl-C end the process at once where the process that started it left it ignored. For the main thread."""
+    is_main = threading.current_thread() is threading.main_thread()
+    if is_main and signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
         signal.signal(signal.SIGINT, signal.SIG_DFL)

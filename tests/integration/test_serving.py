@@ -138,7 +138,8 @@ def test_sigterm_answers_waiting_clients_and_logs_lost_predictions(tmp_path: Pat
     finally:
         server.stop()
     for name in ("one", "two"):
-        assert answers[name]["status"] == "succeeded" and len(answers[name]["output"]) == 1
+        assert answers[name]["status"] == "succeeded", (answers[name], server.log.read_text()[-3000:])
+        assert len(answers[name]["output"]) == 1
         assert any('"event": "succeeded"' in said for said in said_of(server.log, name))
     ended = {name: said_of(server.log, name) for name in LATER}
     lost = [name for name, said in ended.items() if "Prediction worker completed" not in said]
@@ -148,12 +149,10 @@ def test_sigterm_answers_waiting_clients_and_logs_lost_predictions(tmp_path: Pat
 
 
 def test_ctrl_c_stops_make_serve_at_once(root: Path, tiny_weights: Path, tmp_path: Path) -> None:
-    # In 3 of some 40 starts Cog's own worker missed the end and was killed after ten seconds. A worker that Ctrl-C
-    # breaks hangs every time, so the best of three is what counts.
-    seconds = [stop_with_ctrl_c(root, tiny_weights, tmp_path / "log")]
-    while seconds[-1] > 6 and len(seconds) < 3:
-        seconds.append(stop_with_ctrl_c(root, tiny_weights, tmp_path / "log"))
-    assert seconds[-1] < 6, f"Cog waited {seconds} seconds for a worker that hangs"
+    # 0.2 s; a worker that does not end with it is killed after ten. Where it ignored Ctrl-C, Cog's own took 1 to 1.5 s,
+    # and hung in 6 of 20 starts.
+    seconds = [stop_with_ctrl_c(root, tiny_weights, tmp_path / "log") for _ in range(3)]
+    assert max(seconds) < 6, f"Cog waited {seconds} seconds for a worker that hangs"
 
 
 def stop_with_ctrl_c(root: Path, weights: Path, log: Path) -> float:

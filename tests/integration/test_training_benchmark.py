@@ -80,4 +80,5 @@ def test_it_runs_as_a_script(config: Config, root: Path, tmp_path: Path) -> None
     report = json.loads(done.stdout)
     parts = ["stage 1, channels-last", "stage 2, from pixels", "stage 2, from tokens"]
     assert [row["part"] for row in report["results"]] == parts
-    assert all(0 < row["share"] < 2 and row["images_per_s"] > 0 for row in report["results"])
+    # A tiny model's share of the matrix rate says nothing: where bfloat16 is emulated it may be any number.
+    assert all(row["share"] > 0 and row["images_per_s"] > 0 for row in report["results"])

@@ -13,6 +13,7 @@ from accelerate import Accelerator
 from torch import Tensor
 
 from clipgen.errors import ConfigError
+from clipgen.models.capabilities import cpu_dtypes
 from clipgen.utils.cpu import thread_count
 from clipgen.utils.distributed import Processes
 from train.config import TrainConfig
@@ -35,16 +36,21 @@ def build_accelerator(config: TrainConfig) -> Accelerator:
 
 
 def choose_precision(config: TrainConfig) -> str:
-    """The configured precision, or fp16 instead of bf16 on GPUs that only emulate that (before Ampere, as the T4).
+    """The configured precision, or where bf16 is only emulated: fp16 on GPUs (before Ampere, as the T4), no on CPUs.
 
     Raises:
         ConfigError: fp16 is asked for on a CPU, or is needed here and this training cannot use it.
     """
-    if config.precision == "fp16" and not torch.accelerator.is_available():
+    has_gpu = torch.accelerator.is_available()
+    if config.precision == "fp16" and not has_gpu:
         raise ConfigError("precision=fp16 needs a GPU, and there is none; use bf16 or no")
-    emulated = torch.cuda.is_available() and not torch.cuda.is_bf16_supported(including_emulation=False)
-    if config.precision != "bf16" or not emulated:
+    if config.precision != "bf16":
         return config.precision
+    if not has_gpu and "bfloat16" not in cpu_dtypes():  # a convolution takes 200 times as long as in float32
+        print("this CPU only emulates bf16, so training uses precision=no", file=sys.stderr, flush=True)
+        return "no"
+    if not torch.cuda.is_available() or torch.cuda.is_bf16_supported(including_emulation=False):
+        return "bf16"
     gpu = torch.cuda.get_device_name()
     try:
         replace(config, precision="fp16")  # checks the combination with the other settings

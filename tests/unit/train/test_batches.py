@@ -34,8 +34,19 @@ def test_training_that_cannot_use_fp16_is_refused_where_bf16_is_emulated(setting
         choose_precision(Stage2Config(**settings))  # type: ignore[arg-type]
 
 
-def test_gpu_with_bf16_and_cpu_keep_it(monkeypatch: pytest.MonkeyPatch) -> None:
-    assert choose_precision(Stage2Config(optimizer="muon")) == "bf16"
+def test_gpu_with_bf16_keeps_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("torch.accelerator.is_available", lambda: True)
     monkeypatch.setattr("torch.cuda.is_available", lambda: True)
     monkeypatch.setattr("torch.cuda.is_bf16_supported", lambda including_emulation=True: True)
     assert choose_precision(Stage2Config(optimizer="muon")) == "bf16"
+
+
+@pytest.mark.parametrize(("dtypes", "precision"), [(["float32", "bfloat16"], "bf16"), (["float32"], "no")])
+def test_cpu_trains_in_bf16_where_that_is_not_only_emulated(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], dtypes: list[str], precision: str
+) -> None:
+    monkeypatch.setattr("torch.accelerator.is_available", lambda: False)
+    monkeypatch.setattr("train.loop.batches.cpu_dtypes", lambda: dtypes)
+    assert choose_precision(Stage1Config()) == choose_precision(Stage2Config(optimizer="muon")) == precision
+    said = "this CPU only emulates bf16, so training uses precision=no"
+    assert (said in capsys.readouterr().err) == (precision == "no")
