@@ -20,13 +20,15 @@ from clipgen.weights.tensor_file import load_tensors
 from train.config import Stage2Config, TrainConfig
 
 
-def load_model_weights(model: nn.Module, path: str | Path) -> None:
-    """Load a .safetensors file into a model.
+def load_model_weights(model: nn.Module, path: str | Path, prefix: str = "") -> None:
+    """Load a .safetensors file into a model, or those of its tensors that are under `prefix`.
 
     Raises:
         WeightsError: the file is missing, is not .safetensors, or does not fit the model.
     """
-    weights = load_tensors(path)
+    weights = {
+        name.removeprefix(prefix): tensor for name, tensor in load_tensors(path).items() if name.startswith(prefix)
+    }
     expected = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
     try:
         check_shapes(expected, weights, type(model).__name__)

@@ -4,7 +4,8 @@
 
 Linear heads read the facts of scenes from the embedding, which so holds all of them. `train/mini/text_tower.py` then
 teaches sentences where their scenes are. Stopped by Ctrl-C, SIGTERM or its minutes, the same command goes on.
-Writes OUT/image.safetensors and OUT/heads.safetensors; init=FILE starts from these, from another machine.
+Writes OUT/image.safetensors and OUT/heads.safetensors; init=FILE starts from these, from another machine, or from the
+image tower of a whole CLIP, such as weights/mini/clip.safetensors: it knows the objects already.
 """
 
 from __future__ import annotations
@@ -18,9 +19,11 @@ from dataclasses import asdict
 from pathlib import Path
 
 import torch
+import torch.nn as nn
 from torch import Tensor
 from torch.utils.data import DataLoader
 
+from clipgen.weights.tensor_file import load_tensors
 from train.loop.batches import build_accelerator, process_rows
 from train.loop.checkpoint import Checkpoints, save_tensors
 from train.loop.health import check_finite
@@ -33,6 +36,18 @@ from train.mini.labels import Heads, accuracy, heads_loss
 from train.mini.towers import EMBED_DIM, build_clip, embed, open_scenes, parse_tower
 
 
+def init_tower(tower: nn.Module, heads: Heads, path: Path) -> None:
+    """Load the tower and its heads, or the tower alone where the file is a whole CLIP.
+
+    Raises:
+        WeightsError: the file is missing, is not .safetensors, or does not fit.
+    """
+    is_clip = any(name.startswith("visual.") for name in load_tensors(path))
+    load_model_weights(tower, path, "visual." if is_clip else "")
+    if not is_clip:
+        load_model_weights(heads, path.with_name("heads.safetensors"))
+
+
 @command
 def main() -> None:
     args, config = parse_tower(__doc__ or "")
@@ -43,8 +58,7 @@ def main() -> None:
     tower = build_clip().visual.train().to(memory_format=torch.channels_last)  # a third faster on a CPU
     heads = Heads(EMBED_DIM)
     if config.init:
-        load_model_weights(tower, config.init)
-        load_model_weights(heads, Path(config.init).with_name("heads.safetensors"))
+        init_tower(tower, heads, Path(config.init))
     groups = [
         *weight_decay_groups(tower, config.weight_decay),
         {"params": list(heads.parameters()), "weight_decay": 0.0},

@@ -32,6 +32,8 @@ from train.loop.script import command, minutes
 PARTS = ("image", "text", "vqgan", "gpt", "export")
 ROOT = Path(__file__).resolve().parents[2]
 CONFIG = Path(__file__).with_name("mini3.yaml")
+SHIPPED_CLIP = ROOT / "weights" / "mini" / "clip.safetensors"
+"""Whose image tower knows the objects already: the new one starts from it."""
 _WEIGHTS = {
     "image": ("clip/image.safetensors", "clip/heads.safetensors"),
     "text": ("clip/text.safetensors",),
@@ -81,6 +83,8 @@ def part_command(part: str, args: argparse.Namespace, machine: Machine) -> list[
     settings += _ON_GPU.get(part, ()) if machine.has_gpu else ()
     started = any((work / folder / "checkpoints").is_dir() for folder in _folders(part))
     start = args.start / Path(_WEIGHTS[part][0]).name if args.start and part in _WEIGHTS else None
+    if part == "image" and (start is None or not start.is_file()):
+        start = SHIPPED_CLIP
     if start is not None and start.is_file() and not started:
         settings.append(f"{section}init={start}")
     settings += [text.removeprefix(f"{part}.") for text in args.overrides if _belongs(text, part)]

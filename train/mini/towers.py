@@ -43,12 +43,12 @@ class TowerConfig(TrainConfig):
 
 
 def build_clip() -> OpenAIClip:
-    """4 M parameters of images, 7 M of words, of which 6 M are the table of OpenAI's 49,408 tokens."""
+    """7 M parameters of images, 7 M of words, of which 6 M are the table of OpenAI's 49,408 tokens."""
     return OpenAIClip(
         embed_dim=EMBED_DIM,
         image_resolution=SIZE,
         vision_layers=(2, 2, 2, 2),
-        vision_width=24,
+        vision_width=32,
         vision_patch_size=None,
         context_length=CONTEXT,
         vocab_size=49408,

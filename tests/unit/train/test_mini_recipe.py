@@ -15,8 +15,11 @@ from safetensors.torch import load_file, save_file
 from scene_kit import RENDERS
 
 from train.mini.attachments import ATTACHMENTS
+from train.mini.image_tower import init_tower
+from train.mini.labels import Heads
 from train.mini.objects import read_objects
-from train.mini.recipe import CONFIG, Machine, carry, part_command
+from train.mini.recipe import CONFIG, SHIPPED_CLIP, Machine, carry, part_command
+from train.mini.towers import EMBED_DIM, build_clip
 
 CPU = Machine("no", 0, False)
 ROOT = Path(__file__).parents[3]
@@ -61,6 +64,16 @@ def test_carried_weights_start_a_part_that_has_no_checkpoint(tmp_path: Path) -> 
     assert not any("init=" in text for text in part_command("gpt", args, CPU))  # nothing of it was carried
     (work / "vqgan" / "checkpoints").mkdir()
     assert not any("init=" in text for text in part_command("vqgan", args, CPU))
+
+
+def test_image_tower_starts_from_the_shipped_clip(tmp_path: Path) -> None:
+    assert f"init={SHIPPED_CLIP}" in part_command("image", arguments(tmp_path), CPU)
+    tower, heads = build_clip().visual, Heads(EMBED_DIM)
+    before = heads.heads[0].weight.clone()
+    init_tower(tower, heads, SHIPPED_CLIP)
+    shipped = load_file(SHIPPED_CLIP)
+    assert all(torch.equal(tensor, shipped[f"visual.{name}"].to(tensor)) for name, tensor in tower.state_dict().items())
+    assert torch.equal(heads.heads[0].weight, before)
 
 
 @pytest.fixture
