@@ -8,9 +8,8 @@ attention weights q, k and v are joined into one matrix.
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -46,7 +45,8 @@ _HFAILAB_GPT: Rules = (
     (r"\.fc1\.", ".linear1."),
     (r"\.fc2\.", ".linear2."),
 )
-_TAMING_VQGAN: Rules = (
+_TAMING_VQGAN: Rules = (  # after those of `_taming_levels`
+    (r"\.level\.", "."),
     (r"^quantizer\.", "quantize."),
     (r"\.mid\.0\.", ".mid.block_1."),
     (r"\.mid\.1\.", ".mid.attn_1."),
@@ -127,78 +127,32 @@ _CLIP_STATE = r"input_resolution|context_length|vocab_size|(visual\.)?transforme
 def map_vqgan(state_dict: Mapping[str, Tensor], config: VQGANConfig) -> dict[str, Tensor]:
     """Map a VQGAN of HFAiLab, CompVis or ours, recognised by its names, to a state dict of `VQGAN(config)`.
 
-    Raises:
-        WeightsError: a tensor is missing, unknown or of another shape.
-    """
-    if "quantize.embedding.weight" in state_dict:
-        return map_taming_vqgan(state_dict, config)
-    if "decoder.quant_conv_in.weight" in state_dict:
-        return map_hfailab_vqgan(state_dict, config)
-    expected = _expected_shapes(VQGAN, config)
-    check_shapes(expected, state_dict, "VQGAN")
-    return dict(state_dict)
-
-
-def map_gpt(state_dict: Mapping[str, Tensor], config: GPTConfig) -> dict[str, Tensor]:
-    """Map a GPT of HFAiLab or ours, recognised by its names, to a state dict of `GPT(config)`.
-
-    Raises:
-        WeightsError: a tensor is missing, unknown or of another shape.
-    """
-    if any(name.startswith("blocks.0.encoder.") for name in state_dict):
-        return map_hfailab_gpt(state_dict, config)
-    expected = _expected_shapes(GPT, config)
-    check_shapes(expected, state_dict, "GPT")
-    return dict(state_dict)
-
-
-def map_hfailab_vqgan(state_dict: Mapping[str, Tensor], config: VQGANConfig) -> dict[str, Tensor]:
-    """Map HFAiLab's VQGAN (the "model" entry of `vqgan_coco.pt`) to a state dict of `VQGAN(config)`.
-
-    The discriminator is dropped.
-
-    Raises:
-        WeightsError: a tensor is missing, unknown or of another shape.
-    """
-    expected = _expected_shapes(VQGAN, config)
-    sources = {name: [_rename(name, _HFAILAB_VQGAN)] for name in expected}
-    return _take(state_dict, expected, sources, ignored=r"discriminator\.", model="HFAiLab VQGAN")
-
-
-def map_taming_vqgan(state_dict: Mapping[str, Tensor], config: VQGANConfig) -> dict[str, Tensor]:
-    """Map CompVis' VQGAN (the "state_dict" entry of its Lightning checkpoint) to a state dict of `VQGAN(config)`.
-
-    `loss.*`, the discriminator and the perceptual network, is dropped.
+    HFAiLab's is the "model" entry of `vqgan_coco.pt`, CompVis' the "state_dict" entry of its Lightning checkpoint.
+    Their discriminators and perceptual networks are dropped.
 
     Raises:
         WeightsError: a tensor is missing, unknown or of another shape.
     """
     with meta_init():
         model = VQGAN(config)
-    levels = len(config.ch_mult)
-    prefixes = _taming_prefixes("encoder.down", model.encoder.down, range(levels))
-    prefixes |= _taming_prefixes("decoder.up", model.decoder.up, range(levels - 1, -1, -1))
-    expected = _expected_shapes(VQGAN, config)
-    sources = {name: _taming_names(name, prefixes) for name in expected}
-    return _take(state_dict, expected, sources, ignored=r"loss\.", model="CompVis VQGAN")
+    if "quantize.embedding.weight" in state_dict:
+        return _take(state_dict, model, "CompVis VQGAN", [*_taming_levels(model), *_TAMING_VQGAN], ignored=r"loss\.")
+    if "decoder.quant_conv_in.weight" in state_dict:
+        return _take(state_dict, model, "HFAiLab VQGAN", _HFAILAB_VQGAN, ignored=r"discriminator\.")
+    return _take_ours(state_dict, model)
 
 
-def map_hfailab_gpt(state_dict: Mapping[str, Tensor], config: GPTConfig) -> dict[str, Tensor]:
-    """Map HFAiLab's GPT (the "model" entry of `gpt_coco.pt`) to a state dict of `GPT(config)`.
-
-    The causal masks are dropped.
+def map_gpt(state_dict: Mapping[str, Tensor], config: GPTConfig) -> dict[str, Tensor]:
+    """Map HFAiLab's GPT (the "model" entry of `gpt_coco.pt`, less its causal masks) or ours to one of `GPT(config)`.
 
     Raises:
         WeightsError: a tensor is missing, unknown or of another shape.
     """
-    expected = _expected_shapes(GPT, config)
-    sources = {name: [_rename(name, _HFAILAB_GPT)] for name in expected}
-    return _take(state_dict, expected, sources, ignored=r"blocks\.\d+\.mask$", model="HFAiLab GPT")
-
-
-def _expected_shapes(kind: Callable[[Any], nn.Module], config: Any) -> dict[str, tuple[int, ...]]:
     with meta_init():
-        return {name: tuple(tensor.shape) for name, tensor in kind(config).state_dict().items()}
+        model = GPT(config)
+    if any(name.startswith("blocks.0.encoder.") for name in state_dict):
+        return _take(state_dict, model, "HFAiLab GPT", _HFAILAB_GPT, ignored=r"blocks\.\d+\.mask$")
+    return _take_ours(state_dict, model)
 
 
 def _rename(name: str, rules: Rules) -> str:
@@ -207,54 +161,49 @@ def _rename(name: str, rules: Rules) -> str:
     return name
 
 
-def _taming_prefixes(prefix: str, blocks: nn.Sequential, levels: Sequence[int]) -> dict[str, str]:
-    """Our "encoder.down.5" -> their "encoder.down.2.block.1": we count blocks, they count levels and kinds."""
-    prefixes, level, count = {}, iter(levels), 0
-    theirs = f"{prefix}.{next(level)}"
-    for index, block in enumerate(blocks):
-        ours = f"{prefix}.{index}"
-        if isinstance(block, ResBlock):
-            prefixes[ours] = f"{theirs}.block.{count}"
-            count += 1
-        elif isinstance(block, AttnBlock):
-            prefixes[ours] = f"{theirs}.attn.{count - 1}"
-        elif isinstance(block, Downsample | Upsample):
-            prefixes[ours] = f"{theirs}.{'downsample' if isinstance(block, Downsample) else 'upsample'}"
-            theirs, count = f"{prefix}.{next(level)}", 0
-    return prefixes
+def _taming_levels(model: VQGAN) -> Iterator[tuple[str, str]]:
+    """Rules such as "encoder.down.5." -> "encoder.down.level.2.block.1.": we count blocks, they levels and kinds."""
+    levels = range(len(model.config.ch_mult))
+    for side, blocks, order in (
+        ("encoder.down", model.encoder.down, iter(levels)),
+        ("decoder.up", model.decoder.up, reversed(levels)),
+    ):
+        theirs, count = f"{side}.level.{next(order)}", 0
+        for index, block in enumerate(blocks):
+            ours = rf"^{re.escape(side)}\.{index}\."
+            if isinstance(block, ResBlock):
+                yield ours, f"{theirs}.block.{count}."
+                count += 1
+            elif isinstance(block, AttnBlock):
+                yield ours, f"{theirs}.attn.{count - 1}."
+            elif isinstance(block, Downsample | Upsample):
+                yield ours, f"{theirs}.{'downsample' if isinstance(block, Downsample) else 'upsample'}."
+                theirs, count = f"{side}.level.{next(order)}", 0
 
 
-def _taming_names(name: str, prefixes: Mapping[str, str]) -> list[str]:
-    match = re.match(r"(?:encoder\.down|decoder\.up)\.\d+", name)
-    if match:
-        name = prefixes[match[0]] + name[match.end() :]
-    name = _rename(name, _TAMING_VQGAN)
-    return [name.replace(".qkv.", f".{part}.") for part in "qkv"] if ".qkv." in name else [name]
+def _take_ours(state_dict: Mapping[str, Tensor], model: nn.Module) -> dict[str, Tensor]:
+    expected = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
+    check_shapes(expected, state_dict, type(model).__name__)
+    return dict(state_dict)
 
 
 def _take(
-    state_dict: Mapping[str, Tensor],
-    expected: Mapping[str, tuple[int, ...]],
-    sources: Mapping[str, Sequence[str]],
-    ignored: str,
-    model: str,
+    state_dict: Mapping[str, Tensor], model: nn.Module, whose: str, rules: Rules, ignored: str
 ) -> dict[str, Tensor]:
-    """Pick the tensors `sources[name]` for every expected name; several are joined along their first dimension."""
+    """Pick the tensors that `rules` name for those of `model`; q, k and v are joined where they are three."""
     given = {name: tensor for name, tensor in state_dict.items() if not re.match(ignored, name)}
+    sources: dict[str, list[str]] = {}
     shapes: dict[str, tuple[int, ...]] = {}
-    for ours, names in sources.items():
-        rows, *columns = expected[ours]
-        for theirs in names:
-            shapes[theirs] = (rows // len(names), *columns)
-            if theirs in given and len(columns) == 1:
-                given[theirs] = _as_matrix(given[theirs])
-    check_shapes(shapes, given, model)
+    for ours, tensor in model.state_dict().items():
+        name = _rename(ours, rules)
+        sources[ours] = [name.replace(".qkv.", f".{part}.") for part in "qkv"] if ".qkv." in name else [name]
+        rows, *columns = tensor.shape
+        for theirs in sources[ours]:
+            shapes[theirs] = (rows // len(sources[ours]), *columns)
+            if theirs in given and len(columns) == 1 and given[theirs].shape[2:] == (1, 1):
+                given[theirs] = given[theirs].flatten(1)  # a 1x1 convolution (C, C', 1, 1) as a matrix (C, C')
+    check_shapes(shapes, given, whose)
     return {
         ours: given[names[0]] if len(names) == 1 else torch.cat([given[theirs] for theirs in names])
         for ours, names in sources.items()
     }
-
-
-def _as_matrix(weight: Tensor) -> Tensor:
-    """Turn the weight of a 1x1 convolution (C, C', 1, 1) into a matrix (C, C'); leave anything else as it is."""
-    return weight.flatten(1) if weight.shape[2:] == (1, 1) else weight

@@ -18,7 +18,7 @@ from clipgen.config import GPTConfig
 from clipgen.models.capabilities import cpu_dtypes
 from clipgen.models.gpt import GPT, causal_attention
 from clipgen.models.kv_cache import KVCache, single_query_backends
-from clipgen.weights.convert import map_hfailab_gpt
+from clipgen.weights.convert import map_gpt
 from clipgen.weights.model_dir import build_module
 
 HFAILAB = GPTConfig(n_layer=3, n_head=4, n_embd=48, vocab_size=96, block_size=16, n_cond=24)
@@ -61,7 +61,7 @@ def inputs(batch: int, length: int, seed: int = 0) -> tuple[Tensor, Tensor]:
 def test_agrees_with_the_original(golden: Path) -> None:
     tensors = load_file(golden / "hfailab_gpt_tiny.safetensors")
     theirs = {key.removeprefix("model."): tensor for key, tensor in tensors.items() if key.startswith("model.")}
-    gpt = build_module(GPT, HFAILAB, map_hfailab_gpt(theirs, HFAILAB))
+    gpt = build_module(GPT, HFAILAB, map_gpt(theirs, HFAILAB))
     tokens, embedding, logits = (tensors[f"io.{name}"] for name in ("tokens", "embedding", "logits"))
     torch.testing.assert_close(gpt(tokens, embedding), logits, **CLOSE)
     torch.testing.assert_close(decode(gpt, tokens, embedding), logits, **CLOSE)

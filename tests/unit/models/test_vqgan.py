@@ -13,7 +13,7 @@ from torch import Tensor
 
 from clipgen.config import VQGANConfig
 from clipgen.models.vqgan import VQGAN, Quantizer
-from clipgen.weights.convert import map_hfailab_vqgan, map_taming_vqgan
+from clipgen.weights.convert import map_vqgan
 from clipgen.weights.model_dir import build_module
 
 TINY = {"image_size": 32, "ch": 32, "ch_mult": [1, 1, 2], "num_res_blocks": 1, "attn_resolutions": [8]}
@@ -24,7 +24,7 @@ Map = Callable[[dict[str, Tensor], VQGANConfig], dict[str, Tensor]]
 
 @pytest.mark.parametrize(
     ("name", "convert", "config"),
-    [("hfailab_vqgan_tiny", map_hfailab_vqgan, HFAILAB), ("taming_vqgan_tiny", map_taming_vqgan, TAMING)],
+    [("hfailab_vqgan_tiny", map_vqgan, HFAILAB), ("taming_vqgan_tiny", map_vqgan, TAMING)],
 )
 def test_outputs_equal_those_of_the_original_implementation(
     golden: Path, name: str, convert: Map, config: VQGANConfig

@@ -28,7 +28,7 @@ from clipgen.models.gpt import GPT
 from clipgen.models.kv_cache import KVCache
 from clipgen.models.vqgan import VQGAN
 from clipgen.weights.checkpoint_reader import read_tensors
-from clipgen.weights.convert import convert_checkpoints, map_hfailab_gpt, map_hfailab_vqgan, map_taming_vqgan
+from clipgen.weights.convert import convert_checkpoints, map_gpt, map_vqgan
 from clipgen.weights.describe import describe_model_dir
 from clipgen.weights.model_dir import load_model_dir
 from train.config import load_config
@@ -52,10 +52,10 @@ def published(golden: Path, which: str) -> dict[str, Tensor]:
 
 COCO, IMAGENET = load_config("coco").model, load_config("imagenet").model
 CASES = [  # listing, function, network, configuration, what is training state, one name to tamper with
-    ("vqgan", map_hfailab_vqgan, VQGAN, COCO.vqgan, "discriminator.", "encoder.final.0.weight"),
-    ("taming", map_taming_vqgan, VQGAN, IMAGENET.vqgan, "loss.", "encoder.mid.attn_1.q.weight"),
-    ("gpt2_medium", map_hfailab_gpt, GPT, COCO.gpt, "mask", "blocks.23.encoder.norm2.bias"),
-    ("gpt2_large", map_hfailab_gpt, GPT, GPTConfig(n_layer=36, n_head=20, n_embd=1280), "mask", "pos_emb"),
+    ("vqgan", map_vqgan, VQGAN, COCO.vqgan, "discriminator.", "encoder.final.0.weight"),
+    ("taming", map_vqgan, VQGAN, IMAGENET.vqgan, "loss.", "encoder.mid.attn_1.q.weight"),
+    ("gpt2_medium", map_gpt, GPT, COCO.gpt, "mask", "blocks.23.encoder.norm2.bias"),
+    ("gpt2_large", map_gpt, GPT, GPTConfig(n_layer=36, n_head=20, n_embd=1280), "mask", "pos_emb"),
 ]
 cases = pytest.mark.parametrize(
     ("which", "convert", "kind", "config", "state", "name"), CASES, ids=[c[0] for c in CASES]
@@ -91,17 +91,17 @@ def test_missing_unexpected_and_misshaped_tensors_are_named(
 
 def test_state_dict_of_another_size_is_refused(golden: Path) -> None:
     with pytest.raises(WeightsError, match="HFAiLab GPT's"):
-        map_hfailab_gpt(published(golden, "gpt2_large"), COCO.gpt)
+        map_gpt(published(golden, "gpt2_large"), COCO.gpt)
     with pytest.raises(WeightsError, match="CompVis VQGAN's"):
-        map_taming_vqgan(published(golden, "vqgan"), COCO.vqgan)
+        map_vqgan(published(golden, "taming"), replace(IMAGENET.vqgan, ch=64))
     with pytest.raises(WeightsError, match="HFAiLab VQGAN's"):
-        map_hfailab_vqgan(published(golden, "vqgan"), replace(COCO.vqgan, ch=64))
+        map_vqgan(published(golden, "vqgan"), replace(COCO.vqgan, ch=64))
 
 
 def test_the_discriminator_of_a_lightning_checkpoint_is_left_out(golden: Path) -> None:
     theirs = published(golden, "taming")
     extra = {"loss.discriminator.main.0.weight": torch.zeros(1), "loss.logvar": torch.zeros(())}
-    assert map_taming_vqgan(theirs | extra, IMAGENET.vqgan).keys() == map_taming_vqgan(theirs, IMAGENET.vqgan).keys()
+    assert map_vqgan(theirs | extra, IMAGENET.vqgan).keys() == map_vqgan(theirs, IMAGENET.vqgan).keys()
 
 
 # --- agreement with the original networks ---
