@@ -233,15 +233,16 @@ def _convert_parts(paths: dict[str, Path], out: Path, config: str) -> None:
     from safetensors.torch import save_file
 
     from clipgen.config import load_preset
+    from clipgen.utils.files import replacing
     from clipgen.weights.convert import convert_parts
 
     parts = convert_parts(paths, load_preset(config))  # all of them before any is written
     with _writing(out):
         out.mkdir(parents=True, exist_ok=True)
         for part, tensors in parts.items():
-            temporary, file = out / f".{part}.tmp", out / f"{part}.safetensors"
-            save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, temporary)
-            temporary.replace(file)
+            file = out / f"{part}.safetensors"
+            with replacing(file) as temporary:
+                save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, temporary)
             typer.echo(file)
 
 

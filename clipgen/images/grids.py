@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-import io
-import os
-import uuid
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -12,6 +9,7 @@ from PIL import Image, ImageDraw, ImageFont
 
 from clipgen.errors import DataError
 from clipgen.images.pixels import grid, to_rgb
+from clipgen.utils.files import replacing
 
 LABEL = 14
 """Font size of the labels, px."""
@@ -78,17 +76,11 @@ def save_gif(images: Sequence[Image.Image], path: str | Path, seconds: float = 0
     path = Path(path)
     frames = [to_rgb(image) for image in (*images, *images[-2:0:-1])]
     times = [int(1000 * seconds) * (2 if i in (0, len(images) - 1) else 1) for i in range(len(frames))]
-    data = io.BytesIO()
     options = {"save_all": True, "append_images": frames[1:], "duration": times, "loop": 0}
-    frames[0].save(data, "GIF", comment=comment.encode("ascii", "replace"), **options)
-    temporary = path.parent / f".{uuid.uuid4().hex}.tmp"
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        try:
-            temporary.write_bytes(data.getvalue())
-            os.replace(temporary, path)
-        finally:
-            temporary.unlink(missing_ok=True)
+        with replacing(path) as temporary:
+            frames[0].save(temporary, "GIF", comment=comment.encode("ascii", "replace"), **options)
     except OSError as error:
         raise DataError(f"cannot write '{path}': {error}") from error
     return path

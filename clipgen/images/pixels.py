@@ -17,7 +17,6 @@ import io
 import json
 import math
 import os
-import uuid
 from collections.abc import Mapping, Sequence
 from functools import cache
 from pathlib import Path
@@ -31,6 +30,7 @@ from PIL import ExifTags, Image, ImageOps, PngImagePlugin, features
 from torch import Tensor
 
 from clipgen.errors import DataError
+from clipgen.utils.files import replacing
 
 # github.com/openai/CLIP, clip/clip.py: the statistics that its image towers were trained with.
 CLIP_MEAN = (0.48145466, 0.4578275, 0.40821073)
@@ -310,15 +310,10 @@ def save_image(
         raise DataError(f"'{path}' has the format '{suffix}'; allowed are {', '.join(SAVE_FORMATS)}: change the suffix")
     if not 1 <= quality <= 100:
         raise DataError(f"quality is {quality}; it must be from 1 to 100")
-    # Not tempfile: it makes files that only their owner can read. Same folder, so that the rename is atomic.
-    temporary = path.parent / f".{uuid.uuid4().hex}.tmp"
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        try:
+        with replacing(path) as temporary:
             to_rgb(image).save(temporary, SAVE_FORMATS[suffix], **_save_options(suffix, quality, metadata or {}))
-            os.replace(temporary, path)
-        finally:
-            temporary.unlink(missing_ok=True)
     except (OSError, ValueError) as error:
         raise DataError(f"cannot write '{path}': {error}") from error
     return path

@@ -22,7 +22,7 @@ from filelock import FileLock, Timeout
 
 from clipgen.errors import DownloadError
 from clipgen.utils.download import PATIENT, Log, RetryPolicy, discard, download
-from clipgen.utils.files import sha256
+from clipgen.utils.files import sha256, write_text
 from clipgen.utils.paths import cache_dir
 from clipgen.weights.catalog import CATALOG, File, PretrainedModel
 
@@ -280,9 +280,7 @@ class _Fetch:
         if self.expected["sha256"] is not None:
             return
         notes = {"size": path.stat().st_size, "sha256": sha256(path), "url": url}
-        temporary = _beside(self.path, ".json.tmp")
-        temporary.write_text(json.dumps(notes, indent=2) + "\n", encoding="utf-8")
-        os.replace(temporary, _beside(self.path, ".json"))
+        write_text(_beside(self.path, ".json"), json.dumps(notes, indent=2) + "\n")
         self.log(f"{self.file.name}: its publisher states no hash; SHA-256 {notes['sha256']} is recorded from now on")
 
 
