@@ -41,8 +41,9 @@ CANDIDATES = 4
 def next_logits(pipe: ClipGen, conditions: Tensor, tokens: Tensor) -> Tensor:
     """Logits of every position given the tokens before it, (n, T, V) float32, by the steps that decoding takes."""
     gpt, cache = pipe.gpt, pipe.gpt.allocate(len(tokens))
-    steps = [gpt.prefill(conditions.to(gpt.cond_proj.weight), cache)]
-    steps += [gpt.step(tokens[:, t - 1], t, cache) for t in range(1, tokens.shape[1])]
+    inputs = [gpt.embed_condition(conditions.to(gpt.cond_proj.weight)), *gpt.tok_emb(tokens[:, :-1]).unbind(1)]
+    positions = torch.zeros(len(tokens), dtype=torch.long, device=tokens.device)
+    steps = [gpt.decode_step(x, positions + t, cache, t + 1) for t, x in enumerate(inputs)]
     return torch.stack(steps, dim=1).float()
 
 

@@ -44,9 +44,9 @@ def cached(gpt: GPT, rows: int) -> float:
     """Seconds of all steps of `rows` images; greedy, which costs nothing beside them."""
     cache = KVCache.allocate(gpt.config, rows)
     start = time.perf_counter()
-    token = gpt.prefill(torch.zeros(rows, gpt.config.n_cond), cache).argmax(-1)
-    for position in range(1, gpt.config.block_size):
-        token = gpt.step(token, position, cache).argmax(-1)
+    x = gpt.embed_condition(torch.zeros(rows, gpt.config.n_cond))
+    for position in range(gpt.config.block_size):
+        x = gpt.tok_emb(gpt.decode_step(x, torch.full((rows,), position), cache, position + 1).argmax(-1))
     return time.perf_counter() - start
 
 

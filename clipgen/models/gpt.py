@@ -164,18 +164,6 @@ class GPT(nn.Module):
         counts = self.condition_row_counts
         return self.cond_proj(counts.pad(embedding) if counts else embedding)[: len(embedding)]
 
-    def prefill(self, embedding: Tensor, cache: KVCache) -> Tensor:
-        """Start sequences in a cache: conditions (B, D) -> logits of token 0, (B, V)."""
-        return self._decode_all_at(self.embed_condition(embedding), 0, cache)
-
-    def step(self, tokens: Tensor, position: int, cache: KVCache) -> Tensor:
-        """Append token `position - 1` (B,), 0 < position < T; returns the logits of token `position`, (B, V)."""
-        return self._decode_all_at(self.tok_emb(tokens), position, cache)
-
-    def _decode_all_at(self, x: Tensor, position: int, cache: KVCache) -> Tensor:
-        positions = torch.full((len(x),), position, device=x.device)
-        return self.decode_step(x, positions, cache, position + 1)
-
     def decode_step(self, x: Tensor, positions: Tensor, cache: KVCache, max_position: int | None = None) -> Tensor:
         """Decode one position of every row; each row has its own, so rows can join and leave between steps.
 

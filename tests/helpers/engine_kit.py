@@ -12,6 +12,7 @@ from clipgen.engine.cuda_graphs import CUDAGraphRunner
 from clipgen.engine.sampling import SamplingTensors, draw_uniforms, guide, sample
 from clipgen.engine.sequence import Sequence
 from clipgen.models.gpt import GPT
+from clipgen.models.kv_cache import KVCache
 from clipgen.request import SamplingParams
 
 SMALL = GPTConfig(n_layer=2, n_head=2, n_embd=32, vocab_size=100, block_size=20, n_cond=16)
@@ -33,6 +34,14 @@ def some(count: int, params: SamplingParams = GUIDED, first: int = 0, d: int = S
     """Sequences whose conditions and seeds follow from their numbers."""
     conditions = [torch.randn(d, generator=torch.Generator().manual_seed(first + i)) for i in range(count)]
     return [Sequence(F.normalize(c, dim=0), first + i, params) for i, c in enumerate(conditions)]
+
+
+def teacher_forced(gpt: GPT, tokens: Tensor, embedding: Tensor, cache: KVCache | None = None) -> Tensor:
+    """Logits (B, L + 1, V) of positions decoded one by one, given the tokens (B, L) before each."""
+    cache = cache or gpt.allocate(len(embedding))
+    inputs = [gpt.embed_condition(embedding), *gpt.tok_emb(tokens).unbind(1)]
+    steps = [gpt.decode_step(x, torch.full((len(x),), t), cache, t + 1) for t, x in enumerate(inputs)]
+    return torch.stack(steps, dim=1)
 
 
 def alone(gpt: GPT, seq: Sequence) -> Tensor:

@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 import torch.nn.functional as F
+from engine_kit import teacher_forced as decode
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors.torch import load_file
@@ -31,14 +32,6 @@ CLOSE = {"rtol": 0.0, "atol": 1e-4}
 def short_segments(monkeypatch: pytest.MonkeyPatch) -> None:
     """Several segments in a small cache."""
     monkeypatch.setattr("clipgen.models.kv_cache.SEGMENT", 16)
-
-
-def decode(gpt: GPT, tokens: Tensor, embedding: Tensor, cache: KVCache | None = None) -> Tensor:
-    """Logits (B, L + 1, V) by prefill and one step per token."""
-    cache = cache or KVCache.allocate(gpt.config, len(embedding))
-    steps = [gpt.prefill(embedding, cache)]
-    steps += [gpt.step(tokens[:, position - 1], position, cache) for position in range(1, tokens.shape[1] + 1)]
-    return torch.stack(steps, dim=1)
 
 
 @pytest.fixture(scope="module")

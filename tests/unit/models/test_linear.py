@@ -8,6 +8,7 @@ from collections.abc import Callable
 import pytest
 import torch
 import torch.nn.functional as F
+from engine_kit import teacher_forced
 from torch import Tensor
 
 from clipgen.config import GPTConfig
@@ -26,10 +27,7 @@ def logits(gpt: GPT, rows: int) -> Tensor:
     generator = torch.Generator().manual_seed(0)
     tokens = torch.randint(0, CONFIG.vocab_size, (8, CONFIG.block_size - 1), generator=generator)[:rows]
     embedding = F.normalize(torch.randn(8, CONFIG.n_cond, generator=generator), dim=-1)[:rows]
-    cache = gpt.allocate(rows)
-    steps = [gpt.prefill(embedding, cache)]
-    steps += [gpt.step(tokens[:, t - 1], t, cache) for t in range(1, CONFIG.block_size)]
-    return torch.stack(steps, dim=1)
+    return teacher_forced(gpt, tokens, embedding)
 
 
 @pytest.fixture(scope="module")

@@ -13,6 +13,7 @@ from typing import Any
 
 import pytest
 import torch
+from engine_kit import teacher_forced
 from omegaconf import OmegaConf
 from published import TAMING as TAMING_CONFIG
 from published import Source, hfailab_names, original, tiny_clip, written
@@ -25,7 +26,6 @@ from clipgen.errors import WeightsError
 from clipgen.models.capabilities import cpu_dtypes
 from clipgen.models.clip import Clip
 from clipgen.models.gpt import GPT
-from clipgen.models.kv_cache import KVCache
 from clipgen.models.vqgan import VQGAN
 from clipgen.weights.checkpoint_reader import read_tensors
 from clipgen.weights.convert import convert_checkpoints, map_gpt, map_vqgan
@@ -141,10 +141,7 @@ def test_converted_hfailab_gpt_computes_as_the_original(golden: Path, tmp_path: 
     pipe = written(tmp_path, clip, hfailab_names(VQGAN(vqgan)), theirs, ModelConfig("tiny", vqgan, gpt)).convert(
         tmp_path / "out"
     )
-    cache = KVCache.allocate(gpt, len(io["tokens"]))
-    steps = [pipe.gpt.prefill(io["embedding"], cache)]
-    steps += [pipe.gpt.step(io["tokens"][:, t - 1], t, cache) for t in range(1, gpt.block_size)]
-    torch.testing.assert_close(torch.stack(steps, 1), io["logits"], **CLOSE)
+    torch.testing.assert_close(teacher_forced(pipe.gpt, io["tokens"], io["embedding"]), io["logits"], **CLOSE)
     torch.testing.assert_close(pipe.gpt(io["tokens"], io["embedding"]), io["logits"], **CLOSE)
 
 
