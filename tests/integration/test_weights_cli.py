@@ -22,7 +22,6 @@ from tracebacks import has_traceback
 from typer.testing import CliRunner, Result
 
 from clipgen.cli.main import app
-from clipgen.cli.progress import milestones
 from clipgen.weights.catalog import CATALOG
 from clipgen.weights.model_dir import load_model_dir
 
@@ -130,7 +129,7 @@ def test_fetches_resumes_records_and_reuses(
     assert [path.read_bytes() for path in paths] == list(bad_checkpoints.values())
     assert mirror.ranges_asked() == [None, "bytes=100-", None, None]
     assert "broke off at 100 of" in result.stderr and "is recorded from now on" in result.stderr
-    assert "clip_vit_b32.pt: 0 of" in result.stderr
+    assert re.search(r"fetched clip_vit_b32\.pt in \d", result.stderr)
     assert run("fetch", "coco", "--no-convert").exit_code == 0 and len(mirror.requests) == 4
     assert hashlib.sha256(paths[0].read_bytes()).hexdigest() in run("list", "--json").stdout
 
@@ -295,19 +294,6 @@ def test_convert_refuses_what_it_cannot_use_and_writes_nothing(run: Run, tiny_so
         line = mistake(run("convert", *options(tiny_sources | {"vqgan": bad}), "--out", "weights/mine"))
         assert bad.name in line
     assert not Path("exploded").exists() and not Path("weights").exists()
-
-
-def test_milestones_are_few() -> None:
-    lines: list[str] = []
-    report = milestones(lines.append)
-    (file,) = CATALOG["openai-vit-b32"].files
-    for done in range(0, 1001):
-        report(file, done * 10**6, 10**9)
-    assert len(lines) == 11 and lines[0].endswith("0 of 1,000 MB") and lines[-1].endswith("1,000 of 1,000 MB")
-    lines.clear()
-    for done in range(0, 1001):
-        report(file, done * 10**6, None)
-    assert len(lines) == 11 and lines[-1].endswith("1,000 of ? MB")
 
 
 def test_ctrl_c_keeps_what_has_arrived(mirror: Server, bad_checkpoints: dict[str, bytes], tmp_path: Path) -> None:

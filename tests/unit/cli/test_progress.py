@@ -10,6 +10,7 @@ import pytest
 from rich.console import Console
 
 from clipgen.cli import common, progress
+from clipgen.weights.catalog import CATALOG
 
 DOING = "drawing 12 of 300 prompts"
 
@@ -49,6 +50,26 @@ def test_log_and_dumb_terminal_get_lines_without_control_characters(
 
 def test_quick_work_is_one_line(monkeypatch: pytest.MonkeyPatch) -> None:
     assert len(shown(monkeypatch, Console(file=io.StringIO(), width=80)).splitlines()) == 1
+
+
+def test_downloads_are_one_task_a_file_whether_resumed_or_of_unknown_size(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    console = Console(file=io.StringIO(), width=80)
+    for module in (common, progress):
+        monkeypatch.setattr(module, "console", console)
+    monkeypatch.setattr(progress, "SECONDS", 0.1)
+    whole, resumed = CATALOG["coco"].files[:2]
+    with progress.downloads() as report:
+        for done in range(4):
+            report(whole, done, None)
+        for done in (70, 80, 90, 100):
+            report(resumed, done, 100)
+            time.sleep(0.2)
+    assert isinstance(console.file, io.StringIO)
+    first, *shares, last = console.file.getvalue().splitlines()
+    assert first.startswith(f"fetched {whole.name} in") and last.startswith(f"fetched {resumed.name} in")
+    assert [share.split(",")[0] for share in shares] == [f"fetching {resumed.name}: {n}%" for n in (80, 90)]
 
 
 def test_quiet_shows_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
