@@ -173,6 +173,8 @@ def _headers(have: int, origin: _Origin | None) -> dict[str, str]:
 
 
 class _Redirects(urllib_request.HTTPRedirectHandler):
+    """Python's own also follows to ftp."""
+
     def redirect_request(self, req: Any, fp: Any, code: int, msg: str, headers: Any, newurl: str) -> Any:
         allowed = {"https"} if urlsplit(req.full_url).scheme == "https" else {"http", "https"}
         if urlsplit(newurl).scheme not in allowed:
@@ -182,26 +184,11 @@ class _Redirects(urllib_request.HTTPRedirectHandler):
         return super().redirect_request(req, fp, code, msg, headers, newurl)
 
 
-def _opener() -> urllib_request.OpenerDirector:
-    """Python's own opener also reads file:, ftp: and data: URLs; this one speaks http and https only."""
-    opener = urllib_request.OpenerDirector()
-    for handler in (
-        urllib_request.ProxyHandler(),
-        urllib_request.HTTPHandler(),
-        urllib_request.HTTPSHandler(),
-        urllib_request.HTTPErrorProcessor(),
-        urllib_request.HTTPDefaultErrorHandler(),
-        urllib_request.UnknownHandler(),
-        _Redirects(),
-    ):
-        opener.add_handler(handler)
-    return opener
-
-
 def _open(url: str, headers: dict[str, str], timeout: float) -> Any:
     """The response with status 200 or 206, or None for 416."""
     try:
-        return _opener().open(urllib_request.Request(url, headers=headers), timeout=timeout)
+        request = urllib_request.Request(url, headers=headers)
+        return urllib_request.build_opener(_Redirects).open(request, timeout=timeout)
     except urllib_error.HTTPError as error:
         error.close()
         if error.code == HTTPStatus.REQUESTED_RANGE_NOT_SATISFIABLE and "Range" in headers:
