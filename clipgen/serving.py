@@ -6,8 +6,6 @@ It does not know which server is in front of it: `predict.py` declares the input
 from __future__ import annotations
 
 import asyncio
-import base64
-import io
 import json
 import os
 import tempfile
@@ -24,11 +22,11 @@ from typing import Any
 from PIL import Image
 
 from clipgen.errors import RequestError
-from clipgen.images.pixels import grid, load_image, save_image
+from clipgen.images.pixels import grid, load_image, save_image, to_data_url
 from clipgen.images.urls import read_url
 from clipgen.outputs.metadata import device_name
 from clipgen.pipeline import ClipGen
-from clipgen.request import GenerationOutput, GenerationRequest, Part, check_number, check_whole, shown
+from clipgen.request import SAMPLING, GenerationOutput, GenerationRequest, Part, check_number, check_whole, shown
 from clipgen.utils.text import is_blank
 from clipgen.weights.resolve import resolve_weights
 
@@ -113,10 +111,7 @@ class PredictionInputs:
             parts or DEFAULT_PROMPT,  # an image alone that has not been read yet: only the settings are checked
             num_outputs=self.num_outputs,
             candidates=self.candidates,
-            guidance=self.guidance,
-            temperature=self.temperature,
-            top_k=self.top_k,
-            top_p=self.top_p,
+            **{name: getattr(self, name) for name in SAMPLING},
             seed=self.seed,
             keep=image if self.keep_rows else None,
             keep_rows=self.keep_rows if image is not None else 0,
@@ -224,13 +219,6 @@ class PredictionService:
             path = Path(folder.name) / f"{i}.{output_format}"
             files.append(save_image(image, path, output_quality, receipt.to_metadata()))
         return files
-
-
-def to_data_url(image: Image.Image) -> str:
-    """An image as a small WebP in a data: URL."""
-    buffer = io.BytesIO()
-    image.save(buffer, "WEBP", quality=70)
-    return f"data:image/webp;base64,{base64.b64encode(buffer.getvalue()).decode()}"
 
 
 def log_event(event: str, started: float, private: dict[str, Any] | None = None, **facts: Any) -> None:

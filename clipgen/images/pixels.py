@@ -12,6 +12,7 @@ pixel is, and whatever goes wrong inside a decoder becomes a `DataError` that sa
 
 from __future__ import annotations
 
+import base64
 import importlib
 import io
 import json
@@ -317,6 +318,13 @@ def save_image(
     except (OSError, ValueError) as error:
         raise DataError(f"cannot write '{path}': {error}") from error
     return path
+
+
+def to_data_url(image: Image.Image) -> str:
+    """An image as a data: URL, in lossy WebP, for a look at it."""
+    file = io.BytesIO()
+    image.save(file, "WEBP", quality=80, method=0)
+    return f"data:image/webp;base64,{base64.b64encode(file.getvalue()).decode()}"
 
 
 def _save_options(suffix: str, quality: int, metadata: Mapping[str, str]) -> dict[str, object]:

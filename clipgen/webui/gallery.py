@@ -13,13 +13,14 @@ from typing import Any
 from urllib.parse import quote
 
 import gradio as gr
-from PIL import Image
+from PIL import Image, ImageOps
 
+from clipgen.images.pixels import to_data_url
 from clipgen.webui.form import settings_of, to_link
-from clipgen.webui.session import Files, Result, data_url
+from clipgen.webui.session import Files, Result
 from clipgen.webui.snippets import as_curl, as_python
 
-THUMBNAIL = 96
+THUMBNAIL = (96, 96)
 """Pixels."""
 
 # Gradio evaluates Handlebars first and its output as a JavaScript template, so a prompt given to Handlebars could run
@@ -115,16 +116,17 @@ def result_value(result: Result, files: Files, weights: str, is_open: bool = Fal
 
 def preview_value(images: Sequence[Image.Image]) -> dict[str, Any]:
     """The value of an image gallery that shows unfinished images, of which none can be selected."""
-    shown = [{"src": data_url(image), "alt": "unfinished image", "caption": "unfinished"} for image in images]
+    shown = [{"src": to_data_url(image), "alt": "unfinished image", "caption": "unfinished"} for image in images]
     return _grid(shown) | {"id": ""}
 
 
 def history_value(history: Sequence[Result]) -> list[dict[str, str]]:
     """The value of a history strip."""
-    return [
-        {"id": result.id, "src": data_url(result.images[0], THUMBNAIL), "prompt": _text(result.receipts[0].text)}
-        for result in history
-    ]
+    entries = []
+    for result in history:
+        src = to_data_url(ImageOps.contain(result.images[0], THUMBNAIL))
+        entries.append({"id": result.id, "src": src, "prompt": _text(result.receipts[0].text)})
+    return entries
 
 
 def _grid(images: list[dict[str, str]]) -> dict[str, Any]:

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import base64
-import io
 import logging
 import queue
 import threading
@@ -250,16 +248,6 @@ class _Reporter:
 
 def _images(count: int) -> str:
     return "1 image" if count == 1 else f"{count} images"
-
-
-def data_url(image: Image.Image, size: int | None = None) -> str:
-    """An image as text that a browser shows, in lossy WebP; `size` in pixels makes a thumbnail of it."""
-    if size is not None:
-        image = image.copy()
-        image.thumbnail((size, size))
-    file = io.BytesIO()
-    image.save(file, "WEBP", quality=80, method=0)
-    return "data:image/webp;base64," + base64.b64encode(file.getvalue()).decode()
 
 
 def describe_error(error: Exception) -> str:
