@@ -154,8 +154,8 @@ class Page:
             button.click(self.on_example(button.value), {*form, *shown}, [self.prompt, *results], **drawing)
         starts = [button.click for button in (self.go, self.redraw, *self.examples)]
         gr.on([*starts, self.prompt.submit], None, js=SHOW_RESULTS, **silent)
-        self.stop.click(self.on_stop, None, None, queue=False, **silent)
-        self.blocks.unload(self.on_leave)
+        self.stop.click(self.on_cancel, None, None, queue=False, **silent)
+        self.blocks.unload(self.on_cancel)
         self.strip.select(self.on_recall, shown, [*results, *form], **quick)
         self.use_seed.click(self.on_use_seed, shown, [*form, self.status], **quick)
         picked = [self.image, self.thumbnail, self.start, self.status]
@@ -232,12 +232,8 @@ class Page:
             **dict.fromkeys(self.on_result, gr.update(interactive=has_result)),
         }
 
-    def on_stop(self, request: gr.Request) -> None:
-        """Cancel; the request itself then says so."""
-        self.session.cancel(request.session_hash or "")
-
-    def on_leave(self, request: gr.Request) -> None:
-        """Cancel when the page is closed or loaded again."""
+    def on_cancel(self, request: gr.Request) -> None:
+        """Cancel, also when the page is closed or loaded again; the request itself then says so."""
         self.session.cancel(request.session_hash or "")
 
     # --- the selected image
