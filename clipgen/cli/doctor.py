@@ -8,7 +8,6 @@ import os
 import platform
 import re
 import statistics
-import sys
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
@@ -70,7 +69,8 @@ class Finding:
 
 def diagnose(weights: str | Path | None, device: str | None = None, dtype: str | None = None) -> Iterator[Finding]:
     """Run all checks in order and yield their findings. Problems are reported as findings, never raised."""
-    yield check_python()
+    found = f"clipgen {__version__}, Python {platform.python_version()} on {platform.system()} {platform.machine()}"
+    yield Finding("python", "ok", found)
     yield check_packages(REQUIREMENTS)
     yield check_memory()
     yield check_cpu()
@@ -103,16 +103,6 @@ def choose_weights(weights: str | Path | None) -> tuple[Path, str]:
         return find_weights(str(weights)), f"--weights or CLIPGEN_WEIGHTS names {weights}"
     folder, reason = find_default()
     return folder, f"none is named, and {reason}"
-
-
-def check_python() -> Finding:
-    """Check that the Python version is supported."""
-    found = f"clipgen {__version__}, Python {platform.python_version()} on {platform.system()} {platform.machine()}"
-    if not (3, 11) <= sys.version_info < (3, 15):
-        return Finding(
-            "python", "wrong", f"{found}; clipgen needs Python 3.11 to 3.14: make a new environment with one"
-        )
-    return Finding("python", "ok", found)
 
 
 def check_packages(requirements: Path) -> Finding:
