@@ -120,16 +120,11 @@ def _open(reference: str, limit: int | None) -> Any:
 
 def _show(result: dict[str, Any], out: Path | None) -> None:
     text = json.dumps(result, indent=2)
-    if out:
-        from clipgen.utils.files import write_text
-
-        try:
-            out.parent.mkdir(parents=True, exist_ok=True)
-            write_text(out, text + "\n")
-        except OSError as error:
-            warn(f"--out '{out}' cannot be written: {error.strerror}")
-            print(text, flush=True)
-            raise typer.Exit(2) from None
     for warning in result["warnings"]:
         warn(f"note: {warning}")
     print(text, flush=True)
+    if out:  # after the figures are out: if it cannot be written, they are not lost
+        from clipgen.utils.files import write_text
+
+        out.parent.mkdir(parents=True, exist_ok=True)
+        write_text(out, text + "\n")
