@@ -176,7 +176,7 @@ def _about(requests: Requests, weights: str, suffix: str) -> dict[str, Any]:
     }
 
 
-_SETTINGS = [field.name for field in fields(GenerationRequest) if field.name not in ("prompt", "seed", "is_cancelled")]
+_SETTINGS = [field.name for field in fields(GenerationRequest) if field.name not in ("prompt", "seed")]
 _NAMES = {"negative_prompt": "negative"}  # as in the folders that earlier versions began
 
 

@@ -87,7 +87,8 @@ def _run(main: Callable[[], Any], prefix: str, stopped: str) -> _Outcome:
         raise KeyboardInterrupt
 
     before = signal.getsignal(signal.SIGINT)
-    in_charge = before in (signal.default_int_handler, signal.SIG_DFL) and _in_main_thread()
+    in_main_thread = threading.current_thread() is threading.main_thread()
+    in_charge = in_main_thread and before in (signal.default_int_handler, signal.SIG_DFL)
     if in_charge:
         signal.signal(signal.SIGINT, interrupt)
     stdout = sys.stdout  # Typer replaces it when a pipe breaks
@@ -145,7 +146,3 @@ def _abandon(stdout: TextIO) -> None:
     null = os.open(os.devnull, os.O_WRONLY)
     os.dup2(null, number)
     os.close(null)
-
-
-def _in_main_thread() -> bool:
-    return threading.current_thread() is threading.main_thread()

@@ -94,11 +94,5 @@ def printable(text: str) -> str:
 
     Bytes of file names that are not UTF-8 are shown as \xff.
     """
-    text = (
-        text.encode("utf-8", "surrogateescape").decode("utf-8", "backslashreplace") if _has_surrogates(text) else text
-    )
+    text = re.sub("[\udc80-\udcff]", lambda byte: f"\\x{ord(byte[0]) & 0xFF:02x}", text)
     return "".join(char if char.isprintable() else " " for char in text).strip()
-
-
-def _has_surrogates(text: str) -> bool:
-    return any("\udc80" <= char <= "\udcff" for char in text)
