@@ -36,7 +36,7 @@ ROWS, COLUMNS, CANDIDATES = 6, 4, 16
 
 
 def best_of_grid(pipe: ClipGen, prompts: Sequence[str], source: Source) -> Image.Image:
-    """Draw the best 4 of 16 candidates, seed 0, for some prompts, or without prompts for some images, shown first."""
+    """Best 4 of 16 candidates, seed 0, for some prompts, or without prompts for some images, shown first."""
     size = pipe.config.vqgan.image_size
     given = [] if prompts else list(_readable_images(Subset(source, 2 * ROWS), size))[:ROWS]
     asked: list[str | Image.Image] = [*prompts[:ROWS], *given]
@@ -44,7 +44,7 @@ def best_of_grid(pipe: ClipGen, prompts: Sequence[str], source: Source) -> Image
     cells: list[Image.Image] = []
     for i, result in enumerate(pipe.generate(requests)):
         cells += [*given[i : i + 1], *result.images]
-    columns = [""] * COLUMNS if prompts else ["given", "drawn from its embedding", "", "", ""]
+    columns = [""] * COLUMNS if prompts else ["given", "generated from its embedding", "", "", ""]
     return labelled_grid(cells, columns, [text[:40] for text in prompts[:ROWS]] or [""] * len(given))
 
 
@@ -95,7 +95,7 @@ def card(
         f"| `{name}.safetensors` | {part['parameters'] / 1e6:.1f} M |" for name, part in facts["parts"].items()
     )
     spent = "\n".join(f"| {name} | {value:.1f} |" for name, value in minutes.items())
-    reference, drawn = evaluation["reference"], evaluation["prompts"]
+    reference, generated = evaluation["reference"], evaluation["prompts"]
     left_out = "".join(f"- {name}: {why}\n" for name, why in evaluation["left_out"].items())
     return f"""{hub_metadata(prompts)}
 # {model.name}
@@ -134,8 +134,8 @@ model depends on what may be done with these images.
 {spent}
 
 ## Figures
-{drawn["count"]} drawn images ({drawn["what"]}) against {reference["count"]} real ones, which are among those \
-it was trained on; compared by {evaluation["features"]["what"]}.
+{generated["count"]} generated images ({generated["what"]}) against {reference["count"]} real ones, which are among \
+those it was trained on; compared by {evaluation["features"]["what"]}.
 
 | figure | value |
 |---|---|

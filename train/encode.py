@@ -1,14 +1,14 @@
-"""Images -> tokens and embeddings, once, so that stage 2 reads no pixels.
+"""Encode images into tokens and embeddings once, so that stage 2 reads no pixels.
 
     python train/encode.py --config mini --data photos --vqgan runs/vqgan --clip clip.safetensors --out runs/encoded
     torchrun --nproc-per-node 8 train/encode.py ...
 
 Both encoders are frozen, so a crop's tokens and embedding never change during stage 2. `stage2.views` random crops of
-each picture are encoded, in shards that are written whole or not at all: run it again to go on. OUT/index.json says
-what they were made from and with, so that stage 2 never trains on those of other networks.
+each image are encoded, in shards that are written completely or not at all: the same command continues an interrupted
+run. OUT/index.json records the hashes of the images and networks, so that stage 2 never trains on the tokens of others.
 
---seen is another folder with a picture for each of --data, of the same name, for CLIP to look at in its place: what the
-GPT draws can then be arranged otherwise than what CLIP has learned to understand.
+--seen is a second folder with an image of the same name for each of --data. CLIP embeds that image instead, so that the
+layout the GPT generates can differ from the layout that CLIP understands.
 """
 
 from __future__ import annotations
@@ -54,12 +54,19 @@ BATCH = 64
 
 
 Rows = Sequence[int]
-"""Row r of an encoded set is crop r // pictures of picture r % pictures."""
+"""Rows of an encoded set of N images: row r is crop r // N of image r % N."""
 
 
 @dataclass(frozen=True)
 class Encoders:
-    """The two frozen networks, the crops they look at, and what all of it is made from."""
+    """The two frozen networks and the images that they encode.
+
+    Attributes:
+        views: crops of each image.
+        seed: of the crops.
+        origin: hashes of images and networks, and the settings of the crops, as written to index.json.
+        clip_data: images for CLIP in place of `data`, in the same order.
+    """
 
     accelerator: Accelerator
     data: Images
@@ -68,11 +75,10 @@ class Encoders:
     views: int
     seed: int
     origin: Mapping[str, Any]
-    seen: Images | None = None
-    """What CLIP looks at in place of `data`, picture for picture."""
+    clip_data: Images | None = None
 
     @property
-    def pictures(self) -> int:
+    def num_images(self) -> int:
         return len(self.data)
 
     @property
@@ -81,7 +87,7 @@ class Encoders:
 
     @property
     def fingerprint(self) -> str:
-        """Of the images."""
+        """SHA-256 of the images."""
         return self.origin["images"]
 
     def read(self, rows: Rows) -> tuple[Tensor, Tensor]:
@@ -90,10 +96,10 @@ class Encoders:
         return encoded
 
     def read_each(self, parts: Sequence[Rows], workers: int) -> Iterator[tuple[Tensor, Tensor]]:
-        """What `read` gives for each of several lists of rows; worker processes decode the images ahead."""
+        """Tokens and embeddings, as from `read`, of each list of rows; worker processes decode the images ahead."""
         chunks = [rows[start : start + BATCH] for rows in parts for start in range(0, len(rows), BATCH)]
         images = image_batches(self.data, lambda chunk: self._keys(chunks[chunk]), range(len(chunks)), workers)
-        encoded = (self._encode(self._add_seen(batch, chunk)) for batch, chunk in zip(images, chunks, strict=True))
+        encoded = (self._encode(self._for_clip(batch, chunk)) for batch, chunk in zip(images, chunks, strict=True))
         for rows in parts:
             tokens, embeddings = zip(*islice(encoded, -(-len(rows) // BATCH)), strict=True)
             yield torch.cat(tokens), torch.cat(embeddings)
@@ -101,24 +107,29 @@ class Encoders:
     def batches(
         self, rows: Callable[[int], Rows], start: int, workers: int, stop: Stop | None = None
     ) -> Iterator[tuple[Tensor, Tensor]]:
-        """What `read` gives for the rows of every step from `start` on; each process encodes its part of them."""
+        """Tokens and embeddings, as from `read`, of every step from `start` on; each process encodes its part."""
 
         def keys(step: int) -> list[Key]:
-            every = rows(step)
-            return self._keys(every)[process_rows(self.accelerator, len(every))]
+            step_rows = rows(step)
+            return self._keys(step_rows)[process_rows(self.accelerator, len(step_rows))]
 
         for batch in image_batches(self.data, keys, count(start), workers, stop):
             tokens, embeddings = (part.to(self.accelerator.device) for part in self._encode(batch))
             yield self.accelerator.gather(tokens).cpu(), self.accelerator.gather(embeddings).cpu()
 
-    def _add_seen(self, batch: Batch, rows: Rows) -> Batch:
-        """Let CLIP see the images of `seen` instead, if there are any."""
-        if self.seen is None:
+    def _for_clip(self, batch: Batch, rows: Rows) -> Batch:
+        """A batch with CLIP's pixels taken from `clip_data`, if there is one.
+
+        Raises:
+            DataError: an image cannot be read in one of the two folders. Replacing it by the next one, as `Images`
+                does, would pair tokens with the embedding of another image.
+        """
+        if self.clip_data is None:
             return batch
-        seen = self.seen.batch(self._keys(rows))
-        for name, reason in batch.failures + seen.failures:  # another in its place would not belong to its twin
-            raise DataError(f"{name} cannot be read ({reason}); with --seen each picture is needed twice: remove both")
-        return batch._replace(clip=seen.clip)
+        clip_batch = self.clip_data.batch(self._keys(rows))
+        for name, reason in batch.failures + clip_batch.failures:
+            raise DataError(f"{name} cannot be read ({reason}); --seen needs every image in both folders: remove both")
+        return batch._replace(clip=clip_batch.clip)
 
     def _keys(self, rows: Rows) -> list[Key]:
         return [(row % len(self.data), self.seed + row // len(self.data)) for row in rows]
@@ -143,36 +154,41 @@ def load_encoders(
     accelerator: Accelerator,
     seen: str | None = None,
 ) -> Encoders:
-    """Find the pictures and read CLIP.
+    """Find the images and load CLIP.
 
     Args:
+        data: folder, list or shards of images.
         files: the weights of "vqgan" and "clip".
-        seen: pictures of the same names, for CLIP.
+        seen: images of the same names, for CLIP.
 
     Raises:
-        DataError: no picture there, others in `seen`, or a CLIP of another size than the GPT takes.
-        WeightsError: weights that are missing or cannot be read.
+        DataError: there are no images, `seen` has other names, or CLIP's embeddings do not fit the GPT.
+        WeightsError: weights are missing or cannot be read.
     """
     c, clip = config.stage2, load_clip(config.model.gpt, files["clip"])
     size = 0 if seen else clip.image_size
     images = Images(data, config.model.vqgan.image_size, c.min_scale, c.views > 1, size)
-    others = Images(seen, clip.image_size, c.min_scale, c.views > 1, clip.image_size) if seen else None
-    if others and [Path(name).name for name in others.source.names] != [Path(n).name for n in images.source.names]:
-        raise DataError(f"{seen} does not hold the same names as {data}; it needs a picture for each of them")
+    clip_images = Images(seen, clip.image_size, c.min_scale, c.views > 1, clip.image_size) if seen else None
+    if clip_images and _file_names(clip_images) != _file_names(images):
+        raise DataError(f"{seen} does not hold the same names as {data}; it needs an image for each of them")
     settings = {"views": c.views, "min_scale": c.min_scale, "seed": c.seed}
     fingerprint = images.source.fingerprint()
-    if others:
-        fingerprint = hashlib.sha256(f"{fingerprint} {others.source.fingerprint()}".encode()).hexdigest()
+    if clip_images:
+        fingerprint = hashlib.sha256(f"{fingerprint} {clip_images.source.fingerprint()}".encode()).hexdigest()
     origin = {"images": fingerprint, "settings": settings} | hashes(files)
-    return Encoders(accelerator, images, vqgan, clip, c.views, c.seed, origin, others)
+    return Encoders(accelerator, images, vqgan, clip, c.views, c.seed, origin, clip_images)
+
+
+def _file_names(images: Images) -> list[str]:
+    return [Path(name).name for name in images.source.names]
 
 
 def load_clip(config: GPTConfig, path: Path) -> Clip:
-    """The frozen CLIP.
+    """Load the frozen CLIP.
 
     Raises:
         WeightsError: the file is missing, or is not a CLIP in .safetensors.
-        DataError: its embeddings have another size than the GPT takes.
+        DataError: its embeddings do not fit the GPT.
     """
     clip = Clip.from_state_dict(load_tensors(path))
     if clip.embed_dim != config.n_cond:
@@ -181,7 +197,7 @@ def load_clip(config: GPTConfig, path: Path) -> Clip:
 
 
 def load_vqgan(config: VQGANConfig, path: Path) -> VQGAN:
-    """The frozen VQGAN of stage 1.
+    """Load the frozen VQGAN of stage 1.
 
     Raises:
         WeightsError: the file is missing, is not .safetensors, or does not fit the configuration.
@@ -197,29 +213,29 @@ def hashes(files: Mapping[str, Path]) -> dict[str, str]:
 
 
 def write_shards(encoders: Encoders, out: Path, workers: int, stop: Stop) -> None:
-    """Encode what is missing in OUT: each process its own shards. All processes call this.
+    """Encode the shards that are missing in a folder, each process its share. All processes must call this.
 
     Raises:
-        DataError: OUT holds shards of other networks, pictures or settings.
+        DataError: the folder holds shards of other networks, images or settings.
     """
     accelerator, index = encoders.accelerator, out / "index.json"
     if index.is_file():
         check_origin(index, encoders.origin)
-    total = encoders.pictures * encoders.views
+    total = encoders.num_images * encoders.views
     header = {"origin": encoders.origin, "rows": total, "rows_per_shard": ROWS}
     stop.wait_for_others()
     if accelerator.is_main_process and not index.is_file():
         out.mkdir(parents=True, exist_ok=True)
         write_text(index, json.dumps(header | {"complete": False}, indent=1))
     missing = [n for n in range(-(-total // ROWS)) if not shard_path(out, n).is_file()]
-    stop.wait_for_others()  # nobody writes a shard before all have seen which are missing
+    stop.wait_for_others()  # no process writes a shard before all have listed the missing ones
     own = missing[accelerator.process_index :: accelerator.num_processes]
-    shown = accelerator.is_main_process and own
+    show_progress = accelerator.is_main_process and own
     encoded = encoders.read_each([range(n * ROWS, min(total, (n + 1) * ROWS)) for n in own], workers)
-    for n in track(own, f"encoding {len(missing)} shards of {ROWS} crops") if shown else own:
+    for n in track(own, f"encoding {len(missing)} shards of {ROWS} crops") if show_progress else own:
         tokens, embeddings = next(encoded)
         save_tensors({"tokens": tokens.to(torch.int32), "embeddings": embeddings.half()}, shard_path(out, n))
-    stop.wait_for_others()  # the last shard of another may take long
+    stop.wait_for_others()  # until every process has written its last shard
     report_failures(accelerator, out, encoders.failures)
     if accelerator.is_main_process:
         write_text(index, json.dumps(header | {"complete": True}, indent=1))
@@ -227,7 +243,7 @@ def write_shards(encoders: Encoders, out: Path, workers: int, stop: Stop) -> Non
 
 
 def shard_path(folder: Path, number: int) -> Path:
-    """Where a shard of an encoded set is."""
+    """Path of a shard of an encoded set."""
     return folder / f"{number:06d}.safetensors"
 
 
@@ -235,7 +251,7 @@ def read_index(path: Path) -> dict[str, Any]:
     """Read the index.json of an encoded set.
 
     Raises:
-        DataError: it is damaged, or belongs to something else.
+        DataError: the file is damaged, or belongs to something else.
     """
     try:
         header = json.loads(path.read_text(encoding="utf-8"))
@@ -243,21 +259,24 @@ def read_index(path: Path) -> dict[str, Any]:
             return header
     except (ValueError, LookupError, TypeError, AttributeError):
         pass
-    raise DataError(f"{path} is damaged or no index of an encoded set; delete it and encode again")
+    raise DataError(f"{path} is damaged or not the index of an encoded set; delete it and encode again")
 
 
 def check_origin(index: Path, origin: Mapping[str, Any]) -> None:
-    """Refuse shards that were made from or with something else.
+    """Refuse an encoded set that comes from other images, networks or settings.
 
     Raises:
-        DataError: it names what differs.
+        DataError: something differs; the message names it.
     """
-    before = read_index(index)["origin"]
-    settings = origin.get("settings", {})
-    parts = ("vqgan", "clip", "images")  # sets of earlier versions have the list of names in place of the last
-    changed = [name for name in parts if before.get(name, origin.get(name)) != origin.get(name, before.get(name))]
-    old = before["settings"]
-    changed += [f"{name} ({old[name]}, not {settings[name]})" for name in settings if old[name] != settings[name]]
+    old = read_index(index)["origin"]
+    settings, old_settings = origin.get("settings", {}), old["settings"]
+    parts = ("vqgan", "clip", "images")  # earlier versions wrote a list of names, "pictures", in place of "images"
+    changed = [name for name in parts if old.get(name, origin.get(name)) != origin.get(name, old.get(name))]
+    changed += [
+        f"{name} ({old_settings[name]}, not {settings[name]})"
+        for name in settings
+        if old_settings[name] != settings[name]
+    ]
     if changed:
         raise DataError(
             f"{index.parent} was encoded with another {', '.join(changed)}; encode again into another folder"
@@ -265,11 +284,11 @@ def check_origin(index: Path, origin: Mapping[str, Any]) -> None:
 
 
 class Encoded:
-    """An encoded set: tokens (N, T) and embeddings (N, D), left on disk until rows are asked for."""
+    """An encoded set: tokens (N, T) and embeddings (N, D), read from disk when rows are asked for."""
 
     def __init__(self, folder: Path) -> None:
-        """Raises: DataError: there is none, or it is not complete."""
-        self.failures: dict[str, str] = {}  # whoever wrote it has told of them
+        """Raises: DataError: there is no encoded set, or it is not complete."""
+        self.failures: dict[str, str] = {}  # were reported when the set was written
         index = folder / "index.json"
         if not index.is_file():
             raise DataError(f"{folder} holds no index.json; `python train/encode.py --out {folder}` writes one")
@@ -277,12 +296,10 @@ class Encoded:
         if not header["complete"]:
             raise DataError(f"{folder} is not complete; run train/encode.py again, it goes on where it stopped")
         origin = header["origin"]
-        self.fingerprint: str = origin.get("images", origin.get("pictures", ""))  # the latter by earlier versions
+        self.fingerprint: str = origin.get("images", origin.get("pictures", ""))  # "pictures" in earlier versions
         self._rows, self._per_shard = int(header["rows"]), int(header["rows_per_shard"])
-        self.pictures, self.views = (
-            self._rows // header["origin"]["settings"]["views"],
-            header["origin"]["settings"]["views"],
-        )
+        self.views = origin["settings"]["views"]
+        self.num_images = self._rows // self.views
         shards = range(-(-self._rows // self._per_shard))
         self._shards = [load_tensors(shard_path(folder, n)) for n in shards]  # mapped, not read
 
@@ -299,18 +316,18 @@ class Encoded:
     def batches(
         self, rows: Callable[[int], Rows], start: int, workers: int = 0, stop: Stop | None = None
     ) -> Iterator[tuple[Tensor, Tensor]]:
-        """What `read` gives for the rows of every step from `start` on."""
+        """Tokens and embeddings, as from `read`, of every step from `start` on."""
         return (self.read(rows(step)) for step in count(start))
 
     def embeddings(self) -> Tensor:
-        """All of them, (N, D) or (N, K, D) float32."""
+        """All embeddings, (N, D) or (N, K, D) float32."""
         return torch.cat([shard["embeddings"] for shard in self._shards]).float()
 
 
 @command
 def main() -> None:
     paths = {"vqgan": "folder of stage 1, with vqgan.safetensors", "clip": "CLIP weights, .safetensors"}
-    args, config = parse_args(__doc__ or "", paths, optional={"seen": "pictures for CLIP, in place of --data"})
+    args, config = parse_args(__doc__ or "", paths, optional={"seen": "images for CLIP, in place of --data"})
     if args.seen:
         check_output(args.seen, args.out)
     with lock_output(args.out):
@@ -320,7 +337,7 @@ def main() -> None:
         encoders = load_encoders(config, args.data, vqgan, files, accelerator, args.seen)
         write_shards(encoders, args.out, config.stage2.workers, stop)
         if accelerator.is_main_process:
-            print(f"{args.out}: {encoders.views} crops of each of {encoders.pictures} pictures")
+            print(f"{args.out}: {encoders.views} crops of each of {encoders.num_images} images")
 
 
 if __name__ == "__main__":

@@ -115,9 +115,9 @@ def _batches(source: Source, size: int) -> Iterator[Tensor]:
 def main() -> None:
     args, config = parse_args(__doc__ or "", {"vqgan": "folder of stage 1, with vqgan.safetensors"})
     vqgan = load_vqgan(config.model.vqgan, args.vqgan / "vqgan.safetensors")
-    found, picture = measure(vqgan, open_source(args.data))
+    found, figure = measure(vqgan, open_source(args.data))
     args.out.mkdir(parents=True, exist_ok=True)
-    save_image(picture, Path(args.out) / "roundtrip.png")
+    save_image(figure, Path(args.out) / "roundtrip.png")
     write_text(args.out / "roundtrip.json", json.dumps(asdict(found), indent=1) + "\n")
     print(
         f"{found.pictures} images: {found.psnr:.1f} dB ({found.flat_psnr:.1f} for a flat colour), "

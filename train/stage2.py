@@ -103,8 +103,8 @@ def train(args: Namespace, config: Config) -> None:
     vqgan = load_vqgan(config.model.vqgan, files["vqgan"]).to(device)
     clip = load_clip(config.model.gpt, files["clip"]).to(device) if c.clip_weight or c.prompts else None
     data = open_data(config, args.data, args.out, vqgan, files, accelerator, stop)
-    trained, held_out = split_held_out(data.pictures, c.held_out)
-    rows = crop_rows(trained, data.pictures, data.views)
+    trained, held_out = split_held_out(data.num_images, c.held_out)
+    rows = crop_rows(trained, data.num_images, data.views)
     neighbours = None
     if c.neighbours and isinstance(data, Encoded):  # the configuration refuses neighbours from pixels
         embeddings = data.embeddings()[rows]
@@ -197,8 +197,8 @@ def train(args: Namespace, config: Config) -> None:
                         shown = held_tokens[few][:16], held_embeddings[few][:16]
                         log.image(done, "samples", sample_grid(average, vqgan, *shown, config.model.sampling))
                         if prompt_embeddings is not None:
-                            drawn = draw(average, prompt_embeddings, config.model.sampling)
-                            log.image(done, "prompts", token_grid(vqgan, drawn))
+                            samples = sample(average, prompt_embeddings, config.model.sampling)
+                            log.image(done, "prompts", token_grid(vqgan, samples))
                         del average  # of a sharded model a copy on the GPU
                     if sampling and lowest.improved(quality["held_loss"]):
                         save_tensors(weights, args.out / "gpt_best.safetensors")
@@ -329,11 +329,11 @@ def validate_gpt(
 @torch.no_grad()
 def sample_grid(gpt: GPT, vqgan: VQGAN, tokens: Tensor, embeddings: Tensor, sampling: SamplingParams) -> Image.Image:
     """Images of tokens (N, T), eight in a row, and below them samples from their embeddings (N, C)."""
-    drawn = draw(gpt, embeddings, replace(sampling, guidance=1.0))
-    return token_grid(vqgan, torch.cat([tokens, drawn]), columns=min(8, len(tokens)))
+    samples = sample(gpt, embeddings, replace(sampling, guidance=1.0))
+    return token_grid(vqgan, torch.cat([tokens, samples]), columns=min(8, len(tokens)))
 
 
-def draw(gpt: GPT, embeddings: Tensor, sampling: SamplingParams) -> Tensor:
+def sample(gpt: GPT, embeddings: Tensor, sampling: SamplingParams) -> Tensor:
     """Sample tokens (N, T), one image per condition (N, C)."""
     return generate_tokens(gpt, embeddings, list(range(len(embeddings))), sampling).clone()
 

@@ -1,4 +1,4 @@
-"""Image files of every kind that training meets, good and bad, and tar files of them."""
+"""Image files of many kinds, good and bad, and tar files of them."""
 
 from __future__ import annotations
 
@@ -24,18 +24,19 @@ def photo(seed: int, size: tuple[int, int] = (48, 40)) -> Image.Image:
     return Image.fromarray(pixels).resize(size, Image.Resampling.BICUBIC)
 
 
-def bomb() -> bytes:
-    """A PNG of a few bytes whose header says 60,000 x 60,000."""
+def png(width: int, height: int, bits: int, colour_type: int, scanlines: bytes) -> bytes:
+    """A PNG file with this header, whether or not the scanlines fit it."""
 
     def chunk(kind: bytes, data: bytes) -> bytes:
         return struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
 
-    header = struct.pack(">IIBBBBB", 60_000, 60_000, 8, 2, 0, 0, 0)
-    return b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", header) + chunk(b"IDAT", zlib.compress(b"")) + chunk(b"IEND", b"")
+    header = struct.pack(">IIBBBBB", width, height, bits, colour_type, 0, 0, 0)
+    data = chunk(b"IHDR", header) + chunk(b"IDAT", zlib.compress(scanlines)) + chunk(b"IEND", b"")
+    return b"\x89PNG\r\n\x1a\n" + data
 
 
 EXIF = Image.Exif()
-EXIF[0x0112] = 6  # lay it on its right side
+EXIF[0x0112] = 6  # orientation: rotated by 90 degrees
 GOOD = {
     "cmyk.jpg": encoded(photo(1).convert("CMYK"), "JPEG"),
     "grey.png": encoded(photo(2).convert("L"), "PNG"),
@@ -49,7 +50,7 @@ GOOD = {
     "PLAIN.JPEG": encoded(photo(9), "JPEG"),
 }
 BAD = {
-    "bomb.png": bomb(),
+    "bomb.png": png(60_000, 60_000, 8, 2, b""),
     "cut.jpg": encoded(photo(10, (300, 300)), "JPEG")[:700],
     "empty.png": b"",
     "text.jpg": b"<html>not found</html>",
@@ -57,7 +58,7 @@ BAD = {
 
 
 def write_difficult_images(folder: Path) -> Path:
-    """`GOOD` and `BAD` in a folder two levels deep, among things that are not images."""
+    """Write `GOOD` and `BAD` into a folder two levels deep, among things that are not images."""
     deep = folder / "nasty" / "deep"
     deep.mkdir(parents=True)
     for name, data in (GOOD | BAD).items():

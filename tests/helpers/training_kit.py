@@ -1,4 +1,4 @@
-"""A training small enough to run in a moment, in this process or in real ones of its own."""
+"""Trainings that take a moment, in this process or in processes of their own."""
 
 from __future__ import annotations
 
@@ -23,13 +23,13 @@ from safetensors.torch import load_file
 from clipgen.config import ModelConfig
 from train.config import Config, Stage1Config, Stage2Config
 
-# Importing torch takes seconds: one server does it once, every process is a copy of it.
+# Importing torch takes seconds: one server imports it once, and every process is forked from it.
 _CONTEXT = multiprocessing.get_context("forkserver")
 _CONTEXT.set_forkserver_preload(["train.stage1", "train.stage2", "train.encode"])
 
 
-def draw_pictures(folder: Path) -> Path:
-    """Two dozen coloured shapes in nested folders, and one file that is no picture."""
+def write_images(folder: Path) -> Path:
+    """Write two dozen coloured shapes into nested folders, and one file that is not an image."""
     rng = random.Random(0)
     for i in range(24):
         image = Image.new("RGB", (40, 48), tuple(rng.randrange(256) for _ in range(3)))
@@ -37,12 +37,12 @@ def draw_pictures(folder: Path) -> Path:
         path = folder / f"{i % 3}" / f"{i:02d}.png"
         path.parent.mkdir(exist_ok=True)
         image.save(path)
-    (folder / "broken.jpg").write_bytes(b"not a picture")
+    (folder / "broken.jpg").write_bytes(b"not an image")
     return folder
 
 
 def write_config(model: ModelConfig, path: Path) -> Path:
-    """Six steps of each stage, the last three of stage 1 with the GAN, in float32."""
+    """Write a configuration: six steps of each stage in float32, the last three of stage 1 with the GAN."""
     common = {"steps": 6, "batch_size": 4, "warmup": 1, "precision": "no", "workers": 0, "ema": 0.5}
     every = {"log_every": 1, "sample_every": 3, "save_every": 3}
     values = Config(
@@ -57,27 +57,27 @@ def write_config(model: ModelConfig, path: Path) -> Path:
 
 
 def run(script, monkeypatch, *arguments: object) -> None:
-    """Call a script's main with arguments, here."""
+    """Call a script's main with arguments, in this process."""
     monkeypatch.setattr(sys, "argv", [script.__name__, *map(str, arguments)])
     script.main()
 
 
 def scalars(out: Path) -> dict[tuple[int, str], float]:
-    """(step, name) -> value, of what a training logged."""
+    """Logged scalars of a training: (step, name) -> value."""
     with (out / "scalars.csv").open() as file:
         return {(int(r["step"]), r["name"]): float(r["value"]) for r in csv.DictReader(file)}
 
 
-def same_curves(one: Path, other: Path, *must: tuple[int, str]) -> None:
-    """Whether two trainings logged the same, to 1e-4, `must` among it; what takes time may take another."""
+def same_curves(one: Path, other: Path, *required: tuple[int, str]) -> None:
+    """Assert that two trainings logged the same scalars, to 1e-4, except for speed, and that `required` are logged."""
     first, second = ({k: v for k, v in scalars(out).items() if k[1] != "images_per_second"} for out in (one, other))
-    assert set(must) <= first.keys() and first.keys() == second.keys()
+    assert set(required) <= first.keys() and first.keys() == second.keys()
     for key, value in first.items():
         assert math.isclose(second[key], value, rel_tol=1e-4, abs_tol=1e-4), key
 
 
 def same_weights(a: Path, b: Path) -> bool:
-    """Whether two .safetensors files hold the same, bit for bit."""
+    """Whether two .safetensors files hold bit-identical tensors."""
     first, second = load_file(a), load_file(b)
     return first.keys() == second.keys() and all(torch.equal(first[name], second[name]) for name in first)
 
@@ -85,9 +85,11 @@ def same_weights(a: Path, b: Path) -> bool:
 def start(
     script: str, arguments: Sequence[object], log: Path, environment: dict[str, str] | None = None, file_limit: int = 0
 ) -> BaseProcess:
-    """Begin `python -m SCRIPT ARGUMENTS` as a process of its own, on one thread, its output appended to `log`.
+    """Start `python -m SCRIPT ARGUMENTS` in a process of its own, on one thread.
 
-    `file_limit` is the size in bytes at which files stop growing, as on a full disk.
+    Args:
+        log: file that its output is appended to.
+        file_limit: size, bytes, at which files stop growing, as on a full disk; 0 for no limit.
     """
     parts = (script, [str(a) for a in arguments], str(log), environment or {}, file_limit)
     process = _CONTEXT.Process(target=_main, args=parts)
@@ -109,22 +111,22 @@ def _main(script: str, arguments: list[str], log: str, environment: dict[str, st
         importlib.import_module(script).main()
     except SystemExit as stop:
         code = stop.code
-    # One of them that lets go of a tensor while Python ends aborts the process, once in some dozens of trainings. What
-    # PyTorch remembers of a sharded model keeps them, idle; so does an error, whose exit code is not 0 anyway.
+    # A Gloo thread that frees a tensor during shutdown aborts the process, once in some dozens of trainings. PyTorch's
+    # state of a sharded model keeps idle Gloo threads; so does an error, whose exit code is not 0 anyway.
     left = [path.parent.name for path in Path("/proc/self/task").glob("*/comm") if "gloo" in path.read_text()]
-    assert not left or code == 2 or "stage2.parallel=fsdp" in arguments, f"threads {left} of gloo are left"
+    assert not left or code == 2 or "stage2.parallel=fsdp" in arguments, f"Gloo threads {left} are still running"
     sys.exit(code)
 
 
 def finish(process: BaseProcess, seconds: float = 300) -> int:
-    """Wait for a process; its exit code, negative if a signal ended it."""
+    """Wait for a process and return its exit code, negative if a signal ended it."""
     process.join(seconds)
     assert process.exitcode is not None, "it did not end in time"
     return process.exitcode
 
 
 def start_together(script: str, arguments: Sequence[object], log: Path, processes: int) -> list[BaseProcess]:
-    """Begin one training of several processes, as torchrun does."""
+    """Start one training of several processes, as torchrun does."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]

@@ -1,4 +1,4 @@
-"""No work is lost: stopped, killed or out of disk, a training goes on to the very weights of an uninterrupted one."""
+"""A training that is stopped, killed or runs out of disk resumes to the same weights as an uninterrupted one."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ import torch
 from accelerate import Accelerator
 from local_server import wait_until
 from tracebacks import has_traceback
-from training_kit import draw_pictures, finish, same_weights, scalars, start, start_together, write_config
+from training_kit import finish, same_weights, scalars, start, start_together, write_config, write_images
 
 from clipgen.config import ModelConfig
 from train.loop.checkpoint import CheckpointError, Checkpoints, save_tensors
@@ -24,7 +24,7 @@ from train.loop.checkpoint import CheckpointError, Checkpoints, save_tensors
 
 @dataclass
 class Training:
-    """One stage, as a process of its own; `weights` is what it leaves."""
+    """One stage, run in a process of its own; `weights` is the name of the file it writes."""
 
     script: str
     weights: str
@@ -47,9 +47,9 @@ def trainings(
 ) -> dict[str, Training]:
     """Both stages, saving after every second step."""
     folder = tmp_path_factory.mktemp("data")
-    (folder / "pictures").mkdir()
-    pictures, config = draw_pictures(folder / "pictures"), write_config(tiny_config, folder / "tiny.yaml")
-    flags = ["--config", config, "--data", pictures]
+    (folder / "images").mkdir()
+    images, config = write_images(folder / "images"), write_config(tiny_config, folder / "tiny.yaml")
+    flags = ["--config", config, "--data", images]
     parts = ["--vqgan", tiny_weights, "--clip", tiny_weights / "clip.safetensors"]
     return {
         "stage1": Training("train.stage1", "vqgan.safetensors", [*flags, "stage1.save_every=2"]),
@@ -59,7 +59,7 @@ def trainings(
 
 @pytest.fixture(scope="module")
 def whole(trainings: dict[str, Training], tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Each stage without interruption."""
+    """Folder with each stage, trained without interruption."""
     out = tmp_path_factory.mktemp("whole")
     for name, training in trainings.items():
         training.finish(out / name)
@@ -71,7 +71,7 @@ def logged(out: Path, step: int) -> Callable[[], bool]:
 
 
 @pytest.mark.parametrize("name", ["stage1", "stage2"])
-def test_signals_save_and_the_training_goes_on_bit_for_bit(
+def test_training_stopped_by_signals_ends_with_the_same_weights(
     name: str, trainings: dict[str, Training], tmp_path: Path
 ) -> None:
     training, out, reference = trainings[name], tmp_path / name, tmp_path / "reference"
@@ -94,7 +94,7 @@ def test_signals_save_and_the_training_goes_on_bit_for_bit(
 
 
 @pytest.mark.parametrize("name", ["stage1", "stage2"])
-def test_stopped_and_resumed_is_bit_for_bit_as_if_never_stopped(
+def test_resumed_training_ends_with_the_same_weights_and_scalars(
     name: str, trainings: dict[str, Training], whole: Path, tmp_path: Path
 ) -> None:
     training, out = trainings[name], tmp_path / name
@@ -108,7 +108,7 @@ def test_stopped_and_resumed_is_bit_for_bit_as_if_never_stopped(
     assert rest and rest.items() <= scalars(out).items()
 
 
-def test_only_the_newest_stay_and_curves_have_no_step_twice(
+def test_old_checkpoints_are_removed_and_curves_have_each_step_once(
     trainings: dict[str, Training], whole: Path, tmp_path: Path
 ) -> None:
     training, out = trainings["stage1"], tmp_path / "stage1"
@@ -131,7 +131,7 @@ def test_only_the_newest_stay_and_curves_have_no_step_twice(
         ("stage2", "stage2.optimizer=adamw", "optimizer muon, not adamw"),
     ],
 )
-def test_another_training_is_not_gone_on_with(
+def test_resuming_with_changed_fixed_settings_is_refused(
     name: str, change: str, message: str, trainings: dict[str, Training], whole: Path, tmp_path: Path
 ) -> None:
     out = shutil.copytree(whole / name, tmp_path / name)
@@ -140,9 +140,11 @@ def test_another_training_is_not_gone_on_with(
     assert same_weights(out / trainings[name].weights, whole / name / trainings[name].weights)
 
 
-@pytest.mark.parametrize("share", [0.5, 1.02])  # of the weights: these do not fit, or they do and what comes after not
+@pytest.mark.parametrize(
+    "share", [0.5, 1.02]
+)  # of the weights' size: 0.5 does not hold them, 1.02 does, but not the rest
 @pytest.mark.parametrize("name", ["stage1", "stage2"])
-def test_a_full_disk_leaves_the_checkpoint_before_intact(
+def test_full_disk_leaves_the_previous_checkpoint_intact(
     name: str, share: float, trainings: dict[str, Training], whole: Path, tmp_path: Path
 ) -> None:
     training, out = trainings[name], tmp_path / name
@@ -158,7 +160,7 @@ def test_a_full_disk_leaves_the_checkpoint_before_intact(
     assert same_weights(out / training.weights, whole / name / training.weights)
 
 
-def test_any_failed_write_is_told_and_undone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_failed_write_is_reported_and_leaves_no_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     accelerator = Accelerator(cpu=True)
     accelerator.register_for_checkpointing(torch.nn.Linear(2, 2))
     checkpoints = Checkpoints(accelerator, tmp_path)
@@ -178,7 +180,7 @@ def test_any_failed_write_is_told_and_undone(tmp_path: Path, monkeypatch: pytest
     assert [step for step, _ in checkpoints.complete()] == [1]
 
 
-def test_all_processes_stop_when_one_is_asked_to(trainings: dict[str, Training], tmp_path: Path) -> None:
+def test_all_processes_stop_when_one_gets_a_signal(trainings: dict[str, Training], tmp_path: Path) -> None:
     out = tmp_path / "run"
     flags = [*trainings["stage1"].flags, "--out", out, "stage1.steps=100000", "stage1.save_every=100000"]
     first, second = start_together("train.stage1", [*flags, "stage1.sample_every=100000"], log(out), 2)
@@ -190,7 +192,7 @@ def test_all_processes_stop_when_one_is_asked_to(trainings: dict[str, Training],
 
 @pytest.mark.slow
 @pytest.mark.parametrize("name", ["stage1", "stage2"])
-def test_killed_at_twenty_moments_it_ends_with_the_same_weights(
+def test_training_killed_twenty_times_ends_with_the_same_weights(
     name: str, trainings: dict[str, Training], whole: Path, tmp_path: Path
 ) -> None:
     training, out, rng = trainings[name], tmp_path / name, random.Random(name)
@@ -200,7 +202,7 @@ def test_killed_at_twenty_moments_it_ends_with_the_same_weights(
     kills = saving = ends = 0
     while kills < 20:
         process = training.start(out, f"{name}.save_every=1")
-        if kills % 2:  # at any moment
+        if kills % 2:  # at a random moment
             process.join(rng.uniform(0.1, 0.9) * seconds)
         else:  # while it saves
             until = time.monotonic() + rng.uniform(0.1, 0.9) * seconds
@@ -213,12 +215,12 @@ def test_killed_at_twenty_moments_it_ends_with_the_same_weights(
         if finish(process) == -signal.SIGKILL:
             kills += 1
             saving += bool(list(out.rglob("*.tmp")))
-        else:  # it was done before
+        else:  # it finished first
             assert process.exitcode == 0, log(out).read_text()
             assert same_weights(out / training.weights, whole / name / training.weights)
             shutil.rmtree(out)
             ends += 1
             assert ends < 40
     training.finish(out)
-    assert saving >= 5, "the kills were to hit the saving too"
+    assert saving >= 5, "some kills must interrupt a save"
     assert same_weights(out / training.weights, whole / name / training.weights)

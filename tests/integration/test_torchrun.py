@@ -1,4 +1,4 @@
-"""One training shared by several processes is the same training."""
+"""Trainings by several processes give the results of one process."""
 
 from __future__ import annotations
 
@@ -11,7 +11,6 @@ import pytest
 import torch
 from safetensors.torch import load_file
 from training_kit import (
-    draw_pictures,
     finish,
     run,
     same_curves,
@@ -20,6 +19,7 @@ from training_kit import (
     start,
     start_together,
     write_config,
+    write_images,
 )
 
 from clipgen.config import ModelConfig
@@ -35,10 +35,10 @@ SHARDED += ["stage2.accumulate=2", "stage2.clip_weight=0.2", "stage2.clip_batch=
 @pytest.fixture(scope="module")
 def flags(tiny_config: ModelConfig, tiny_weights: Path, tmp_path_factory: pytest.TempPathFactory) -> list[object]:
     folder = tmp_path_factory.mktemp("data")
-    (folder / "pictures").mkdir()
+    (folder / "images").mkdir()
     config = write_config(tiny_config, folder / "tiny.yaml")
-    # At a higher rate Adam turns the rounding of the smallest gradients into another code here and there.
-    return ["--config", config, "--data", draw_pictures(folder / "pictures"), "stage1.lr=1e-4"]
+    # With a higher rate, Adam turns rounding differences of the smallest gradients into different codes now and then.
+    return ["--config", config, "--data", write_images(folder / "images"), "stage1.lr=1e-4"]
 
 
 @pytest.fixture(scope="module")
@@ -48,7 +48,7 @@ def parts(tiny_weights: Path) -> list[object]:
 
 @pytest.fixture(scope="module")
 def alone(flags, parts, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Each training by one process."""
+    """Folder with each training, by one process."""
     out = tmp_path_factory.mktemp("alone")
     for name, script in SCRIPTS.items():
         more = [] if name == "vqgan" else parts + (PIXELS if name == "pixels" else [])
@@ -67,7 +67,9 @@ def alone(flags, parts, tmp_path_factory: pytest.TempPathFactory) -> Path:
         pytest.param("gpt", 4, marks=pytest.mark.slow),
     ],
 )
-def test_several_processes_train_as_one(name: str, processes: int, flags, parts, alone: Path, tmp_path: Path) -> None:
+def test_several_processes_give_the_curves_of_one(
+    name: str, processes: int, flags, parts, alone: Path, tmp_path: Path
+) -> None:
     more = [] if name == "vqgan" else parts + (PIXELS if name == "pixels" else [])
     arguments = [*flags, "--out", tmp_path / name, *more]
     together = start_together(SCRIPTS[name], arguments, tmp_path / "log", processes)
@@ -80,7 +82,7 @@ def test_several_processes_train_as_one(name: str, processes: int, flags, parts,
 
 @pytest.mark.slow
 @pytest.mark.parametrize("kind", ["lecam", "r1"])
-def test_what_is_averaged_is_averaged_over_all_processes(kind: str, flags, tmp_path: Path) -> None:
+def test_averages_of_stage1_are_reduced_over_all_processes(kind: str, flags, tmp_path: Path) -> None:
     more = ["stage1.codes=ema", f"stage1.disc_regularisation={kind}", "stage1.disc_regularisation_weight=0.1"]
     for processes in (1, 2):
         arguments = [*flags, *more, f"stage1.accumulate={processes}", "--out", tmp_path / str(processes)]
@@ -89,7 +91,7 @@ def test_what_is_averaged_is_averaged_over_all_processes(kind: str, flags, tmp_p
     same_curves(tmp_path / "1", tmp_path / "2", (6, "disc_penalty"), (6, "perplexity"), (6, "held_loss"))
 
 
-def test_several_processes_go_on_from_what_one_saved(flags, alone: Path, tmp_path: Path) -> None:
+def test_two_processes_resume_the_checkpoint_of_one(flags, alone: Path, tmp_path: Path) -> None:
     shutil.copytree(alone / "vqgan", tmp_path / "vqgan")
     shutil.rmtree(tmp_path / "vqgan" / "checkpoints" / "step_000006")
     arguments = [*flags, "--out", tmp_path / "vqgan"]
@@ -102,7 +104,7 @@ def test_several_processes_go_on_from_what_one_saved(flags, alone: Path, tmp_pat
 
 @pytest.fixture(scope="module")
 def sharded(flags, parts, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The GPT in two halves, each in a process."""
+    """Folder of a GPT that two processes trained, each with half of it."""
     out = tmp_path_factory.mktemp("sharded") / "gpt"
     together = start_together("train.stage2", [*flags, "--out", out, *parts, *SHARDED], out.with_suffix(".log"), 2)
     assert [finish(p) for p in together] == [0, 0], out.with_suffix(".log").read_text()
@@ -110,7 +112,9 @@ def sharded(flags, parts, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.mark.slow
-def test_a_sharded_gpt_trains_as_a_whole_one(sharded: Path, flags, parts, tmp_path: Path) -> None:
+def test_sharded_gpt_gives_the_curves_and_weights_of_an_unsharded_one(
+    sharded: Path, flags, parts, tmp_path: Path
+) -> None:
     arguments = [*flags, "--out", tmp_path / "gpt", *parts, "stage2.optimizer=adamw"]
     arguments += ["stage2.clip_weight=0.2", "stage2.clip_batch=4"]
     assert finish(start("train.stage2", arguments, tmp_path / "log")) == 0, (tmp_path / "log").read_text()
@@ -121,7 +125,7 @@ def test_a_sharded_gpt_trains_as_a_whole_one(sharded: Path, flags, parts, tmp_pa
     assert {path.name for path in step.iterdir()} == {".metadata", "__0_0.distcp", "__1_0.distcp"}
 
 
-def test_a_sharded_gpt_needs_processes_to_share_it(flags, parts, tmp_path: Path, monkeypatch, capsys) -> None:
+def test_sharding_without_torchrun_is_refused(flags, parts, tmp_path: Path, monkeypatch, capsys) -> None:
     with pytest.raises(SystemExit) as stop:
         run(stage2, monkeypatch, *flags, "--out", tmp_path / "gpt", *parts, *SHARDED)
     assert stop.value.code == 2
@@ -130,7 +134,7 @@ def test_a_sharded_gpt_needs_processes_to_share_it(flags, parts, tmp_path: Path,
 
 @pytest.mark.slow
 @pytest.mark.parametrize("processes", [1, 4])
-def test_another_number_of_processes_goes_on_with_a_sharded_gpt(
+def test_sharded_checkpoint_is_resumed_by_another_number_of_processes(
     processes: int, sharded: Path, flags, parts, tmp_path: Path
 ) -> None:
     out = shutil.copytree(sharded, tmp_path / "gpt", ignore=shutil.ignore_patterns("step_000006"))
@@ -142,7 +146,7 @@ def test_another_number_of_processes_goes_on_with_a_sharded_gpt(
     assert all(torch.allclose(whole[name], cut[name], atol=1e-4) for name in whole)
 
 
-def test_shards_are_shared_out(flags, parts, tmp_path: Path) -> None:
+def test_two_processes_encode_the_shards_of_one(flags, parts, tmp_path: Path) -> None:
     folders = {}
     for processes in (1, 2):
         out = folders[processes] = tmp_path / str(processes)
@@ -153,7 +157,7 @@ def test_shards_are_shared_out(flags, parts, tmp_path: Path) -> None:
     assert same_weights(*(folder / "000000.safetensors" for folder in folders.values()))
 
 
-def test_a_batch_that_cannot_be_shared_is_one_clear_line(flags, tmp_path: Path) -> None:
+def test_batch_size_that_is_no_multiple_of_the_processes_is_refused(flags, tmp_path: Path) -> None:
     arguments = [*flags, "--out", tmp_path / "run", "stage1.batch_size=3"]
     together = start_together("train.stage1", arguments, tmp_path / "log", 2)
     assert [finish(p) for p in together] == [2, 2]
@@ -164,7 +168,7 @@ def test_a_batch_that_cannot_be_shared_is_one_clear_line(flags, tmp_path: Path) 
 
 
 @pytest.mark.slow
-def test_torchrun_starts_it(flags, alone: Path, root: Path, tmp_path: Path) -> None:
+def test_torchrun_starts_stage1_with_two_processes(flags, alone: Path, root: Path, tmp_path: Path) -> None:
     run = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", root / "train" / "stage1.py"]
     subprocess.run([*map(str, [*run, *flags, "--out", tmp_path])], check=True, cwd=tmp_path, timeout=300)
     one, two = scalars(alone / "vqgan"), scalars(tmp_path)

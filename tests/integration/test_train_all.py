@@ -1,4 +1,4 @@
-"""`python -m train.all`: what would fail late fails early; killed anywhere, it ends with a folder that draws."""
+"""`python -m train.all`: unusable input is refused at once, and an interrupted run resumes to complete weights."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ import torch
 from local_server import wait_until
 from PIL import Image
 from tracebacks import has_traceback
-from training_kit import draw_pictures, run, write_config
+from training_kit import run, write_config, write_images
 
 from clipgen import ClipGen
 from clipgen.config import ModelConfig
@@ -39,10 +39,10 @@ SENTENCES = "".join(f"a {colour} {shape}\n" for colour in ("red", "green", "blue
 def flags(
     tiny_config: ModelConfig, tiny_weights: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> list[object]:
-    """Arguments of a training that is over in a moment, in an empty folder."""
+    """Arguments of a training that takes a moment, in an empty folder."""
     monkeypatch.chdir(tmp_path)
-    (tmp_path / "pictures").mkdir()
-    draw_pictures(tmp_path / "pictures")
+    (tmp_path / "images").mkdir()
+    write_images(tmp_path / "images")
     Path("prompts.txt").write_text(SENTENCES)
     config = write_config(tiny_config, tmp_path / "tiny.yaml")
     shutil.copy(tiny_weights / "clip.safetensors", tmp_path / "clip.safetensors")
@@ -50,7 +50,7 @@ def flags(
     few += ["stage1.batch_size=8", "stage1.l2_weight=1"]
     every = [f"stage{i}.{name}_every=20" for i in (1, 2) for name in ("log", "save")] + ["stage2.sample_every=300"]
     files = ["--config", config, "--clip", "clip.safetensors", "--features", "clip"]
-    return ["pictures", "--out", "weights/mine", *files, *few, *every]
+    return ["images", "--out", "weights/mine", *files, *few, *every]
 
 
 @pytest.mark.parametrize(
@@ -63,13 +63,13 @@ def flags(
         (["--processes", 3], "stage1.batch_size is 8; it must be a multiple of --processes, 3"),
         (["--processes", 0], "--processes: '0'; use a whole number, 1 or more"),
         (["--out", "tiny.yaml"], "tiny.yaml exists; give another --out"),
-        (["--out", "pictures/mine"], "lies inside the data, pictures"),
-        (["--work", "pictures/work"], "lies inside the data, pictures"),
+        (["--out", "images/mine"], "lies inside the data, images"),
+        (["--work", "images/work"], "lies inside the data, images"),
         (["--features", "inception"], "CLIPGEN_OFFLINE is set.*give --features clip or efficientnet"),
         (["stage1.stps=5"], "stps"),
     ],
 )
-def test_what_would_fail_late_fails_before_anything_is_trained(
+def test_unusable_input_is_refused_before_training(
     flags: list[object],
     more: list[object],
     message: str,
@@ -87,7 +87,7 @@ def test_what_would_fail_late_fails_before_anything_is_trained(
     assert not Path("runs").exists() or not list(Path("runs").rglob("settings.json"))
 
 
-def test_another_training_does_not_go_on_in_the_same_folder(
+def test_changed_settings_are_refused_in_the_same_work_folder(
     flags: list[object], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     done = []
@@ -102,18 +102,20 @@ def test_another_training_does_not_go_on_in_the_same_folder(
     done.clear()
     minutes = Path("runs/mine/minutes.json")
     minutes.write_text(json.dumps(dict.fromkeys(("check", "stage 1", "round trip", "encode", "stage 2", "card"), 0)))
-    run(everything, monkeypatch, *flags, "--prompts", "prompts.txt")  # the weights are not there: all of theirs again
+    run(
+        everything, monkeypatch, *flags, "--prompts", "prompts.txt"
+    )  # the weights are missing: all steps that write them run again
     assert done == ["export", "index", "evaluate", "card"]
 
 
-def test_evaluation_without_a_network_uses_the_features_that_are_there(
+def test_evaluation_without_a_network_uses_features_that_need_no_download(
     flags: list[object], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setenv("CLIPGEN_CACHE", "cache")
     asked: list[Sequence[str]] = []
 
     def unreachable(entry: object, settings: object, policy: RetryPolicy, log: object) -> None:
-        assert policy.attempts * policy.timeout <= 20, "that it waits long is of no use"
+        assert policy.attempts * policy.timeout <= 20, "a download with a substitute waits at most 20 s"
         raise DownloadError("no route to host")
 
     def note(name: str, arguments: Sequence[str]) -> None:
@@ -136,12 +138,12 @@ def test_evaluation_without_a_network_uses_the_features_that_are_there(
     assert everything.choose_features(None, None) == "clip"
 
 
-def test_moved_images_are_the_same_training_and_changed_ones_are_not(
+def test_moved_images_resume_the_training_and_changed_images_are_refused(
     flags: list[object], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setattr(everything, "run_step", lambda name, arguments: None)
     run(everything, monkeypatch, *flags)
-    Path("pictures").rename("moved")
+    Path("images").rename("moved")
     flags[0] = str(Path("moved").resolve())
     run(everything, monkeypatch, *flags)
     Path("moved/0/00.png").write_bytes(Path("moved/0/03.png").read_bytes())
@@ -150,7 +152,7 @@ def test_moved_images_are_the_same_training_and_changed_ones_are_not(
     assert "runs/mine was begun with another images (" in capsys.readouterr().err
 
 
-def test_second_start_names_the_process_that_trains(
+def test_second_start_is_refused_and_names_the_running_process(
     flags: list[object], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setattr(everything, "run_step", lambda name, arguments: None)
@@ -160,22 +162,22 @@ def test_second_start_names_the_process_that_trains(
     assert f"runs/mine is being written by process {os.getpid()}" in capsys.readouterr().err
 
 
-def test_steps_without_sentences_or_encoded_set(flags: list[object], tmp_path: Path) -> None:
-    paths = everything.Paths("pictures", Path("clip"), None, tmp_path / "work", tmp_path / "out")
+def test_plan_without_prompts_and_from_pixels_skips_index_and_encode(flags: list[object], tmp_path: Path) -> None:
+    paths = everything.Paths("images", Path("clip"), None, tmp_path / "work", tmp_path / "out")
     config = load_config(tmp_path / "tiny.yaml", ["stage2.from_pixels=true", "stage2.neighbours=0"])
     found = everything.plan_steps(paths, config, "clip", 2)
     assert list(found) == ["check", "stage 1", "round trip", "stage 2", "export", "evaluate", "card"]
     assert found["stage 1"][:5] == ["-m", "torch.distributed.run", "--nproc-per-node", "2", "-m"]
-    assert "pictures" in found["stage 2"] and not any("--prompts" in arguments for arguments in found.values())
+    assert "images" in found["stage 2"] and not any("--prompts" in arguments for arguments in found.values())
 
 
-def test_tokens_that_keep_nothing_are_refused(
+def test_tokens_that_keep_no_more_than_a_flat_colour_are_refused(
     tiny_config: ModelConfig, tmp_path: Path, flags: list[object], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     torch.manual_seed(0)
     vqgan = VQGAN(tiny_config.vqgan).eval()
-    found, picture = roundtrip.measure(vqgan, open_source("pictures"))
-    assert found.pictures == 24 and found.codes_possible == 64 and picture.width > 8 * 32
+    found, figure = roundtrip.measure(vqgan, open_source("images"))
+    assert found.pictures == 24 and found.codes_possible == 64 and figure.width > 8 * 32
     with pytest.raises(TrainingError, match=r"no more than a flat colour would .*stage1\.steps"):
         found.check()
     good = roundtrip.RoundTrip(24, 25.0, 15.0, 60, 64)
@@ -185,19 +187,19 @@ def test_tokens_that_keep_nothing_are_refused(
     (tmp_path / "vqgan").mkdir()
     save_tensors(vqgan.state_dict(), tmp_path / "vqgan" / "vqgan.safetensors")
     with pytest.raises(SystemExit) as stopped:
-        arguments = ["--config", "tiny.yaml", "--data", "pictures", "--vqgan", "vqgan", "--out", "trip"]
+        arguments = ["--config", "tiny.yaml", "--data", "images", "--vqgan", "vqgan", "--out", "trip"]
         run(roundtrip, monkeypatch, *arguments)
     assert stopped.value.code == 2 and sorted(p.name for p in Path("trip").iterdir()) == [
         "roundtrip.json", "roundtrip.png",
     ]  # fmt: skip
     (tmp_path / "none").mkdir()
-    (tmp_path / "none" / "bad.png").write_bytes(b"no picture")
+    (tmp_path / "none" / "bad.png").write_bytes(b"no image")
     with pytest.raises(DataError, match="none of the 1 images can be read"):
         roundtrip.measure(vqgan, open_source("none"))
 
 
 @pytest.mark.slow
-def test_killed_in_the_middle_it_ends_with_a_folder_that_draws(flags: list[object], root: Path) -> None:
+def test_killed_and_stopped_training_resumes_to_weights_that_generate(flags: list[object], root: Path) -> None:
     command = [sys.executable, "-m", "train.all", *map(str, flags), "--prompts", "prompts.txt"]
     environment = os.environ | {"PYTHONPATH": str(root), "OMP_NUM_THREADS": "1"}
     minutes = Path("runs/mine/minutes.json")
@@ -225,7 +227,7 @@ def test_killed_in_the_middle_it_ends_with_a_folder_that_draws(flags: list[objec
     names = {path.name for path in folder.iterdir()}
     assert {"README.md", "samples.jpg", "coverage.safetensors", "manifest.json"} <= names
     text = (folder / "README.md").read_text()
-    assert "clip_fd, 0" in text and "| stage 2 |" in text and "vqgan, psnr" in text and "24 drawn images" in text
+    assert "clip_fd, 0" in text and "| stage 2 |" in text and "vqgan, psnr" in text and "24 generated images" in text
     assert Image.open(folder / "samples.jpg").width > 4 * 32
     pipe = ClipGen.from_pretrained(folder)
     assert len(pipe("a red circle", num_outputs=2, candidates=4, seed=0).images) == 2

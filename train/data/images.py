@@ -1,7 +1,8 @@
-"""Numbered pictures -> batches, in an order that depends on the seed alone.
+"""Numbered images -> batches, in an order that depends on the seed alone.
 
-Position p of training is picture `Order.keys` says, cropped by a seed of its own, whatever the number of processes,
-of workers, or of interruptions: batch k is positions k * B to (k + 1) * B, of which every process takes its part.
+`ResumableSampler.keys` assigns an image and a crop seed to every position of the training. Batch k is positions k * B to
+(k + 1) * B - 1, of which every process takes its part, so the numbers of processes, workers and interruptions change
+nothing.
 """
 
 from __future__ import annotations
@@ -20,11 +21,11 @@ from clipgen.images.pixels import load_image, to_clip, to_pixels
 from clipgen.images.sources import Source, open_source
 
 Key = tuple[int, int]
-"""Which picture, and the seed of its crop and flip."""
+"""Index of an image, and the seed of its crop and flip."""
 
 
 class Batch(NamedTuple):
-    """Pictures as both networks see them, and what could not be read on the way."""
+    """Pixels of images for both networks, and the images that could not be read."""
 
     pixels: Tensor
     """(B, 3, S, S) in [-1, 1]."""
@@ -35,21 +36,28 @@ class Batch(NamedTuple):
 
 
 class Images(Dataset[Batch]):
-    """Pictures by (index, seed), so that the same item of the same step is the same pixels in every run.
+    """Images by (index, seed), so that the same item of the same step has the same pixels in every run.
 
-    What cannot be read is replaced by the next picture that can, and said so in `Batch.failures`.
+    An image that cannot be read is replaced by the next readable one and listed in `Batch.failures`.
 
     Attributes:
-        failures: name -> reason, as far as this process has come across them.
+        failures: name -> reason, of the images that this process failed to read so far.
     """
 
     def __init__(
         self, source: Source | str | Path, size: int, min_scale: float = 1.0, flip: bool = True, clip_size: int = 0
     ) -> None:
-        """Args: the data, the side of the pixels, how much a crop keeps, whether to flip, the side for CLIP (0: none).
+        """Open the data.
+
+        Args:
+            source: the images, or the folder, list or shards that hold them.
+            size: side of the pixels, px.
+            min_scale: smallest side of a crop, as a fraction of the image's shorter side; 1 does not crop.
+            flip: whether to flip half of the images.
+            clip_size: side of CLIP's pixels, px; 0 for none.
 
         Raises:
-            DataError: no picture there.
+            DataError: there are no images.
         """
         self.source = open_source(source) if isinstance(source, (str, Path)) else source
         self.size, self.min_scale, self.flip, self.clip_size = size, min_scale, flip, clip_size
@@ -60,27 +68,27 @@ class Images(Dataset[Batch]):
 
     @property
     def item_bytes(self) -> int:
-        """Size of one item's pixels, as both networks see them."""
+        """Size of one item's pixels for both networks, bytes."""
         return 3 * 4 * (self.size**2 + self.clip_size**2)
 
     def __getitem__(self, key: Key) -> Batch:
         index, seed = key
-        found: list[tuple[str, str]] = []
+        failures: list[tuple[str, str]] = []
         for offset in range(len(self)):
-            at = (index + offset) % len(self)
-            name = self.source.names[at]
+            position = (index + offset) % len(self)
+            name = self.source.names[position]
             try:
                 if name not in self.failures:
-                    crop = self.augment(load_image(self.source.read(at)), random.Random(seed))
+                    crop = self.augment(load_image(self.source.read(position)), random.Random(seed))
                     clip = to_clip([crop], self.clip_size) if self.clip_size else torch.empty(1, 0)
-                    return Batch(to_pixels([crop], self.size), clip, found)
+                    return Batch(to_pixels([crop], self.size), clip, failures)
             except (DataError, OSError) as error:
                 self.failures[name] = reason(error)
-            found.append((name, self.failures[name]))
-        raise DataError(f"none of the {len(self)} images can be read, {found[0][0]}: {found[0][1]}")
+            failures.append((name, self.failures[name]))
+        raise DataError(f"none of the {len(self)} images can be read, {failures[0][0]}: {failures[0][1]}")
 
     def augment(self, image: Image.Image, rng: random.Random) -> Image.Image:
-        """A random square of at least `min_scale` of the shorter side, flipped half of the time."""
+        """A random square crop of at least `min_scale` of the shorter side, flipped half of the time."""
         if self.min_scale < 1:
             side = max(1, round(min(image.size) * rng.uniform(self.min_scale, 1)))
             x, y = rng.randint(0, image.width - side), rng.randint(0, image.height - side)
@@ -90,12 +98,12 @@ class Images(Dataset[Batch]):
         return image
 
     def batch(self, keys: list[Key]) -> Batch:
-        """Several items as one."""
+        """Several items as one batch."""
         return collate([self[key] for key in keys])
 
 
 def reason(error: Exception) -> str:
-    """Why a picture cannot be read, without its name."""
+    """Why an image cannot be read, without its name."""
     text = (error.strerror if isinstance(error, OSError) else None) or str(error)
     return text.removeprefix("the given image").lstrip(": ")
 
@@ -103,18 +111,18 @@ def reason(error: Exception) -> str:
 def collate(items: list[Batch]) -> Batch:
     """Join batches into one."""
     pixels, clip, failures = zip(*items, strict=True)
-    return Batch(torch.cat(pixels), torch.cat(clip), [failure for found in failures for failure in found])
+    return Batch(torch.cat(pixels), torch.cat(clip), [failure for item in failures for failure in item])
 
 
 class ResumableSampler:
-    """Endless positions -> keys: every picture once an epoch, shuffled anew in each."""
+    """Keys of an endless sequence of positions: every image once per epoch, in a new order each."""
 
     def __init__(self, length: int, seed: int) -> None:
         self.length, self.seed = length, seed
         self._epoch, self._permutation = -1, torch.empty(0, dtype=torch.long)
 
     def keys(self, start: int, count: int) -> list[Key]:
-        """The keys of positions start to start + count."""
+        """The keys of positions start to start + count - 1."""
         return [(self._index(position), hash((self.seed, position))) for position in range(start, start + count)]
 
     def _index(self, position: int) -> int:

@@ -36,8 +36,8 @@ def image_batches(
     Ends early only if `stop` was signalled and the next batch did not arrive in time.
 
     Args:
-        keys: what this process reads for a step.
-        steps: the steps, in order; what earlier ones saw is not read.
+        keys: step -> keys of the images that this process reads for it.
+        steps: the steps, in order; images of earlier ones are not read.
         workers: processes that decode; 0 decodes in this one.
 
     Raises:

@@ -16,7 +16,7 @@ import torch
 from PIL import Image
 from safetensors.torch import load_file
 from tracebacks import has_traceback
-from training_kit import draw_pictures, finish, start_together
+from training_kit import finish, start_together, write_images
 from typer.testing import CliRunner
 from typer.testing import Result as RunResult
 
@@ -35,7 +35,7 @@ PROMPTS = "a lemon\na dog\n\na red heart\na blue square\na cat\n"
 
 @pytest.fixture(scope="module")
 def images(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return draw_pictures(tmp_path_factory.mktemp("reference"))
+    return write_images(tmp_path_factory.mktemp("reference"))
 
 
 @pytest.fixture

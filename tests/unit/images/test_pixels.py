@@ -14,6 +14,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from image_files import encoded, photo, png
 from PIL import ExifTags, Image
 
 from clipgen.errors import DataError
@@ -30,28 +31,10 @@ from clipgen.images.pixels import (
 )
 
 
-def picture(width: int = 48, height: int = 32, seed: int = 0) -> Image.Image:
-    """A smooth colour picture, so that lossy formats stay close to it."""
-    rng = np.random.default_rng(seed)
-    return Image.fromarray(rng.integers(0, 256, (4, 4, 3), np.uint8)).resize((width, height), Image.Resampling.BICUBIC)
-
-
-def encoded(image: Image.Image, format: str, **options: object) -> bytes:
-    buffer = io.BytesIO()
-    image.save(buffer, format, **options)
-    return buffer.getvalue()
-
-
 def png16(values: np.ndarray, colour_type: int) -> bytes:
     """A 16-bit PNG (PIL writes only grey ones): values (H, W, channels) up to 65535."""
-
-    def chunk(kind: bytes, data: bytes) -> bytes:
-        return struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
-
     height, width, _ = values.shape
-    rows = b"".join(b"\0" + row.astype(">u2").tobytes() for row in values)
-    header = struct.pack(">IIBBBBB", width, height, 16, colour_type, 0, 0, 0)
-    return b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", header) + chunk(b"IDAT", zlib.compress(rows)) + chunk(b"IEND", b"")
+    return png(width, height, 16, colour_type, b"".join(b"\0" + row.astype(">u2").tobytes() for row in values))
 
 
 def corner(image: Image.Image) -> tuple[int, ...]:
@@ -63,22 +46,22 @@ def corner(image: Image.Image) -> tuple[int, ...]:
 
 
 @pytest.mark.parametrize("format", ["PNG", "JPEG", "WEBP", "GIF", "BMP", "TIFF"])
-def test_reads_common_formats_from_paths_bytes_and_files(tmp_path: Path, format: str) -> None:
-    data = encoded(picture(), format)
-    path = tmp_path / "a picture"
+def test_common_formats_are_read_from_paths_bytes_and_files(tmp_path: Path, format: str) -> None:
+    data = encoded(photo(0), format)
+    path = tmp_path / "no suffix"
     path.write_bytes(data)
     for source in (path, str(path), data, io.BytesIO(data)):
         image = load_image(source)
-        assert image.mode == "RGB" and image.size == (48, 32)
-        difference = np.abs(np.asarray(image).astype(int) - np.asarray(picture()))
+        assert image.mode == "RGB" and image.size == (48, 40)
+        difference = np.abs(np.asarray(image).astype(int) - np.asarray(photo(0)))
         assert difference.mean() < 12
 
 
 @pytest.mark.parametrize("orientation", range(1, 9))
 def test_exif_orientation_is_applied(orientation: int) -> None:
-    """The first row and column of the stored picture are where EXIF 2.3, section 4.6.4 says."""
+    """The first row and column of the stored image are where EXIF 2.3, section 4.6.4 says."""
     stored = Image.new("RGB", (48, 32), "white")
-    stored.paste((255, 0, 0), (0, 0, 16, 16))  # at the stored picture's origin
+    stored.paste((255, 0, 0), (0, 0, 16, 16))  # at the origin of the stored image
     exif = Image.Exif()
     exif[ExifTags.Base.Orientation] = orientation
     image = load_image(encoded(stored, "PNG", exif=exif))
@@ -88,12 +71,12 @@ def test_exif_orientation_is_applied(orientation: int) -> None:
     assert image.getpixel((x, y)) == (255, 0, 0)
 
 
-def test_damaged_exif_does_not_lose_the_picture() -> None:
-    data = encoded(picture(), "JPEG", exif=b"Exif\0\0MM\0*\xff\xff\xff\xff garbage")
-    assert load_image(data).size == (48, 32)
+def test_image_with_damaged_exif_is_read() -> None:
+    data = encoded(photo(0), "JPEG", exif=b"Exif\0\0MM\0*\xff\xff\xff\xff garbage")
+    assert load_image(data).size == (48, 40)
 
 
-def test_transparency_goes_on_white() -> None:
+def test_transparent_pixels_are_composited_on_white() -> None:
     assert corner(load_image(encoded(Image.new("RGBA", (4, 4), (255, 0, 0, 0)), "PNG"))) == (255, 255, 255)
     assert corner(load_image(encoded(Image.new("RGBA", (4, 4), (255, 0, 0, 128)), "PNG"))) == (255, 127, 127)
     assert corner(load_image(encoded(Image.new("LA", (4, 4), (0, 0)), "PNG"))) == (255, 255, 255)
@@ -107,7 +90,7 @@ def test_transparency_goes_on_white() -> None:
 
 
 @pytest.mark.parametrize(("channels", "colour_type"), [(1, 0), (2, 4), (3, 2), (4, 6)])
-def test_sixteen_bits_are_scaled_not_clipped(channels: int, colour_type: int) -> None:
+def test_sixteen_bit_png_is_scaled_not_clipped(channels: int, colour_type: int) -> None:
     values = np.full((4, 4, channels), 40000, np.uint16)
     if channels in (2, 4):
         values[..., -1] = 65535
@@ -124,11 +107,11 @@ def test_sixteen_bit_tiff_is_scaled() -> None:
 def test_other_modes_become_rgb(mode: str) -> None:
     image = load_image(encoded(Image.new("RGB", (16, 16), "white").convert(mode), "TIFF"))
     assert corner(image) == (255, 255, 255)
-    assert load_image(encoded(picture().convert("CMYK"), "JPEG")).mode == "RGB"
+    assert load_image(encoded(photo(0).convert("CMYK"), "JPEG")).mode == "RGB"
 
 
 @pytest.mark.parametrize("format", ["GIF", "WEBP", "PNG", "TIFF"])
-def test_an_animation_gives_its_first_frame(format: str) -> None:
+def test_animation_is_read_as_its_first_frame(format: str) -> None:
     frames = [Image.new("RGB", (16, 16), c) for c in ("red", "lime", "blue")]
     options = {"lossless": True} if format == "WEBP" else {}
     data = encoded(frames[0], format, save_all=True, append_images=frames[1:], **options)
@@ -144,14 +127,14 @@ def test_an_animation_gives_its_first_frame(format: str) -> None:
         (b"", r"is empty \(0 bytes\)"),
         (b"<svg xmlns='http://www.w3.org/2000/svg'/>", "allowed formats are PNG, JPEG"),
         (b"<!doctype html><html></html>", "allowed formats are PNG, JPEG"),
-        (encoded(picture(), "PPM"), "allowed formats are PNG, JPEG"),
-        (encoded(picture(), "ICO"), "allowed formats are PNG, JPEG"),
+        (encoded(photo(0), "PPM"), "allowed formats are PNG, JPEG"),
+        (encoded(photo(0), "ICO"), "allowed formats are PNG, JPEG"),
         (encoded(Image.new("F", (4, 4)), "TIFF"), "32 bits per channel"),
         (encoded(Image.new("I", (4, 4)), "TIFF"), "32 bits per channel"),
     ],
     ids=["empty", "svg", "html", "ppm", "ico", "float", "int32"],
 )
-def test_what_is_not_an_image_is_refused(tmp_path: Path, data: bytes, message: str) -> None:
+def test_file_that_is_not_an_image_is_refused(tmp_path: Path, data: bytes, message: str) -> None:
     path = tmp_path / "upload.png"
     path.write_bytes(data)
     with pytest.raises(DataError, match=message):
@@ -162,23 +145,23 @@ def test_what_is_not_an_image_is_refused(tmp_path: Path, data: bytes, message: s
 
 
 @pytest.mark.parametrize("format", ["PNG", "JPEG", "WEBP", "GIF", "BMP", "TIFF"])
-def test_truncated_files_are_refused(format: str) -> None:
-    data = encoded(picture(256, 256), format)
+def test_truncated_image_is_refused(format: str) -> None:
+    data = encoded(photo(0, (256, 256)), format)
     for length in (len(data) // 2, 10):
         with pytest.raises(DataError, match="damaged"):
             load_image(data[:length])
 
 
 @pytest.mark.parametrize("size", [(30_000, 30_000), (12_000, 12_000), (8_001, 8_000)])
-def test_too_many_pixels_are_refused_by_the_header(size: tuple[int, int]) -> None:
-    data = bytearray(encoded(picture(), "PNG"))
+def test_too_many_pixels_in_the_header_are_refused(size: tuple[int, int]) -> None:
+    data = bytearray(encoded(photo(0), "PNG"))
     data[16:24] = struct.pack(">II", *size)
     data[29:33] = struct.pack(">I", zlib.crc32(data[12:29]))
     with pytest.raises(DataError, match="64 megapixels"):
         load_image(bytes(data))
 
 
-def test_paths_that_are_not_files_are_refused(tmp_path: Path) -> None:
+def test_missing_path_and_folder_are_refused(tmp_path: Path) -> None:
     with pytest.raises(DataError, match="no such file"):
         load_image(tmp_path / "missing.png")
     with pytest.raises(DataError, match="is a folder"):
@@ -187,8 +170,8 @@ def test_paths_that_are_not_files_are_refused(tmp_path: Path) -> None:
 
 @settings(max_examples=150, deadline=None)
 @given(st.sampled_from(["PNG", "JPEG", "WEBP", "GIF", "BMP", "TIFF"]), st.data())
-def test_damaged_bytes_give_a_picture_or_a_refusal(format: str, draw: st.DataObject) -> None:
-    data = bytearray(encoded(picture(24, 16), format))
+def test_damaged_bytes_are_read_or_refused_as_data_error(format: str, draw: st.DataObject) -> None:
+    data = bytearray(encoded(photo(0, (24, 16)), format))
     for _ in range(draw.draw(st.integers(1, 8))):
         data[draw.draw(st.integers(0, len(data) - 1))] = draw.draw(st.integers(0, 255))
     with contextlib.suppress(DataError):
@@ -198,8 +181,8 @@ def test_damaged_bytes_give_a_picture_or_a_refusal(format: str, draw: st.DataObj
 # --- pixels ---
 
 
-def test_pixels_cover_the_range_and_survive_the_round_trip() -> None:
-    image = picture(32, 32)
+def test_pixels_cover_minus_one_to_one_and_convert_back_exactly() -> None:
+    image = photo(0, (32, 32))
     image.putpixel((0, 0), (0, 128, 255))
     x = to_pixels([image], 32)
     assert x.shape == (1, 3, 32, 32) and x.dtype == torch.float32
@@ -207,7 +190,7 @@ def test_pixels_cover_the_range_and_survive_the_round_trip() -> None:
     assert np.array_equal(np.asarray(from_pixels(x)[0]), np.asarray(image))
 
 
-def test_from_pixels_clamps_and_refuses_nonsense() -> None:
+def test_from_pixels_clamps_and_refuses_nan_and_wrong_shapes() -> None:
     image = from_pixels(torch.tensor([-7.0, 0.0, 7.0]).view(1, 3, 1, 1))[0]
     assert corner(image) == (0, 128, 255)
     assert from_pixels(torch.zeros(2, 3, 4, 4, dtype=torch.bfloat16, requires_grad=True))[1].size == (4, 4)
@@ -218,30 +201,30 @@ def test_from_pixels_clamps_and_refuses_nonsense() -> None:
 
 
 @pytest.mark.parametrize("size", [(48, 32), (31, 77), (224, 224), (500, 333), (20, 300)])
-def test_resize_and_crop_agree_with_openai(size: tuple[int, int]) -> None:
+def test_to_clip_equals_the_preprocessing_of_openai(size: tuple[int, int]) -> None:
     from clip.clip import _transform
 
-    image = picture(*size)
+    image = photo(0, size)
     for side in (32, 224):
         ours, reference = to_clip([image], side)[0], _transform(side)(image)
         levels = (ours - reference).abs() * torch.tensor(CLIP_STD).view(3, 1, 1) * 255
         assert levels.max() < 2.01 and levels.mean() < 0.06  # PIL's box is float32: a rounding here and there
 
 
-def test_an_extreme_strip_needs_little_memory() -> None:
+def test_extremely_long_image_is_resized_in_little_memory() -> None:
     assert to_pixels([Image.new("RGB", (1, 100_000), "red")], 64)[0, 0].min() == 1
 
 
 @pytest.mark.parametrize(("source", "side"), [(128, 64), (64, 224), (64, 64)])
-def test_clip_from_pixels_sees_what_is_saved(source: int, side: int) -> None:
-    x = to_pixels([picture(source, source), picture(source, source, seed=1)], source) * 1.3
+def test_clip_from_pixels_equals_to_clip_of_the_saved_image(source: int, side: int) -> None:
+    x = to_pixels([photo(0, (source, source)), photo(1, (source, source))], source) * 1.3
     difference = (clip_from_pixels(x, side) - to_clip(from_pixels(x), side)).abs()
     assert difference.max() * min(CLIP_STD) * 255 < 2.5
     assert clip_from_pixels(x.bfloat16(), side).dtype == torch.float32
 
 
 def test_clip_from_pixels_is_differentiable_and_crops_the_centre() -> None:
-    x = to_pixels([picture(40, 40)], 40).mul(0.9).requires_grad_()
+    x = to_pixels([photo(0, (40, 40))], 40).mul(0.9).requires_grad_()
     clip_from_pixels(x, 16).square().mean().backward()
     assert x.grad is not None and x.grad.abs().sum() > 0
     wide = torch.zeros(1, 3, 8, 20)
@@ -249,7 +232,7 @@ def test_clip_from_pixels_is_differentiable_and_crops_the_centre() -> None:
     assert clip_from_pixels(wide, 8).equal(clip_from_pixels(torch.ones(1, 3, 8, 8), 8))
 
 
-def test_no_images_is_an_empty_batch() -> None:
+def test_no_images_give_an_empty_batch() -> None:
     assert to_pixels([], 8).shape == to_clip([], 8).shape == (0, 3, 8, 8)
 
 
@@ -266,7 +249,7 @@ def test_grid_places_images_row_by_row() -> None:
     assert grid(images[:1]).size == (8, 8) and grid(images[:2], columns=9).size == (18, 8)
 
 
-@pytest.mark.parametrize("arguments", [([], 1, 2), ([picture()], 0, 2), ([picture()], 1, -1)])
+@pytest.mark.parametrize("arguments", [([], 1, 2), ([photo(0)], 0, 2), ([photo(0)], 1, -1)])
 def test_impossible_grids_are_refused(arguments: tuple[list[Image.Image], int, int]) -> None:
     with pytest.raises(DataError):
         grid(*arguments)
@@ -286,20 +269,22 @@ def embedded(path: Path) -> dict[str, str]:
 
 
 @pytest.mark.parametrize("suffix", ["png", "webp", "jpg", "jpeg", "PNG"])
-def test_saves_with_metadata_and_leaves_nothing_else(tmp_path: Path, suffix: str) -> None:
-    path = save_image(picture(), tmp_path / "new" / f"out.{suffix}", metadata=METADATA)
+def test_saved_image_holds_its_metadata_and_leaves_no_temporary(tmp_path: Path, suffix: str) -> None:
+    path = save_image(photo(0), tmp_path / "new" / f"out.{suffix}", metadata=METADATA)
     assert embedded(path) == METADATA
     assert list((tmp_path / "new").iterdir()) == [path]
-    assert np.abs(np.asarray(load_image(path)).astype(int) - np.asarray(picture())).mean() < 4
+    assert np.abs(np.asarray(load_image(path)).astype(int) - np.asarray(photo(0))).mean() < 4
     assert path.stat().st_mode & 0o777 == (tmp_path / "new").stat().st_mode & 0o666  # as the umask says, not 0600
 
 
-def test_quality_has_an_effect_and_png_is_exact(tmp_path: Path) -> None:
+def test_quality_changes_the_size_of_lossy_formats_and_png_is_exact(tmp_path: Path) -> None:
     for suffix in ("jpg", "webp"):
-        sizes = [save_image(picture(128, 128), tmp_path / f"{q}.{suffix}", quality=q).stat().st_size for q in (5, 100)]
+        sizes = [
+            save_image(photo(0, (128, 128)), tmp_path / f"{q}.{suffix}", quality=q).stat().st_size for q in (5, 100)
+        ]
         assert sizes[0] < sizes[1]
-    path = save_image(picture(), tmp_path / "a.png", quality=1)
-    assert np.array_equal(np.asarray(load_image(path)), np.asarray(picture()))
+    path = save_image(photo(0), tmp_path / "a.png", quality=1)
+    assert np.array_equal(np.asarray(load_image(path)), np.asarray(photo(0)))
 
 
 @pytest.mark.parametrize(
@@ -312,25 +297,23 @@ def test_quality_has_an_effect_and_png_is_exact(tmp_path: Path) -> None:
         ("a.jpg", {"metadata": {"prompt": "x" * 70_000}}, "cannot write"),
     ],
 )
-def test_what_cannot_be_saved_writes_nothing(
-    tmp_path: Path, name: str, options: dict[str, object], message: str
-) -> None:
+def test_refused_save_writes_nothing(tmp_path: Path, name: str, options: dict[str, object], message: str) -> None:
     with pytest.raises(DataError, match=message):
-        save_image(picture(), tmp_path / name, **options)  # type: ignore[arg-type]
+        save_image(photo(0), tmp_path / name, **options)  # type: ignore[arg-type]
     assert not list(tmp_path.iterdir())
 
 
-def test_a_failed_write_keeps_the_old_file(tmp_path: Path) -> None:
-    path = save_image(picture(), tmp_path / "a.jpg")
+def test_failed_write_keeps_the_old_file(tmp_path: Path) -> None:
+    path = save_image(photo(0), tmp_path / "a.jpg")
     before = path.read_bytes()
     with pytest.raises(DataError):
-        save_image(picture(seed=1), path, metadata={"prompt": "x" * 70_000})
+        save_image(photo(1), path, metadata={"prompt": "x" * 70_000})
     assert path.read_bytes() == before and list(tmp_path.iterdir()) == [path]
     (tmp_path / "file").write_text("")
     with pytest.raises(DataError, match="cannot write"):
-        save_image(picture(), tmp_path / "file" / "a.png")
+        save_image(photo(0), tmp_path / "file" / "a.png")
 
 
-def test_to_rgb_leaves_rgb_alone() -> None:
-    image = picture()
+def test_to_rgb_returns_an_rgb_image_itself() -> None:
+    image = photo(0)
     assert to_rgb(image) is image

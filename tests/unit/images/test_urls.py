@@ -30,7 +30,7 @@ def server(monkeypatch: pytest.MonkeyPatch) -> Iterator[Server]:
 
 
 @given(st.binary(), st.text())
-def test_data_comes_back_whatever_its_media_type(data: bytes, kind: str) -> None:
+def test_data_url_is_decoded_whatever_its_media_type(data: bytes, kind: str) -> None:
     kind = kind.replace(",", "")
     assert read_url(f"data:{kind};base64,{base64.b64encode(data).decode()}") == data
     assert read_url("DATA:," + "".join(f"%{byte:02x}" for byte in data)) == data
@@ -45,7 +45,7 @@ def test_wrapped_and_unpadded_base64_is_decoded_as_browsers_do(data: bytes, widt
         assert read_url(f"data:{header},{gap}{wrapped}") == data
 
 
-def test_output_of_encodebytes_and_of_the_base64_command_is_decoded() -> None:
+def test_output_of_encodebytes_and_the_base64_command_is_decoded() -> None:
     data = bytes(range(256)) * 4
     assert read_url("data:image/png;base64," + base64.encodebytes(data).decode()) == data
     if shutil.which("base64"):
@@ -57,7 +57,7 @@ def test_output_of_encodebytes_and_of_the_base64_command_is_decoded() -> None:
 @given(
     st.text(max_size=40), st.sampled_from(["", "data:", "data:;base64,", "http:", "https://", "file://", "HTTP://["])
 )
-def test_any_text_is_bytes_or_refused(text: str, start: str) -> None:
+def test_any_text_is_read_or_refused_in_a_short_message(text: str, start: str) -> None:
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(socket, "getaddrinfo", lambda *_, **__: [(0, 0, 0, "", ("127.0.0.1", 0))])
         try:
@@ -84,12 +84,12 @@ def test_any_text_is_bytes_or_refused(text: str, start: str) -> None:
         ("http://name.invalid/", "cannot be read"),
     ],
 )
-def test_refusals_say_why(url: str, words: str) -> None:
+def test_unreadable_address_is_refused_with_its_reason(url: str, words: str) -> None:
     with pytest.raises(DataError, match=words):
         read_url(url)
 
 
-def test_too_much_data_is_refused_before_it_is_decoded(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_data_url_above_the_limit_is_refused_before_decoding(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(urls, "MAX_BYTES", 30)
     with pytest.raises(DataError, match="MB allowed"):
         read_url("data:;base64," + "A" * 48)
@@ -112,16 +112,16 @@ def test_too_much_data_is_refused_before_it_is_decoded(monkeypatch: pytest.Monke
         *("64:ff9b::7f00:1", "2002:7f00:1::", "2001:0:7f00:1::"),
     ],
 )
-def test_addresses_that_are_not_public(address: str) -> None:
+def test_private_addresses_are_not_public(address: str) -> None:
     assert not is_public(address)
 
 
-def test_addresses_that_are() -> None:
+def test_public_addresses_are_public() -> None:
     assert is_public("1.1.1.1") and is_public("2606:4700:4700::1111")
 
 
 @pytest.mark.parametrize("host", ["127.0.0.1", "localhost", "[::ffff:127.0.0.1]", "0", "2130706433", "0x7f.1"])
-def test_this_machine_is_never_asked_however_it_is_spelt(host: str) -> None:
+def test_loopback_address_in_any_spelling_is_refused(host: str) -> None:
     with serving() as server:
         port = server.address.rpartition(":")[2]
         with pytest.raises(DataError, match=r"not on the public internet|cannot be read"):
@@ -143,14 +143,14 @@ def test_allowed_host_may_have_a_private_address(allowed: str, monkeypatch: pyte
 @pytest.mark.parametrize(
     "allowed", ["", " , ", "*", "127.0.0.1:1", "27.0.0.1", "localhost", "127.0.0.*", "http://127.0.0.1"]
 )
-def test_host_that_is_not_listed_exactly_stays_forbidden(allowed: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_private_host_that_is_not_listed_exactly_is_refused(allowed: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("CLIPGEN_IMAGE_HOSTS", allowed)
     with serving() as server, pytest.raises(DataError, match="not on the public internet"):
         read_url(server.put("/a.png", b"x"))
     assert not server.requests
 
 
-def test_allowed_host_does_not_allow_where_it_redirects_to(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_redirect_of_an_allowed_host_to_a_private_one_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     with serving() as server, serving() as inner:
         port = server.address.rpartition(":")[2]
         monkeypatch.setenv("CLIPGEN_IMAGE_HOSTS", f"127.0.0.1:{port}")
@@ -160,7 +160,7 @@ def test_allowed_host_does_not_allow_where_it_redirects_to(monkeypatch: pytest.M
         assert len(server.requests) == 1 and not inner.requests
 
 
-def test_a_redirect_to_this_machine_is_not_followed(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_redirect_to_the_loopback_address_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     with serving() as server, serving() as inner:
         answers = iter([True])
         monkeypatch.setattr(urls, "is_public", lambda address: next(answers, False))
@@ -170,7 +170,7 @@ def test_a_redirect_to_this_machine_is_not_followed(monkeypatch: pytest.MonkeyPa
         assert len(server.requests) == 1 and not inner.requests
 
 
-def test_a_download(server: Server) -> None:
+def test_image_is_downloaded_through_redirects(server: Server) -> None:
     assert read_url(server.put("/a%20b.png?size=1&of=2", b"x" * 300_000)) == b"x" * 300_000
     server.answers = [Answer(status=302, headers={"Location": "/there"})]
     server.put("/there", b"moved")
@@ -188,14 +188,14 @@ def test_a_download(server: Server) -> None:
         (Answer(headers={"Content-Length": "99999999999"}), "MB allowed"),
     ],
 )
-def test_downloads_that_are_refused(server: Server, answer: Answer, words: str) -> None:
+def test_failed_download_is_refused_with_its_reason(server: Server, answer: Answer, words: str) -> None:
     url = server.put("/a", b"x" * 500)
     server.default = answer
     with pytest.raises(DataError, match=words):
         read_url(url)
 
 
-def test_endless_bytes_are_refused_where_they_are_too_many(server: Server, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_body_without_length_is_refused_above_the_limit(server: Server, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(urls, "MAX_BYTES", 1000)
     server.default = Answer(headers={"Content-Length": None})
     with pytest.raises(DataError, match="MB allowed"):
@@ -203,7 +203,9 @@ def test_endless_bytes_are_refused_where_they_are_too_many(server: Server, monke
 
 
 @pytest.mark.parametrize("stopped", [True, False])
-def test_drops_now_and_then_are_ended(server: Server, monkeypatch: pytest.MonkeyPatch, stopped: bool) -> None:
+def test_slow_download_ends_at_the_deadline_or_when_stopped(
+    server: Server, monkeypatch: pytest.MonkeyPatch, stopped: bool
+) -> None:
     monkeypatch.setattr(urls, "MAX_SECONDS", 60.0 if stopped else 0.5)
     server.default = Answer(pace=0.05, piece=1)
     url, stop = server.put("/a", b"x" * 10_000), threading.Event()
@@ -215,8 +217,8 @@ def test_drops_now_and_then_are_ended(server: Server, monkeypatch: pytest.Monkey
     assert time.monotonic() - started < 10
 
 
-def test_a_cut_line_is_called_so_also_where_it_looks_reset(server: Server, monkeypatch: pytest.MonkeyPatch) -> None:
-    """More bytes come after the cut and before the next look: the kernel answers them with a reset."""
+def test_timeout_is_named_even_if_the_connection_looks_reset(server: Server, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Bytes that arrive after the socket was closed make the kernel answer with a reset."""
     monkeypatch.setattr(urls, "MAX_SECONDS", 0.2)
     read1 = http.client.HTTPResponse.read1
 
@@ -231,7 +233,7 @@ def test_a_cut_line_is_called_so_also_where_it_looks_reset(server: Server, monke
     server.default.hurry.set()
 
 
-def test_a_server_that_does_not_begin_is_left(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_silent_server_ends_at_the_deadline(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(urls, "is_public", lambda address: True)
     monkeypatch.setattr(urls, "MAX_SECONDS", 0.3)
     with socket.create_server(("127.0.0.1", 0)) as silent, pytest.raises(DataError, match="took more than"):

@@ -1,4 +1,4 @@
-"""Less memory, the same training: batches in parts, and activations that are computed again."""
+"""Options that save memory, micro-batches and recomputed activations, do not change a training."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from training_kit import draw_pictures, run, same_curves, scalars, write_config
+from training_kit import run, same_curves, scalars, write_config, write_images
 
 from clipgen.config import ModelConfig
 from clipgen.models.gpt import GPT, Block
@@ -19,13 +19,13 @@ from train.loop.optimization import enable_recompute
 @pytest.fixture(scope="module")
 def flags(tiny_config: ModelConfig, tmp_path_factory: pytest.TempPathFactory) -> list[object]:
     folder = tmp_path_factory.mktemp("data")
-    (folder / "pictures").mkdir()
+    (folder / "images").mkdir()
     config = write_config(tiny_config, folder / "tiny.yaml")
-    return ["--config", config, "--data", draw_pictures(folder / "pictures")]
+    return ["--config", config, "--data", write_images(folder / "images")]
 
 
 @pytest.mark.parametrize("kind", ["lecam", pytest.param("r1", marks=pytest.mark.slow)])
-def test_stage1_in_parts_is_the_same_training(kind: str, flags, tmp_path: Path, monkeypatch) -> None:
+def test_stage1_in_micro_batches_gives_the_same_curves(kind: str, flags, tmp_path: Path, monkeypatch) -> None:
     more = [
         f"stage1.disc_regularisation={kind}",
         "stage1.disc_regularisation_weight=0.1",
@@ -37,7 +37,7 @@ def test_stage1_in_parts_is_the_same_training(kind: str, flags, tmp_path: Path, 
     same_curves(tmp_path / "whole", tmp_path / "parts", (4, "adaptive_weight"), (5, "disc_penalty"), (6, "perplexity"))
 
 
-def test_stage2_in_parts_is_the_same_training(flags, tiny_weights: Path, tmp_path: Path, monkeypatch) -> None:
+def test_stage2_in_micro_batches_gives_the_same_curves(flags, tiny_weights: Path, tmp_path: Path, monkeypatch) -> None:
     more = ["--vqgan", tiny_weights, "--clip", tiny_weights / "clip.safetensors"]
     more += ["stage2.clip_weight=0.2", "stage2.clip_batch=2", "stage2.clip_every=3", "stage2.prompts=[a lemon]"]
     run(stage2, monkeypatch, *flags, "--out", tmp_path / "whole", *more)
@@ -59,7 +59,7 @@ def test_stage2_in_parts_is_the_same_training(flags, tiny_weights: Path, tmp_pat
         ),
     ],
 )
-def test_parts_that_are_not_equal_are_one_clear_line(
+def test_micro_batches_of_unequal_size_are_refused(
     script, change: str, message: str, flags, tiny_weights: Path, tmp_path: Path, monkeypatch, capsys
 ) -> None:
     more = [] if script is stage1 else ["--vqgan", tiny_weights, "--clip", tiny_weights / "clip.safetensors"]
@@ -69,8 +69,8 @@ def test_parts_that_are_not_equal_are_one_clear_line(
     assert stop.value.code == 2 and message in capsys.readouterr().err
 
 
-def kept(forward: Callable[[], torch.Tensor]) -> tuple[int, list[torch.Tensor]]:
-    """Bytes that a forward pass keeps for the backward pass, and what to call backward on."""
+def saved_bytes(forward: Callable[[], torch.Tensor]) -> tuple[int, torch.Tensor]:
+    """Bytes that a forward pass stores for the backward pass, and its loss."""
     sizes: dict[int, int] = {}
 
     def note(t: torch.Tensor) -> torch.Tensor:
@@ -79,7 +79,7 @@ def kept(forward: Callable[[], torch.Tensor]) -> tuple[int, list[torch.Tensor]]:
 
     with torch.autograd.graph.saved_tensors_hooks(note, lambda t: t):
         loss = forward()
-    return sum(sizes.values()), [loss]
+    return sum(sizes.values()), loss
 
 
 def models(tiny_config: ModelConfig) -> Iterator[tuple[torch.nn.Module, tuple, Callable[[], torch.Tensor]]]:
@@ -90,13 +90,13 @@ def models(tiny_config: ModelConfig) -> Iterator[tuple[torch.nn.Module, tuple, C
     yield gpt, (Block,), lambda: gpt(tokens, e).pow(2).mean()
 
 
-def test_what_is_computed_again_is_not_kept_and_gives_the_same_gradients(tiny_config: ModelConfig) -> None:
+def test_recomputation_stores_less_and_gives_the_same_gradients(tiny_config: ModelConfig) -> None:
     for model, kinds, forward in models(tiny_config):
         sizes, gradients = [], []
-        for again in (False, True):
-            if again:
+        for recompute in (False, True):
+            if recompute:
                 enable_recompute(model, kinds)
-            size, (loss,) = kept(forward)
+            size, loss = saved_bytes(forward)
             model.zero_grad()
             loss.backward()
             sizes.append(size)

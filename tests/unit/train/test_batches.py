@@ -19,7 +19,7 @@ def t4(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.mark.usefixtures("t4")
-def test_gpu_that_emulates_bf16_trains_in_fp16_and_says_so(capsys: pytest.CaptureFixture[str]) -> None:
+def test_gpu_that_emulates_bf16_trains_in_fp16_with_a_note(capsys: pytest.CaptureFixture[str]) -> None:
     assert choose_precision(Stage1Config()) == choose_precision(Stage2Config()) == "fp16"
     assert "Tesla T4 only emulates bf16, so training uses precision=fp16" in capsys.readouterr().err
     assert choose_precision(Stage1Config(precision="no")) == "no"
@@ -34,7 +34,7 @@ def test_training_that_cannot_use_fp16_is_refused_where_bf16_is_emulated(setting
         choose_precision(Stage2Config(**settings))  # type: ignore[arg-type]
 
 
-def test_gpu_with_bf16_keeps_it(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_gpu_with_bf16_trains_in_bf16(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("torch.accelerator.is_available", lambda: True)
     monkeypatch.setattr("torch.cuda.is_available", lambda: True)
     monkeypatch.setattr("torch.cuda.is_bf16_supported", lambda including_emulation=True: True)
@@ -42,7 +42,7 @@ def test_gpu_with_bf16_keeps_it(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.mark.parametrize(("dtypes", "precision"), [(["float32", "bfloat16"], "bf16"), (["float32"], "no")])
-def test_cpu_trains_in_bf16_where_that_is_not_only_emulated(
+def test_cpu_trains_in_bf16_only_where_hardware_has_it(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], dtypes: list[str], precision: str
 ) -> None:
     monkeypatch.setattr("torch.accelerator.is_available", lambda: False)

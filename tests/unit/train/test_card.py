@@ -1,4 +1,4 @@
-"""Model cards: what the Hub reads at their top, by the Hub's own parser."""
+"""Model cards, read by the parser of the Hub."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ EVALUATION = {
 }
 
 
-def test_card_starts_with_metadata_that_the_hub_reads(tiny_config: ModelConfig, tiny_weights: Path) -> None:
+def test_hub_parses_the_metadata_of_the_card(tiny_config: ModelConfig, tiny_weights: Path) -> None:
     config = Config(model=tiny_config)
     text = card(describe_model_dir(tiny_weights), config, "photos", EVALUATION, {"stage1": 1.0}, ["a lemon"])
     data = ModelCard(text).data.to_dict()
@@ -32,7 +32,7 @@ def test_card_starts_with_metadata_that_the_hub_reads(tiny_config: ModelConfig, 
 
 
 @pytest.mark.parametrize("prompt", ['a "lemon": yes', "no", "- # not a comment", "zitrone ü 🍋", "'"])
-def test_any_prompt_survives_the_metadata(prompt: str) -> None:
+def test_metadata_of_the_card_keeps_any_prompt(prompt: str) -> None:
     widget = ModelCard(hub_metadata([prompt]) + "# x").data.to_dict()["widget"]
     assert widget[0]["text"] == prompt
 

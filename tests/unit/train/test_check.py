@@ -1,4 +1,4 @@
-"""`python -m train.check`: what it reports, near-duplicates, and its exit codes."""
+"""`python -m train.check`: its report, near-duplicates, and exit codes."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ def run_check(monkeypatch: pytest.MonkeyPatch, *arguments: object) -> int:
     return 0
 
 
-def test_check_says_what_is_wrong(
+def test_report_counts_unreadable_small_and_duplicate_images(
     nasty: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     (nasty / "again.png").write_bytes(encoded(photo(9, (200, 160)), "PNG"))  # PLAIN.JPEG, larger
@@ -48,7 +48,7 @@ def test_check_says_what_is_wrong(
     assert Image.open(tmp_path / "out" / "contact.png").width > 300
 
 
-def test_names_that_are_not_utf8_are_reported_as_they_are(
+def test_names_that_are_not_utf8_keep_their_bytes_in_the_report(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     folder, out = tmp_path / "photos", tmp_path / "out"
@@ -74,7 +74,7 @@ def test_output_inside_the_data_is_refused_before_reading(
     assert not (nasty / "check").exists()
 
 
-def test_output_that_cannot_be_written_is_one_line(
+def test_output_that_cannot_be_written_is_refused_in_one_line(
     nasty: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     (tmp_path / "file").write_text("")
@@ -91,7 +91,7 @@ def test_numbers_below_one_are_refused(flag: str, nasty: Path, monkeypatch: pyte
 
 
 @pytest.mark.parametrize("content", [None, b"broken"])
-def test_check_fails_when_nothing_can_be_used(
+def test_check_without_a_usable_image_exits_with_1(
     content: bytes | None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     if content:
@@ -102,7 +102,7 @@ def test_check_fails_when_nothing_can_be_used(
 
 
 @given(st.lists(st.integers(0, 2**64 - 1), max_size=8), st.randoms(use_true_random=False))
-def test_near_duplicates_are_those_that_a_search_of_all_pairs_finds(values: list[int], rng: random.Random) -> None:
+def test_near_duplicates_equal_those_of_a_search_over_all_pairs(values: list[int], rng: random.Random) -> None:
     for value in values[:4]:
         flips = rng.sample(range(64), rng.randint(0, 5))
         values.append(value ^ sum(1 << bit for bit in flips))
@@ -118,7 +118,7 @@ def test_near_duplicates_are_those_that_a_search_of_all_pairs_finds(values: list
     assert set(place) == {row for pair in together for row in pair}
 
 
-def test_the_hash_survives_size_and_compression_and_tells_pictures_apart() -> None:
+def test_hash_survives_resizing_and_compression_and_differs_between_images() -> None:
     hashes = [check.dhash(photo(seed, (320, 240))) for seed in range(20)]
     for seed, value in enumerate(hashes):
         again = Image.open(io.BytesIO(encoded(photo(seed, (200, 150)), "JPEG", quality=60)))

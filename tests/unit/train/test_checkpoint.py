@@ -57,7 +57,7 @@ DAMAGE: dict[str, tuple[Callable[[Path], object], str]] = {
 
 
 @pytest.mark.parametrize("how", DAMAGE)
-def test_damaged_checkpoint_names_the_older_one_and_training_continues_from_it_if_asked(
+def test_damaged_checkpoint_names_an_intact_one_that_resume_step_continues(
     how: str, checkpoints: Checkpoints, model: torch.nn.Linear
 ) -> None:
     damage, said = DAMAGE[how]
@@ -73,7 +73,7 @@ def test_damaged_checkpoint_names_the_older_one_and_training_continues_from_it_i
     assert [path.name for path in sorted(checkpoints.folder.iterdir())] == ["step_000001", "step_000002"]
 
 
-def test_older_checkpoints_that_are_damaged_too_are_not_recommended(checkpoints: Checkpoints) -> None:
+def test_damaged_older_checkpoints_are_not_recommended(checkpoints: Checkpoints) -> None:
     for step in (2, 3):
         cut(checkpoints.folder / f"step_00000{step}" / "custom_checkpoint_0.pkl")
     with pytest.raises(CheckpointError, match="that of step 1 is intact"):
@@ -83,12 +83,12 @@ def test_older_checkpoints_that_are_damaged_too_are_not_recommended(checkpoints:
         checkpoints.load()
 
 
-def test_checkpoint_that_is_not_there_is_named_with_those_that_are(checkpoints: Checkpoints) -> None:
+def test_missing_checkpoint_is_refused_with_the_list_of_existing_ones(checkpoints: Checkpoints) -> None:
     with pytest.raises(CheckpointError, match="has no checkpoint of step 7; there is 1, 2, 3"):
         checkpoints.load(7)
 
 
-def test_checkpoint_of_other_images_is_refused_and_of_an_earlier_version_accepted(checkpoints: Checkpoints) -> None:
+def test_checkpoint_of_other_images_is_refused_and_of_earlier_versions_loaded(checkpoints: Checkpoints) -> None:
     fixed = fixed_settings(Stage1Config(), "b" * 64)
     others = Checkpoints(checkpoints.accelerator, checkpoints.out, fixed=fixed)
     with pytest.raises(CheckpointError, match="was trained with images aaaaaaaaaaaaaaaa, not bbbbbbbbbbbbbbbb"):

@@ -1,4 +1,4 @@
-"""Training images: what is done with unreadable ones, in which order they come, and that batches resume anywhere."""
+"""Training images: unreadable ones, their order, and batches that resume at any step."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ def nasty(tmp_path: Path) -> Path:
     return write_difficult_images(tmp_path)
 
 
-def test_every_kind_of_picture_is_read_and_every_bad_one_named(nasty: Path) -> None:
+def test_difficult_images_are_read_and_bad_ones_are_named(nasty: Path) -> None:
     data = Images(nasty, 32, min_scale=0.5, clip_size=24)
     assert len(data) == len(GOOD) + len(BAD)
     batch = data.batch([(i, 7) for i in range(len(data))])
@@ -35,42 +35,42 @@ def test_every_kind_of_picture_is_read_and_every_bad_one_named(nasty: Path) -> N
     assert "truncated" in reasons["cut.jpg"] and "not an image" in reasons["text.jpg"]
 
 
-def test_an_item_is_the_same_whoever_asks_and_another_for_another_seed(nasty: Path) -> None:
+def test_item_depends_on_index_and_seed_only(nasty: Path) -> None:
     one, other = Images(nasty, 32, min_scale=0.5), Images(nasty, 32, min_scale=0.5)
     for i in reversed(range(len(other))):
-        other[(i, 0)]  # meets the bad ones in another order
+        other[(i, 0)]  # reads the bad images in another order
     assert all(torch.equal(one[(i, 9)].pixels, other[(i, 9)].pixels) for i in range(len(one)))
     assert any(not torch.equal(one[(3, 9)].pixels, one[(3, seed)].pixels) for seed in range(5))
 
 
-def test_without_crops_clip_sees_what_its_own_preprocessing_shows_it(tmp_path: Path) -> None:
+def test_uncropped_image_gets_the_preprocessing_of_clip(tmp_path: Path) -> None:
     photo(0, (90, 70)).save(tmp_path / "a.png")
     batch = Images(tmp_path, 32, min_scale=1.0, flip=False, clip_size=56)[(0, 0)]
     assert torch.equal(batch.clip, to_clip([photo(0, (90, 70))], 56))
 
 
-def test_no_readable_picture_is_an_error(tmp_path: Path) -> None:
+def test_data_without_a_readable_image_is_refused(tmp_path: Path) -> None:
     (tmp_path / "a.png").write_bytes(b"")
     with pytest.raises(DataError, match=r"none of the 1 images can be read, .*a\.png: is empty"):
         Images(tmp_path, 32)[(0, 0)]
 
 
-@given(length=st.integers(1, 50), seed=st.integers(0, 1000), at=st.integers(0, 200), count=st.integers(0, 60))
-def test_the_order_covers_every_epoch_and_starts_anywhere(length: int, seed: int, at: int, count: int) -> None:
-    order = ResumableSampler(length, seed)
-    whole = order.keys(0, 260)
+@given(length=st.integers(1, 50), seed=st.integers(0, 1000), start=st.integers(0, 200), count=st.integers(0, 60))
+def test_sampler_covers_every_epoch_and_starts_anywhere(length: int, seed: int, start: int, count: int) -> None:
+    sampler = ResumableSampler(length, seed)
+    keys = sampler.keys(0, 260)
     for epoch in range(260 // length):
-        assert sorted(i for i, _ in whole[epoch * length : (epoch + 1) * length]) == list(range(length))
-    assert ResumableSampler(length, seed).keys(at, count) == whole[at : at + count]
-    assert len({key for _, key in whole}) == 260  # no two crops alike
+        assert sorted(i for i, _ in keys[epoch * length : (epoch + 1) * length]) == list(range(length))
+    assert ResumableSampler(length, seed).keys(start, count) == keys[start : start + count]
+    assert len({crop_seed for _, crop_seed in keys}) == 260  # no two crops are alike
 
 
-def test_batches_begin_at_any_step_and_do_not_depend_on_workers(nasty: Path) -> None:
+def test_batches_start_at_any_step_and_do_not_depend_on_workers(nasty: Path) -> None:
     data = Images(nasty, 16, min_scale=0.5)
-    order = ResumableSampler(len(data), 3)
-    keys = lambda step: order.keys(step * 4, 4)  # noqa: E731
+    sampler = ResumableSampler(len(data), 3)
+    keys = lambda step: sampler.keys(step * 4, 4)  # noqa: E731
     whole = list(islice(image_batches(data, keys, count(), workers=0), 8))
     fresh = Images(nasty, 16, min_scale=0.5)
     later = list(islice(image_batches(fresh, keys, count(3), workers=2), 5))
     assert all(torch.equal(a.pixels, b.pixels) for a, b in zip(whole[3:], later, strict=True))
-    assert fresh.failures and fresh.failures.items() <= data.failures.items()  # of the workers, told to this process
+    assert fresh.failures and fresh.failures.items() <= data.failures.items()  # those of the workers reach this process

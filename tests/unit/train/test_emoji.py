@@ -1,4 +1,4 @@
-"""The mini model's data and words: from packages of SVG to pictures with captions."""
+"""Emoji art for the mini model: from npm packages to images with captions."""
 
 from __future__ import annotations
 
@@ -57,7 +57,7 @@ def npm(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def data(npm: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """What the script makes of that: one emoji unseen, one held out in Noto's drawing."""
+    """Output of the script: one emoji unseen, one held out in Noto's drawing."""
     out = tmp_path_factory.mktemp("emoji")
     counts = ["--views", "3", "--pairs", "4", "--drawn-pairs", "5", "--heldout", "1", "--unseen", "1"]
     arguments = ["--size", "48", *counts, "--workers", "1"]
@@ -71,12 +71,12 @@ def records(folder: Path) -> list[dict]:
     return [json.loads(line) for line in (folder / "metadata.jsonl").read_text().splitlines()]
 
 
-def test_only_base_emoji_are_taken(npm: Path) -> None:
+def test_only_base_emoji_are_read(npm: Path) -> None:
     assert [e.code for e in read_emoji(npm)] == [LEMON, HEART, DOG, STAR]
     assert normalise("2764-FE0F") == HEART
 
 
-def test_splits_do_not_leak(data: Path) -> None:
+def test_splits_share_no_drawing_and_unseen_emoji_are_in_none_other(data: Path) -> None:
     train, heldout, unseen = (records(data / name) for name in ("train", "heldout", "unseen"))
     assert len(train) == 3 * (3 * 6 - 1) + 4
     drawn = {(r["style"], code) for r in train for code in r["objects"]}
@@ -94,18 +94,16 @@ def test_splits_do_not_leak(data: Path) -> None:
     assert {r["style"] for r in heldout} == {"noto"} and {r["style"] for r in unseen} == set(STYLES)
 
 
-def test_two_things_lie_in_opposite_corners_and_for_clip_side_by_side(data: Path) -> None:
+def test_pairs_lie_in_opposite_corners_and_for_clip_side_by_side(data: Path) -> None:
     drawn, seen = records(data / "stage2"), records(data / "seen")
     assert [r["objects"] for r in drawn] == [r["objects"] for r in seen]
     for there, here in zip(drawn, seen, strict=True):
         assert there["file_name"] == here["file_name"]
-        pictures = [
-            np.asarray(Image.open(data / split / there["file_name"])).min(2) < 250 for split in ("stage2", "seen")
-        ]
+        masks = [np.asarray(Image.open(data / split / there["file_name"])).min(2) < 250 for split in ("stage2", "seen")]
         if len(there["objects"]) == 1:
-            assert (pictures[0] == pictures[1]).all()
+            assert (masks[0] == masks[1]).all()
             continue
-        diagonal, level = pictures  # of 48 px
+        diagonal, level = masks  # of 48 px
         assert not diagonal[:20, 28:].any() and not diagonal[28:, :20].any()
         assert diagonal[:28, :28].any() and diagonal[28:, 28:].any()
         assert not level[:10].any() and not level[-10:].any() and level[:, :24].any() and level[:, 24:].any()
@@ -117,7 +115,7 @@ def test_people_are_in_no_pair() -> None:
     assert {code for objects in pairs for code in objects} == set("cdef")
 
 
-def test_pictures_are_what_their_metadata_says(data: Path) -> None:
+def test_images_have_the_background_that_their_metadata_names(data: Path) -> None:
     for record in records(data / "train"):
         image = Image.open(data / "train" / record["file_name"])
         assert image.size == (48, 48) and image.mode == "RGB"
@@ -139,7 +137,7 @@ def test_missing_packages_are_named(tmp_path: Path, monkeypatch, capsys: pytest.
     assert not (tmp_path / "out").exists()
 
 
-def test_captions_name_what_is_there(data: Path) -> None:
+def test_captions_name_objects_style_and_colour(data: Path) -> None:
     emoji = read_written_emoji(data)
     rng = random.Random(0)
     lemon, dog = emoji[LEMON], emoji[DOG]
@@ -168,12 +166,12 @@ def test_captions_name_what_is_there(data: Path) -> None:
     ]
 
 
-def test_captions_repeat_exactly(data: Path) -> None:
+def test_captions_are_the_same_for_the_same_seed(data: Path) -> None:
     emoji = read_written_emoji(data)
     assert picture_captions(data, "train", emoji, 3, seed=1) == picture_captions(data, "train", emoji, 3, seed=1)
 
 
-def test_mini_clip_has_openais_shape_and_the_training_pass_is_its_text_tower() -> None:
+def test_training_pass_of_the_mini_clip_equals_its_text_tower() -> None:
     torch.manual_seed(0)
     model = build_mini_clip().eval()
     tokens = torch.zeros(2, 32, dtype=torch.long)
@@ -184,7 +182,7 @@ def test_mini_clip_has_openais_shape_and_the_training_pass_is_its_text_tower() -
         assert torch.allclose(encode_tokens(model, tokens[:, :6]), expected, atol=1e-5)
 
 
-def test_image_heads_are_right_at_the_prototypes_and_wrong_elsewhere() -> None:
+def test_loss_of_image_heads_is_low_at_the_prototypes_only() -> None:
     names = F.normalize(torch.randn(5, 384, generator=torch.Generator().manual_seed(0)), dim=-1)
     heads = Heads(names)
     labels = torch.tensor([[i, i, 0, 0] for i in range(5)])
@@ -193,12 +191,12 @@ def test_image_heads_are_right_at_the_prototypes_and_wrong_elsewhere() -> None:
     assert right < 0.01 and wrong > 10
 
 
-def test_a_name_lies_at_its_glossy_picture_on_white() -> None:
+def test_place_of_a_name_is_its_glossy_image_on_white() -> None:
     looks = [(LEMON, "3d", "red"), (LEMON, "3d", "white"), (LEMON, "line", "white"), (DOG, "line", "white")]
     records = [{"objects": [code], "style": style, "background": ground} for code, style, ground in looks]
     records.append({"objects": [LEMON, DOG], "style": "3d", "background": "white"})
-    pictures = torch.eye(5)
-    assert name_places(records, pictures, {LEMON: 0, DOG: 1}).equal(pictures[[1, 3]])
+    embeddings = torch.eye(5)
+    assert name_places(records, embeddings, {LEMON: 0, DOG: 1}).equal(embeddings[[1, 3]])
 
 
 def test_recall_counts_ranks() -> None:

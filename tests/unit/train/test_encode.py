@@ -1,4 +1,4 @@
-"""Pictures encoded once: shards that are whole or not there, never those of other networks; stage 2 learns the same."""
+"""train/encode.py: shards are complete or absent, those of other networks are refused, and stage 2 learns the same."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import pytest
 import torch
 from PIL import Image
 from safetensors.torch import load_file
-from training_kit import draw_pictures, run, same_weights, scalars, write_config
+from training_kit import run, same_weights, scalars, write_config, write_images
 
 from clipgen.config import ModelConfig
 from train import encode, stage2
@@ -18,8 +18,8 @@ from train.loop.batches import split_held_out
 
 
 @pytest.fixture(scope="module")
-def pictures(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return draw_pictures(tmp_path_factory.mktemp("pictures"))
+def images(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_images(tmp_path_factory.mktemp("images"))
 
 
 @pytest.fixture(scope="module")
@@ -28,14 +28,14 @@ def config(tiny_config: ModelConfig, tmp_path_factory: pytest.TempPathFactory) -
 
 
 @pytest.fixture
-def flags(pictures: Path, config: Path, tiny_weights: Path, monkeypatch: pytest.MonkeyPatch) -> list[object]:
+def flags(images: Path, config: Path, tiny_weights: Path, monkeypatch: pytest.MonkeyPatch) -> list[object]:
     monkeypatch.setattr(encode, "ROWS", 20)  # 50 crops in three shards
     monkeypatch.setattr(encode, "BATCH", 8)
     parts = ["--vqgan", tiny_weights, "--clip", tiny_weights / "clip.safetensors"]
-    return ["--config", config, *parts, "--data", pictures]
+    return ["--config", config, *parts, "--data", images]
 
 
-def test_what_is_missing_is_encoded_again_and_nothing_else(flags, tmp_path: Path, monkeypatch) -> None:
+def test_only_missing_shards_are_encoded_again(flags, tmp_path: Path, monkeypatch) -> None:
     out = tmp_path / "encoded"
     run(encode, monkeypatch, *flags, "--out", out)
     assert sorted(p.name for p in out.iterdir() if not p.name.startswith(".")) == [
@@ -44,7 +44,7 @@ def test_what_is_missing_is_encoded_again_and_nothing_else(flags, tmp_path: Path
         "skipped.txt",
     ]
     first = encode.Encoded(out)
-    assert len(first) == 50 and (first.pictures, first.views) == (25, 2)
+    assert len(first) == 50 and (first.num_images, first.views) == (25, 2)
     everything = first.read(range(50))
     assert everything[0].shape == (50, 16) and everything[1].norm(dim=1).sub(1).abs().max() < 1e-2
     assert not torch.equal(everything[0][:25], everything[0][25:])  # another crop
@@ -57,16 +57,16 @@ def test_what_is_missing_is_encoded_again_and_nothing_else(flags, tmp_path: Path
     assert torch.equal(some[0], everything[0][[41, 3, 20]]) and torch.equal(some[1], everything[1][[41, 3, 20]])
 
 
-def test_clip_can_look_at_other_pictures_of_the_same_names(
-    flags: list[object], pictures: Path, tmp_path: Path, monkeypatch, capsys: pytest.CaptureFixture[str]
+def test_seen_images_give_the_embeddings_and_data_gives_the_tokens(
+    flags: list[object], images: Path, tmp_path: Path, monkeypatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     seen = tmp_path / "seen"
     seen.mkdir()
-    names = sorted(pictures.rglob("*.png"))
+    names = sorted(images.rglob("*.png"))
     for path in names:
         Image.open(path).rotate(180).save(seen / path.name)
     folders = [tmp_path / name for name in ("plain", "turned", "both")]
-    data = tmp_path / "data"  # without the pictures that cannot be read
+    data = tmp_path / "data"  # without the file that cannot be read
     data.mkdir()
     for path in names:
         shutil.copy(path, data)
@@ -83,13 +83,13 @@ def test_clip_can_look_at_other_pictures_of_the_same_names(
         assert stop.value.code == 2
         return capsys.readouterr().err
 
-    (seen / names[0].name).write_bytes(b"no picture")
+    (seen / names[0].name).write_bytes(b"no image")
     assert names[0].name in refused(tmp_path / "broken")
     (seen / names[0].name).unlink()
     assert "does not hold the same names" in refused(tmp_path / "fewer")
 
 
-def test_an_interrupted_set_is_not_trained_on(flags, tmp_path: Path, monkeypatch, capsys) -> None:
+def test_interrupted_set_is_refused_until_it_is_completed(flags, tmp_path: Path, monkeypatch, capsys) -> None:
     out, written = tmp_path / "encoded", []
 
     def save(tensors: dict, path: Path) -> None:
@@ -110,40 +110,49 @@ def test_an_interrupted_set_is_not_trained_on(flags, tmp_path: Path, monkeypatch
     assert len(encode.Encoded(out)) == 50
 
 
-@pytest.mark.parametrize("what", ["vqgan", "images", "views"])
-def test_what_was_made_from_something_else_is_refused(
-    what: str, flags, tiny_weights: Path, tmp_path: Path, monkeypatch, capsys
+@pytest.mark.parametrize("changed", ["vqgan", "images", "views"])
+def test_set_of_another_vqgan_images_or_views_is_refused(
+    changed: str, flags, tiny_weights: Path, tmp_path: Path, monkeypatch, capsys
 ) -> None:
     out = tmp_path / "encoded"
     run(encode, monkeypatch, *flags, "--out", out)
-    if what == "vqgan":
+    if changed == "vqgan":
         flags[3] = shutil.copytree(tiny_weights, tmp_path / "other")
         weights = load_file(tmp_path / "other" / "vqgan.safetensors")
         weights["quantizer.embedding.weight"] += 1
         encode.save_tensors(weights, tmp_path / "other" / "vqgan.safetensors")
-    elif what == "images":
+    elif changed == "images":
         flags[-1] = shutil.copytree(flags[-1], tmp_path / "more")
         run(encode, monkeypatch, *flags, "--out", out)  # the same images in another place
         shutil.copy(tmp_path / "more" / "0" / "03.png", tmp_path / "more" / "0" / "00.png")
-    more = ["stage2.views=3"] if what == "views" else []
+    more = ["stage2.views=3"] if changed == "views" else []
     with pytest.raises(SystemExit) as stop:
         run(encode, monkeypatch, *flags, "--out", out, *more)
-    expected = "views (2, not 3)" if what == "views" else what
+    expected = "views (2, not 3)" if changed == "views" else changed
     assert stop.value.code == 2 and f"was encoded with another {expected}" in capsys.readouterr().err
-    if what == "vqgan":  # stage 2 on the set itself
+    if changed == "vqgan":  # stage 2 on the set itself
         flags[-1] = out
         with pytest.raises(SystemExit):
             run(stage2, monkeypatch, *flags, "--out", tmp_path / "gpt")
         assert "was encoded with another vqgan" in capsys.readouterr().err
 
 
-def test_stage2_learns_the_same_from_tokens_from_a_set_and_from_pixels(flags, tmp_path: Path, monkeypatch) -> None:
-    calm = ["stage2.neighbours=0"]
-    run(stage2, monkeypatch, *flags, "--out", tmp_path / "once", *calm)
+def test_stage2_learns_the_same_from_an_encoded_set_as_from_pixels(flags, tmp_path: Path, monkeypatch) -> None:
+    common = ["stage2.neighbours=0"]
+    run(stage2, monkeypatch, *flags, "--out", tmp_path / "once", *common)
     assert json.loads((tmp_path / "once" / "encoded" / "index.json").read_text())["complete"]
-    run(stage2, monkeypatch, *flags, "--out", tmp_path / "pixels", *calm, "stage2.from_pixels=true", "stage2.workers=1")
+    run(
+        stage2,
+        monkeypatch,
+        *flags,
+        "--out",
+        tmp_path / "pixels",
+        *common,
+        "stage2.from_pixels=true",
+        "stage2.workers=1",
+    )
     assert not (tmp_path / "pixels" / "encoded").exists()
-    run(stage2, monkeypatch, *flags[:-1], tmp_path / "once" / "encoded", "--out", tmp_path / "set", *calm)
+    run(stage2, monkeypatch, *flags[:-1], tmp_path / "once" / "encoded", "--out", tmp_path / "set", *common)
     assert same_weights(tmp_path / "once" / "gpt.safetensors", tmp_path / "set" / "gpt.safetensors")
     once, pixels = scalars(tmp_path / "once"), scalars(tmp_path / "pixels")
     losses = [key for key in once if "loss" in key[1]]
@@ -151,22 +160,22 @@ def test_stage2_learns_the_same_from_tokens_from_a_set_and_from_pixels(flags, tm
     assert (tmp_path / "pixels" / "skipped.txt").is_file()
 
 
-def test_neighbours_need_tokens(flags, tmp_path: Path, monkeypatch, capsys) -> None:
+def test_neighbours_with_from_pixels_are_refused(flags, tmp_path: Path, monkeypatch, capsys) -> None:
     with pytest.raises(SystemExit) as stop:
         run(stage2, monkeypatch, *flags, "--out", tmp_path / "gpt", "stage2.from_pixels=true")
     assert stop.value.code == 2 and "neighbours is 2" in capsys.readouterr().err
 
 
-def test_held_out_pictures_are_held_out_in_crop_rows() -> None:
-    pictures, held = split_held_out(100, 512)
-    rows = stage2.crop_rows(pictures, 100, 3)
-    assert len(held) == 5 and len(rows) == 285 and rows.max() < 300
-    assert not set((rows % 100).tolist()) & set(held.tolist())
+def test_crop_rows_contain_no_held_out_image() -> None:
+    trained, held_out = split_held_out(100, 512)
+    rows = stage2.crop_rows(trained, 100, 3)
+    assert len(held_out) == 5 and len(rows) == 285 and rows.max() < 300
+    assert not set((rows % 100).tolist()) & set(held_out.tolist())
 
 
 @pytest.mark.parametrize("text", ["", '{"origin": ', "[]", '{"complete": true}', '{"origin": {"settings": null}}'])
 def test_damaged_index_is_named(text: str, tmp_path: Path) -> None:
     (tmp_path / "index.json").write_text(text)
     for read in (encode.Encoded, lambda folder: encode.check_origin(folder / "index.json", {})):
-        with pytest.raises(encode.DataError, match=r"index\.json is damaged or no index of an encoded set"):
+        with pytest.raises(encode.DataError, match=r"index\.json is damaged or not the index of an encoded set"):
             read(tmp_path)

@@ -29,7 +29,7 @@ FOREIGN = {
 
 
 @pytest.mark.parametrize("name", FOREIGN)
-def test_foreign_metadata_beside_the_images_is_not_used(name: str, tiny_weights: Path, tmp_path: Path) -> None:
+def test_foreign_metadata_beside_the_images_is_ignored(name: str, tiny_weights: Path, tmp_path: Path) -> None:
     weights, data = shutil.copytree(tiny_weights, tmp_path / "tiny"), tmp_path / "data" / "images"
     data.mkdir(parents=True)
     for i in range(3):
@@ -44,7 +44,7 @@ def test_foreign_metadata_beside_the_images_is_not_used(name: str, tiny_weights:
     assert found is not None and found.names == ["0.png", "1.png", "2.png"]
 
 
-def test_our_metadata_is_used_with_blank_lines_and_any_line_end(tiny_weights: Path, tmp_path: Path) -> None:
+def test_metadata_with_blank_lines_and_any_line_end_is_read(tiny_weights: Path, tmp_path: Path) -> None:
     weights, data = shutil.copytree(tiny_weights, tmp_path / "tiny"), tmp_path / "data"
     data.mkdir()
     rows = []

@@ -67,7 +67,7 @@ def test_workers_that_hang_or_are_killed_end_training_with_one_line(folder: Path
 
 
 @pytest.mark.parametrize("trouble", ["hang", "kill"])  # SIGTERM to a process group kills the workers, too
-def test_stop_signal_ends_the_wait_for_workers_that_hang_or_are_gone(
+def test_stop_signal_ends_the_wait_for_workers_that_hang_or_died(
     trouble: str, folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(loader, "POLL", 0.2)
@@ -82,7 +82,7 @@ def test_stop_signal_ends_the_wait_for_workers_that_hang_or_are_gone(
     assert left.value.code == 143
 
 
-def test_error_in_a_worker_is_the_line_it_would_be_without(tmp_path: Path) -> None:
+def test_error_in_a_worker_gives_the_same_message_as_without_workers(tmp_path: Path) -> None:
     (tmp_path / "a.png").write_bytes(b"no image")
     messages = []
     for workers in (0, 1):
@@ -95,7 +95,7 @@ def test_error_in_a_worker_is_the_line_it_would_be_without(tmp_path: Path) -> No
 @pytest.mark.parametrize(
     ("size", "clip_size", "batch", "workers", "processes"), [(256, 224, 64, 2, 1), (96, 0, 8, 1, 4)]
 )
-def test_shared_memory_must_hold_the_batches_that_are_read_ahead(
+def test_shared_memory_too_small_for_prefetched_batches_is_refused(
     size: int, clip_size: int, batch: int, workers: int, processes: int, folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("LOCAL_WORLD_SIZE", str(processes))

@@ -1,4 +1,4 @@
-"""What a training says on the way, and where its curves go."""
+"""Progress of a training: terminal, CSV and trackers."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ def accelerator() -> Accelerator:
     return Accelerator(cpu=True)  # Accelerate's trackers ask it which process is the main one
 
 
-def test_tensorboard_has_curves_and_pictures_and_forgets_what_is_trained_again(tmp_path: Path) -> None:
+def test_tensorboard_drops_steps_that_are_trained_again(tmp_path: Path) -> None:
     for start in (0, 2):
         log = Logger(tmp_path, steps=4, batch_size=8, start=start)
         for step in range(start + 1, start + 4):
@@ -28,7 +28,7 @@ def test_tensorboard_has_curves_and_pictures_and_forgets_what_is_trained_again(t
         log.close()
     board = EventAccumulator(str(tmp_path / "tensorboard")).Reload()
     assert [(e.step, e.value) for e in board.Scalars("loss")] == [(1, 1), (2, 2), (3, 23), (4, 24), (5, 25)]
-    (shown,) = board.Images("samples")  # that of step 3 was after the one that was gone on from
+    (shown,) = board.Images("samples")  # that of step 3 is later than the resumed step, 2
     assert (shown.step, shown.width, shown.height) == (5, 6, 4)
     assert Image.open(tmp_path / "samples_000005.png").getpixel((0, 0)) == (255, 0, 0)
     assert {key: value for key, value in scalars(tmp_path).items() if key[1] == "loss"} == {
@@ -36,7 +36,7 @@ def test_tensorboard_has_curves_and_pictures_and_forgets_what_is_trained_again(t
     }  # fmt: skip
 
 
-def test_a_tracker_that_is_not_installed_is_one_clear_line(
+def test_tracker_that_is_not_installed_is_refused(
     tmp_path: Path, monkeypatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setattr("train.loop.logger.find_spec", lambda name: None)
@@ -46,7 +46,7 @@ def test_a_tracker_that_is_not_installed_is_one_clear_line(
     assert "--tracker wandb needs Weights & Biases: pip install wandb" in capsys.readouterr().err
 
 
-def test_weights_and_biases_keeps_a_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_weights_and_biases_resumes_the_same_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     pytest.importorskip("wandb")
     monkeypatch.setenv("WANDB_MODE", "offline")
     for start in (0, 2):
@@ -56,5 +56,5 @@ def test_weights_and_biases_keeps_a_run(tmp_path: Path, monkeypatch: pytest.Monk
         log.close()
     runs = list((tmp_path / "wandb").glob("offline-run-*/*.wandb"))
     name = (tmp_path / "wandb_run.txt").read_text()
-    assert runs and all(name in path.name for path in runs)  # the same one when the training goes on
+    assert runs and all(name in path.name for path in runs)  # the same run when training is resumed
     assert list((tmp_path / "wandb").glob("offline-run-*/files/media/images/*.png"))

@@ -1,4 +1,4 @@
-"""What stage 1 is trained with, against closed forms; codes as moving averages; when a training is stopped."""
+"""Losses of stage 1 against closed forms, codes as moving averages, and the checks that stop a training."""
 
 from __future__ import annotations
 
@@ -39,42 +39,42 @@ def seeded(seed: int = 0) -> torch.Generator:
     return torch.Generator().manual_seed(seed)
 
 
-def test_hinge_losses() -> None:
+def test_hinge_losses_equal_their_formula() -> None:
     real, fake = torch.tensor([2.0, 0.0]), torch.tensor([-2.0, 1.0])
     assert discriminator_loss(real, fake).item() == pytest.approx(0.5 * (0.5 + 1.0))
     assert generator_loss(fake).item() == pytest.approx(0.5)
     assert PatchDiscriminator(8)(torch.zeros(2, 3, 32, 32)).shape[:2] == (2, 1)
 
 
-def test_the_discriminator_judges_each_picture_alone() -> None:
+def test_logits_of_the_discriminator_depend_on_no_other_image() -> None:
     x = torch.randn(4, 3, 32, 32, generator=seeded())
-    judge = PatchDiscriminator(8)
-    assert torch.allclose(judge(x)[1:2], judge(x[1:2]), atol=1e-5)
+    discriminator = PatchDiscriminator(8)
+    assert torch.allclose(discriminator(x)[1:2], discriminator(x[1:2]), atol=1e-5)
 
 
 @pytest.mark.parametrize("scale", [1.0, 65536.0])
 def test_adaptive_weight_is_the_ratio_of_gradients(scale: float) -> None:
     w = torch.tensor([1.0, 2.0], requires_grad=True)
     assert adaptive_weight([((3 * w).sum(), (0.5 * w).sum())], w, scale=scale).item() == pytest.approx(6.0, rel=1e-3)
-    # Of two parts: the gradients' mean, (2, 2) and (0.5, 0.5), not the mean of their weights, 6 and 2.
+    # With two parts it is of the mean gradients, (2, 2) and (0.5, 0.5), not the mean of both weights, 6 and 2.
     parts = [((3 * w).sum(), (0.5 * w).sum()), (w.sum(), (0.5 * w).sum())]
     assert adaptive_weight(parts, w, scale=scale).item() == pytest.approx(4.0, rel=1e-3)
 
 
-def test_r1_of_linear_logits_is_half_the_square_of_their_mean_slope() -> None:
+def test_r1_penalty_of_linear_logits_is_half_the_squared_mean_slope() -> None:
     x = torch.randn(5, 3, 4, 4, generator=seeded(), requires_grad=True)
     slopes = torch.randn(2, 3, 4, 4, generator=seeded(1), requires_grad=True)
     logits = torch.einsum("bchw,pchw->bp", x, slopes).view(5, 1, 1, 2)
     penalty = r1_penalty(logits, x)
     assert penalty.item() == pytest.approx(0.5 * slopes.mean(0).pow(2).sum().item(), rel=1e-5)
-    penalty.backward()  # it can be learned from
+    penalty.backward()  # gradients reach the discriminator
     assert torch.allclose(slopes.grad, slopes.mean(0) / 2 * torch.ones(2, 1, 1, 1), atol=1e-6)
 
 
-def test_lecam_holds_logits_to_the_other_sides_average() -> None:
+def test_lecam_penalty_is_the_distance_to_the_average_of_the_other_class() -> None:
     lecam = LeCam(decay=0.9)
     real, fake = torch.tensor([1.0, 3.0]), torch.tensor([-1.0, 0.0])
-    assert lecam(real, fake).item() == pytest.approx((1 + 9) / 2 + 1 / 2)  # both averages begin at 0
+    assert lecam(real, fake).item() == pytest.approx((1 + 9) / 2 + 1 / 2)  # both averages start at 0
     lecam.update(real.mean(), fake.mean())
     a_real, a_fake = 0.1 * 2, 0.1 * -0.5
     expected = ((1 - a_fake) ** 2 + (3 - a_fake) ** 2) / 2 + ((-1 - a_real) ** 2 + a_real**2) / 2
@@ -82,20 +82,20 @@ def test_lecam_holds_logits_to_the_other_sides_average() -> None:
     assert lecam.state_dict().keys() == {"real", "fake"}
 
 
-def test_likeness_is_the_weighted_sum_of_its_parts() -> None:
+def test_reconstruction_loss_is_the_weighted_sum_of_its_terms() -> None:
     x, y = (torch.rand(2, 3, 32, 32, generator=seeded(seed)) * 2 - 1 for seed in (0, 1))
     loss, parts = ReconstructionLoss(Stage1Config(perceptual="none", l2_weight=0.5))(y, x)
     assert loss.item() == pytest.approx((F.l1_loss(y, x) + 0.5 * F.mse_loss(y, x)).item()) and parts.keys() == {"l1"}
-    likeness = ReconstructionLoss(Stage1Config(perceptual="efficientnet", perceptual_weight=0.3))
+    reconstruction_loss = ReconstructionLoss(Stage1Config(perceptual="efficientnet", perceptual_weight=0.3))
     crop = Crop(4, 8, 16)
-    loss, parts = likeness(y, x, crop)
-    inside = likeness.perceptual(y[..., 4:20, 8:24], x[..., 4:20, 8:24])
+    loss, parts = reconstruction_loss(y, x, crop)
+    inside = reconstruction_loss.perceptual(y[..., 4:20, 8:24], x[..., 4:20, 8:24])
     assert parts["perceptual"].item() == pytest.approx(inside.item(), rel=1e-5)
     assert loss.item() == pytest.approx((parts["l1"] + 0.3 * parts["perceptual"]).item(), rel=1e-5)
 
 
 @given(st.integers(1, 40), st.integers(1, 40), st.integers(0, 50), st.integers(0, 10**6))
-def test_crops_lie_within_the_picture(height: int, width: int, side: int, seed: int) -> None:
+def test_random_crop_lies_within_the_image(height: int, width: int, side: int, seed: int) -> None:
     crop = Crop.random((height, width), side, seeded(seed))
     if crop is None:
         assert side == 0 or side >= min(height, width)
@@ -104,12 +104,12 @@ def test_crops_lie_within_the_picture(height: int, width: int, side: int, seed: 
 
 
 def quantized(vqgan: VQGAN, z: torch.Tensor) -> torch.Tensor:
-    """The quantizer as in training, on latents that learn."""
+    """Codes (N,) that the quantizer chooses in training, for latents that require a gradient."""
     return vqgan.quantizer(z.clone().requires_grad_())[2].flatten()
 
 
 @pytest.mark.parametrize("l2", [False, True])
-def test_average_codes_follow_the_equations(l2: bool, tiny_config: ModelConfig) -> None:
+def test_ema_codes_follow_the_equations_of_the_paper(l2: bool, tiny_config: ModelConfig) -> None:
     config = copy.deepcopy(tiny_config.vqgan)
     config.l2_codes = l2
     vqgan = VQGAN(config)
@@ -124,14 +124,14 @@ def test_average_codes_follow_the_equations(l2: bool, tiny_config: ModelConfig) 
         flat = z.permute(0, 2, 3, 1).flatten(0, 2)
         flat = F.normalize(flat, dim=1) if l2 else flat
         one_hot = F.one_hot(chosen, 64).float()
-        vqgan.quantizer(z)  # looked at, not learned from: it does not count
-        codes.update(lambda t: 3 * t)  # three processes that saw the same
+        vqgan.quantizer(z)  # without a gradient, so it is not counted
+        codes.update(lambda t: 3 * t)  # three processes with the same latents
         sizes, sums = 0.9 * sizes + 0.3 * one_hot.sum(0), 0.9 * sums + 0.3 * one_hot.t() @ flat
         assert torch.allclose(vqgan.quantizer.embedding.weight, sums / sizes[:, None], rtol=1e-3, atol=1e-4)
     assert not codes.state_dict().keys() - {"sizes", "sums"}
 
 
-def test_a_code_ends_where_its_latents_are_and_a_revived_one_begins_there(tiny_config: ModelConfig) -> None:
+def test_ema_codes_converge_to_their_latents_and_revived_codes_start_there(tiny_config: ModelConfig) -> None:
     vqgan = VQGAN(tiny_config.vqgan)
     codes = EMACodebook(vqgan.quantizer)
     codes.attach(vqgan.quantizer)
@@ -139,17 +139,17 @@ def test_a_code_ends_where_its_latents_are_and_a_revived_one_begins_there(tiny_c
     for _ in range(300):
         (chosen,) = quantized(vqgan, z).unique()
         codes.update(lambda t: t)
-    aim = F.normalize(z[0, :, 0, 0], dim=0)
-    assert F.cosine_similarity(vqgan.quantizer.codes()[chosen], aim, dim=0) > 0.999
+    target = F.normalize(z[0, :, 0, 0], dim=0)
+    assert F.cosine_similarity(vqgan.quantizer.codes()[chosen], target, dim=0) > 0.999
     usage = F.one_hot(chosen, 64)
-    moved = revive_codes(vqgan.quantizer, usage, aim.expand(10, 8), seeded())
+    moved = revive_codes(vqgan.quantizer, usage, target.expand(10, 8), seeded())
     codes.reset(moved)
     codes.update(lambda t: t)
     assert len(moved) == 10 and chosen not in moved
-    assert torch.allclose(vqgan.quantizer.codes()[moved], aim.expand(10, 8), atol=1e-4)
+    assert torch.allclose(vqgan.quantizer.codes()[moved], target.expand(10, 8), atol=1e-4)
 
 
-def test_usage_is_of_the_steps_since_it_was_told() -> None:
+def test_code_usage_counts_since_the_last_report() -> None:
     assert perplexity(torch.ones(8)).item() == pytest.approx(8.0)
     assert perplexity(torch.tensor([5.0, 0, 0])).item() == pytest.approx(1.0)
     usage = CodeUsage(4)
@@ -158,28 +158,28 @@ def test_usage_is_of_the_steps_since_it_was_told() -> None:
     assert found["codes_used"].item() == 0.5 and found["perplexity"].item() == pytest.approx(2.0)
     usage.update(torch.tensor([3]))
     assert usage.report(lambda t: t)["codes_used"].item() == 0.25
-    assert usage.counts.tolist() == [2, 2, 0, 1]  # dead codes are looked for at moments of their own
+    assert usage.counts.tolist() == [2, 2, 0, 1]  # counts for the revival of codes are not reset by a report
 
 
 @given(st.lists(st.integers(0, 6), max_size=40), st.integers(7, 9))
-def test_code_counts_are_those_of_bincount(indices: list[int], codebook_size: int) -> None:
+def test_code_counts_equal_bincount(indices: list[int], codebook_size: int) -> None:
     chosen = torch.tensor(indices, dtype=torch.long)
     expected = torch.bincount(chosen, minlength=codebook_size)
     assert count_codes(chosen, codebook_size).tolist() == expected.tolist()
 
 
 @given(st.integers(1, 3000), st.integers(0, 600))
-def test_pictures_are_trained_on_or_held_out(pictures: int, most: int) -> None:
-    rows, held = split_held_out(pictures, most)
-    assert len(rows) and len(held) and held.max() < pictures
-    if most and pictures > 1:
-        assert not set(rows.tolist()) & set(held.tolist()) and len(rows) + len(held) == pictures
-        assert len(held) <= max(1, min(most, pictures // 20))
+def test_images_are_either_trained_on_or_held_out(count: int, max_held_out: int) -> None:
+    rows, held_out = split_held_out(count, max_held_out)
+    assert len(rows) and len(held_out) and held_out.max() < count
+    if max_held_out and count > 1:
+        assert not set(rows.tolist()) & set(held_out.tolist()) and len(rows) + len(held_out) == count
+        assert len(held_out) <= max(1, min(max_held_out, count // 20))
     else:
-        assert len(rows) == pictures
+        assert len(rows) == count
 
 
-FINE = {"loss": 2.0, "perplexity": 300.0, "discriminator": 0.9}
+HEALTHY = {"loss": 2.0, "perplexity": 300.0, "discriminator": 0.9}
 
 
 @pytest.mark.parametrize(
@@ -190,24 +190,24 @@ FINE = {"loss": 2.0, "perplexity": 300.0, "discriminator": 0.9}
         ("loss", 7.5, "the GPT does worse than guessing: loss 7.500, uniform guesses have 6.931"),
     ],
 )
-def test_trouble_that_stays_stops_the_training(
+def test_persistent_symptom_stops_training(
     name: str, bad: float, said: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
     symptoms = [collapsed_codes(1024), discriminator_wins(), worse_than_guessing(1024)]
     health = Health(3, symptoms)
-    for step, value in enumerate([bad, bad, FINE[name], bad, bad], start=1):
-        health.check(step, FINE | {name: torch.tensor(value)})
+    for step, value in enumerate([bad, bad, HEALTHY[name], bad, bad], start=1):
+        health.check(step, HEALTHY | {name: torch.tensor(value)})
     assert capsys.readouterr().err.count(f"warning: step 1: {said}") == 1
     with pytest.raises(TrainingError, match=rf"step 6: {said}.*since step 4.*To continue from a checkpoint, ") as error:
-        health.check(6, FINE | {name: bad})
+        health.check(6, HEALTHY | {name: bad})
     assert "stage" in str(error.value)
     patient = Health(0, symptoms, verbose=False)
     for step in range(50):
-        patient.check(step, FINE | {name: bad})
+        patient.check(step, HEALTHY | {name: bad})
     assert capsys.readouterr().err == ""
 
 
-def test_numbers_that_are_not_finite_are_never_waited_for() -> None:
+def test_non_finite_scalars_stop_training_at_once() -> None:
     check_finite(1, {"loss": torch.tensor(2.0), "lr": 0.1})
     with pytest.raises(TrainingError, match="step 7: loss, lr not finite"):
         check_finite(7, {"loss": torch.tensor(float("nan")), "lr": float("inf")})

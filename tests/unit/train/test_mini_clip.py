@@ -1,4 +1,4 @@
-"""What the mini model's CLIP learns from: facts as labels, words of WordNet, and its towers."""
+"""Training data of the mini model's CLIP: facts as labels, words of WordNet, and its towers."""
 
 from __future__ import annotations
 
@@ -50,7 +50,7 @@ def wordnet(tmp_path: Path) -> Path:
     return tmp_path
 
 
-def test_labels_say_every_fact_and_leave_out_what_is_not_there() -> None:
+def test_labels_hold_every_fact_and_mark_absent_ones_unknown() -> None:
     thing = Thing("lemon", "blue", "hair", ("long", "pink"))
     found = dict(zip(NAMES, label(Facts((thing,), "oil painting", "red", "teal")), strict=True))
     said = {name: values(name)[number] for name, number in found.items() if number != UNKNOWN}
@@ -70,7 +70,7 @@ def test_labels_say_every_fact_and_leave_out_what_is_not_there() -> None:
     assert pair["cut"] == UNKNOWN
 
 
-def test_hair_in_a_pencil_drawing_has_no_colour_to_learn() -> None:
+def test_hair_colour_in_a_pencil_sketch_is_unknown() -> None:
     facts = Facts((Thing("lemon", None, "hair", ("long", "black")),), "sketch", "white")
     assert label(facts)[NAMES.index("hair color")] == UNKNOWN
 
@@ -108,7 +108,7 @@ def test_missing_wordnet_is_named(tmp_path: Path) -> None:
         narrower_words(tmp_path, read_objects().values())
 
 
-def test_more_words_for_an_object_are_said_in_its_place() -> None:
+def test_narrower_words_replace_the_name_of_an_object_in_sentences() -> None:
     rng = random.Random(0)
     facts = Facts((Thing("dog"),), "3d", "white")
     texts = [describe(facts, rng, {"dog": ("beagle",)}) for _ in range(200)]
@@ -116,7 +116,7 @@ def test_more_words_for_an_object_are_said_in_its_place() -> None:
     assert not any("beagle" in describe(facts, rng, {"cat": ("beagle",)}) for _ in range(50))
 
 
-def test_towers_are_an_ordinary_clip_with_one_space_for_both() -> None:
+def test_towers_load_as_an_openai_clip_with_one_embedding_space() -> None:
     torch.manual_seed(0)
     model = build_clip().eval()
     data = LabelledScenes(scenes("20"))

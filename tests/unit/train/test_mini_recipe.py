@@ -1,4 +1,4 @@
-"""The mini model's recipe: each part's command, what is carried, and all of it in one piece at a tiny budget."""
+"""The mini model's recipe: the command of each part, carried weights, and a whole run at a tiny budget."""
 
 from __future__ import annotations
 
@@ -30,13 +30,13 @@ def arguments(tmp_path: Path, **changes: object) -> argparse.Namespace:
     return argparse.Namespace(**{**values, "start": None, "minutes": None, "overrides": [], **changes})
 
 
-def test_stages_see_the_right_scenes(tmp_path: Path) -> None:
+def test_vqgan_sees_all_scenes_and_gpt_those_not_held_out(tmp_path: Path) -> None:
     args = arguments(tmp_path)
     assert "train.mini.source:all_scenes=d" in part_command("vqgan", args, CPU)
     assert "train.mini.source:trained_scenes=d" in part_command("gpt", args, CPU)
 
 
-def test_overrides_reach_their_part_only(tmp_path: Path) -> None:
+def test_overrides_reach_only_their_part(tmp_path: Path) -> None:
     args = arguments(tmp_path, overrides=["image.steps=5", "stage2.steps=7"], minutes=9.0)
     image, gpt, vqgan = (part_command(part, args, CPU) for part in ("image", "gpt", "vqgan"))
     assert "steps=5" in image and "stage2.steps=7" not in image
@@ -46,7 +46,7 @@ def test_overrides_reach_their_part_only(tmp_path: Path) -> None:
     assert 'stage1.precision="no"' in vqgan and "precision=no" in image
 
 
-def test_gpu_takes_larger_steps_and_workers(tmp_path: Path) -> None:
+def test_gpu_gets_larger_batches_and_more_workers(tmp_path: Path) -> None:
     gpu = part_command("gpt", arguments(tmp_path), Machine("bf16", 14, True))
     assert "stage2.batch_size=256" in gpu and "stage2.workers=14" in gpu and 'stage2.precision="bf16"' in gpu
 
@@ -91,7 +91,7 @@ def data(tmp_path: Path) -> Path:
 
 
 @pytest.mark.slow
-def test_whole_recipe_at_a_tiny_budget_makes_weights_that_draw(data: Path, tmp_path: Path) -> None:
+def test_recipe_at_a_tiny_budget_makes_weights_that_generate(data: Path, tmp_path: Path) -> None:
     wordnet = tmp_path / "wordnet"
     wordnet.mkdir()
     (wordnet / "data.noun").write_text("00000001 05 n 01 dog 0 000 | a pet\n")

@@ -58,7 +58,7 @@ def difference(a: np.ndarray, b: np.ndarray) -> float:
     return float(np.abs(a.astype(float) - b.astype(float)).mean())
 
 
-def test_objects_are_many_and_their_names_belong_to_one_each() -> None:
+def test_names_of_objects_are_unique() -> None:
     objects = read_objects()
     names = Counter(name for thing in objects.values() for name in thing.names)
     assert len(objects) > 200
@@ -94,7 +94,7 @@ def test_styles_of_one_scene_look_different(composer: Composer, style: str) -> N
 
 
 @pytest.mark.parametrize("attachment", ATTACHMENTS)
-def test_attachment_changes_a_tenth_of_what_is_around_the_thing(composer: Composer, attachment: str) -> None:
+def test_attachment_covers_part_of_the_object(composer: Composer, attachment: str) -> None:
     # In the figure's own pixels: poses differ with the figure's size.
     plain = composer._figure(Thing("lemon"), "3d", random.Random(0))
     worn = composer._figure(Thing("lemon", None, attachment, kinds_of(attachment)[0]), "3d", random.Random(0))
@@ -108,7 +108,7 @@ def test_attachment_changes_a_tenth_of_what_is_around_the_thing(composer: Compos
 
 @pytest.mark.parametrize("name", ["lemon", "dog", "apple", "castle"])
 @pytest.mark.parametrize("colour", COLOURS)
-def test_recoloured_sprite_has_one_hue_everywhere(name: str, colour: str) -> None:
+def test_recoloured_sprite_has_one_hue(name: str, colour: str) -> None:
     image = recolour(load_render(RENDERS, "3d", read_objects()[name].code), colour)
     seen = image[image[..., 3] > 200][:, :3]
     lab = cv2.cvtColor(seen[None].astype(np.float32) / 255, cv2.COLOR_RGB2LAB)[0]
@@ -124,7 +124,7 @@ def test_recoloured_sprite_has_one_hue_everywhere(name: str, colour: str) -> Non
     assert np.percentile(np.abs((turn + 180) % 360 - 180), 98) < 20  # what is too light for sRGB bends a little
 
 
-def test_two_things_stand_as_their_relation_says(composer: Composer) -> None:
+def test_two_objects_are_placed_as_their_relation_says(composer: Composer) -> None:
     blue, red = (60, 120, 230), (220, 40, 45)
 
     def centre(image: np.ndarray, rgb: tuple[int, int, int]) -> np.ndarray:
@@ -142,7 +142,7 @@ def test_two_things_stand_as_their_relation_says(composer: Composer) -> None:
             assert (across | along)[relation], (relation, seed)
 
 
-def test_counts_are_as_many_blobs(composer: Composer) -> None:
+def test_count_of_objects_equals_the_blobs_in_the_image(composer: Composer) -> None:
     for count in (1, 2, 3):
         for seed in range(6):
             image = composer.compose(Facts((Thing("apple", "red"),), "flat", "white", count=count), seed)
@@ -158,7 +158,7 @@ def test_places_differ_from_plain_colours_and_from_each_other(composer: Composer
         assert difference(image, composer.compose(replace(LEMON, ground=other), 1)) > 8, other
 
 
-def test_shares_of_the_world_are_as_meant() -> None:
+def test_sampled_facts_cover_styles_relations_and_counts_in_fixed_shares() -> None:
     rng = random.Random(0)
     facts = [draw_facts(rng) for _ in range(4000)]
     coloured = sum(any(t.colour for t in f.things) for f in facts) / len(facts)
@@ -185,14 +185,14 @@ def test_held_out_shares_are_a_third_a_third_and_a_fifth() -> None:
     assert held_out_pair("lemon", "dog") == held_out_pair("dog", "lemon")
 
 
-def test_held_out_combinations_never_change() -> None:
+def test_held_out_combinations_are_those_of_the_trained_weights() -> None:
     # The rule is a promise about weights that are already trained.
     assert held_out_attachment("lemon", "hair") and held_out_colour("apple", "blue")
     some = [f"{n}+{a}" for n in ("cat", "car", "pear") for a in ATTACHMENTS if held_out_attachment(n, a)]
     assert some == HELD_OUT_SAMPLE
 
 
-def test_gpts_scenes_are_never_held_out_and_all_scenes_sometimes() -> None:
+def test_scenes_of_the_gpt_contain_no_held_out_combination() -> None:
     rng = random.Random(1)
     assert not any(is_held_out(draw_trained_facts(rng)) for _ in range(1000))
     share = sum(is_held_out(draw_facts(rng)) for _ in range(1000)) / 1000
@@ -216,7 +216,7 @@ def test_sentences_name_what_a_scene_shows() -> None:
     assert all("lemons" in describe(three, rng) for _ in range(20))
 
 
-def test_usual_things_go_without_saying_and_unusual_ones_never_do() -> None:
+def test_sentences_omit_usual_facts_but_never_unusual_ones() -> None:
     rng = random.Random(3)
     plain = [describe(LEMON, rng) for _ in range(100)]
     assert sum(text in ("a lemon", "lemon") for text in plain) > 40
@@ -242,7 +242,7 @@ def test_source_of_scenes_is_read_like_a_folder() -> None:
     assert torch.equal(a.pixels, b.pixels.flip(0))
 
 
-def test_gpts_source_holds_nothing_held_out_back_but_the_combinations() -> None:
+def test_scenes_of_the_gpt_contain_every_object() -> None:
     rng = random.Random(6)
     seen = [draw_trained(rng) for _ in range(500)]
     assert {thing.object for facts in seen for thing in facts.things} == {thing.name for thing in OBJECTS}
@@ -255,13 +255,13 @@ def test_unknown_function_as_data_is_named(data: str) -> None:
         open_source(data)
 
 
-def test_missing_renders_say_how_they_are_made(tmp_path: Path) -> None:
+def test_missing_renders_are_refused_with_the_command_that_makes_them(tmp_path: Path) -> None:
     with pytest.raises(DataError, match="make renders"):
         Composer(tmp_path).compose(LEMON, 0)
 
 
 @pytest.mark.slow
-def test_stage1_trains_on_scenes_and_goes_on_where_it_stopped(tmp_path: Path) -> None:
+def test_stage1_on_scenes_resumes_where_it_stopped(tmp_path: Path) -> None:
     command = [sys.executable, "train/stage1.py", "--config", "train/mini/mini3.yaml", "--data", "scene_kit:scenes=400"]
     command += ["--out", str(tmp_path), 'stage1.precision="no"', "stage1.batch_size=4", "stage1.held_out=4"]
     command += ["model.vqgan.ch=32", "model.vqgan.z_channels=32", "stage1.log_every=1", "stage1.save_every=2"]

@@ -25,7 +25,7 @@ from train.losses import gan
 from train.losses.stage1 import LeCam, PatchDiscriminator, ReconstructionLoss
 
 
-def test_moving_average_is_torchs_bit_for_bit() -> None:
+def test_moving_average_equals_that_of_torch_exactly() -> None:
     model = nn.Sequential(nn.Linear(5, 4), nn.BatchNorm1d(4))
     ours = MovingAverage(model, 0.9)
     theirs = AveragedModel(model, multi_avg_fn=get_ema_multi_avg_fn(0.9))

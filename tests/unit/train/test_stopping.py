@@ -1,4 +1,4 @@
-"""What ends a training before its last step."""
+"""Signals, budgets and waiting processes that stop a training before its last step."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ import pytest
 from train.loop.stopping import Stop
 
 
-def test_budget_of_minutes_stops_a_training_with_exit_code_0(monkeypatch: pytest.MonkeyPatch, capsys: Any) -> None:
+def test_budget_of_minutes_stops_training_with_exit_code_0(monkeypatch: pytest.MonkeyPatch, capsys: Any) -> None:
     now = [100.0]
     monkeypatch.setattr("train.loop.stopping.time.monotonic", lambda: now[0])
     with Stop(minutes=2) as stop:
@@ -55,7 +55,7 @@ dist.destroy_process_group()
 
 
 @pytest.mark.slow
-def test_processes_wait_longer_for_each_other_than_their_group_allows(root: Path) -> None:
+def test_processes_wait_for_each_other_beyond_the_timeout_of_their_group(root: Path) -> None:
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = str(free.getsockname()[1])

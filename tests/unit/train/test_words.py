@@ -1,4 +1,4 @@
-"""What the mini CLIP's sentences mean: glosses of WordNet, keywords of emoji, and the sentence encoder on both."""
+"""Words of the mini CLIP: glosses of WordNet, keywords of emoji, and their nearest emoji by the sentence encoder."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ TROLL = Emoji("1f9cc", "troll", ("fairy tale", "sea"), 1)
 
 @pytest.fixture
 def wordnet(tmp_path: Path) -> Path:
-    """A database of WordNet's form with a few words."""
+    """A folder with a few words in the format of WordNet's database."""
     data = {
         "noun": [
             "00000001 18 n 01 mouse 0 000 | person who is quietly timid",
@@ -45,7 +45,7 @@ def wordnet(tmp_path: Path) -> Path:
     return tmp_path
 
 
-def test_lemmas_mean_their_commonest_concrete_sense(wordnet: Path) -> None:
+def test_lemma_gets_the_gloss_of_its_most_common_concrete_sense(wordnet: Path) -> None:
     texts = read_wordnet(wordnet, 100, seed=0)
     assert texts["mouse"] == "mouse: any of numerous small rodents"
     assert texts["rowing boat"] == "rowing boat: a small boat"
@@ -53,24 +53,24 @@ def test_lemmas_mean_their_commonest_concrete_sense(wordnet: Path) -> None:
     assert texts["tiny"] == "tiny: very small" and "mus" not in texts
 
 
-def test_nouns_come_first_and_the_others_as_there_is_room(wordnet: Path) -> None:
+def test_nouns_come_first_in_a_limited_list_of_words(wordnet: Path) -> None:
     few = read_wordnet(wordnet, 4, seed=0)
     assert len(few) == 4 and {"mouse", "dinghy", "rowing boat"} < set(few)
     assert few == read_wordnet(wordnet, 4, seed=0)
 
 
-def test_a_folder_without_wordnet_is_refused(tmp_path: Path) -> None:
+def test_folder_without_wordnet_is_refused(tmp_path: Path) -> None:
     with pytest.raises(DataError, match="wordnet-base"):
         read_wordnet(tmp_path, 10, seed=0)
 
 
-def test_words_know_whose_they_are() -> None:
+def test_words_map_to_the_emoji_that_have_them() -> None:
     words = emoji_words([BOAT, TROLL])
     assert words["a sailboat"] == ["26f5"] and words["sea"] == ["26f5", "1f9cc"]
     assert list(words) == sorted(words)
 
 
-def test_rare_words_are_understood_by_their_gloss_and_keywords_by_their_owner(tmp_path: Path) -> None:
+def test_rare_word_is_nearest_to_its_gloss_and_keyword_to_its_emoji(tmp_path: Path) -> None:
     emoji = [BOAT, TROLL, *(Emoji(str(i), f"clock {i}", (), 0) for i in range(NEAREST - 2))]
     words = ["dinghy", "rawr"]
     meant = ["dinghy: a small boat of shallow draft with seats and oars", "rawr"]
@@ -79,7 +79,7 @@ def test_rare_words_are_understood_by_their_gloss_and_keywords_by_their_owner(tm
     assert emoji[int(nearest[0, 0])] is BOAT and shares[0, 0] > 0.9
     assert torch.allclose(shares.sum(1), torch.ones(2))
     number = {e.code: i for i, e in enumerate(emoji)}
-    for owner in (BOAT, TROLL):  # whoever has the word is its nearest
+    for owner in (BOAT, TROLL):  # the emoji with the keyword is the nearest
         known = known_names(words, {"rawr": [owner.code, "not drawn"]}, number)
         assert known.count_nonzero() == 1 and known[1, number[owner.code]] == KNOWN
         nearest, _ = nearest_names(words, meant, emoji, known, tmp_path)

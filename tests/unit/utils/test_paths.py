@@ -8,7 +8,7 @@ import sys
 from pathlib import Path
 
 import pytest
-from training_kit import draw_pictures, write_config
+from training_kit import write_config, write_images
 
 from clipgen.config import ModelConfig
 from clipgen.utils.paths import cache_dir
@@ -74,7 +74,7 @@ def run_nameless(folder: Path, *command: object) -> subprocess.CompletedProcess[
 def test_both_stages_train_for_a_user_without_name_and_home(
     tiny_config: ModelConfig, tiny_weights: Path, tmp_path: Path
 ) -> None:
-    data, config = draw_pictures(tmp_path), write_config(tiny_config, tmp_path / "tiny.yaml")
+    data, config = write_images(tmp_path), write_config(tiny_config, tmp_path / "tiny.yaml")
     common = ("--config", config, "--data", tmp_path / "0")
     for stage, more in (
         ("stage1", ()),
