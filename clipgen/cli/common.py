@@ -6,9 +6,11 @@ answers at once.
 
 from __future__ import annotations
 
+import json
 import sys
 import tempfile
 import time
+from collections.abc import Sequence
 from contextlib import suppress
 from enum import StrEnum
 from pathlib import Path
@@ -23,6 +25,7 @@ from clipgen.utils.text import read_prompts as read_file
 
 if TYPE_CHECKING:
     from clipgen.pipeline import ClipGen
+    from clipgen.request import GenerationOutput
 
 console = Console(stderr=True, highlight=False)
 
@@ -162,3 +165,14 @@ def load(weights: str | None, device: str | None, dtype: str | None) -> ClipGen:
     pipe = ClipGen.from_pretrained(folder, device=device, dtype=dtype)
     log(f"loaded {folder} on {pipe.device} in {time.perf_counter() - started:.1f} s")
     return pipe
+
+
+def show_figure(
+    file: Path, results: Sequence[GenerationOutput], title: str, about: dict[str, Any], as_json: bool
+) -> None:
+    """Print where the one file that shows several images is, and what it shows: `title` for people, `about` as JSON."""
+    seed, scores = results[0].seed, [round(result.scores[0], 4) for result in results]
+    if as_json:
+        print(json.dumps({**about, "seed": seed, "file": str(file), "clip_scores": scores}))
+    else:
+        print(f"{title}: seed {seed}, {results[0].seconds['total']:.1f} s\n  {file}")

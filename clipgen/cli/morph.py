@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import json
+import math
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -23,6 +23,7 @@ from clipgen.cli.common import (
     make_folder,
     option,
     printable,
+    show_figure,
 )
 from clipgen.cli.progress import progress
 from clipgen.outputs.naming import free_stem
@@ -82,13 +83,7 @@ def morph(
         labels = [start, *("" for _ in requests), end]
         strip = labelled_grid(images, [printable(label) for label in labels], [""])
         file = save_image(strip, stem.with_name(f"{stem.name}-morph.png"), metadata=metadata)
-    scores = [round(result.scores[0], 4) for result in results]
-    if as_json:
-        record = {"from": start, "to": end, "seed": results[0].seed, "file": str(file), "clip_scores": scores}
-        print(json.dumps(record))
-    else:
-        seconds = results[0].seconds["total"]
-        print(f"{printable(start)} to {printable(end)}: seed {results[0].seed}, {seconds:.1f} s\n  {file}")
+    show_figure(file, results, f"{printable(start)} to {printable(end)}", {"from": start, "to": end}, as_json)
 
 
 def arc(a: Tensor, b: Tensor, steps: int) -> list[tuple[float, float]]:
@@ -98,12 +93,8 @@ def arc(a: Tensor, b: Tensor, steps: int) -> list[tuple[float, float]]:
     a and b. The weighted sum has unit norm, so a request with these parts is embedded exactly there. The weights are
     linear where a and b are equal, or opposite, when there is no shortest path.
     """
-    import torch
-
-    angle = torch.arccos((a.double() @ b.double()).clamp(-1, 1)).item()
+    angle = math.acos(min(max(float(a.double() @ b.double()), -1), 1))
     shares = [i / (steps - 1) for i in range(steps)]
-    turn = torch.tensor(angle, dtype=torch.float64).sin().item()
-    if turn < 1e-6:
+    if math.sin(angle) < 1e-6:
         return [(1 - s, s) for s in shares]
-    sine = torch.sin(torch.tensor([[(1 - s) * angle, s * angle] for s in shares], dtype=torch.float64)) / turn
-    return [(first, second) for first, second in sine.tolist()]
+    return [(math.sin((1 - s) * angle) / math.sin(angle), math.sin(s * angle) / math.sin(angle)) for s in shares]

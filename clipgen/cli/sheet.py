@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import itertools
-import json
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -26,6 +25,7 @@ from clipgen.cli.common import (
     make_folder,
     option,
     printable,
+    show_figure,
 )
 from clipgen.cli.progress import progress
 from clipgen.outputs.naming import free_stem
@@ -98,22 +98,8 @@ def sheet(
     stem = free_stem(out, prompt, results[0].seed)
     records = [result.receipts[0] for result in results]
     file = save_image(image, stem.with_name(f"{stem.name}-sheet.{format.value}"), metadata=together(records))
-    scores = [round(result.scores[0], 4) for result in results]
-    if as_json:
-        axes_shown = {name: list(numbers) for name, numbers in ((down, rows), (across, columns)) if name}
-        print(
-            json.dumps(
-                {
-                    "prompt": prompt,
-                    "seed": results[0].seed,
-                    "file": str(file),
-                    "axes": axes_shown,
-                    "clip_scores": scores,
-                }
-            )
-        )
-    else:
-        print(f"{printable(prompt)}: seed {results[0].seed}, {results[0].seconds['total']:.1f} s\n  {file}")
+    axes_shown = {name: numbers for name, numbers in ((down, rows), (across, columns)) if name}
+    show_figure(file, results, printable(prompt), {"prompt": prompt, "axes": axes_shown}, as_json)
 
 
 def axes(values: dict[str, list[float]]) -> tuple[tuple[str, list[float]], tuple[str, list[float]]]:
