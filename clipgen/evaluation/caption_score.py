@@ -15,7 +15,6 @@ from PIL import Image
 from torch import Tensor
 
 from clipgen.errors import WeightsError
-from clipgen.evaluation.metrics import geometric_mean
 
 
 class Captioner:
@@ -61,4 +60,4 @@ class Captioner:
         log_p = logits[:, -ids.shape[1] :].float().log_softmax(-1)[:, :-1]
         kept = mask[:, 1:].double()
         found = log_p.gather(2, ids[:, 1:, None]).squeeze(2).double() * kept
-        return geometric_mean(found.sum(1), kept.sum(1)).cpu()
+        return (found.sum(1) / kept.sum(1)).exp().cpu()

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from clipgen.errors import DataError, RequestError
 from clipgen.evaluation.caption_score import Captioner
 from clipgen.evaluation.features import Extractor, as_bytes
-from clipgen.evaluation.metrics import ClassScore, Gaussian, clip_score, cosines, frechet_distance, psnr, r_precision
+from clipgen.evaluation.metrics import Gaussian, class_score, clip_score, cosines, frechet_distance, psnr, r_precision
 from clipgen.images.pixels import from_pixels, load_image, to_clip, to_pixels
 from clipgen.images.sources import Source
 from clipgen.pipeline import ClipGen
@@ -29,6 +29,8 @@ from clipgen.utils.distributed import Processes
 RADII = (0, 1, 2, 4, 8)
 BATCH = 32
 """Images measured together."""
+SPLITS = 10
+"""Parts that a class score is averaged over."""
 CANDIDATES = 64
 """Candidates generated together."""
 NAMES = {
@@ -155,8 +157,7 @@ class _Evaluation:
         """Generate an image for each prompt (a text, or the number of a reference image) and measure them."""
         extractor, captioner, compute = self.evaluators.extractor, self.evaluators.captioner, self.pipe.compute
         stats = FeatureStats(extractor)
-        score = ClassScore(len(prompts), extractor.classes) if extractor.classes else None
-        rows: list[tuple[int, Tensor, Tensor, float]] = []
+        batches: list[tuple[Tensor, ...]] = []
         for numbers in _chunks(self.processes.own(len(prompts)), max(1, CANDIDATES // self.candidates)):
             parts = [self.part(prompts[i]) for i in numbers]
             seeds = [(self.seed + i * self.candidates) % (MAX_SEED - self.candidates) for i in numbers]
@@ -165,24 +166,16 @@ class _Evaluation:
             ]
             images = [output.images[0] for output in self.pipe.generate(requests)]
             logits = compute.run(stats.add, images)
-            if score:
-                score.add(numbers, logits)
             image_embeddings = compute.run(self.embed_images, images)
             prompt_embeddings = torch.stack([self.pipe.embed(part) for part in parts]).cpu()
             texts = [part for part in parts if isinstance(part, str)]
-            caps = (
-                compute.run(captioner.likelihoods, images, texts).tolist()
-                if captioner and texts
-                else [0.0] * len(parts)
-            )
-            rows += zip(numbers, image_embeddings, prompt_embeddings, caps, strict=True)
+            caps = compute.run(captioner.likelihoods, images, texts) if captioner and texts else torch.zeros(len(parts))
+            batches.append((torch.tensor(numbers), image_embeddings, prompt_embeddings, caps, logits))
             self.progress(len(numbers))
         stats.share(self.processes)
-        if score:
-            score.share(self.processes.add_up)
-        everyone = sorted((row for part in self.processes.gather(rows) for row in part), key=lambda row: row[0])
-        image_embeddings = torch.stack([row[1] for row in everyone])
-        prompt_embeddings = torch.stack([row[2] for row in everyone])
+        everyone = [batch for part in self.processes.gather(batches) for batch in part]
+        places, *unordered = (torch.cat(column) for column in zip(*everyone, strict=True))
+        image_embeddings, prompt_embeddings, caps, logits = (column[places.argsort()] for column in unordered)
         share, among = r_precision(image_embeddings, prompt_embeddings)
         similarities = cosines(image_embeddings, prompt_embeddings)
         figures: dict[str, Any] = {
@@ -190,11 +183,12 @@ class _Evaluation:
             "clip_cosine": float(similarities.mean()),
             "r_precision": {"share": share, "among": among},
         }
-        if score:
-            mean, deviation = score.result()
-            figures[NAMES[extractor.kind][1]] = {"mean": mean, "std": deviation, "splits": score.splits}
+        if extractor.classes:
+            splits = min(SPLITS, len(logits))
+            mean, deviation = class_score(logits, splits)
+            figures[NAMES[extractor.kind][1]] = {"mean": mean, "std": deviation, "splits": splits}
         if captioner:
-            figures["caption_score"] = sum(row[3] for row in everyone) / len(everyone)
+            figures["caption_score"] = float(caps.double().mean())
         return stats, figures
 
     def part(self, prompt: str | int) -> Part:

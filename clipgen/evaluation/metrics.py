@@ -1,15 +1,14 @@
 """The arithmetic of evaluation: Frechet distance, Inception Score, R-precision, CLIP score, PSNR.
 
-Everything is accumulated in float64 and can be summed over processes, so figures do not depend on how images are
+Statistics are accumulated in float64 and can be summed over processes, so figures do not depend on how images are
 shared out. No network is called here. Shapes: N images, F features, C classes, D embedding.
 """
 
 from __future__ import annotations
 
 import random
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 
-import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -62,42 +61,20 @@ def frechet_distance(a: Gaussian, b: Gaussian) -> float:
     return max(0.0, float(distance))
 
 
-class ClassScore:
-    """Inception Score (Salimans et al., arXiv 1606.03498): exp E KL(p(class | image) || p(class)), over splits.
+def class_score(logits: Tensor, splits: int) -> tuple[float, float]:
+    """Inception Score (Salimans et al., arXiv 1606.03498) by torch-fidelity: exp E KL(p(class | image) || p(class)).
 
-    An image's number decides its split: the order is shuffled with a seed, as torch-fidelity does.
+    Args:
+        logits: (N, C).
+        splits: the images are shuffled and split into so many parts, at most N.
+
+    Returns:
+        Mean and standard deviation over the splits.
     """
+    from torch_fidelity.metric_isc import isc_features_to_metric
 
-    def __init__(self, count: int, classes: int, splits: int = 10, seed: int = 2020) -> None:
-        """Args: number of images, of classes, of splits (at most `count`), and the shuffle's seed."""
-        self.splits = min(splits, count)
-        place = np.empty(count, dtype=np.int64)
-        place[np.random.RandomState(seed).permutation(count)] = np.arange(count)
-        ends = np.array([(i + 1) * count // self.splits for i in range(self.splits)])
-        self._split = torch.from_numpy(np.searchsorted(ends, place, side="right"))
-        self._counts = torch.zeros(self.splits, dtype=torch.float64)
-        self._negentropy = torch.zeros(self.splits, dtype=torch.float64)
-        self._classes = torch.zeros(self.splits, classes, dtype=torch.float64)
-
-    def add(self, numbers: Sequence[int], logits: Tensor) -> None:
-        """Add images by number (0 to count - 1) with their logits (N, C)."""
-        log_p = logits.detach().cpu().double().log_softmax(1)
-        p, split = log_p.exp(), self._split[list(numbers)]
-        self._counts.index_add_(0, split, torch.ones(len(p), dtype=torch.float64))
-        self._negentropy.index_add_(0, split, (p * log_p).sum(1))
-        self._classes.index_add_(0, split, p)
-
-    def share(self, add_up: Sum) -> None:
-        """Become the score of all processes' images."""
-        self._counts, self._negentropy, self._classes = map(add_up, (self._counts, self._negentropy, self._classes))
-
-    def result(self) -> tuple[float, float]:
-        """Mean and standard deviation over the splits."""
-        counts = self._counts[:, None]
-        marginal = self._classes / counts
-        kl = self._negentropy / self._counts - torch.special.xlogy(marginal, marginal).sum(1)
-        scores = kl.exp()
-        return float(scores.mean()), float(scores.std(correction=0))
+    found = isc_features_to_metric(logits, splits=splits)
+    return float(found["inception_score_mean"]), float(found["inception_score_std"])
 
 
 def r_precision(images: Tensor, prompts: Tensor, among: int = 100, seed: int = 0) -> tuple[float, int]:
@@ -137,11 +114,6 @@ def psnr(a: Tensor, b: Tensor, span: float = 255) -> Tensor:
     """
     error = (a.double() - b.double()).square().flatten(1).mean(1)
     return (10 * torch.log10(span**2 / error)).clamp(max=100)
-
-
-def geometric_mean(log_likelihood: Tensor, counts: Tensor) -> Tensor:
-    """Geometric mean of the likelihoods of each text's tokens, (N,), given the sum of their logarithms (N,)."""
-    return (log_likelihood.double() / counts).exp()
 
 
 def cosines(a: Tensor, b: Tensor) -> Tensor:
