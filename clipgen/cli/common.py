@@ -19,9 +19,8 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 from rich.console import Console
 
-from clipgen.errors import OutputError
-from clipgen.utils.text import printable
-from clipgen.utils.text import read_prompts as read_file
+from clipgen.errors import DataError, OutputError
+from clipgen.utils.text import is_blank, printable, read_lines
 
 if TYPE_CHECKING:
     from clipgen.pipeline import ClipGen
@@ -120,18 +119,19 @@ def checked_text(text: str) -> str:
     return text
 
 
-def read_prompts(file: Path, keep_blank: bool = False) -> list[str]:
-    """Read the prompts of a text file, or of stdin for "-"; a user who would have to type them is told how.
-
-    Args:
-        keep_blank: keep blank lines as "", so that prompts are where their line numbers say.
+def read_prompts(file: Path) -> list[str]:
+    """Read the prompts of a text file, or of stdin for "-": one per line, "" for a line that shows nothing.
 
     Raises:
-        DataError: as `utils.text.read_prompts` does.
+        DataError: the file cannot be read, is not UTF-8, or holds no prompt.
     """
     if str(file) == "-" and sys.stdin.isatty():
         log("type one prompt per line; Ctrl-D ends")
-    return read_file(file, keep_blank)
+    lines = ["" if is_blank(line) else line for line in read_lines(file)]
+    if not any(lines):
+        name = "stdin" if str(file) == "-" else f"'{file}'"
+        raise DataError(f"{name} holds no prompt; write one per line")
+    return lines
 
 
 def make_folder(out: Path) -> None:

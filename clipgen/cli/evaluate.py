@@ -76,7 +76,7 @@ def evaluate(
     Prints one JSON object with the figures, what was left out and why, warnings, settings and hashes. Under torchrun
     the processes share the work.
     """
-    texts = read_prompts(prompts) if prompts else None
+    texts = [line for line in read_prompts(prompts) if line] if prompts else None
     source = _open(reference, limit)
     from clipgen.utils.distributed import Processes
 

@@ -68,22 +68,6 @@ def read_lines(path: Path, errors: str = "strict") -> list[str]:
     return [line.strip() for line in split_lines(text)]
 
 
-def read_prompts(path: Path, keep_blank: bool = False) -> list[str]:
-    """The prompts of a text file, or of stdin for "-": one per line, blank lines left out.
-
-    Args:
-        keep_blank: keep blank lines as "", so that the prompt of line i + 1 is at index i.
-
-    Raises:
-        DataError: the file cannot be read, is not UTF-8, or holds no prompt.
-    """
-    lines = ["" if is_blank(line) else line for line in read_lines(path)]
-    if not any(lines):
-        name = "stdin" if str(path) == "-" else f"'{path}'"
-        raise DataError(f"{name} holds no prompt; write one per line")
-    return lines if keep_blank else [line for line in lines if line]
-
-
 def is_blank(text: str) -> bool:
     """Check whether a text shows nothing: only spaces, control and format characters, fillers, variation selectors."""
     return all(unicodedata.category(char) in _INVISIBLE or char in _BLANK_CHARACTERS for char in text)
