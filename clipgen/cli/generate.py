@@ -43,10 +43,8 @@ from clipgen.utils.text import is_blank
 if TYPE_CHECKING:
     from PIL import Image
 
-    from clipgen.outputs.metadata import Receipt
     from clipgen.pipeline import ClipGen
     from clipgen.request import GenerationOutput, GenerationRequest, Part
-    from clipgen.weights.training_index import IndexMatch
 
 CANDIDATES = 16
 BATCH = 64
@@ -179,11 +177,10 @@ def generate(
         if result.truncated:
             warn(f"the prompt is too long for the model, which did not read this part: {result.truncated}")
         stem = free_stem(out, text or (image.stem if image else ""), result.seed)
-        files, sheet = _write(result, stem, format.value, result.receipts)
-        covered = result.match
-        if covered and covered.is_out_of_distribution:
-            warn(covered.warning(repr(text or "the image")))
-        _show(text, result, files, sheet, covered, as_json)
+        files, sheet = _write(result, stem, format.value)
+        if result.match and result.match.is_out_of_distribution:
+            warn(result.match.warning(repr(text or "the image")))
+        _show(text, result, files, sheet, as_json)
 
 
 def _draw(pipe: ClipGen, requests: Sequence[GenerationRequest], out: Path, previews: int) -> Iterator[GenerationOutput]:
@@ -254,16 +251,11 @@ def _number_texts(prompts: Sequence[str] | None, file: Path | None, image: Path 
     """
     lines: list[str | None] = []
     for prompt in prompts or []:
-        lines += _read_numbered(Path("-")) if prompt == "-" else [checked_text(prompt)]
-    lines += _read_numbered(file) if file else []
+        lines += [line or None for line in read_prompts(Path("-"))] if prompt == "-" else [checked_text(prompt)]
+    lines += [line or None for line in read_prompts(file)] if file else []
     if not lines and image is None:
         raise typer.BadParameter("nothing to draw: give a prompt in quotes, --prompts-file or --image")
     return {number: line for number, line in enumerate(lines or [""]) if line is not None}
-
-
-def _read_numbered(file: Path) -> list[str | None]:
-    """The lines of a prompt file, None for blank ones."""
-    return [line or None for line in read_prompts(file, keep_blank=True)]
 
 
 def _weighted(part: str) -> tuple[str, float]:
@@ -287,31 +279,22 @@ def _parts(
     return [*parts, *others]
 
 
-def _write(
-    result: GenerationOutput, stem: Path, suffix: str, records: Sequence[Receipt]
-) -> tuple[list[Path], Path | None]:
+def _write(result: GenerationOutput, stem: Path, suffix: str) -> tuple[list[Path], Path | None]:
     """Save the images, best first, and a grid of them when there are several."""
     from clipgen.images.pixels import grid, save_image
     from clipgen.outputs.metadata import together
 
     files = [
         save_image(image, stem.with_name(f"{stem.name}-{i}.{suffix}"), metadata=record.to_metadata())
-        for i, (image, record) in enumerate(zip(result.images, records, strict=True), start=1)
+        for i, (image, record) in enumerate(zip(result.images, result.receipts, strict=True), start=1)
     ]
     if len(files) == 1:
         return files, None
     sheet = stem.with_name(f"{stem.name}-grid.{suffix}")
-    return files, save_image(grid(result.images), sheet, metadata=together(records))
+    return files, save_image(grid(result.images), sheet, metadata=together(result.receipts))
 
 
-def _show(
-    text: str,
-    result: GenerationOutput,
-    files: list[Path],
-    sheet: Path | None,
-    covered: IndexMatch | None,
-    as_json: bool,
-) -> None:
+def _show(text: str, result: GenerationOutput, files: list[Path], sheet: Path | None, as_json: bool) -> None:
     """Print one prompt's result on stdout."""
     seconds = round(result.seconds["total"], 3)
     if as_json:
@@ -323,7 +306,7 @@ def _show(
             "seeds": result.seeds,
             "grid": sheet and str(sheet),
             "seconds": seconds,
-            "coverage": covered and asdict(covered),
+            "coverage": result.match and asdict(result.match),
         }
         print(json.dumps(record), flush=True)
         return
@@ -332,6 +315,6 @@ def _show(
         print(f"  {file}  CLIP score {score:.3f}, seed {seed}")
     if sheet:
         print(f"  {sheet}")
-    if covered:
-        print(f"  {covered}")
+    if result.match:
+        print(f"  {result.match}")
     sys.stdout.flush()
