@@ -76,9 +76,12 @@ def diagnose(weights: str | Path | None, device: str | None = None, dtype: str |
     yield check_cpu()
     yield check_threads()
     from clipgen.pipeline import ClipGen
+    from clipgen.weights.resolve import find_default
 
     try:
-        folder, reason = choose_weights(weights)
+        folder = find_weights(str(weights) if weights else None)
+        named = f"--weights or CLIPGEN_WEIGHTS names {weights}"
+        reason = named if weights else f"none is named, and {find_default()[1]}"
         pipe = ClipGen.from_pretrained(folder, device=device, dtype=dtype)
     except (ValueError, OSError, RuntimeError) as error:
         yield Finding("weights", "wrong", str(error))
@@ -89,20 +92,6 @@ def diagnose(weights: str | Path | None, device: str | None = None, dtype: str |
     yield check_training_index(folder)
     yield check_device(pipe)
     yield time_images(lambda: pipe("a lemon", seed=0))
-
-
-def choose_weights(weights: str | Path | None) -> tuple[Path, str]:
-    """Return the model folder to use, and why: it was named, or it is the default.
-
-    Raises:
-        ClipGenError: there is no such model.
-    """
-    from clipgen.weights.resolve import find_default
-
-    if weights:
-        return find_weights(str(weights)), f"--weights or CLIPGEN_WEIGHTS names {weights}"
-    folder, reason = find_default()
-    return folder, f"none is named, and {reason}"
 
 
 def check_packages(requirements: Path) -> Finding:
