@@ -8,7 +8,6 @@ output.images[0].save("lemon.png")
 from __future__ import annotations
 
 import logging
-import secrets
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -29,7 +28,7 @@ from clipgen.models.clip import Clip, tokenize
 from clipgen.models.gpt import GPT
 from clipgen.models.vqgan import VQGAN
 from clipgen.outputs.metadata import receipts, weights_digest
-from clipgen.request import MAX_SEED, GenerationOutput, GenerationRequest, Prompt, parts_of
+from clipgen.request import GenerationOutput, GenerationRequest, Prompt, new_seed, parts_of
 from clipgen.utils.compute_thread import ComputeThread, synchronize
 from clipgen.utils.text import expand_home
 from clipgen.weights.model_dir import build_module, copy_model_dir, load_model_dir
@@ -266,7 +265,7 @@ class ClipGen:
         return jobs
 
     def _job(self, request: GenerationRequest) -> Job:
-        seed = secrets.randbelow(MAX_SEED) if request.seed is None else request.seed
+        seed = new_seed() if request.seed is None else request.seed
         params = request.sampling(self.config.sampling)
         negative = request.negative_prompt
         negative_condition = None if negative is None else self._encode_prompt(negative, "negative_prompt")[1]

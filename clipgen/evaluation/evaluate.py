@@ -13,13 +13,14 @@ from dataclasses import asdict, dataclass, field
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from PIL import Image, ImageFilter
 from torch import Tensor, nn
 
 from clipgen.errors import DataError, RequestError
 from clipgen.evaluation.caption_score import Captioner
 from clipgen.evaluation.features import Extractor, as_bytes
-from clipgen.evaluation.metrics import Gaussian, class_score, clip_score, cosines, frechet_distance, psnr, r_precision
+from clipgen.evaluation.metrics import Gaussian, class_score, clip_score, frechet_distance, psnr, r_precision
 from clipgen.images.pixels import from_pixels, load_image, to_clip, to_pixels
 from clipgen.images.sources import Source
 from clipgen.pipeline import ClipGen
@@ -177,7 +178,7 @@ class _Evaluation:
         places, *unordered = (torch.cat(column) for column in zip(*everyone, strict=True))
         image_embeddings, prompt_embeddings, caps, logits = (column[places.argsort()] for column in unordered)
         share, among = r_precision(image_embeddings, prompt_embeddings)
-        similarities = cosines(image_embeddings, prompt_embeddings)
+        similarities = F.cosine_similarity(image_embeddings.double(), prompt_embeddings.double())
         figures: dict[str, Any] = {
             "clip_score": clip_score(similarities),
             "clip_cosine": float(similarities.mean()),

@@ -60,10 +60,8 @@ def build_extractor(kind: str, clip: Clip, clip_file: Path, log: Callable[[str],
         log: called with a message before something that takes long, such as a download.
 
     Raises:
-        WeightsError: the kind is unknown, a package is missing, or weights cannot be downloaded.
+        WeightsError: a package is missing, or weights cannot be downloaded.
     """
-    if kind not in KINDS:
-        raise WeightsError(f"unknown features {kind!r}; use one of {', '.join(KINDS)}")
     try:
         if kind == "inception":
             return _inception(fetched("inception", log), clip.device)

@@ -10,7 +10,6 @@ import random
 from collections.abc import Callable
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 Sum = Callable[[Tensor], Tensor]
@@ -114,8 +113,3 @@ def psnr(a: Tensor, b: Tensor, span: float = 255) -> Tensor:
     """
     error = (a.double() - b.double()).square().flatten(1).mean(1)
     return (10 * torch.log10(span**2 / error)).clamp(max=100)
-
-
-def cosines(a: Tensor, b: Tensor) -> Tensor:
-    """Cosine similarities (N,) of the rows of (N, D) and (N, D)."""
-    return F.cosine_similarity(a.double(), b.double(), dim=1)

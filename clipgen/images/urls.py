@@ -60,7 +60,7 @@ def read_url(url: str, is_cancelled: Callable[[], bool] = lambda: False) -> byte
     except DataError:
         raise
     except (OSError, http.client.HTTPException, ValueError) as error:
-        raise DataError(f"the URL cannot be read ({_reason(error)})") from error
+        raise DataError(f"the URL cannot be read ({str(error)[:100] or type(error).__name__})") from error
 
 
 def is_public(address: str) -> bool:
@@ -76,10 +76,6 @@ def is_allowed_host(host: str, port: int) -> bool:
     allowed = {entry.strip().lower() for entry in os.environ.get(HOSTS_VARIABLE, "").split(",")} - {""}
     name = f"[{host.lower()}]" if ":" in host else host.lower()
     return name in allowed or f"{name}:{port}" in allowed
-
-
-def _reason(error: Exception) -> str:
-    return str(error)[:100] or type(error).__name__
 
 
 def _decode(rest: str) -> bytes:

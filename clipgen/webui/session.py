@@ -10,9 +10,9 @@ import uuid
 import zipfile
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, field, replace
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from PIL import Image
 
@@ -21,7 +21,6 @@ from clipgen.images.pixels import save_image
 from clipgen.outputs.metadata import Receipt
 from clipgen.outputs.naming import free_stem
 from clipgen.pipeline import ClipGen
-from clipgen.request import SAMPLING
 from clipgen.webui.form import Form
 from clipgen.weights.training_index import NUM_SHOWN
 
@@ -112,9 +111,8 @@ class Session:
 
     def default_form(self) -> Form:
         """The form of a fresh page: the best 4 of 16, the model's own sampling, and previews where they are cheap."""
-        sampling: dict[str, Any] = {name: getattr(self.pipe.config.sampling, name) for name in SAMPLING}
         is_cheap = self.pipe.device.type != "cpu" or self.pipe.config.vqgan.image_size <= PREVIEW_SIZE
-        return Form(num_outputs=4, candidates=16, previews=is_cheap, **sampling)
+        return Form(num_outputs=4, candidates=16, previews=is_cheap, **asdict(self.pipe.config.sampling))
 
     def examples(self) -> list[str]:
         """Prompts that the weights' `examples.txt` suggests; [] when there is none."""
