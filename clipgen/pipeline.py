@@ -44,11 +44,9 @@ class ClipGen:
     """CLIP, the GPT and the VQGAN working together, for any number of threads at once.
 
     Args:
-        config: sizes of the models and defaults for sampling.
         index: the training images, to tell how far a prompt is from them.
         prior: maps embeddings to conditions, where the weights need one.
         digest: SHA-256 of the folder of weights, for receipts; without it there are none.
-        compute: the thread that does all tensor work.
 
     Raises:
         ConfigError: CLIP's embeddings are not what the GPT is conditioned on.
@@ -100,13 +98,7 @@ class ClipGen:
         return pipe
 
     def save_pretrained(self, folder: str | Path) -> Path:
-        """Copy the model folder that this pipeline was loaded from, with its model card, for `from_pretrained`.
-
-        Args:
-            folder: created if needed; other files in it stay.
-
-        Returns:
-            The folder.
+        """Copy the model folder that this pipeline was loaded from, with its model card; other files in `folder` stay.
 
         Raises:
             WeightsError: the pipeline was not loaded from a folder, or its files have changed since.

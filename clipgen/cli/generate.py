@@ -215,14 +215,7 @@ def _write_shards(
     as_json: bool,
     model: tuple[str | None, str | None, str | None],
 ) -> None:
-    """Generate this process's shards that are not there yet, and print the path of each when it is complete.
-
-    Args:
-        requests: by number of the prompt; their seeds are ignored.
-        seed: None takes the folder's own, or a new one.
-        suffix: format of the images.
-        model: --weights, --device and --dtype.
-    """
+    """Generate this process's missing shards with the model that `load` would load; print the path of each."""
     from clipgen.outputs.metadata import weights_digest
     from clipgen.outputs.shards import claim, missing_shards, write_shard
     from clipgen.pipeline import ClipGen

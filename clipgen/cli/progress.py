@@ -23,15 +23,7 @@ Report = Callable[[int, int | None], None]
 
 @contextmanager
 def progress(doing: str, done: str) -> Iterator[Report]:
-    """Show the progress of one task.
-
-    Args:
-        doing: what is being done, shown beside the bar: "drawing 2 of 3 prompts".
-        done: what to log at the end, followed by the seconds it took: "drew 2 of 3 prompts".
-
-    Yields:
-        The callback.
-    """
+    """Show the progress of one task: "drawing 2 of 3 prompts", in the end "drew 2 of 3 prompts in 3.1 s"."""
     started = time.perf_counter()
     with (_bar if _draws_bars() else _lines)(doing) as report:
         yield report

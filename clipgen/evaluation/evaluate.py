@@ -215,9 +215,7 @@ def evaluate_model(
     """Evaluate a model. All processes call this and get the figures that one process would get, up to rounding.
 
     Args:
-        evaluators: the networks that measure.
         prompts: sentences to generate from; None generates a variation of every reference image, from its embedding.
-        source: the real images.
         seed: prompt i generates its candidates from seed + i * candidates on.
         candidates: images per prompt, of which CLIP's best is measured.
         progress: called with the number of images that this process has finished since the last call, of

@@ -51,13 +51,7 @@ class Extractor:
 
 
 def build_extractor(kind: str, clip: Clip, clip_file: Path, log: Callable[[str], None]) -> Extractor:
-    """Load a feature extractor onto CLIP's device.
-
-    Args:
-        kind: one of `KINDS`.
-        clip: the model's own CLIP.
-        clip_file: the file it was loaded from.
-        log: called with a message before something that takes long, such as a download.
+    """Load a feature extractor, one of `KINDS`, onto CLIP's device; `clip_file` is what CLIP was loaded from.
 
     Raises:
         WeightsError: a package is missing, or weights cannot be downloaded.

@@ -63,12 +63,7 @@ def frechet_distance(a: Gaussian, b: Gaussian) -> float:
 def class_score(logits: Tensor, splits: int) -> tuple[float, float]:
     """Inception Score (Salimans et al., arXiv 1606.03498) by torch-fidelity: exp E KL(p(class | image) || p(class)).
 
-    Args:
-        logits: (N, C).
-        splits: the images are shuffled and split into so many parts, at most N.
-
-    Returns:
-        Mean and standard deviation over the splits.
+    Mean and standard deviation over at most N random splits of the images' logits (N, C).
     """
     from torch_fidelity.metric_isc import isc_features_to_metric
 
@@ -108,8 +103,7 @@ def clip_score(cosines: Tensor) -> float:
 def psnr(a: Tensor, b: Tensor, span: float = 255) -> Tensor:
     """Peak signal-to-noise ratio of pairs of images (N, C, H, W): (N,) dB, 100 for equal ones.
 
-    Args:
-        span: range of the values: 255 for bytes, 2 for pixels in [-1, 1].
+    `span` is the range of the values: 255 for bytes, 2 for pixels in [-1, 1].
     """
     error = (a.double() - b.double()).square().flatten(1).mean(1)
     return (10 * torch.log10(span**2 / error)).clamp(max=100)

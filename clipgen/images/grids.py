@@ -19,13 +19,7 @@ MARGIN = 6
 def labelled_grid(
     images: Sequence[Image.Image], columns: Sequence[str], rows: Sequence[str], title: str = ""
 ) -> Image.Image:
-    """Lay images out row by row, with labels above the columns and beside the rows.
-
-    Args:
-        images: len(rows) * len(columns) images of one size.
-        columns: labels from left to right; "" leaves one out.
-        rows: labels from top to bottom; likewise.
-        title: a line above everything, shortened to the grid's width.
+    """Lay images of one size out row by row, with labels (or "") above the columns and beside the rows, and a title.
 
     Raises:
         DataError: the number of images is not that of the cells.
@@ -61,12 +55,7 @@ def shorten(text: str, font: ImageFont.FreeTypeFont | ImageFont.ImageFont, width
 
 
 def save_gif(images: Sequence[Image.Image], path: str | Path, seconds: float = 0.25, comment: str = "") -> Path:
-    """Write an animation that runs forwards and backwards for ever, atomically.
-
-    Args:
-        images: at least one, all of one size.
-        seconds: time per image; the first and the last are shown twice as long.
-        comment: text to embed.
+    """Write an animation of images of one size that runs there and back for ever; both ends stay twice as long.
 
     Raises:
         DataError: there are no images, or the file cannot be written.

@@ -70,9 +70,6 @@ def load_image(source: str | Path | bytes | BinaryIO) -> Image.Image:
     Animations give their first frame, transparency is put on white, 16-bit greys are scaled to 8 bits, and the EXIF
     orientation is applied. `info` keeps nothing of the file but its name, under "name", for receipts.
 
-    Args:
-        source: path, the bytes of a file, or a binary file object.
-
     Raises:
         DataError: the file is missing, empty, damaged, of a format outside `read_formats`, or has more than
             `MAX_MEGAPIXELS`.
@@ -241,17 +238,13 @@ def to_clip(images: Sequence[Image.Image], size: int) -> Tensor:
 
 
 def clip_from_pixels(x: Tensor, size: int) -> Tensor:
-    """The VQGAN's pixels to CLIP's input without leaving the device, differentiable.
+    """The VQGAN's pixels to CLIP's input (B, 3, size, size) without leaving the device, differentiable.
 
     Equals `to_clip(from_pixels(x), size)` up to the rounding to 8 bits: centre square, antialiased bicubic (the same
     kernel as PIL's), clamped where the kernel overshoots, then OpenAI's mean and std.
 
     Args:
         x: (B, 3, H, W) in about [-1, 1]; values outside are clamped, as they are in the image that is saved.
-        size: side of CLIP's input.
-
-    Returns:
-        float32 (B, 3, size, size), CLIP-normalised.
     """
     side = min(x.shape[-2:])
     top, left = round((x.shape[-2] - side) / 2), round((x.shape[-1] - side) / 2)
@@ -262,12 +255,7 @@ def clip_from_pixels(x: Tensor, size: int) -> Tensor:
 
 
 def grid(images: Sequence[Image.Image], columns: int | None = None, gap: int = 2) -> Image.Image:
-    """Lay images out row by row on white.
-
-    Args:
-        images: at least one; each cell is as large as the largest of them.
-        columns: images in a row; None makes the grid about square.
-        gap: pixels between the cells.
+    """Lay images out row by row on white, `gap` px apart, about square without `columns`; the largest sets the cells.
 
     Raises:
         DataError: no images, columns below 1 or gap below 0.
@@ -293,14 +281,9 @@ def save_image(
     """Write an image atomically, in the format of the path's suffix; missing parent folders are created.
 
     Args:
-        image: a PIL image.
-        path: where to; the suffix is one of `SAVE_FORMATS`.
         quality: 1 (small) to 100 (best), for webp and jpg; png is lossless.
         metadata: names and values to embed: text chunks of a PNG, else JSON in the EXIF field MakerNote. The value
             named `PARAMETERS` is the EXIF field UserComment, where there is room for it.
-
-    Returns:
-        The path written.
 
     Raises:
         DataError: the suffix is unknown, quality out of range, metadata too large, or the file cannot be written.

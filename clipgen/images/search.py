@@ -45,11 +45,7 @@ def expand_pattern(text: str) -> list[str]:
 
 
 def check_output(data: str, out: Path) -> None:
-    """Check that outputs would not be read as data, now or when the training is resumed.
-
-    Args:
-        data: what --data names: a folder, a pattern, or something without a folder of its own.
-        out: where the script writes.
+    """Check that `out` is not searched for data by what `--data` names, now or when the training is resumed.
 
     Raises:
         OutputError: `out` lies where `data` is searched.
@@ -107,10 +103,6 @@ def drop_companions(images: Sequence[str], files: Iterable[str], unused: Counter
     """Leave out masks and the like: in WebDataset's naming 0001.seg.png is a part of the sample 0001.png or 0001.json.
 
     Names with more dots but no such sample, as IMG_2024.05.01.jpg, are images of their own.
-
-    Args:
-        images: names of images, which are filtered.
-        files: names of all files among which they were found.
     """
     samples = {stem for stem, _ in map(os.path.splitext, files) if "." not in os.path.basename(stem)}
     kept = [name for name in images if not _is_companion(name, samples)]

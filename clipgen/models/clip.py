@@ -92,10 +92,6 @@ def tokenize(prompts: Sequence[str], context_length: int) -> tuple[Tensor, list[
     CLIP reads the embedding at the end-of-text token, so a prompt that is too long keeps that token and loses its
     last words. A user cannot type control tokens: "<|endoftext|>" in a prompt is dropped.
 
-    Args:
-        prompts: any text; one string counts as one prompt.
-        context_length: L, at least 2.
-
     Returns:
         int64 tokens (B, L), and for each prompt the text that was truncated ("" if everything fitted).
 
@@ -153,7 +149,6 @@ class Clip(nn.Module):
 
         Args:
             state_dict: OpenAI's names (ViT or ResNet), in any precision; it is copied, not changed.
-            device: where to run.
             dtype: precision of the matrix products; LayerNorm and BatchNorm stay in float32.
 
         Raises:
@@ -197,11 +192,7 @@ class Clip(nn.Module):
         return self
 
     def encode_text(self, prompts: Sequence[str]) -> Tensor:
-        """Embed prompts; text beyond the context length is ignored (`tokenize` returns it).
-
-        Returns:
-            float32 (B, D), unit norm.
-        """
+        """Embed prompts, float32 (B, D), unit norm; text beyond the context is ignored (`tokenize` returns it)."""
         tokens, _ = tokenize(prompts, self.context_length)
         if not len(tokens):
             return torch.empty(0, self.embed_dim, device=self.device)
@@ -211,13 +202,10 @@ class Clip(nn.Module):
         return F.normalize(self.model.encode_text(tokens[:, :length].to(self.device)).float(), dim=-1)
 
     def encode_image(self, pixels: Tensor) -> Tensor:
-        """Embed images; differentiable with respect to the pixels.
+        """Embed images, float32 (B, D), unit norm; differentiable with respect to the pixels.
 
         Args:
             pixels: (B, 3, S, S), CLIP-normalised (`to_clip`, `clip_from_pixels` of `images.pixels`), on any device.
-
-        Returns:
-            float32 (B, D), unit norm.
 
         Raises:
             WeightsError: another shape.

@@ -249,13 +249,7 @@ def _shown(value: Any) -> str:
 
 
 def receipts(pipe: ClipGen, result: GenerationOutput, weights: str) -> list[Receipt]:
-    """One receipt for each image of a result.
-
-    Args:
-        pipe: the pipeline that generated it.
-        result: its output.
-        weights: `weights_digest` of the pipeline's folder.
-    """
+    """One receipt for each image of a result; `weights` is the `weights_digest` of the pipeline's folder."""
     request, sampling = result.request, result.request.sampling(pipe.config.sampling)
     shared: dict[str, Any] = {
         "seed": result.seed,

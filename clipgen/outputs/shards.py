@@ -57,15 +57,12 @@ def claim(
 ) -> dict[int, GenerationRequest]:
     """Reserve a folder for this job by writing its index, or check that it holds the same job already.
 
+    Returns the requests with the seed that all processes use.
+
     Args:
-        folder: created if it does not exist.
         requests: alike but for the prompt; their seeds are ignored.
         weights: `metadata.weights_digest` of the model.
-        suffix: format of the images.
         seed: None takes the folder's seed, or a new one.
-
-    Returns:
-        The requests with the seed that all processes use.
 
     Raises:
         OutputError: the folder holds shards of other prompts, settings or weights, or cannot be written.
@@ -101,15 +98,7 @@ def missing_shards(folder: Path, requests: Requests, rank: int, count: int) -> l
 def write_shard(
     pipe: ClipGen, shard: Shard, requests: Requests, suffix: str, log: Callable[[str], None] = lambda message: None
 ) -> int:
-    """Generate one shard; it gets its name when it is complete.
-
-    Args:
-        requests: those of all prompts, as `claim` returned them.
-        suffix: format of the images.
-        log: called with a message about each prompt that is too long.
-
-    Returns:
-        The number of images in it.
+    """Generate one shard; it gets its name when it is complete. Returns the number of images in it.
 
     Raises:
         OutputError: it cannot be written.

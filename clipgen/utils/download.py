@@ -106,9 +106,7 @@ def download(
         size: expected bytes, if known; a server that offers another number is refused.
         checked: the caller will verify a hash of the whole, so the download may resume even if the server has no
             validator (RFC 9110, section 13.1.5); without either it starts over.
-        policy: timeouts, retries and limits.
         report: called with the progress, which returns to 0 when the download has to start over.
-        log: called with a line for each failure that is retried.
 
     Raises:
         DownloadError: it failed permanently or too often, or the disk is full.

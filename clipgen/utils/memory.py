@@ -110,9 +110,6 @@ def in_batches(
 
     Args:
         run: its result for an item must not depend on the batch; it must keep nothing when it fails.
-        items: to be processed.
-        size: items per batch, at least 1.
-        what: name of the work, for messages.
 
     Raises:
         InsufficientMemoryError: one item alone does not fit.

@@ -45,9 +45,7 @@ class Form:
     def request(self, keep: Image.Image | None = None, keep_rows: float | None = 0) -> GenerationRequest:
         """The request that these fields stand for; a random seed is drawn here.
 
-        Args:
-            keep: an image whose top `keep_rows` rows of tokens stay as they are.
-            keep_rows: number of rows.
+        The top `keep_rows` rows of tokens of `keep` stay as they are.
 
         Raises:
             RequestError: a field is empty or out of its range.
@@ -137,11 +135,7 @@ def from_link(fragment: str, default: Form) -> Form:
 
 
 def read_receipt(path: str, form: Form) -> tuple[Form, str]:
-    """The form that draws an image file again, as far as the page can hold it, and a note about what it cannot.
-
-    Args:
-        path: an image file that clipgen wrote.
-        form: where fields that receipts do not have are taken from.
+    """`form` filled in to draw an image file again, as far as the page can hold it, and a note about what it cannot.
 
     Raises:
         DataError: the file is no image, or carries no receipt.

@@ -92,14 +92,7 @@ def history_strip() -> gr.HTML:
 
 
 def result_value(result: Result, files: Files, weights: str, is_open: bool = False) -> dict[str, Any]:
-    """The value of an image gallery that shows a result, its first image selected.
-
-    Args:
-        result: the result.
-        files: where it was written.
-        weights: name of the folder of weights, for the Python call.
-        is_open: whether link and API call are unfolded.
-    """
+    """The value of an image gallery that shows a result, its first image selected; `weights` is a name for the Python call."""
     images = [
         {
             "src": _address(file),

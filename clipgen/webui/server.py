@@ -22,14 +22,7 @@ MAX_UPLOAD = "32mb"
 
 
 def serve(weights: Path, host: str, port: int, device: str | None, dtype: str | None) -> None:
-    """Load a model and serve the page until Ctrl-C or SIGTERM; its files are deleted then.
-
-    Args:
-        weights: folder of weights.
-        host: name or address of the interface to listen on, IPv4 or IPv6.
-        port: port to listen on; 0 takes a free one.
-        device: see `ClipGen.from_pretrained`.
-        dtype: likewise.
+    """Load a model and serve the page until Ctrl-C or SIGTERM; its files are deleted then. Port 0 is a free one.
 
     Raises:
         UnavailableError: nothing can listen on this host and port.

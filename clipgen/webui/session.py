@@ -86,13 +86,7 @@ class Session:
     """
 
     def __init__(self, weights: Path, folder: Path, device: str | None = None, dtype: str | None = None) -> None:
-        """Load the model.
-
-        Args:
-            weights: folder of weights.
-            folder: for the files that visitors are shown.
-            device: see `ClipGen.from_pretrained`.
-            dtype: likewise.
+        """Load the model; `folder` is for the files that visitors are shown.
 
         Raises:
             WeightsError, ConfigError, RequestError: see `ClipGen.from_pretrained`.
@@ -127,11 +121,7 @@ class Session:
     ) -> Iterator[Update]:
         """Draw a form's request. Yields progress and previews, and at last the result or the error.
 
-        Args:
-            form: the request.
-            visitor: who asks; `cancel` stops the visitor's request.
-            keep: an image whose top `keep_rows` rows of tokens stay as they are.
-            keep_rows: number of rows.
+        The arguments are those of `Form.request`, and who asks, for `cancel`.
         """
         stop = threading.Event()
         if self.running.setdefault(visitor, stop) is not stop:

@@ -38,12 +38,7 @@ def as_curl(record: Receipt) -> str:
 
 
 def as_python(record: Receipt, weights: str) -> str:
-    """A script that writes the image to `image.png`.
-
-    Args:
-        record: the image's receipt.
-        weights: name of the folder of weights.
-    """
+    """A script that writes the image to `image.png`; `weights` is the name of their folder."""
     parts = [(f"Image.open({START!r})" if part.image else repr(part.text), part.weight) for part in record.prompt]
     [(only, weight), *more] = parts
     single = not more and weight == 1

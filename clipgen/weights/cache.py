@@ -104,17 +104,7 @@ def fetch(
     report: Report = lambda file, done, total: None,
     log: Log = lambda message: None,
 ) -> dict[str, Path]:
-    """Make sure that all files of a published model are in the cache and verified.
-
-    Args:
-        entry: one of `CATALOG`.
-        settings: where files come from and where they are kept.
-        policy: retries and timeouts.
-        report: called with the progress of the downloads.
-        log: called with messages for the user, such as why something takes long.
-
-    Returns:
-        Paths of the files by part.
+    """Make sure that all files of a published model are in the cache and verified; returns their paths by part.
 
     Raises:
         DownloadError: a file cannot be fetched, or differs from what the publisher states or from the first download.

@@ -21,15 +21,10 @@ _ADDRESS = re.compile(r"hf://(?P<repo>[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*)(?:@
 
 
 def fetch_from_hub(address: str, settings: Settings, log: Callable[[str], None]) -> Path:
-    """Have a model folder of the Hub in the cache, complete and verified.
+    """Have the model folder "hf://user/repo[@branch, tag or commit]" in the cache, complete and verified.
 
     HF_ENDPOINT and HF_TOKEN work as for other tools. Files are kept in $HF_HOME or $HF_HUB_CACHE if set, else in
     `hub` in our own cache. Without a connection, what was fetched before is used.
-
-    Args:
-        address: "hf://user/repo", or with "@" and a branch, tag or commit.
-        settings: the cache, and whether to stay offline.
-        log: called with a line before something that may take long.
 
     Raises:
         ConfigError: the address has another form.

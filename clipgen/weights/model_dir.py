@@ -56,13 +56,7 @@ def save_model_dir(
     writing was interrupted is refused, never loaded by halves.
 
     Args:
-        folder: created if needed.
-        config: the model.
-        parts: the state dicts of "clip", "vqgan" and "gpt".
         dtype: type that floating-point tensors are stored in; None keeps theirs.
-
-    Returns:
-        The folder.
 
     Raises:
         WeightsError: a part is missing or unknown, or a tensor holds NaN or infinity (or would, in `dtype`).
@@ -176,9 +170,6 @@ def read_manifest(path: Path) -> dict[str, dict[str, Any]]:
 def add_extra(folder: str | Path, file: str, tensors: Mapping[str, Tensor]) -> Path:
     """Add one of `EXTRAS` to a model folder and its manifest. A later `save_model_dir` drops it from the manifest.
 
-    Returns:
-        Path of the file.
-
     Raises:
         WeightsError: the folder has no manifest.
     """
@@ -210,9 +201,6 @@ def load_extra(folder: str | Path, file: str) -> dict[str, Tensor] | None:
 
 def copy_model_dir(source: Path, target: Path) -> Path:
     """Copy a verified model folder, with its model card if it has one; other files in `target` stay.
-
-    Returns:
-        `target`, created if needed.
 
     Raises:
         WeightsError: a file of `source` is missing or differs from the manifest.
@@ -246,20 +234,10 @@ def build_module(
     device: str | torch.device = "cpu",
     dtype: torch.dtype = torch.float32,
 ) -> Model:
-    """Build a network from its weights, such as `build_module(VQGAN, config.vqgan, parts["vqgan"])`.
+    """Build a frozen network from its whole state dict, such as `build_module(VQGAN, config.vqgan, parts["vqgan"])`.
 
     The network is constructed without memory (`meta_init`) and takes over the given tensors, so nothing is
     initialised in vain and no weight is held twice.
-
-    Args:
-        kind: class of the network.
-        config: argument of `kind`.
-        weights: its whole state dict and nothing else.
-        device: where it will run.
-        dtype: type of its floating-point tensors.
-
-    Returns:
-        The network, frozen and in eval mode.
 
     Raises:
         WeightsError: missing, unexpected or wrongly shaped weights.
