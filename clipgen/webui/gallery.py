@@ -92,7 +92,7 @@ def history_strip() -> gr.HTML:
 
 
 def result_value(result: Result, files: Files, weights: str, is_open: bool = False) -> dict[str, Any]:
-    """The value of an image gallery that shows a result, its first image selected; `weights` is a name for the Python call."""
+    """The value of an image gallery that shows a result, its first image selected; `weights` is for the Python call."""
     images = [
         {
             "src": _address(file),
