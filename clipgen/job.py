@@ -41,21 +41,17 @@ class Job:
         request, have = self.request, len(self.candidates)
         if request.target_score is None and request.seconds is None:
             return range(self.seed + have, self.seed + request.num_candidates)
-        if have and (self._is_met() or self._is_late(start)):
-            return range(0)
+        if have:
+            is_late = request.seconds is not None and time.perf_counter() - start >= request.seconds
+            is_met = request.target_score is not None and self.best()[-1][1].score >= request.target_score
+            if is_late or is_met:
+                return range(0)
         size = max(WAVE, request.num_outputs)
         return range(self.seed + have, self.seed + min(have + size, request.num_candidates))
 
     def best(self) -> list[tuple[int, DecodedImage]]:
         """The best candidates so far, as many as are asked for."""
         return sorted(self.candidates, key=lambda candidate: -candidate[1].score)[: self.request.num_outputs]
-
-    def _is_met(self) -> bool:
-        target = self.request.target_score
-        return target is not None and self.best()[-1][1].score >= target
-
-    def _is_late(self, start: float) -> bool:
-        return self.request.seconds is not None and time.perf_counter() - start >= self.request.seconds
 
 
 def preview_interval(grid: int, previews: int) -> int:

@@ -25,7 +25,8 @@ Report = Callable[[int, int | None], None]
 def progress(doing: str, done: str) -> Iterator[Report]:
     """Show the progress of one task: "drawing 2 of 3 prompts", in the end "drew 2 of 3 prompts in 3.1 s"."""
     started = time.perf_counter()
-    with (_bar if _draws_bars() else _lines)(doing) as report:
+    draws_bars = console.is_terminal and not console.is_dumb_terminal
+    with (_bar if draws_bars else _lines)(doing) as report:
         yield report
     log(f"{done} in {time.perf_counter() - started:.1f} s")
 
@@ -77,7 +78,3 @@ def downloads() -> Iterator[DownloadReport]:
             reports[file](done, total)
 
         yield report
-
-
-def _draws_bars() -> bool:
-    return console.is_terminal and not console.is_dumb_terminal

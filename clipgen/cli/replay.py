@@ -73,7 +73,9 @@ def replay(
     difference = compare(original, redrawn)
     lossless = file.suffix.lower() == ".png"
     same = difference is not None and (difference["most"] <= ROUNDING if lossless else difference["mean"] <= COMPRESSED)
-    changed = dict(_changes(receipt, record))
+    circumstances = ("model", "weights", "dtype", "device", "torch", "software")
+    both = {name: [getattr(receipt, name), getattr(record, name)] for name in circumstances}
+    changed = {name: [then, now] for name, (then, now) in both.items() if then != now}
     if as_json:
         shown = {"file": str(file), "same": same, "difference": difference, "lossless": lossless}
         print(json.dumps(shown | {"changed": changed, "receipt": asdict(receipt)}))
@@ -109,14 +111,6 @@ def compare(a: Image.Image, b: Image.Image) -> dict[str, float] | None:
         return None
     difference = np.abs(np.asarray(a, dtype=np.int16) - np.asarray(b, dtype=np.int16))
     return {"mean": float(difference.mean()), "most": int(difference.max()), "share": float((difference > 0).mean())}
-
-
-def _changes(old: Receipt, new: Receipt) -> Iterator[tuple[str, list[str]]]:
-    """Compare the circumstances of two receipts: field -> [then, now] where they differ."""
-    for name in ("model", "weights", "dtype", "device", "torch", "software"):
-        then, now = getattr(old, name), getattr(new, name)
-        if then != now:
-            yield name, [then, now]
 
 
 def _lines(

@@ -161,7 +161,7 @@ def open_source(data: str | Path) -> Source:
     if text.lower().endswith(".txt") and (path := expand_home(text)).is_file():
         for line in read_lines(path, errors="surrogateescape"):
             if line and not line.startswith("#"):
-                found.add(_join(path.parent, line), must_exist=False)
+                found.add(line if is_remote(line) else str(path.parent / expand_home(line)), must_exist=False)
     else:
         found.add(text, must_exist=True)
         if found.shards and found.images:
@@ -221,7 +221,9 @@ class _Collector:
         for path in expand_pattern(text):
             kind = _suffix(path)
             if os.path.isdir(path):
-                self._add_folder(path)
+                files = walk(str(Path(path)), self.unused)
+                self.shards += [file for file in files if _suffix(file) == ".tar"]
+                self.images += _select_images([file for file in files if _suffix(file) != ".tar"], self.unused)
             elif kind == ".tar" or is_remote(path):
                 self.shards.append(path)
             elif kind in image_suffixes() and (os.path.isfile(path) or not must_exist):
@@ -236,11 +238,6 @@ class _Collector:
             else:
                 self.images.append(path)
 
-    def _add_folder(self, folder: str) -> None:
-        files = walk(str(Path(folder)), self.unused)
-        self.shards += [path for path in files if _suffix(path) == ".tar"]
-        self.images += _select_images([path for path in files if _suffix(path) != ".tar"], self.unused)
-
     def entries(self) -> list[_Entry]:
         """Every image; remote shards are downloaded first."""
         entries = [_Entry(path, path) for path in self.images]
@@ -249,11 +246,6 @@ class _Collector:
         for shard in shards:
             entries += _index_shard(shard, str(_fetch(shard)) if is_remote(shard) else shard, self.unused)
         return entries
-
-
-def _join(folder: Path, line: str) -> str:
-    """A line of a list as a path: relative ones are relative to the list."""
-    return line if is_remote(line) else str(folder / expand_home(line))
 
 
 def _suffix(name: str) -> str:
@@ -289,11 +281,6 @@ def _index_shard(name: str, path: str, unused: Counter[str]) -> list[_Entry]:
     return [files[member] for member in _select_images(list(files), unused)]
 
 
-def shard_cache() -> Path:
-    """Where remote shards are kept: CLIPGEN_CACHE/shards, by default ~/.cache/clipgen/shards."""
-    return cache_dir() / "shards"
-
-
 def _fetch(url: str) -> Path:
     """The cached copy of a remote shard, downloaded first by one process of this machine; complete or not there.
 
@@ -301,7 +288,7 @@ def _fetch(url: str) -> Path:
         DataError: it cannot be downloaded.
     """
     name = f"{hashlib.sha256(url.encode()).hexdigest()[:16]}-{Path(urlsplit(url).path).name}"
-    path = shard_cache() / name
+    path = cache_dir() / "shards" / name
     if path.is_file():
         return path
     path.parent.mkdir(parents=True, exist_ok=True)

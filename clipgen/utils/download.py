@@ -155,7 +155,8 @@ def _attempt(job: _Job) -> None:
         _check_room(job, start, total)
         if start == 0:
             discard(job.path)
-            _write_origin(job.path, _Origin(job.url, total, _validator(response)))
+            origin = _Origin(job.url, total, _validator(response))
+            _notes(job.path).write_text(json.dumps(origin.__dict__), encoding="utf-8")
         have = _receive(job, response, start, total)
     if total is not None and have < total:
         raise _Broken(f"broke off at {have:,} of {total:,} bytes")
@@ -289,10 +290,6 @@ def _length(path: Path) -> int:
 
 def _notes(path: Path) -> Path:
     return path.with_name(path.name + ".json")
-
-
-def _write_origin(path: Path, origin: _Origin) -> None:
-    _notes(path).write_text(json.dumps(origin.__dict__), encoding="utf-8")
 
 
 def _read_origin(path: Path) -> _Origin | None:

@@ -34,15 +34,6 @@ def expand_home(path: str | Path) -> Path:
         raise ConfigError(message) from None
 
 
-def split_lines(text: str) -> list[str]:
-    r"""Split at \n, \r\n and \r only, so that line numbers are those of a text editor.
-
-    `str.splitlines` also splits at U+2028, form feeds and others, which may stand inside a prompt or a file name.
-    """
-    lines = _LINE_END.split(text)
-    return lines[:-1] if lines[-1] == "" else lines
-
-
 def read_lines(path: Path, errors: str = "strict") -> list[str]:
     """Read the lines of a text file, or of stdin for "-", without their ends and without surrounding blanks.
 
@@ -65,7 +56,9 @@ def read_lines(path: Path, errors: str = "strict") -> list[str]:
         raise DataError(f"'{path}' is not UTF-8 text; save it as UTF-8") from None
     if "\0" in text:
         raise DataError(f"'{path}' is not a text file: it contains zero bytes")
-    return [line.strip() for line in split_lines(text)]
+    # `str.splitlines` also splits at U+2028, form feeds and others, which may stand inside a prompt or a file name.
+    lines = _LINE_END.split(text)
+    return [line.strip() for line in (lines[:-1] if lines[-1] == "" else lines)]
 
 
 def is_blank(text: str) -> bool:
