@@ -83,7 +83,7 @@ def evaluate(
     processes = Processes.from_environment()
     console.quiet = quiet or processes.rank > 0
     from clipgen.evaluation.caption_score import Captioner
-    from clipgen.evaluation.evaluate import Evaluators, evaluate_model
+    from clipgen.evaluation.evaluate import evaluate_model
     from clipgen.evaluation.features import build_extractor, build_lpips, fetched, is_here
     from clipgen.outputs.metadata import weights_digest
     from clipgen.pipeline import ClipGen
@@ -92,7 +92,7 @@ def evaluate(
     pipe = ClipGen.from_pretrained(folder, processes.device(device), dtype)
     extractor = build_extractor(features.value, pipe.clip, folder / "clip.safetensors", log)
     lpips = build_lpips(fetched("vgg16", log), pipe.device) if is_here("vgg16") else None
-    tools = Evaluators(extractor, lpips, Captioner(captioner, pipe.device) if captioner else None)
+    reader = Captioner(captioner, pipe.device) if captioner else None
     count = len(source.names) + (len(source.names) if texts is None else len(texts))
     total, done = -(-count // processes.count), 0
     with progress("measuring", f"measured {count} images") as report:
@@ -102,7 +102,7 @@ def evaluate(
             done += number
             report(done, total)
 
-        result = evaluate_model(pipe, tools, texts, source, seed, candidates, processes, advance)
+        result = evaluate_model(pipe, extractor, texts, source, lpips, reader, seed, candidates, processes, advance)
     named = {"weights": str(folder), "prompts": prompts and str(prompts), "reference": reference}
     result = {"given": named, "weights_sha256": weights_digest(folder), **result}
     if processes.rank == 0:

@@ -47,8 +47,6 @@ if TYPE_CHECKING:
     from clipgen.request import GenerationOutput, GenerationRequest, Part
 
 CANDIDATES = 16
-BATCH = 64
-"""Candidates drawn together. A batch holds whole prompts."""
 EXAMPLE = "Example: clipgen generate 'a lemon' 'a red heart' -n 4 --seed 7"
 
 _PROMPTS = typer.Argument(
@@ -186,13 +184,14 @@ def generate(
 def _draw(pipe: ClipGen, requests: Sequence[GenerationRequest], out: Path, previews: int) -> Iterator[GenerationOutput]:
     """Generate in batches: the first files are written early, and memory does not grow with the number of prompts."""
     from clipgen.images.pixels import grid, save_image
+    from clipgen.utils.memory import MAX_NUM_SEQS
 
     file = out / f"preview-{requests[0].seed}.png"
 
     def show(images: list[Image.Image]) -> None:
         save_image(grid(images), file)
 
-    size = max(1, BATCH // requests[0].num_candidates)
+    size = max(1, MAX_NUM_SEQS // requests[0].num_candidates)
     for start in range(0, len(requests), size):
         stop = min(start + size, len(requests))
         prompts = f"{stop} of {len(requests)} prompts"

@@ -26,29 +26,19 @@ from clipgen.images.sources import Source
 from clipgen.pipeline import ClipGen
 from clipgen.request import MAX_SEED, GenerationRequest, Part
 from clipgen.utils.distributed import Processes
+from clipgen.utils.memory import MAX_NUM_SEQS
 
 RADII = (0, 1, 2, 4, 8)
 BATCH = 32
 """Images measured together."""
 SPLITS = 10
 """Parts that a class score is averaged over."""
-CANDIDATES = 64
-"""Candidates generated together."""
 NAMES = {
     "inception": ("fid", "inception_score", "rfid"),
     "clip": ("clip_fd", "clip_class_score", "clip_rfd"),
     "efficientnet": ("efficientnet_fd", "efficientnet_class_score", "efficientnet_rfd"),
 }
 """Names of the distance, the class score and the VQGAN's distance: "FID" and "IS" are reserved for Inception."""
-
-
-@dataclass(frozen=True)
-class Evaluators:
-    """The networks that measure. Those that are None are reported as left out."""
-
-    extractor: Extractor
-    lpips: nn.Module | None = None
-    captioner: Captioner | None = None
 
 
 class FeatureStats:
@@ -83,7 +73,9 @@ class _Evaluation:
     """
 
     pipe: ClipGen
-    evaluators: Evaluators
+    extractor: Extractor
+    lpips: nn.Module | None
+    captioner: Captioner | None
     source: Source
     seed: int
     candidates: int
@@ -102,7 +94,7 @@ class _Evaluation:
 
     def measure_reference(self) -> tuple[FeatureStats, list[int], dict[str, float | None]]:
         """Measure the real images and their reconstructions: statistics, numbers of the readable ones, figures."""
-        extractor = self.evaluators.extractor
+        extractor = self.extractor
         real, rebuilt = FeatureStats(extractor), Gaussian(extractor.size)
         readable: list[int] = []
         sums = torch.zeros(2, dtype=torch.float64)  # PSNR, LPIPS
@@ -128,7 +120,7 @@ class _Evaluation:
         sums, codes = self.processes.add_up(sums), self.processes.add_up(codes)
         figures = {
             "psnr": float(sums[0]) / len(everyone),
-            "lpips": float(sums[1]) / len(everyone) if self.evaluators.lpips else None,
+            "lpips": float(sums[1]) / len(everyone) if self.lpips else None,
             NAMES[extractor.kind][2]: frechet_distance(rebuilt, real.gaussians[0]),
             "codes_used": float((codes > 0).double().mean()),
         }
@@ -144,10 +136,10 @@ class _Evaluation:
     @torch.inference_mode()
     def perceptual_distance(self, a: Sequence[Image.Image], b: Sequence[Image.Image]) -> Tensor:
         """Sum of the LPIPS of pairs of images; 0 without LPIPS."""
-        if self.evaluators.lpips is None:
+        if self.lpips is None:
             return torch.zeros((), dtype=torch.float64)
         x, y = (to_pixels(images, images[0].width).to(self.pipe.device) for images in (a, b))
-        return self.evaluators.lpips(x, y).double().sum().cpu()
+        return self.lpips(x, y).double().sum().cpu()
 
     @torch.inference_mode()
     def embed_images(self, images: Sequence[Image.Image]) -> Tensor:
@@ -156,10 +148,10 @@ class _Evaluation:
 
     def measure_generated(self, prompts: Sequence[str] | Sequence[int]) -> tuple[FeatureStats, dict[str, Any]]:
         """Generate an image for each prompt (a text, or the number of a reference image) and measure them."""
-        extractor, captioner, compute = self.evaluators.extractor, self.evaluators.captioner, self.pipe.compute
+        extractor, captioner, compute = self.extractor, self.captioner, self.pipe.compute
         stats = FeatureStats(extractor)
         batches: list[tuple[Tensor, ...]] = []
-        for numbers in _chunks(self.processes.own(len(prompts)), max(1, CANDIDATES // self.candidates)):
+        for numbers in _chunks(self.processes.own(len(prompts)), max(1, MAX_NUM_SEQS // self.candidates)):
             parts = [self.part(prompts[i]) for i in numbers]
             seeds = [(self.seed + i * self.candidates) % (MAX_SEED - self.candidates) for i in numbers]
             requests = [
@@ -204,9 +196,11 @@ class _Evaluation:
 
 def evaluate_model(
     pipe: ClipGen,
-    evaluators: Evaluators,
+    extractor: Extractor,
     prompts: Sequence[str] | None,
     source: Source,
+    lpips: nn.Module | None = None,
+    captioner: Captioner | None = None,
     seed: int = 0,
     candidates: int = 1,
     processes: Processes | None = None,
@@ -228,17 +222,16 @@ def evaluate_model(
         DataError: no reference image can be read.
         RequestError: candidates or seed are out of range, or a captioner is given without sentences.
     """
-    if prompts is None and evaluators.captioner:
+    if prompts is None and captioner:
         raise RequestError("captioner", "needs sentences to find likely; give --prompts")
     GenerationRequest("a prompt", candidates=candidates, seed=seed)  # checks their ranges
     processes = processes or Processes()
     started = time.perf_counter()
-    run = _Evaluation(pipe, evaluators, source, seed, candidates, processes, progress)
+    run = _Evaluation(pipe, extractor, lpips, captioner, source, seed, candidates, processes, progress)
     with processes.joined():
         real, readable, vqgan = run.measure_reference()
         generated, figures = run.measure_generated(readable if prompts is None else prompts)
         unreadable = sorted({line for part in processes.gather(run.unreadable) for line in part})
-    extractor = evaluators.extractor
     distance, classes, _ = NAMES[extractor.kind]
     distances = {str(r): frechet_distance(generated.gaussians[r], real.gaussians[r]) for r in RADII}
     count = len(readable) if prompts is None else len(prompts)
@@ -246,7 +239,7 @@ def evaluate_model(
     sampling = GenerationRequest("a prompt").sampling(pipe.config.sampling)
     return {
         "figures": {distance: distances, **figures, "vqgan": {k: v for k, v in vqgan.items() if v is not None}},
-        "left_out": _left_out(evaluators, classes, prompts),
+        "left_out": _left_out(run, classes, prompts),
         "warnings": _warnings(extractor, distance, count, len(readable), figures["r_precision"]["among"]),
         "features": {
             "kind": extractor.kind,
@@ -281,20 +274,18 @@ def evaluate_model(
     }
 
 
-def _left_out(evaluators: Evaluators, classes: str, prompts: Sequence[str] | None) -> dict[str, str]:
+def _left_out(run: _Evaluation, classes: str, prompts: Sequence[str] | None) -> dict[str, str]:
     """Figures that are missing, and why."""
     found = {}
-    if not evaluators.extractor.classes:
-        found["inception_score"] = f"{evaluators.extractor.kind} features have no classes"
+    if not run.extractor.classes:
+        found["inception_score"] = f"{run.extractor.kind} features have no classes"
     elif classes != "inception_score":
-        found["inception_score"] = f"only Inception's is called so; {classes} is that of {evaluators.extractor.kind}"
-    if evaluators.extractor.kind != "inception":
-        found["fid"] = (
-            f"only Inception's is called so; the distance here is between {evaluators.extractor.kind} features"
-        )
-    if evaluators.lpips is None:
+        found["inception_score"] = f"only Inception's is called so; {classes} is that of {run.extractor.kind}"
+    if run.extractor.kind != "inception":
+        found["fid"] = f"only Inception's is called so; the distance here is between {run.extractor.kind} features"
+    if run.lpips is None:
         found["lpips"] = "VGG16 is not here; run: clipgen weights fetch vgg16"
-    if evaluators.captioner is None:
+    if run.captioner is None:
         found["caption_score"] = "no captioner given" if prompts is not None else "there are no sentences"
     return found
 

@@ -28,14 +28,13 @@ from clipgen.images.pixels import save_image
 from clipgen.outputs.metadata import KEY, image_digest
 from clipgen.request import GenerationRequest
 from clipgen.utils.files import write_text
+from clipgen.utils.memory import MAX_NUM_SEQS
 
 if TYPE_CHECKING:
     from clipgen.pipeline import ClipGen
 
 PROMPTS = 64
 """Prompts per shard, and so the most work that a kill costs each process."""
-CANDIDATES = 64
-"""Candidates generated together."""
 INDEX = "index.json"
 
 Requests = Mapping[int, GenerationRequest]
@@ -124,7 +123,7 @@ def _generate(
 ) -> Iterator[Path]:
     """Generate a shard's images into a folder; yields the files in the order of the tar."""
     numbers = list(requests)
-    size = max(1, CANDIDATES // requests[numbers[0]].num_candidates)
+    size = max(1, MAX_NUM_SEQS // requests[numbers[0]].num_candidates)
     for batch in (numbers[start : start + size] for start in range(0, len(numbers), size)):
         for n, result in zip(batch, pipe.generate([requests[n] for n in batch]), strict=True):
             if result.truncated:
