@@ -43,11 +43,7 @@ def find_openai_clip() -> Path:
         if (folder / "simple_tokenizer.py").is_file():
             return folder
     spec = find_spec("clip")
-    places = [] if spec is None else [spec.origin, *(spec.submodule_search_locations or [])]
-    other = next((place for place in places if place), None)
-    if other and Path(other).with_name("simple_tokenizer.py").is_file():  # installed without metadata
-        return Path(other).parent
-    shadow = f"; {other} has its name but is something else" if other else ""
+    shadow = f"; {spec.origin} has its name but is something else" if spec and spec.origin else ""
     raise ConfigError(f"OpenAI's clip is not installed{shadow}. Run: pip install clip-anytorch")
 
 
