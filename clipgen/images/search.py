@@ -66,37 +66,43 @@ def check_output(data: str, out: Path) -> None:
 def walk(root: str, unused: Counter[str]) -> list[str]:
     """Every visible file below a folder, in order of its path; linked folders come after the others, each once."""
     files: list[str] = []
-    real_root, tops, searched = os.path.realpath(root), [root], set[str]()
-
-    def skip(_: OSError) -> None:
-        unused["folders that cannot be opened"] += 1
-
-    for top in tops:  # grows by the linked folders that are found
-        for folder, folders, names in os.walk(top, onerror=skip):
-            real = os.path.realpath(folder)
-            if real in searched:
-                folders.clear()
-                continue
-            searched.add(real)
-            for name in sorted(folders):
-                path = os.path.join(folder, name)
-                if name.startswith("."):
-                    unused["hidden folders"] += 1
-                    folders.remove(name)
-                elif os.path.islink(path):  # `os.walk` does not follow it
-                    if real_root.startswith(os.path.join(os.path.realpath(path), "")):
-                        unused["links to a folder above"] += 1
-                    else:
-                        tops.append(path)
-            for name in names:
-                path = os.path.join(folder, name)
-                if name.startswith("."):
-                    unused["hidden files"] += 1
-                elif os.path.isfile(path):
-                    files.append(path)
+    real_root = os.path.realpath(root)
+    folders, links, searched = [root], list[str](), set[str]()
+    while folders or links:
+        folder = folders.pop() if folders else links.pop(0)
+        real = os.path.realpath(folder)
+        if real in searched:
+            continue
+        searched.add(real)
+        try:
+            entries = sorted(os.scandir(folder), key=lambda entry: entry.name)
+        except OSError:
+            unused["folders that cannot be opened"] += 1
+            continue
+        for entry in entries:
+            is_folder, is_file = _kind(entry)
+            if entry.name.startswith("."):
+                unused["hidden folders" if is_folder else "hidden files"] += 1
+            elif is_folder and entry.is_symlink():
+                if real_root.startswith(os.path.join(os.path.realpath(entry.path), "")):
+                    unused["links to a folder above"] += 1
                 else:
-                    unused["broken links" if os.path.islink(path) else "special files"] += 1
+                    links.append(entry.path)
+            elif is_folder:
+                folders.append(entry.path)
+            elif is_file:
+                files.append(entry.path)
+            else:
+                unused["broken links" if entry.is_symlink() else "special files"] += 1
     return sorted(files, key=lambda path: path.split("/"))
+
+
+def _kind(entry: os.DirEntry[str]) -> tuple[bool, bool]:
+    """Whether an entry, or what it links to, is a folder or a regular file."""
+    try:
+        return entry.is_dir(), entry.is_file()
+    except OSError:  # a link to itself
+        return False, False
 
 
 def drop_companions(images: Sequence[str], files: Iterable[str], unused: Counter[str]) -> list[str]:
