@@ -167,13 +167,9 @@ class _Fetch:
             with self.locked():
                 if not self.reuse():
                     self.fetch()
-        except OSError as error:
-            path, reason = error.filename or self.path, error.strerror or error
+        except (OSError, NotImplementedError) as error:  # the latter where there are no file locks
+            path, reason = getattr(error, "filename", None) or self.path, getattr(error, "strerror", None) or error
             raise DownloadError(f"{path} cannot be used: {reason}; CLIPGEN_CACHE names another cache") from error
-        except NotImplementedError as error:
-            raise DownloadError(
-                f"{self.path.parent} has no file locks; name another cache with CLIPGEN_CACHE"
-            ) from error
         return self.path
 
     @property
