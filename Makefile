@@ -79,14 +79,17 @@ app: $(VENV)/.app ## the web page [HOST=127.0.0.1 PAGE_PORT=7860 ARGS="--weights
 
 # --- check -----------------------------------------------------------------------------------------------------------------
 
+# A worker per core; the tests of a file stay together, since they share servers and trainings.
+PARALLEL := -n auto --dist loadfile
+
 test: $(VENV)/.dev ## the fast suite: offline, CPU [ARGS="-k gpt"]
-	@$(BIN)/python -m pytest $(ARGS)
+	@$(BIN)/python -m pytest $(PARALLEL) $(ARGS)
 
 test-levels: $(VENV)/.dev ## the numeric tests under each lower instruction set of this CPU
 	@$(BIN)/python .ci/levels
 
 test-slow: $(VENV)/.dev ## the slow suite
-	@$(BIN)/python -m pytest -m slow $(ARGS)
+	@$(BIN)/python -m pytest $(PARALLEL) -m slow $(ARGS)
 
 # Debian's Chromium, where it is missing and may be installed; else the one Playwright finds, or a message.
 test-browser: $(VENV)/.dev $(VENV)/.app ## the web page, in Chromium

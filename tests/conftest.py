@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
+
+if "PYTEST_XDIST_WORKER" in os.environ:  # before PyTorch is imported: as many workers as cores, a thread each
+    os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 import pytest
 from published import Source, write_hfailab, write_torchscript
@@ -10,8 +14,14 @@ from tiny_weights import write_tiny_weights
 
 from clipgen.config import GPTConfig, ModelConfig, VQGANConfig
 from clipgen.request import SamplingParams
+from clipgen.utils.cpu import thread_count, usable_cores
 
 ROOT = Path(__file__).resolve().parent.parent
+
+
+def pytest_xdist_auto_num_workers() -> int:
+    """`-n auto`: a worker for each core that affinity, quota and CLIPGEN_THREADS leave, at most eight of a gigabyte."""
+    return min(thread_count(usable_cores()), 8)
 
 
 @pytest.fixture(scope="session")
