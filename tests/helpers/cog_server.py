@@ -62,7 +62,7 @@ class CogServer:
                 stderr=subprocess.STDOUT,
             )
 
-    def wait(self, seconds: float = 180) -> Answer:
+    def wait(self, seconds: float = 600) -> Answer:
         """The health check's body once set-up has ended, well or not."""
         deadline = time.monotonic() + seconds
         while time.monotonic() < deadline and self.process.poll() is None:

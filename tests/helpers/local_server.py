@@ -124,7 +124,7 @@ def serving() -> Iterator[Server]:
         http.server_close()
 
 
-def wait_until(condition: Callable[[], bool], seconds: float = 120.0) -> None:
+def wait_until(condition: Callable[[], bool], seconds: float = 600.0) -> None:
     """Poll until a condition holds; fail when the time is up."""
     end = time.monotonic() + seconds
     while not condition():

@@ -108,7 +108,7 @@ def crafted(url: str, path: str, box: str = "image", event: str = "upload") -> h
     asked = httpx.post(f"{url}/gradio_api/queue/join", json=body)
     if asked.status_code != 200:
         return asked
-    return httpx.get(f"{url}/gradio_api/queue/data", params={"session_hash": body["session_hash"]}, timeout=30).text
+    return httpx.get(f"{url}/gradio_api/queue/data", params={"session_hash": body["session_hash"]}, timeout=600).text
 
 
 @pytest.mark.parametrize(("box", "event"), [("image", "upload"), ("receipt", "upload"), ("go", "click")])
@@ -208,7 +208,7 @@ def test_written_image_is_served_unchanged(url: str, session: Session) -> None:
 
 
 def test_upload_above_the_limit_is_refused(url: str) -> None:
-    answer = httpx.post(f"{url}/gradio_api/upload", files={"files": b"\0" * (33 << 20)}, timeout=60)
+    answer = httpx.post(f"{url}/gradio_api/upload", files={"files": b"\0" * (33 << 20)}, timeout=600)
     assert answer.status_code == 413
 
 
@@ -222,7 +222,7 @@ def call(url: str, box: str, event: str, values: dict[str, object], session_hash
     data = [given.get(place, defaults[place]) for place in dependency["inputs"]]
     body = {"data": data, "fn_index": dependency["id"], "session_hash": session_hash}
     httpx.post(f"{url}/gradio_api/queue/join", json=body).raise_for_status()
-    return httpx.get(f"{url}/gradio_api/queue/data", params={"session_hash": session_hash}, timeout=60).text
+    return httpx.get(f"{url}/gradio_api/queue/data", params={"session_hash": session_hash}, timeout=600).text
 
 
 def test_visitor_cannot_act_on_the_images_of_another(url: str, session: Session) -> None:
@@ -269,7 +269,7 @@ def test_port_in_use_is_reported_before_the_model_is_loaded(tmp_path: Path) -> N
         taken.listen()
         port = str(taken.getsockname()[1])
         command = [sys.executable, "-m", "clipgen", "app", "--port", port, "--weights", str(tmp_path)]
-        done = subprocess.run(command, capture_output=True, text=True, timeout=120)
+        done = subprocess.run(command, capture_output=True, text=True, timeout=600)
     assert done.returncode == 2
     [line] = done.stderr.strip().splitlines()
     assert f"cannot listen on 127.0.0.1, port {port}" in line and "in use" in line

@@ -50,7 +50,7 @@ def serve(root: Path, folder: Path, *options: str) -> Iterator[str]:
         while True:
             assert server.poll() is None and time.monotonic() < deadline, (folder / "log").read_text()
             try:
-                httpx.get(address, timeout=30).raise_for_status()
+                httpx.get(address, timeout=600).raise_for_status()
                 break
             except httpx.HTTPError:
                 time.sleep(0.5)

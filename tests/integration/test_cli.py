@@ -426,7 +426,7 @@ def test_shell_completion(tmp_path: Path) -> None:
     def complete(words: str) -> list[str]:
         asked = {"_CLIPGEN_COMPLETE": "complete_bash", "COMP_WORDS": words, "COMP_CWORD": str(words.count(" "))}
         command = [sys.executable, "-X", "importtime", "-m", "clipgen"]
-        done = subprocess.run(command, env={**os.environ, **asked}, capture_output=True, text=True, timeout=60)
+        done = subprocess.run(command, env={**os.environ, **asked}, capture_output=True, text=True, timeout=600)
         assert not re.search(r"\| +torch\n", done.stderr)
         return done.stdout.split()
 
@@ -438,7 +438,7 @@ def test_shell_completion(tmp_path: Path) -> None:
         env=os.environ | {"_TYPER_COMPLETE_TEST_DISABLE_SHELL_DETECTION": "1"},  # there may be no shell to detect
         capture_output=True,
         text=True,
-        timeout=60,
+        timeout=600,
     )
     assert script.returncode == 0, script.stderr
     assert "_CLIPGEN_COMPLETE" in script.stdout
@@ -453,7 +453,7 @@ def test_help_does_not_wait_for_torch() -> None:
         "import sys\nfrom clipgen.cli.main import app\ntry:\n    app(['generate', '--help'])\n"
         "except SystemExit as end:\n    assert end.code == 0\nassert 'torch' not in sys.modules"
     )
-    subprocess.run([sys.executable, "-c", code], check=True, capture_output=True, timeout=60)
+    subprocess.run([sys.executable, "-c", code], check=True, capture_output=True, timeout=600)
 
 
 def start(weights: Path, folder: Path, *args: str, **env: str) -> subprocess.Popen[str]:
@@ -470,7 +470,7 @@ def test_control_c_stops_with_130_and_leaves_no_half_file(tiny_weights: Path, tm
         assert process.stderr is not None
         assert "loaded" in process.stderr.readline()
         process.send_signal(signal.SIGINT)
-        _, errors = process.communicate(timeout=60)
+        _, errors = process.communicate(timeout=600)
     finally:
         process.kill()
     assert process.returncode == 130, errors
@@ -480,7 +480,7 @@ def test_control_c_stops_with_130_and_leaves_no_half_file(tiny_weights: Path, tm
 
 def test_a_terminal_that_cannot_show_the_prompt(tiny_weights: Path, tmp_path: Path) -> None:
     process = start(tiny_weights, tmp_path, "日本のレモン\x1b[31m", *QUICK, PYTHONIOENCODING="ascii")
-    output, errors = process.communicate(timeout=120)
+    output, errors = process.communicate(timeout=600)
     assert process.returncode == 0, errors
     assert "\x1b" not in output and "seed 7" in output
     assert [path.suffix for path in (tmp_path / "outputs").iterdir()] == [".png"] * 3

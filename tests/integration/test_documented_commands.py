@@ -132,7 +132,7 @@ def is_taken(port: int) -> bool:
 
 
 def wait_for_server() -> None:
-    deadline = time.monotonic() + 300
+    deadline = time.monotonic() + 600
     while time.monotonic() < deadline:
         with suppress(OSError), urllib.request.urlopen("http://127.0.0.1:5000/health-check", timeout=5) as answer:
             if b'"READY"' in answer.read():

@@ -40,7 +40,7 @@ def test_cuda_error_that_passes_leaves_the_server_ready_and_one_that_stays_does_
 def test_dead_compute_thread_makes_the_server_unhealthy(server: CogServer, tmp_path: Path) -> None:
     (tmp_path / "thread_dies").touch()
     server.http.put("/predictions/last", json={"input": SMALL}, headers={"Prefer": "respond-async"})
-    deadline = time.monotonic() + 60
+    deadline = time.monotonic() + 600
     while server.health()["status"] in ("READY", "BUSY") and time.monotonic() < deadline:
         time.sleep(0.1)
     health = server.health()

@@ -96,7 +96,7 @@ def make_serve(root: Path, host: str, port: object) -> subprocess.CompletedProce
         env=environment,
         capture_output=True,
         text=True,
-        timeout=60,
+        timeout=600,
     )
 
 

@@ -96,7 +96,7 @@ def test_webhooks_tell_how_predictions_ended(tiny_weights: Path, tmp_path: Path,
             body = {"input": inputs, "webhook": receiver.url, "webhook_events_filter": ["completed"]}
             answer = server.http.put(f"/predictions/{name}", json=body, headers={"Prefer": "respond-async"})
             assert answer.status_code == 202 and answer.json()["status"] in ("starting", "processing")
-        deadline = time.monotonic() + 60
+        deadline = time.monotonic() + 600
         while len(receiver.received) < 2 and time.monotonic() < deadline:
             time.sleep(0.05)
         ends = {event["id"]: event for event in receiver.received}
@@ -168,7 +168,7 @@ def stop_with_ctrl_c(root: Path, weights: Path, log: Path) -> float:
         server = subprocess.Popen(
             command, cwd=root, env=environment, stdout=file, stderr=subprocess.STDOUT, start_new_session=True
         )
-    deadline = time.monotonic() + 120
+    deadline = time.monotonic() + 600
     status = ""
     while status != "READY" and server.poll() is None and time.monotonic() < deadline:
         time.sleep(0.1)

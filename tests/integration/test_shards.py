@@ -117,7 +117,7 @@ def test_torchrun_starts_two_at_once(run: Run, prompts: Path, tmp_path: Path, ti
     torchrun = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", 2, "-m", "clipgen"]
     more = ["generate", "--prompts-file", prompts, "--shards", tmp_path / "two", "--weights", tiny_weights, *FEW]
     environment = os.environ | {"PYTHONPATH": str(root)}
-    subprocess.run([*map(str, torchrun + more)], check=True, cwd=tmp_path, timeout=300, env=environment)
+    subprocess.run([*map(str, torchrun + more)], check=True, cwd=tmp_path, timeout=600, env=environment)
     assert tars(tmp_path / "two") == tars(tmp_path / "one") and len(tars(tmp_path / "one")) == 2
 
 

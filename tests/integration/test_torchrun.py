@@ -170,6 +170,6 @@ def test_batch_size_that_is_no_multiple_of_the_processes_is_refused(flags, tmp_p
 @pytest.mark.slow
 def test_torchrun_starts_stage1_with_two_processes(flags, alone: Path, root: Path, tmp_path: Path) -> None:
     run = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", root / "train" / "stage1.py"]
-    subprocess.run([*map(str, [*run, *flags, "--out", tmp_path])], check=True, cwd=tmp_path, timeout=300)
+    subprocess.run([*map(str, [*run, *flags, "--out", tmp_path])], check=True, cwd=tmp_path, timeout=600)
     one, two = scalars(alone / "vqgan"), scalars(tmp_path)
     assert two[(6, "l1")] == pytest.approx(one[(6, "l1")], abs=1e-4)

@@ -209,12 +209,12 @@ def test_killed_and_stopped_training_resumes_to_weights_that_generate(flags: lis
             return subprocess.Popen(command, stdout=log, stderr=log, env=environment, start_new_session=True)
 
     first = begin()  # killed with all of its processes in the middle of stage 1
-    wait_until(lambda: Path("runs/mine/vqgan/checkpoints/step_000020").exists(), 120)
+    wait_until(lambda: Path("runs/mine/vqgan/checkpoints/step_000020").exists())
     os.killpg(first.pid, signal.SIGKILL)
     first.wait()
     assert list(json.loads(minutes.read_text())) == ["check"] and not Path("weights").exists()
     second = begin()  # stopped as a spot machine is, in the middle of stage 2
-    wait_until(lambda: Path("runs/mine/gpt/checkpoints").exists() or second.poll() is not None, 120)
+    wait_until(lambda: Path("runs/mine/gpt/checkpoints").exists() or second.poll() is not None)
     second.terminate()
     assert second.wait() == 143, Path("log").read_text()[-2000:]
     assert list(json.loads(minutes.read_text())) == ["check", "stage 1", "round trip", "encode"]

@@ -305,7 +305,7 @@ def test_ctrl_c_keeps_what_has_arrived(mirror: Server, bad_checkpoints: dict[str
     try:
         wait_until(lambda: part.exists() and part.stat().st_size >= 2000)
         process.send_signal(signal.SIGINT)
-        out, told = process.communicate(timeout=120)
+        out, told = process.communicate(timeout=600)
     finally:
         process.kill()
     assert process.returncode == 130 and out == "" and not has_traceback(told), told

@@ -76,7 +76,7 @@ class Gate:
         step = Batch.step
 
         def held(batch: Batch) -> None:
-            assert self.passes.acquire(timeout=30)
+            assert self.passes.acquire(timeout=600)
             self.steps.append([seq.seed for seq in batch.sequences])
             step(batch)
 
@@ -95,7 +95,7 @@ class Gate:
 
 
 def until(condition: Callable[[], Any]) -> None:
-    deadline = time.monotonic() + 30
+    deadline = time.monotonic() + 600
     while not condition():
         assert time.monotonic() < deadline, "timed out"
         time.sleep(0.001)

@@ -122,7 +122,7 @@ def test_recipe_at_a_tiny_budget_makes_weights_that_generate(data: Path, tmp_pat
         cwd=ROOT,
         capture_output=True,
         text=True,
-        timeout=300,
+        timeout=600,
     )
     assert drawn.returncode == 0, drawn.stderr
     assert list((tmp_path / "out").rglob("*.png"))

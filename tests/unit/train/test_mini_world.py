@@ -274,7 +274,7 @@ def test_stage1_on_scenes_resumes_where_it_stopped(tmp_path: Path) -> None:
             env={"PATH": "/usr/bin:/bin", "PYTHONPATH": env_path, "OMP_NUM_THREADS": "1"},
             capture_output=True,
             text=True,
-            timeout=300,
+            timeout=600,
         )
         assert run.returncode == 0, run.stderr
     assert "step 3/4" in run.stdout and "step 1/4" not in run.stdout

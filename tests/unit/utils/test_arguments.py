@@ -42,6 +42,6 @@ def test_text_that_is_no_whole_number_is_named(text: str) -> None:
 @pytest.mark.parametrize("value", ["0", "-3"])
 def test_scripts_refuse_numbers_below_one(program: list[str], option: str, value: str) -> None:
     command = [sys.executable, "-m", *program, f"{option}={value}"]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=120)
+    done = subprocess.run(command, capture_output=True, text=True, timeout=600)
     assert done.returncode == 2 and not has_traceback(done.stderr)
     assert f"{option}: '{value}'; use a whole number, 1 or more" in done.stderr

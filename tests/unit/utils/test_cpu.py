@@ -130,5 +130,5 @@ class Recorder:
 sys.meta_path.insert(0, Recorder())
 sys.argv = ["clipgen", "doctor", "--weights", "nowhere"]
 """
-    subprocess.run([sys.executable, "-c", record + program], cwd=root, capture_output=True, timeout=120)
+    subprocess.run([sys.executable, "-c", record + program], cwd=root, capture_output=True, timeout=600)
     assert (tmp_path / "policy").read_text() == "PASSIVE"

@@ -246,7 +246,7 @@ def test_one_of_several_processes_fetches_and_the_others_wait(server: Server, se
     others = [start(server, settings) for _ in range(2)]
     told = [process.stderr.readline() for process in others if process.stderr]
     server.default.hurry.set()
-    results = [process.communicate(timeout=120) for process in (first, *others)]
+    results = [process.communicate(timeout=600) for process in (first, *others)]
     path = settings.cache / "toy" / "gpt.pt"
     assert [out for out, _ in results] == [f"{path}\n"] * 3, results
     assert len(server.requests) == 1 and path.read_bytes() == CONTENT
@@ -260,7 +260,7 @@ def test_download_of_a_killed_process_is_resumed_by_the_next(server: Server, set
     process = start(server, settings)
     wait_until(lambda: part.exists() and part.stat().st_size >= 8000)
     os.kill(process.pid, how)
-    process.communicate(timeout=120)
+    process.communicate(timeout=600)
     assert left(settings) == {"gpt.pt.part", "gpt.pt.part.json"}
     arrived = part.stat().st_size
     server.default = Answer()
