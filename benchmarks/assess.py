@@ -1,4 +1,4 @@
-"""What the judge makes of the pictures of one prompt, and the shares of all of them."""
+"""Verdicts of the judge on the images of one prompt, and summaries over all prompts."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import numpy as np
 from judge import Gallery, Judge, border_colour
 from measures import half_features, pair_ranks, rate
-from originality import Neighbour, TrainingPictures, summarise_originality
+from originality import Neighbour, TrainingImages, summarise_originality
 from PIL import Image
 from prompts import KINDS, Prompt
 from torch import Tensor
@@ -16,52 +16,61 @@ from torch import Tensor
 from train.mini.captions import COLOURS
 
 LINE_ART_CHROMA = 0.06
-"""Mean difference of a pixel's largest and smallest channel, of 1, below which a picture is black and white."""
+"""Chroma (see `chroma`) below which an image counts as black and white."""
 
 
 @dataclass(frozen=True)
 class Drawn:
-    """One prompt's pictures, best first, with CLIP's scores, the right class's ranks and, where asked, their look."""
+    """The images of one prompt, best by CLIP first, and their assessment.
+
+    Attributes:
+        scores: CLIP scores.
+        ranks: the judge's rank of the right class, 0 for the nearest.
+        nearest: the judge's nearest class; of an image of a pair, those of its halves.
+        look: whether the image has the background colour or black lines of the prompt; None if it names neither.
+        neighbours: the nearest training image.
+    """
 
     prompt: Prompt
     images: list[Image.Image]
     scores: list[float]
     ranks: list[int]
     nearest: list[str]
-    """The judge's nearest class of each picture, of a pair's picture those of its halves."""
     look: list[bool] | None
-    """Whether each picture has the background colour or the black lines that the prompt asks for."""
     neighbours: list[Neighbour]
-    """Each picture's nearest training picture."""
 
 
 def assess(
     judge: Judge,
     gallery: Gallery,
-    training: TrainingPictures,
+    training: TrainingImages,
     prompt: Prompt,
     images: list[Image.Image],
     scores: list[float],
     names: dict[str, str],
 ) -> Drawn:
-    """Judge the pictures of one prompt."""
+    """Assess the images of one prompt.
 
-    def taken_for(features: Tensor) -> list[str]:
+    Args:
+        names: emoji names by code, for the report.
+    """
+
+    def nearest_names(features: Tensor) -> list[str]:
         similarity, classes = gallery.similarities(features)
         return [names.get(classes[i], classes[i]) for i in similarity.argmax(1).tolist()]
 
     if prompt.kind == "pair":
         sides = half_features(judge, images)
         ranks = pair_ranks(gallery, sides, prompt.groups)
-        nearest = [" and ".join(both) for both in zip(*map(taken_for, sides), strict=True)]
+        nearest = [" and ".join(both) for both in zip(*map(nearest_names, sides), strict=True)]
     else:
         features = judge.features(images)
-        ranks, nearest = gallery.ranks(features, [prompt.groups[0]] * len(images)), taken_for(features)
+        ranks, nearest = gallery.ranks(features, [prompt.groups[0]] * len(images)), nearest_names(features)
     return Drawn(prompt, images, scores, ranks, nearest, check_look(prompt, images), training.nearest(images))
 
 
 def check_look(prompt: Prompt, images: Sequence[Image.Image]) -> list[bool] | None:
-    """Black lines where they were asked for, or the asked background; None where the prompt asks for neither."""
+    """Whether each image has the black lines or the background of its prompt; None if the prompt names neither."""
     if prompt.line_art:
         return [chroma(image) < LINE_ART_CHROMA for image in images]
     if prompt.background:
@@ -70,13 +79,13 @@ def check_look(prompt: Prompt, images: Sequence[Image.Image]) -> list[bool] | No
 
 
 def chroma(image: Image.Image) -> float:
-    """Mean difference of the largest and the smallest channel, in [0, 1]: 0 for grey pictures."""
+    """Mean difference of the largest and the smallest channel of a pixel, in [0, 1]; 0 for grey images."""
     x = np.asarray(image.convert("RGB")).astype(np.float32) / 255
     return float((x.max(2) - x.min(2)).mean())
 
 
 def background_name(image: Image.Image) -> str | None:
-    """Name of the nearest of the training's background colours; None when the border has no one colour."""
+    """Name of the nearest background colour of the training images; None if the border is not uniform."""
     colour, share = border_colour(image)
     if share < 0.5:
         return None
@@ -84,7 +93,7 @@ def background_name(image: Image.Image) -> str | None:
 
 
 def summarise(drawn: Sequence[Drawn]) -> dict[str, dict[str, float]]:
-    """By kind: share of right pictures (`images`), of right best-scored pictures (`best`), of prompts with any."""
+    """Shares by kind of prompt: of right images, of right best-scored ones (`best`), of prompts with a right image."""
     table = {}
     for kind in (*KINDS, "all"):
         rows = [d for d in drawn if kind in (d.prompt.kind, "all")]

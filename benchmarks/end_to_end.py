@@ -1,9 +1,9 @@
-"""How long a user waits for 4 pictures of 16 candidates, cold and warm.
+"""Time that a user waits for 4 images of 16 candidates, cold and warm.
 
     python benchmarks/end_to_end.py [--weights weights/mini] [--repeats 5] [--json]
 
-Cold: a fresh `clipgen generate` until its first picture is on disk (its files may be in the system's cache,
-as they are after installing). Warm: further calls of a loaded pipeline by stage, with the time to save PNG files.
+Cold: a fresh `clipgen generate` until its first image is on disk (its files may be in the system's cache, as they are
+after installing). Warm: further calls of a loaded pipeline by stage, with the time to save PNG files.
 """
 
 from __future__ import annotations
@@ -32,10 +32,10 @@ TIMEOUT = 300
 
 
 def time_cold(weights: Path) -> dict[str, float]:
-    """Seconds from the start of a fresh process to its first picture on disk, and to its end.
+    """Seconds from the start of a fresh process to its first image on disk, and to its end.
 
     Raises:
-        ValueError: the process failed, or drew nothing within TIMEOUT seconds.
+        ValueError: the process failed, or wrote no image within TIMEOUT seconds.
     """
     with tempfile.TemporaryDirectory() as folder:
         out = Path(folder) / "out"
@@ -47,7 +47,7 @@ def time_cold(weights: Path) -> dict[str, float]:
             process = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.DEVNULL, stderr=log)
             first = None
             while process.poll() is None and time.perf_counter() - start < TIMEOUT:
-                # Pictures are renamed into place when they are complete.
+                # Images are renamed into place when they are complete.
                 if first is None and any(out.rglob("*.png")):
                     first = time.perf_counter() - start
                 time.sleep(0.005)
@@ -58,11 +58,11 @@ def time_cold(weights: Path) -> dict[str, float]:
                 log.seek(0)
                 message = log.read().decode(errors="replace").strip()
                 raise ValueError(f"`{' '.join(command[1:4])}` ended with {code} after {end:.0f} s: {message[-500:]}")
-        return {"first_picture": end if first is None else first, "exit": end}
+        return {"first_image": end if first is None else first, "exit": end}
 
 
 def time_warm(weights: Path, repeats: int) -> dict[str, dict[str, float]]:
-    """Seconds of each stage in this process: import and load, the first call, the median of `repeats` further ones."""
+    """Seconds of each stage in this process: import, load, first call, and the median of `repeats` further calls."""
     start = time.perf_counter()
     from clipgen.images.pixels import save_image
     from clipgen.pipeline import ClipGen
@@ -74,12 +74,12 @@ def time_warm(weights: Path, repeats: int) -> dict[str, dict[str, float]]:
     def call(seed: int) -> dict[str, float]:
         begin = time.perf_counter()
         result = pipe(PROMPT, num_outputs=OUTPUTS, candidates=CANDIDATES, seed=seed)
-        drawn = time.perf_counter()
+        generated = time.perf_counter()
         with tempfile.TemporaryDirectory() as folder:
             for i, image in enumerate(result.images):
                 save_image(image, Path(folder) / f"{i}.png")
         end = time.perf_counter()
-        return result.seconds | {"save": end - drawn, "total": end - begin}
+        return result.seconds | {"save": end - generated, "total": end - begin}
 
     first = call(0)
     calls = [call(seed) for seed in range(1, repeats + 1)]
@@ -91,7 +91,7 @@ def time_warm(weights: Path, repeats: int) -> dict[str, dict[str, float]]:
 
 
 def describe_machine() -> dict[str, object]:
-    """What the numbers depend on."""
+    """Hardware and software that the figures depend on."""
     import torch
 
     from clipgen.models.capabilities import instruction_set
@@ -106,10 +106,10 @@ def describe_machine() -> dict[str, object]:
 
 
 def to_table(report: dict) -> str:
-    """The report for people."""
+    """A report as text."""
     lines = [f"{OUTPUTS} of {CANDIDATES} candidates; machine: {json.dumps(report['machine'])}", ""]
     cold = report["cold"]
-    lines.append(f"cold  first picture on disk {cold['first_picture']:.2f} s, process ends {cold['exit']:.2f} s")
+    lines.append(f"cold  first image on disk {cold['first_image']:.2f} s, process ends {cold['exit']:.2f} s")
     for name, stages in report["warm"].items():
         parts = ", ".join(f"{stage} {seconds:.3f}" for stage, seconds in stages.items())
         lines.append(f"warm  {name}: {parts} s")

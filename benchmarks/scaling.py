@@ -1,10 +1,10 @@
-"""Seconds against tokens: the cached loop grows with their number, the uncached one with its square.
+"""Decoding time by number of tokens: linear with a KV cache, quadratic without.
 
     python benchmarks/scaling.py [--tokens 64 128 256 512 1024] [--layers 6] [--rows 1] [--plot FILE.png] [--json]
 
-Float32 for both, the cached loop's weights packed as they are when serving, GPT2-medium's width, fewer layers; the
-uncached loop is timed whole up to --whole tokens and left out beyond. The exponent is that of the last doubling: 1 is
-linear, 2 quadratic.
+Both loops run in float32, at the width of GPT2-medium with fewer layers; the cached one with prepacked weights, as when
+serving. The uncached loop is timed for up to --whole tokens. The exponent is that of the growth between the two largest
+numbers of tokens: 1 is linear, 2 quadratic.
 """
 
 from __future__ import annotations
@@ -41,7 +41,7 @@ Series = dict[str, list[tuple[int, float]]]
 
 @torch.inference_mode()
 def cached(gpt: GPT, rows: int) -> float:
-    """Seconds of all steps of `rows` images; greedy, which costs nothing beside them."""
+    """Seconds of all decoding steps of `rows` images. Sampling is greedy, whose cost is negligible."""
     cache = KVCache.allocate(gpt.config, rows)
     start = time.perf_counter()
     x = gpt.embed_condition(torch.zeros(rows, gpt.config.n_cond))
@@ -52,7 +52,7 @@ def cached(gpt: GPT, rows: int) -> float:
 
 @torch.inference_mode()
 def uncached(gpt: GPT, rows: int) -> float:
-    """The same tokens, each from a pass over all before it."""
+    """Seconds of the same tokens, each by a full forward pass over those before it."""
     tokens = torch.empty(rows, 0, dtype=torch.long)
     start = time.perf_counter()
     for _ in range(gpt.config.block_size):
@@ -62,7 +62,13 @@ def uncached(gpt: GPT, rows: int) -> float:
 
 
 def measure(config: GPTConfig, lengths: Sequence[int], rows: int, whole: int) -> Series:
-    """Seconds of both loops at every length."""
+    """Seconds of both loops for each number of tokens.
+
+    Args:
+        lengths: numbers of tokens.
+        rows: images decoded at once.
+        whole: largest number of tokens for the uncached loop.
+    """
     series: Series = {"cached": [], "uncached": []}
     for length in sorted(lengths):
         with torch.device("meta"):
@@ -78,7 +84,7 @@ def measure(config: GPTConfig, lengths: Sequence[int], rows: int, whole: int) ->
 
 
 def exponent(points: list[tuple[int, float]]) -> float | None:
-    """Growth between the last two points: 1 linear, 2 quadratic; None of fewer than two."""
+    """Exponent of the growth between the last two points: 1 is linear, 2 quadratic; None with fewer than two."""
     if len(points) < 2:
         return None
     (n, a), (m, b) = points[-2:]
@@ -86,7 +92,7 @@ def exponent(points: list[tuple[int, float]]) -> float | None:
 
 
 def to_table(report: dict) -> str:
-    """Markdown."""
+    """Markdown table of a report."""
     seconds = {name: dict(points) for name, points in report["series"].items()}
     lines = [in_words(report["machine"]), "", "| tokens | cached, s | uncached, s |", "|---|---|---|"]
     for tokens in seconds["cached"]:
@@ -99,11 +105,11 @@ def to_table(report: dict) -> str:
 @entry_point()
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--tokens", type=int, nargs="+", default=[64, 128, 256, 512, 1024], help="lengths")
-    parser.add_argument("--layers", type=int, default=6, help="layers")
+    parser.add_argument("--tokens", type=int, nargs="+", default=[64, 128, 256, 512, 1024], help="numbers of tokens")
+    parser.add_argument("--layers", type=int, default=6, help="layers of the GPT")
     parser.add_argument("--rows", type=int, default=1, help="images at once")
-    parser.add_argument("--whole", type=int, default=512, help="most tokens of the uncached loop")
-    parser.add_argument("--plot", type=Path, help="PNG to draw")
+    parser.add_argument("--whole", type=int, default=512, help="largest number of tokens of the uncached loop")
+    parser.add_argument("--plot", type=Path, help="PNG file for a plot")
     parser.add_argument("--json", action="store_true", help="print JSON")
     args = parser.parse_args()
     if min(*args.tokens, args.layers, args.rows) < 1:

@@ -1,4 +1,4 @@
-"""How Cog's server answers several clients at once: throughput and latency against their number.
+"""Throughput and latency of Cog's server by number of clients.
 
     python benchmarks/serving.py [--weights weights/mini] [--clients 1 2 4 8] [--seconds 6] [--json]
 

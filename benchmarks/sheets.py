@@ -1,4 +1,4 @@
-"""The pictures of the quality report: every prompt with its marks, and the failures with what went wrong."""
+"""Figures of the quality report: the images of every prompt with marks, and the failures with their cause."""
 
 from __future__ import annotations
 
@@ -11,12 +11,12 @@ from PIL import Image, ImageDraw, ImageFont
 from clipgen.images.pixels import grid
 
 CELL = 112
-"""Side of a picture, px."""
+"""Side of an image, px."""
 _RIGHT, _WRONG = (40, 160, 70), (205, 60, 50)
 
 
 def draw_grid(drawn: Sequence[Drawn], columns: int = 3) -> Image.Image:
-    """The pictures of each prompt side by side, a bar under each that says whether it is right, and the prompt."""
+    """Images of each prompt side by side, with a green or red bar under each, and the prompt below."""
     blocks = []
     for d in drawn:
         row = grid([_cell(image) for image in d.images], columns=len(d.images))
@@ -32,7 +32,7 @@ def draw_grid(drawn: Sequence[Drawn], columns: int = 3) -> Image.Image:
 
 
 def draw_failures(drawn: Sequence[Drawn], columns: int = 5) -> Image.Image | None:
-    """The best-scored picture of each prompt that got it wrong, with what it was taken for; None without failures."""
+    """Best-scored image of each prompt where it is wrong, and what it was taken for; None without failures."""
     blocks = []
     for d in drawn:
         wrong_look = bool(d.look) and not d.look[0]

@@ -1,12 +1,12 @@
-"""How fast both stages train here, and what share of the machine's matrix rate that is.
+"""Training speed of both stages, and its share of the machine's matrix rate.
 
     python benchmarks/training.py [--config mini] [--steps 5] [--batch 16] [--recipes plain bf16 channels-last] [--json]
 
-Stage 1: pictures a second of whole steps with the script's own losses, from files, by recipe: plain (float32), bf16,
-channels-last with it, and compiled as well. Stage 2: tokens a second from pixels and from extracted tokens. Each is
-measured in a fresh process, after steps that do not count. Operations are counted on the meta device (stage 1) or by
-formula (GPT: 6 a weight and token, 12 * layers * tokens * width for attention), so recomputing is not counted as work.
-The share is of a square matrix product of the same precision, measured in the same process. Weights are random.
+Stage 1: images per second of whole steps with the losses of the script, from files, by recipe: plain (float32), bf16,
+bf16 with channels-last, and compiled as well. Stage 2: tokens per second from pixels and from extracted tokens. Each is
+measured in a fresh process, after warm-up steps. Operations are counted on the meta device (stage 1) or by formula
+(GPT: 6 per weight and token, 12 * layers * tokens * width for attention), so recomputation does not count as work. The
+share is that of the rate of a square matrix product in the same precision and process. Weights are random.
 """
 
 from __future__ import annotations
@@ -57,7 +57,7 @@ from train.losses.gan import Gan  # noqa: E402
 from train.losses.stage1 import Crop, LeCam, PatchDiscriminator, ReconstructionLoss  # noqa: E402
 
 WARM_UP = 2
-PICTURES = 64
+IMAGES = 64
 
 
 @dataclass(frozen=True)
@@ -87,8 +87,8 @@ class Stage1:
         self.precision = choose_precision(replace(c, precision=recipe.precision))
         self.accelerator = Accelerator(mixed_precision=self.precision, cpu=device.type != "cuda")
         with device:
-            self.vqgan, judge = VQGAN(config.model.vqgan), PatchDiscriminator(c.disc_ch)
-        # LPIPS with random weights costs what it costs with its own.
+            self.vqgan, discriminator = VQGAN(config.model.vqgan), PatchDiscriminator(c.disc_ch)
+        # LPIPS takes the same time with random weights.
         self.reconstruction_loss = ReconstructionLoss(
             replace(c, perceptual="none" if c.perceptual == "lpips" else c.perceptual)
         )
@@ -100,17 +100,19 @@ class Stage1:
             )
         self.reconstruction_loss.to(device)
         self.opt_g = torch.optim.Adam(self.vqgan.parameters(), c.lr)
-        opt_d = torch.optim.Adam(judge.parameters(), c.disc_lr)
-        self.gan = Gan(c, self.accelerator, self.vqgan, judge, opt_d, self.reconstruction_loss, LeCam().to(device))
+        opt_d = torch.optim.Adam(discriminator.parameters(), c.disc_lr)
+        self.gan = Gan(
+            c, self.accelerator, self.vqgan, discriminator, opt_d, self.reconstruction_loss, LeCam().to(device)
+        )
         if recipe.channels_last:
-            for module in (self.vqgan, judge, self.reconstruction_loss):
+            for module in (self.vqgan, discriminator, self.reconstruction_loss):
                 module.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
         self.layout = torch.channels_last if recipe.channels_last else torch.contiguous_format
         self.model = torch.compile(self.vqgan) if recipe.compiled else self.vqgan
         self.ema = MovingAverage(self.vqgan, c.ema)
 
     def backward(self, x: Tensor) -> Tensor:
-        """The VQGAN's losses and gradients; returns its reconstructions."""
+        """Compute the gradients of the VQGAN's losses for images (B, 3, H, W); returns their reconstructions."""
         x = x.contiguous(memory_format=self.layout)
         crop = Crop.random(x.shape[-2:], self.config.perceptual_crop, torch.Generator().manual_seed(0))
         self.opt_g.zero_grad()
@@ -124,7 +126,7 @@ class Stage1:
         return y.detach().float()
 
     def step(self, x: Tensor) -> None:
-        """One whole step."""
+        """Train on images (B, 3, H, W) for one step."""
         y = self.backward(x)
         self.accelerator.clip_grad_norm_(self.vqgan.parameters(), self.config.grad_clip)
         self.opt_g.step()
@@ -134,7 +136,7 @@ class Stage1:
 
 
 def stage1_flops(config: Config) -> float:
-    """Operations of a step of stage 1 a picture, without the optimizers'."""
+    """Operations per image of a step of stage 1, without those of the optimizers."""
     trainer = Stage1(config, RECIPES["plain"], torch.device("meta"))
     size = config.model.vqgan.image_size
     x = torch.empty(2, 3, size, size, device="meta")
@@ -147,7 +149,7 @@ def stage1_flops(config: Config) -> float:
 
 
 def gpt_flops(config: GPTConfig) -> float:
-    """Operations of a step of stage 2 a picture: forward and backward, attention not halved for being causal."""
+    """Operations per image of a step of stage 2, forward and backward; causal attention is not counted as half."""
     length = config.block_size
     return length * (6.0 * matrix_weights(config) + 12.0 * config.n_layer * length * config.n_embd)
 
@@ -174,7 +176,7 @@ def convolution_precision(device: torch.device) -> str:
 
 @contextmanager
 def float32_products(precision: str) -> Iterator[None]:
-    """Let float32 matrix products have a precision for a while."""
+    """Set the precision of float32 matrix products in a block."""
     before = torch.get_float32_matmul_precision()
     torch.set_float32_matmul_precision(precision)
     try:
@@ -184,13 +186,13 @@ def float32_products(precision: str) -> Iterator[None]:
 
 
 def synchronize(device: torch.device) -> None:
-    """Wait until the device has done what it was given."""
+    """Wait until the device has finished its queued work."""
     if device.type == "cuda":
         torch.cuda.synchronize(device)
 
 
 def timed(step: Callable[[], object], steps: int, device: torch.device) -> float:
-    """Seconds of a step, mean over `steps` after those that warm up."""
+    """Mean seconds of a step over `steps`, after `WARM_UP` more."""
     for _ in range(WARM_UP):
         step()
     synchronize(device)
@@ -201,52 +203,52 @@ def timed(step: Callable[[], object], steps: int, device: torch.device) -> float
     return (time.perf_counter() - start) / steps
 
 
-def made_up_pictures(folder: Path, size: int) -> Path:
-    """JPEG files of soft noise, somewhat larger than the model's pictures."""
+def write_noise_images(folder: Path, size: int) -> Path:
+    """Write JPEG files of smooth noise, an eighth larger than the model's images."""
     folder.mkdir()
     generator = torch.Generator().manual_seed(0)
-    for i in range(PICTURES):
+    for i in range(IMAGES):
         noise = torch.rand(8, 8, 3, generator=generator).mul(255).byte().numpy()
         Image.fromarray(noise).resize((size * 9 // 8,) * 2, Image.Resampling.BICUBIC).save(folder / f"{i}.jpg")
     return folder
 
 
 def keys(batch: int) -> Callable[[int], list[tuple[int, int]]]:
-    """Which pictures a step reads: all in turn."""
-    return lambda step: [(i % PICTURES, i) for i in range(step * batch, (step + 1) * batch)]
+    """Keys of the images that each step reads: all in turn."""
+    return lambda step: [(i % IMAGES, i) for i in range(step * batch, (step + 1) * batch)]
 
 
-def measure_stage1(config: Config, name: str, steps: int, pictures: Path, device: torch.device) -> dict[str, Any]:
-    """Pictures a second of one recipe."""
+def measure_stage1(config: Config, name: str, steps: int, folder: Path, device: torch.device) -> dict[str, Any]:
+    """Speed of stage 1 with one recipe, on a folder of images."""
     c, recipe = config.stage1, RECIPES[name]
     trainer = Stage1(config, recipe, device)
     rate = matrix_rate(trainer.precision, device)
-    data = Images(pictures, config.model.vqgan.image_size, c.min_scale)
+    data = Images(folder, config.model.vqgan.image_size, c.min_scale)
     batches = image_batches(data, keys(c.batch_size), count(), c.workers)
     spent = timed(lambda: trainer.step(next(batches).pixels.to(device)), steps, device)
     return {"batch": c.batch_size, "seconds": spent, "images_per_s": c.batch_size / spent, "matrix_flops": rate}
 
 
 def build_clip(config: Config) -> Clip:
-    """ViT-B/32 of random weights where embeddings have 512 numbers, else the mini model's."""
+    """A ViT-B/32 with random weights if embeddings have 512 numbers, else the CLIP of the mini model."""
     if config.model.gpt.n_cond == 512:
         return Clip(OpenAIClip(512, 224, 12, 768, 32, 77, 49408, 512, 8, 12))
     return Clip.from_state_dict(load_file(ROOT / "weights" / "mini" / "clip.safetensors"))
 
 
-def measure_stage2(config: Config, source: str, steps: int, pictures: Path, device: torch.device) -> dict[str, Any]:
-    """Tokens a second from pixels, encoded in every step, or from an encoded set."""
+def measure_stage2(config: Config, source: str, steps: int, folder: Path, device: torch.device) -> dict[str, Any]:
+    """Speed of stage 2 from "pixels", encoded in every step, or from "tokens", an encoded set."""
     c = config.stage2
     precision = choose_precision(c)
     rate = matrix_rate(precision, device)
     accelerator = Accelerator(mixed_precision=precision, cpu=device.type != "cuda")
     clip = build_clip(config)
-    images = Images(pictures, config.model.vqgan.image_size, c.min_scale, clip_size=clip.image_size)
+    images = Images(folder, config.model.vqgan.image_size, c.min_scale, clip_size=clip.image_size)
     vqgan = VQGAN(config.model.vqgan).requires_grad_(False).eval()
     read: Encoders | Encoded = Encoders(accelerator, images, vqgan, clip, 1, 0, {"settings": {"views": 1}})
     if source == "tokens":
-        write_shards(read, pictures / "encoded", c.workers, Stop())  # type: ignore[arg-type]
-        read = Encoded(pictures / "encoded")
+        write_shards(read, folder / "encoded", c.workers, Stop())  # type: ignore[arg-type]
+        read = Encoded(folder / "encoded")
         del vqgan, clip
     batches: Iterator[tuple[Tensor, Tensor]] = read.batches(lambda s: [row for row, _ in keys(c.batch_size)(s)], 0, 0)
     gpt = GPT(config.model.gpt).to(device)
@@ -281,17 +283,17 @@ def run_part(part: str, config: Config, steps: int) -> dict[str, Any]:
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     stage, how = part.split(", ")
     with tempfile.TemporaryDirectory(prefix="training-") as name:
-        pictures = made_up_pictures(Path(name) / "pictures", config.model.vqgan.image_size)
+        folder = write_noise_images(Path(name) / "images", config.model.vqgan.image_size)
         if stage == "stage 1":
-            found = measure_stage1(config, how, steps, pictures, device)
+            found = measure_stage1(config, how, steps, folder, device)
         else:
-            found = measure_stage2(config, how.removeprefix("from "), steps, pictures, device)
+            found = measure_stage2(config, how.removeprefix("from "), steps, folder, device)
     gpu = torch.cuda.max_memory_allocated() / 1e9 if device.type == "cuda" else None
     return found | {"part": part, "gpu_peak_gb": gpu}
 
 
 def to_table(report: dict[str, Any]) -> str:
-    """Markdown."""
+    """Markdown table of a report."""
     plain = {r["part"]: r["images_per_s"] for r in report["results"]}.get("stage 1, plain")
     head = "| part | batch | images/s | tokens/s | GFLOP/image | share of the matrix rate | against plain |"
     lines = [in_words(report["machine"]), report["gpu"] or "no GPU", "", head, "|---|---|---|---|---|---|---|"]
@@ -305,7 +307,7 @@ def to_table(report: dict[str, Any]) -> str:
 
 
 def in_fresh_process(arguments: list[str]) -> dict[str, Any]:
-    """Measure one part in a new Python: nothing of the ones before is in its memory or its caches."""
+    """Measure one part in a new Python process, whose memory and caches are not affected by earlier parts."""
     done = subprocess.run([sys.executable, __file__, *arguments], stdout=subprocess.PIPE, text=True, check=True)
     return json.loads(done.stdout.splitlines()[-1])
 
@@ -314,8 +316,8 @@ def in_fresh_process(arguments: list[str]) -> dict[str, Any]:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--config", default="mini", help="mini, coco, imagenet, or a .yaml file")
-    parser.add_argument("--steps", type=int, default=5, help="steps that count")
-    parser.add_argument("--batch", type=int, help="pictures of a step, of both stages; the configuration's otherwise")
+    parser.add_argument("--steps", type=int, default=5, help="steps that are timed")
+    parser.add_argument("--batch", type=int, help="images per step of both stages; by default the configuration's")
     parser.add_argument("--recipes", nargs="*", choices=RECIPES, help="of stage 1; compiled by default on GPUs only")
     parser.add_argument("--json", action="store_true", help="print JSON")
     parser.add_argument("--part", choices=PARTS, help=argparse.SUPPRESS)

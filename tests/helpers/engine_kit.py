@@ -1,4 +1,4 @@
-"""A small GPT with decided opinions, and sequences for it to generate, alone and together."""
+"""A small GPT with peaked distributions, and sequences for it to generate, alone and together."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ SAMPLINGS = [GUIDED, SamplingParams(), SamplingParams(top_p=0.8), SamplingParams
 
 
 def sharp_gpt(config: GPTConfig = SMALL) -> GPT:
-    """Random weights, always the same, whose logits lie apart."""
+    """A GPT with fixed random weights, whose head is scaled up so that its distributions are peaked."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
         gpt = GPT(config).eval()
@@ -30,8 +30,10 @@ def sharp_gpt(config: GPTConfig = SMALL) -> GPT:
     return gpt
 
 
-def some(count: int, params: SamplingParams = GUIDED, first: int = 0, d: int = SMALL.n_cond) -> list[Sequence]:
-    """Sequences whose conditions and seeds follow from their numbers."""
+def make_sequences(
+    count: int, params: SamplingParams = GUIDED, first: int = 0, d: int = SMALL.n_cond
+) -> list[Sequence]:
+    """Sequences number `first` on, whose conditions and seeds follow from their numbers."""
     conditions = [torch.randn(d, generator=torch.Generator().manual_seed(first + i)) for i in range(count)]
     return [Sequence(F.normalize(c, dim=0), first + i, params) for i, c in enumerate(conditions)]
 
@@ -45,14 +47,14 @@ def teacher_forced(gpt: GPT, tokens: Tensor, embedding: Tensor, cache: KVCache |
 
 
 def alone(gpt: GPT, seq: Sequence) -> Tensor:
-    """The tokens of a sequence that has a batch for itself."""
+    """Tokens (T,) of a sequence in a batch of its own."""
     return together(gpt, [(0, [seq])])[0]
 
 
 def together(
     gpt: GPT, arrivals: list[tuple[int, list[Sequence]]], max_rows: int = 64, graphs: CUDAGraphRunner | None = None
 ) -> list[Tensor]:
-    """The tokens of sequences that are added to a batch before the steps given."""
+    """Tokens (T,) of each sequence; arrivals are (step, sequences), added to the batch before that step."""
     batch, found, step = Batch(gpt, graphs), {}, 0
     with torch.inference_mode():
         while len(found) < sum(len(sequences) for _, sequences in arrivals):
@@ -68,7 +70,7 @@ def together(
 
 @torch.inference_mode()
 def uncached(gpt: GPT, seq: Sequence) -> Tensor:
-    """The tokens of a sequence by whole forward passes, one per token: neither cache nor batch."""
+    """Tokens (T,) of a sequence by one full forward pass per token, without cache or batch."""
     weight, length = gpt.head.weight, gpt.config.block_size
     uniforms = draw_uniforms([seq.seed], length)
     params = SamplingTensors.from_params([seq.params], gpt.config.vocab_size)

@@ -1,4 +1,4 @@
-"""The ablation learns the emoji that it asks for, and says what it found."""
+"""The ablation of stage 2: its choice of emoji and its tables."""
 
 from __future__ import annotations
 
@@ -30,22 +30,22 @@ def emoji(tmp_path: Path) -> Path:
     return folder.parent
 
 
-def test_the_emoji_that_are_asked_for_come_first(emoji: Path, tmp_path: Path) -> None:
-    files = ablation.choose_pictures(emoji, [Prompt("object", "an e", (("e", "f"),))], 3, tmp_path / "out")
+def test_emoji_of_the_prompts_are_chosen_first(emoji: Path, tmp_path: Path) -> None:
+    files = ablation.choose_images(emoji, [Prompt("object", "an e", (("e", "f"),))], 3, tmp_path / "out")
     assert list(files) == ["e", "f", "a"]
     assert [path.name for path in files.values()] == ["08.png", "10.png", "00.png"]  # glossy, on white
-    records = [json.loads(line) for line in (tmp_path / "out/pictures/metadata.jsonl").read_text().splitlines()]
+    records = [json.loads(line) for line in (tmp_path / "out/images/metadata.jsonl").read_text().splitlines()]
     assert [record["objects"] for record in records] == [["e"], ["f"], ["a"]]
     assert all(path.is_file() for path in files.values())
 
 
-def test_curves_and_tables(tmp_path: Path) -> None:
+def test_table_holds_losses_and_shares_of_every_variant(tmp_path: Path) -> None:
     with (tmp_path / "scalars.csv").open("w", newline="") as file:
         rows = [("step", "name", "value"), (10, "loss", 5.0), (10, "held_loss", 6.0), (20, "held_loss", 4.5)]
         csv.writer(file).writerows(rows)
-    assert ablation.curve(tmp_path) == [(10.0, 6.0), (20.0, 4.5)]
+    assert ablation.read_curve(tmp_path) == [(10.0, 6.0), (20.0, 4.5)]
     one = {source: {"1.5": 0.25} for source in ablation.SOURCES}
-    swept = {source: {"1": 0.1, "1.5": 0.5} for source in ablation.SOURCES} | {"pictures": {"1.5": 0.75}}
+    swept = {source: {"1": 0.1, "1.5": 0.5} for source in ablation.SOURCES} | {"images": {"1.5": 0.75}}
     report = {
         "guidance": 1.5,
         "variants": {

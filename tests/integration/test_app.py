@@ -95,7 +95,7 @@ def test_result_written_twice_is_two_sets_of_files(session: Session) -> None:
     assert read_metadata(one.images[0]) == read_metadata(two.images[0])
 
 
-def test_form_with_the_seed_of_an_image_draws_it_again(session: Session) -> None:
+def test_form_with_the_seed_of_an_image_generates_it_again(session: Session) -> None:
     first = drawn(session, LEMON)
     for image, record in zip(first.images, first.receipts, strict=True):
         again = drawn(session, first.form.with_seed(record.image_seed))
@@ -123,7 +123,7 @@ def test_negative_prompt_is_in_the_receipt_and_needs_guidance(session: Session) 
 
 
 @pytest.mark.parametrize("is_far", [True, False])
-def test_note_says_in_plain_words_how_near_the_training_images_are(
+def test_note_describes_the_distance_to_the_training_images(
     session: Session, monkeypatch: pytest.MonkeyPatch, is_far: bool
 ) -> None:
     assert "training" not in last(session.generate(LEMON)).note, "these weights have no index"
@@ -138,7 +138,7 @@ def test_note_says_in_plain_words_how_near_the_training_images_are(
         assert re.search(r"Nearest training images: image \d; image \d; image \d\.$", note)
 
 
-def test_image_changes_the_embedding_that_is_drawn(session: Session, tmp_path: Path) -> None:
+def test_image_to_start_from_changes_the_embedding(session: Session, tmp_path: Path) -> None:
     file = save_image(Image.new("RGB", (40, 40), "red"), tmp_path / "red.png")
     embeddings = [
         session.pipe.embed(form.request().prompt)
@@ -153,7 +153,7 @@ def test_image_changes_the_embedding_that_is_drawn(session: Session, tmp_path: P
         assert all((one - other).norm() > 1e-4 for other in embeddings[i + 1 :])
 
 
-def test_receipt_of_a_written_image_draws_it_again(session: Session) -> None:
+def test_receipt_of_a_written_image_generates_it_again(session: Session) -> None:
     result = drawn(session, replace(LEMON, negative_prompt="a dog", guidance=1.5, temperature=0.8, top_k=9, top_p=0.5))
     form, _ = read_receipt(str(session.write(result).images[1]), Form())
     assert difference(result.images[1], drawn(session, form).images[0]) <= 1
@@ -169,7 +169,7 @@ def test_cancel_stops_only_that_visitor_s_request(session: Session) -> None:
     assert not session.cancel("me") and not session.cancel("nobody")
 
 
-def test_second_request_of_a_visitor_is_ignored_while_the_first_is_drawn(session: Session) -> None:
+def test_second_request_of_a_visitor_is_ignored_while_the_first_runs(session: Session) -> None:
     first = session.generate(LEMON, "me")
     next(first)
     [refused] = session.generate(LEMON, "me")
@@ -186,7 +186,7 @@ def test_visitor_who_leaves_stops_the_request(session: Session) -> None:
     assert stop.is_set() and "gone" not in session.running
 
 
-def test_closed_session_stops_what_is_drawn_and_draws_no_more(tiny_weights: Path, tmp_path: Path) -> None:
+def test_closed_session_stops_running_and_refuses_new_requests(tiny_weights: Path, tmp_path: Path) -> None:
     session = Session(tiny_weights, tmp_path, device="cpu", dtype="float32")
     updates = session.generate(replace(LEMON, num_outputs=8, candidates=64), "me")
     next(updates)
@@ -256,7 +256,7 @@ def test_examples_come_from_the_folder_of_weights(session: Session, tiny_weights
     suggesting.close()
 
 
-def test_mini_model_s_examples_are_prompts_it_knows(root: Path) -> None:
+def test_examples_of_the_mini_model_are_in_distribution(root: Path) -> None:
     from clipgen.pipeline import ClipGen
 
     pipe = ClipGen.from_pretrained(root / "weights" / "mini", device="cpu", dtype="float32")

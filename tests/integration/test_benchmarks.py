@@ -1,4 +1,4 @@
-"""The benchmarks judge what they say they judge: isolation, ranks, pairs, caches, tables, and one run end to end."""
+"""Quality benchmarks of the emoji model: isolation, ranks, pairs, caches, tables, and one run end to end."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ import pytest
 import sheets
 import torch
 from judge import Gallery, Judge, content_mask, halves, isolate, load_gallery
-from originality import Neighbour, TrainingPictures, summarise_originality
+from originality import Neighbour, TrainingImages, summarise_originality
 from PIL import Image, ImageChops, ImageDraw, ImageStat
 from prompts import Prompt, read_prompts
 
@@ -25,12 +25,12 @@ BLUE, WHITE = (50, 110, 220), (255, 255, 255)
 
 
 def shape(name: str, size: int = 160) -> Image.Image:
-    """A drawing on a transparent ground, as the renders are."""
+    """A shape on a transparent background, like a render."""
     image = Image.new("RGBA", (size, size))
     pen, end = ImageDraw.Draw(image), size - 8
     if name == "disc":
         pen.ellipse((8, 8, end, end), fill=(220, 40, 40, 255))
-        pen.ellipse((50, 50, 70, 70), fill=(*BLUE, 255))  # an eye in a background's colour
+        pen.ellipse((50, 50, 70, 70), fill=(*BLUE, 255))  # an enclosed spot in a background colour
     elif name == "square":
         pen.rectangle((20, 20, end - 12, end - 12), fill=(40, 160, 70, 255))
     elif name == "stripes":
@@ -44,7 +44,7 @@ def shape(name: str, size: int = 160) -> Image.Image:
 def place(
     names: list[str], colour: tuple[int, int, int], side: int = 60, size: int = 144, lower: int = 20
 ) -> Image.Image:
-    """Shapes side by side, small and off the centre, the second so much lower."""
+    """Shapes side by side, small and off-centre, the second `lower` px further down."""
     canvas = Image.new("RGBA", (size, size), (*colour, 255))
     for i, name in enumerate(names):
         sprite = shape(name).resize((side, side), Image.Resampling.LANCZOS)
@@ -63,7 +63,7 @@ def judge() -> Judge:
 
 @pytest.fixture(scope="module")
 def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A data set of four emoji in two styles, in the form of `train.mini.emoji`."""
+    """A data set of four emoji in two styles, in the format of `train.mini.emoji`."""
     folder = tmp_path_factory.mktemp("emoji")
     names = ["disc", "square", "stripes", "triangle"]
     for style in ("noto", "flat"):
@@ -89,7 +89,7 @@ def gallery(data: Path, judge: Judge) -> Gallery:
     return load_gallery(data, judge)
 
 
-def test_the_prompts_are_sixty_and_of_five_kinds(root: Path) -> None:
+def test_default_prompts_are_sixty_of_five_kinds(root: Path) -> None:
     prompts = read_prompts()
     counts = {"object": 24, "style": 10, "background": 8, "synonym": 10, "pair": 8}
     assert Counter(p.kind for p in prompts) == counts
@@ -105,14 +105,14 @@ def test_the_prompts_are_sixty_and_of_five_kinds(root: Path) -> None:
 @pytest.mark.parametrize(
     ("name", "kind", "count"), [("words", "synonym", 42), ("mixes", "pair", 12), ("backgrounds", "background", 80)]
 )
-def test_the_other_prompts_are_what_the_card_says(root: Path, name: str, kind: str, count: int) -> None:
+def test_other_prompt_files_have_the_counts_of_the_model_card(root: Path, name: str, kind: str, count: int) -> None:
     prompts = read_prompts(root / "benchmarks" / f"{name}.txt")
     assert {p.kind for p in prompts} == {kind} and len({p.text for p in prompts}) == len(prompts) == count
     assert {p.background for p in prompts} == ({None} if kind != "background" else {*COLOURS} - {"white"})
 
 
 @pytest.mark.parametrize("line", ["animal\ta cat\t1f408", "object\ta cat", "object", "pair\ta\tb", "object\ta\tb\tc"])
-def test_a_malformed_prompt_is_refused_with_its_place(tmp_path: Path, line: str) -> None:
+def test_malformed_prompt_is_refused_with_its_line(tmp_path: Path, line: str) -> None:
     path = tmp_path / "prompts.txt"
     path.write_text(f"# comment\n\n{line}\n")
     with pytest.raises(ValueError, match=r"prompts\.txt:3"):
@@ -127,7 +127,7 @@ def test_prompts_for_unknown_or_unseen_emoji_are_refused(gallery: Gallery, data:
 
 
 @pytest.mark.parametrize("colour", [WHITE, BLUE, (20, 20, 22), (250, 220, 60)])
-def test_isolation_forgets_place_size_and_background(colour: tuple[int, int, int]) -> None:
+def test_isolation_removes_place_size_and_background(colour: tuple[int, int, int]) -> None:
     for name in ("disc", "square"):
         canonical = Image.new("RGBA", (160, 160), WHITE)
         canonical.alpha_composite(shape(name))
@@ -135,7 +135,7 @@ def test_isolation_forgets_place_size_and_background(colour: tuple[int, int, int
         assert difference(place([name], colour).resize((128, 128)), isolate(canonical)) > 30
 
 
-def test_isolation_keeps_what_the_object_encloses_and_pictures_without_a_plain_background() -> None:
+def test_isolation_keeps_enclosed_areas_and_images_without_a_plain_background() -> None:
     disc = isolate(place(["disc"], BLUE, side=120), 128)
     assert sum(abs(a - b) for a, b in zip(disc.getpixel((46, 46)), BLUE, strict=True)) < 60
     noise = Image.effect_noise((64, 64), 120).convert("RGB")
@@ -146,7 +146,7 @@ def test_isolation_keeps_what_the_object_encloses_and_pictures_without_a_plain_b
 
 @pytest.mark.parametrize("turn", [None, Image.Transpose.ROTATE_90, Image.Transpose.FLIP_LEFT_RIGHT])
 @pytest.mark.parametrize("lower", [20, 70])
-def test_halves_cut_between_two_things(turn: Image.Transpose | None, lower: int) -> None:
+def test_halves_separate_two_objects(turn: Image.Transpose | None, lower: int) -> None:
     """Side by side, one above the other, and in opposite corners."""
 
     def turned(names: list[str], colour: tuple[int, int, int]) -> Image.Image:
@@ -159,7 +159,7 @@ def test_halves_cut_between_two_things(turn: Image.Transpose | None, lower: int)
     assert min(difference(found[0], alone[1]), difference(found[1], alone[1])) < 6
 
 
-def test_ranks_count_the_classes_that_are_nearer() -> None:
+def test_rank_counts_nearer_classes() -> None:
     features = torch.eye(4)[[0, 1, 1, 2]] + 0.0
     gallery = Gallery(features, ["a", "b", "a", "c"], ["flat", "flat", "noto", "noto"])
     query = torch.nn.functional.normalize(torch.tensor([[0.1, 0.9, 0.5, 0.0]]), dim=-1)
@@ -171,28 +171,28 @@ def test_ranks_count_the_classes_that_are_nearer() -> None:
         gallery.ranks(query, [["z"]])
 
 
-def test_the_judge_recognises_shapes_on_colours_and_in_pairs(judge: Judge, gallery: Gallery) -> None:
+def test_judge_recognises_shapes_on_colours_and_in_pairs(judge: Judge, gallery: Gallery) -> None:
     names = ["disc", "square", "stripes", "triangle"]
     features = judge.features([place([name], BLUE) for name in names])
     assert features.norm(dim=-1) == pytest.approx(torch.ones(4), abs=1e-4)
     assert gallery.ranks(features, [[name] for name in names]) == [0, 0, 0, 0]
-    picture = place(["disc", "square"], WHITE)
+    pair = place(["disc", "square"], WHITE)
     for groups in ((["disc"], ["square"]), (["square"], ["disc"])):
-        assert measures.pair_ranks(gallery, measures.half_features(judge, [picture, picture]), groups) == [0, 0]
-    assert measures.pair_ranks(gallery, measures.half_features(judge, [picture]), (["disc"], ["disc"]))[0] > 0
+        assert measures.pair_ranks(gallery, measures.half_features(judge, [pair, pair]), groups) == [0, 0]
+    assert measures.pair_ranks(gallery, measures.half_features(judge, [pair]), (["disc"], ["disc"]))[0] > 0
 
 
-def test_real_pairs_are_drawn_in_both_orders_and_recognised(judge: Judge, gallery: Gallery, data: Path) -> None:
+def test_real_pairs_are_composed_in_both_orders_and_recognised(judge: Judge, gallery: Gallery, data: Path) -> None:
     prompt = Prompt("pair", "a disc and something", (("disc",), ("square", "triangle", "nowhere")))
-    drawn = measures.draw_pairs(prompt, data / "renders" / "flat", 144)
+    drawn = measures.compose_pairs(prompt, data / "renders" / "flat", 144)
     assert len(drawn) == 4 and drawn[0].tobytes() != drawn[1].tobytes()
     assert measures.pair_ranks(gallery, measures.half_features(judge, drawn), prompt.groups[:1] * 2) != [0] * 4
     groups = [["disc"], ["square", "triangle"]]
     assert measures.pair_ranks(gallery, measures.half_features(judge, drawn), groups) == [0] * 4
-    assert measures.draw_pairs(prompt, data / "renders" / "nowhere", 144) == []
+    assert measures.compose_pairs(prompt, data / "renders" / "nowhere", 144) == []
 
 
-def test_the_gallery_is_cached_until_its_renders_change(
+def test_gallery_is_cached_until_its_renders_change(
     judge: Judge, data: Path, gallery: Gallery, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(Judge, "features", lambda *_: pytest.fail("computed again"))
@@ -206,18 +206,18 @@ def test_the_gallery_is_cached_until_its_renders_change(
         extra.unlink()
 
 
-def test_without_renders_the_message_says_how_to_make_them(tmp_path: Path, judge: Judge) -> None:
+def test_missing_renders_are_refused_with_the_command_that_makes_them(tmp_path: Path, judge: Judge) -> None:
     with pytest.raises(ValueError, match="make emoji"):
         load_gallery(tmp_path, judge)
 
 
-def test_psnr_is_on_the_scale_of_one() -> None:
+def test_psnr_is_relative_to_the_pixel_range() -> None:
     x = torch.zeros(2, 3, 4, 4)
     y = x + torch.tensor([0.2, 0.02]).view(2, 1, 1, 1)  # 0.1 and 0.01 of the range
     assert measures.psnr(x, y, 2).tolist() == pytest.approx([20.0, 40.0], abs=1e-3)
 
 
-def test_looks_are_checked_only_where_they_are_asked_for() -> None:
+def test_look_is_checked_only_if_the_prompt_names_it() -> None:
     blue, white = place(["square"], (60, 100, 210)), place(["square"], WHITE)
     lines = place(["stripes"], WHITE)
     on_blue = Prompt("background", "a square on a blue background", (("square",),))
@@ -228,7 +228,7 @@ def test_looks_are_checked_only_where_they_are_asked_for() -> None:
     assert assess.background_name(Image.effect_noise((64, 64), 120).convert("RGB")) is None
 
 
-def test_shares_by_kind() -> None:
+def test_summary_has_shares_by_kind() -> None:
     def drawn(kind: str, ranks: list[int], look: list[bool] | None = None) -> assess.Drawn:
         image, neighbours = (
             Image.new("RGB", (8, 8), BLUE),
@@ -248,8 +248,8 @@ def test_shares_by_kind() -> None:
     assert sheets.draw_failures(rows[1:2]) is None
 
 
-def test_a_copy_is_found_even_moved_by_a_pixel_and_another_drawing_is_none(data: Path) -> None:
-    training = TrainingPictures(data)
+def test_copy_moved_by_a_pixel_is_found_and_another_drawing_is_not(data: Path) -> None:
+    training = TrainingImages(data)
     copy = ImageChops.offset(place(["square"], WHITE, side=120), 1, 0)
     small = place(["square"], WHITE, side=50)
     found = training.nearest([copy, small, place(["triangle"], BLUE)])
@@ -258,7 +258,7 @@ def test_a_copy_is_found_even_moved_by_a_pixel_and_another_drawing_is_none(data:
     assert summarise_originality([found[:1], found[1:]])["near_copies"] == pytest.approx(1 / 3)
 
 
-def test_a_run_measures_everything_and_writes_grid_and_reports(
+def test_run_measures_all_kinds_and_writes_grid_and_reports(
     tiny_weights: Path, data: Path, tmp_path: Path, gallery: Gallery
 ) -> None:
     prompts = tmp_path / "prompts.txt"
@@ -268,7 +268,7 @@ def test_a_run_measures_everything_and_writes_grid_and_reports(
     assert json.loads((tmp_path / "out/report.json").read_text()) == report
     assert [len(row["ranks"]) for row in report["prompts"]] == [4] * 4
     assert report["kinds"]["all"]["images"] <= 1 and report["judge"]["classes"] == 4
-    assert report["retrieval"]["recall_10"] == 1  # of three pictures
+    assert report["retrieval"]["recall_10"] == 1  # of three images
     assert math.isfinite(report["reconstruction"]["unseen"]["psnr"])
     assert 0 < report["reconstruction"]["codes_used"] <= 1 <= report["reconstruction"]["perplexity"] <= 64
     grid = Image.open(tmp_path / "out/grid.png")
@@ -277,7 +277,7 @@ def test_a_run_measures_everything_and_writes_grid_and_reports(
     assert not list((tmp_path / "out").glob("*.tmp"))
 
 
-def test_prompts_of_pairs_alone_are_measured(tiny_weights: Path, data: Path, tmp_path: Path, gallery: Gallery) -> None:
+def test_prompts_of_pairs_only_are_measured(tiny_weights: Path, data: Path, tmp_path: Path, gallery: Gallery) -> None:
     prompts = tmp_path / "prompts.txt"
     prompts.write_text("pair\ta disc and a square\tdisc\tsquare")
     report = mini_quality.run(tiny_weights, data, tmp_path / "out", prompts)
@@ -288,7 +288,7 @@ def test_prompts_of_pairs_alone_are_measured(tiny_weights: Path, data: Path, tmp
 @pytest.mark.slow
 def test_end_to_end_measures_a_fresh_process_and_reports_its_failure(tiny_weights: Path, tmp_path: Path) -> None:
     cold = end_to_end.time_cold(tiny_weights)
-    assert 0 < cold["first_picture"] <= cold["exit"] < end_to_end.TIMEOUT
+    assert 0 < cold["first_image"] <= cold["exit"] < end_to_end.TIMEOUT
     warm = end_to_end.time_warm(tiny_weights, repeats=2)
     assert {"decode_tokens", "rank", "save", "total"} <= set(warm["next_call"])
     with pytest.raises(ValueError, match="no such folder"):

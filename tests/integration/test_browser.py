@@ -258,7 +258,7 @@ REFRESHES = [
 
 
 @pytest.mark.parametrize("refresh", REFRESHES)
-def test_every_button_acts_on_the_image_that_is_shown_as_selected(page: Any, tmp_path: Path, refresh: Any) -> None:
+def test_every_button_acts_on_the_selected_image(page: Any, tmp_path: Path, refresh: Any) -> None:
     fill(page, images=4)
     draw(page)
     refresh(page)
@@ -311,7 +311,7 @@ def test_selection_is_made_with_the_keyboard(page: Any) -> None:
 # --- drawing
 
 
-def test_used_seed_draws_the_same_image_and_another_seed_another(page: Any) -> None:
+def test_used_seed_generates_the_same_image_and_another_seed_another(page: Any) -> None:
     fill(page, images=2)
     assert draw(page).startswith("2 images")
     assert len(sources(page)) == 2
@@ -368,7 +368,7 @@ def test_progress_bar_and_previews_appear_while_drawing(page: Any) -> None:
     assert page.locator("#images img").count() == 0, "there was no result before"
 
 
-def test_reloading_while_drawing_gives_a_page_that_works(page: Any) -> None:
+def test_page_works_after_reloading_while_drawing(page: Any) -> None:
     fill(page)
     set_number(page, "candidates", 64)
     page.locator("#go").click()
@@ -397,7 +397,7 @@ def test_history_brings_back_images_and_settings(page: Any) -> None:
 # --- settings that travel
 
 
-def test_downloaded_image_fills_in_the_form_of_another_visitor(
+def test_downloaded_image_fills_in_the_form_for_another_visitor(
     page: Any, browser: Any, url: str, tmp_path: Path
 ) -> None:
     fill(page, "a red heart")
@@ -444,7 +444,7 @@ def test_copied_link_draws_the_image_again_for_another_visitor(page: Any, browse
     other.close()
 
 
-def test_link_with_a_wrong_setting_says_so(browser: Any, url: str) -> None:
+def test_link_with_a_wrong_setting_is_reported(browser: Any, url: str) -> None:
     visitor = browser.new_page()
     visitor.set_default_timeout(WAIT)
     visitor.goto(f"{url}/#prompt=x&guidance=99")

@@ -58,7 +58,7 @@ def pixels(path: str) -> bytes:
     return Image.open(path).tobytes()
 
 
-def test_prints_and_writes_images_grid_seed_scores_and_time(run: Run) -> None:
+def test_generate_writes_images_and_grid_and_prints_seed_scores_and_time(run: Run) -> None:
     result = run("generate", "Sketch of a lemon", *QUICK)
     assert result.exit_code == 0, result.output
     names = sorted(path.name for path in Path("outputs").iterdir())
@@ -72,7 +72,7 @@ def test_prints_and_writes_images_grid_seed_scores_and_time(run: Run) -> None:
     assert "loaded" in result.stderr and "drew 1 of 1 prompts" in result.stderr
 
 
-def test_json_is_all_that_is_on_stdout(run: Run) -> None:
+def test_json_option_prints_only_json_on_stdout(run: Run) -> None:
     (record,) = records(run("generate", "a lemon", *QUICK, "--json"))
     assert record["prompt"] == "a lemon" and record["seed"] == 7 and record["seconds"] > 0
     assert record["clip_scores"] == sorted(record["clip_scores"], reverse=True)
@@ -80,7 +80,7 @@ def test_json_is_all_that_is_on_stdout(run: Run) -> None:
     assert all(Path(file).is_file() for file in [*record["files"], record["grid"]])
 
 
-def test_files_say_how_to_draw_them_again(run: Run) -> None:
+def test_receipt_in_a_file_generates_the_same_image_again(run: Run) -> None:
     (record,) = records(run("generate", "a zitrone ü", *QUICK, "--top-k", "5", "--json"))
     receipt = Receipt.from_file(record["files"][1])
     assert (receipt.text, receipt.seed, receipt.image_seed) == ("a zitrone ü", 7, record["seeds"][1])
@@ -91,7 +91,7 @@ def test_files_say_how_to_draw_them_again(run: Run) -> None:
     assert redrawn["grid"] is None
 
 
-def test_a_prompt_draws_the_same_whatever_its_neighbours(run: Run) -> None:
+def test_prompt_gives_the_same_images_alone_and_among_others(run: Run) -> None:
     Path("prompts.txt").write_text("\ufeffa red heart\n\n  a dog  \r\n", encoding="utf-8")
     many = records(run("generate", "a lemon", "--prompts-file", "prompts.txt", *QUICK, "--json"))
     assert [record["prompt"] for record in many] == ["a lemon", "a red heart", "a dog"]
@@ -101,13 +101,13 @@ def test_a_prompt_draws_the_same_whatever_its_neighbours(run: Run) -> None:
     assert [pixels(file) for file in alone["files"]] == [pixels(file) for file in many[2]["files"]]
 
 
-def test_without_a_seed_one_is_drawn_for_the_whole_run(run: Run) -> None:
+def test_run_without_a_seed_uses_one_random_seed(run: Run) -> None:
     few = ("--num-outputs", 1, "--candidates", 1, "--json")
     first, second = (records(run("generate", "a", "b", *few)) for _ in range(2))
     assert first[0]["seed"] == first[1]["seed"] != second[0]["seed"]
 
 
-def test_more_prompts_than_a_batch_holds(run: Run) -> None:
+def test_more_prompts_than_fit_a_batch_are_generated_in_order(run: Run) -> None:
     many = records(run("generate", *"abcde", "--num-outputs", 1, "--candidates", 40, "--seed", 0, "--json"))
     assert [record["prompt"] for record in many] == list("abcde")
     assert all(record["seed"] == 0 for record in many)
@@ -118,7 +118,7 @@ def test_prompts_file_dash_reads_stdin(run: Run) -> None:
     assert [record["prompt"] for record in records(result)] == ["a lemon", "a dog"]
 
 
-def test_an_image_alone_and_with_a_prompt(run: Run, photo: Path) -> None:
+def test_image_alone_mixed_and_prompt_alone_give_different_images(run: Run, photo: Path) -> None:
     (alone,) = records(run("generate", "--image", photo, *QUICK, "--json"))
     (mixed,) = records(run("generate", "a lemon", "--image", photo, *QUICK, "--json"))
     (words,) = records(run("generate", "a lemon", *QUICK, "--json"))
@@ -132,7 +132,7 @@ def test_format_option_sets_the_format_of_every_file(run: Run, suffix: str, form
     assert {Image.open(file).format for file in [*record["files"], record["grid"]]} == {format}
 
 
-def test_no_file_is_ever_overwritten(run: Run) -> None:
+def test_similar_prompts_overwrite_no_file(run: Run) -> None:
     twins = records(run("generate", "a lemon", "A lemon!", "a  lemon", *QUICK, "--json"))
     twins += records(run("generate", "a lemon", *QUICK, "--top-k", 1, "--json"))
     files = [file for record in twins for file in [*record["files"], record["grid"]]]
@@ -146,13 +146,13 @@ def test_long_prompt_is_truncated_with_a_warning(run: Run) -> None:
     assert max(len(path.name.encode()) for path in Path("outputs").iterdir()) < 255
 
 
-def test_a_prompt_may_begin_with_a_dash(run: Run) -> None:
+def test_prompt_after_two_dashes_may_start_with_a_dash(run: Run) -> None:
     (record,) = records(run("generate", *QUICK, "--json", "--", "--seed"))
     assert record["prompt"] == "--seed"
 
 
 @given(st.text(max_size=300), st.integers(0, 2**31 - 1))
-def test_names_stay_inside_the_folder(text: str, seed: int) -> None:
+def test_file_names_stay_inside_the_folder(text: str, seed: int) -> None:
     out = Path("does-not-exist")
     path = free_stem(out, text, seed)
     assert path.parent == out and path.name.endswith(f"-{seed}")
@@ -160,7 +160,7 @@ def test_names_stay_inside_the_folder(text: str, seed: int) -> None:
     assert path.name == path.name.strip() and path.name.isprintable() and len(path.name.encode()) < 120
 
 
-def test_names_never_mix_up_a_copy_with_another_prompt(tmp_path: Path) -> None:
+def test_file_names_of_copies_and_other_prompts_differ(tmp_path: Path) -> None:
     seen = set()
     for name, seed in [("a", 7), ("a", 7), ("a 7", 2), ("a 7 v2", 1), ("a", 7), ("a-7", 1)]:
         stem = free_stem(tmp_path, name, seed)
@@ -175,7 +175,7 @@ def test_printable_text_has_no_control_characters(text: str) -> None:
     assert printable(text).isprintable()
 
 
-def test_mixed_texts_and_images_are_in_the_receipt(run: Run, photo: Path) -> None:
+def test_mixed_texts_and_images_are_recorded_in_the_receipt(run: Run, photo: Path) -> None:
     plain, mixed = (
         records(run("generate", "a lemon", *QUICK, "--json", *more))[0] for more in ([], ["--mix", "a dog=0.5"])
     )
@@ -202,7 +202,7 @@ def test_keep_rows_keeps_the_top_of_the_image(run: Run, photo: Path) -> None:
         assert run("replay", kept["files"][0], "--image", photo).exit_code == 0
 
 
-def test_previews_are_deleted_at_the_end(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_previews_are_written_and_deleted_at_the_end(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
     written: list[tuple[str, tuple[int, int]]] = []
 
     def save(image: Image.Image, path: Path, *more: Any, **named: Any) -> Path:
@@ -304,19 +304,19 @@ def broken(tiny_weights: Path, tmp_path_factory: pytest.TempPathFactory) -> Path
 
 
 @pytest.mark.parametrize("file", ["config.yaml", "clip.safetensors", "vqgan.safetensors", "gpt.safetensors"])
-def test_weights_with_a_missing_file(run: Run, broken: Path, file: str) -> None:
+def test_weights_with_a_missing_file_are_refused_by_name(run: Run, broken: Path, file: str) -> None:
     (broken / file).unlink()
     wrong(run("generate", "a", "--weights", broken), file, "missing")
 
 
-def test_weights_with_a_flipped_byte(run: Run, broken: Path) -> None:
+def test_weights_with_a_flipped_byte_are_refused(run: Run, broken: Path) -> None:
     data = bytearray((broken / "gpt.safetensors").read_bytes())
     data[-5] ^= 1
     (broken / "gpt.safetensors").write_bytes(data)
     wrong(run("generate", "a", "--weights", broken), "gpt.safetensors", "SHA-256")
 
 
-def test_weights_with_a_wrong_shape(run: Run, broken: Path, tiny_config: ModelConfig) -> None:
+def test_weights_with_a_wrong_shape_are_refused_by_tensor(run: Run, broken: Path, tiny_config: ModelConfig) -> None:
     _, parts = load_model_dir(broken)
     parts = {
         part: {name: tensor.clone() for name, tensor in load_file(broken / f"{part}.safetensors").items()}
@@ -328,7 +328,7 @@ def test_weights_with_a_wrong_shape(run: Run, broken: Path, tiny_config: ModelCo
     wrong(run("generate", "a", "--weights", broken), name, "shape")
 
 
-def test_no_arguments_show_the_help(run: Run) -> None:
+def test_no_arguments_show_help(run: Run) -> None:
     result = run()
     assert result.exit_code == 0 and "generate" in result.stdout
 
@@ -359,7 +359,7 @@ def test_short_form_takes_a_prompt_after_two_dashes_and_stdin(run: Run) -> None:
         (["--sed", "7"], ["--sed", "--seed"]),
     ],
 )
-def test_mistyped_command_draws_nothing(run: Run, args: list[str], words: list[str]) -> None:
+def test_mistyped_command_is_refused_with_a_suggestion(run: Run, args: list[str], words: list[str]) -> None:
     wrong(run(*args), *words)
 
 
@@ -367,22 +367,22 @@ def test_mistyped_command_draws_nothing(run: Run, args: list[str], words: list[s
     "command", ["", "generate", "replay", "sheet", "morph", "doctor", "evaluate", "app", "weights"]
 )
 @pytest.mark.parametrize("flag", ["-h", "--help"])
-def test_every_command_has_a_help(run: Run, command: str, flag: str) -> None:
+def test_every_command_has_help(run: Run, command: str, flag: str) -> None:
     result = run(*command.split(), flag)
     assert result.exit_code == 0 and f"Usage: clipgen {command}".strip() in " ".join(result.stdout.split())
 
 
 @pytest.mark.parametrize("command", ["list", "fetch", "verify", "convert", "info"])
-def test_every_command_of_weights_has_a_help(run: Run, command: str) -> None:
+def test_every_command_of_weights_has_help(run: Run, command: str) -> None:
     assert f"Usage: clipgen weights {command}" in run("weights", command, "-h").stdout
 
 
-def test_short_options_are_the_long_ones(run: Run) -> None:
+def test_short_options_equal_the_long_ones(run: Run) -> None:
     (record,) = records(run("generate", "a lemon", "-n", "1", "-s", "9", "-o", "here", "--candidates", "1", "--json"))
     assert record["seed"] == 9 and record["files"] == ["here/a-lemon-9-1.png"]
 
 
-def test_quiet_leaves_results_and_warnings(run: Run) -> None:
+def test_quiet_prints_only_results_and_warnings(run: Run) -> None:
     result = run("generate", "a lemon", *QUICK, "-q")
     assert result.stderr == "" and "seed 7" in result.stdout
     result = run("generate", " ".join(f"word{i}" for i in range(500)), *QUICK, "-q")
@@ -403,7 +403,7 @@ def test_quiet_leaves_results_and_warnings(run: Run) -> None:
         ["weights", "convert", "--out", "-"],
     ],
 )
-def test_files_are_not_written_to_stdout(run: Run, args: list[str]) -> None:
+def test_dash_as_output_file_is_refused(run: Run, args: list[str]) -> None:
     wrong(run(*args), "-", "not written to stdout")
     assert not Path("-").exists()
 
@@ -418,11 +418,11 @@ def test_files_are_not_written_to_stdout(run: Run, args: list[str]) -> None:
         ["generate", "a", "--mix", "-"],
     ],
 )
-def test_stdin_where_it_is_not_read(run: Run, args: list[str]) -> None:
+def test_dash_is_refused_where_stdin_is_not_read(run: Run, args: list[str]) -> None:
     wrong(run(*args, input="a cat\n"), "-")
 
 
-def test_shell_completion(tmp_path: Path) -> None:
+def test_shell_completion_works_without_importing_torch(tmp_path: Path) -> None:
     def complete(words: str) -> list[str]:
         asked = {"_CLIPGEN_COMPLETE": "complete_bash", "COMP_WORDS": words, "COMP_CWORD": str(words.count(" "))}
         command = [sys.executable, "-X", "importtime", "-m", "clipgen"]
@@ -444,11 +444,11 @@ def test_shell_completion(tmp_path: Path) -> None:
     assert "_CLIPGEN_COMPLETE" in script.stdout
 
 
-def test_version(run: Run) -> None:
+def test_version_option_prints_the_version(run: Run) -> None:
     assert re.fullmatch(r"clipgen \d+\.\d+\.\d+\n", run("--version").stdout)
 
 
-def test_help_does_not_wait_for_torch() -> None:
+def test_help_does_not_import_torch() -> None:
     code = (
         "import sys\nfrom clipgen.cli.main import app\ntry:\n    app(['generate', '--help'])\n"
         "except SystemExit as end:\n    assert end.code == 0\nassert 'torch' not in sys.modules"
@@ -464,7 +464,7 @@ def start(weights: Path, folder: Path, *args: str, **env: str) -> subprocess.Pop
     return subprocess.Popen(command, cwd=folder, env=environment, **pipes)
 
 
-def test_control_c_stops_with_130_and_leaves_no_half_file(tiny_weights: Path, tmp_path: Path) -> None:
+def test_ctrl_c_exits_with_130_and_leaves_no_temporary_file(tiny_weights: Path, tmp_path: Path) -> None:
     process = start(tiny_weights, tmp_path, *[f"prompt {i}" for i in range(300)], "--candidates", "64")
     try:
         assert process.stderr is not None
@@ -478,7 +478,7 @@ def test_control_c_stops_with_130_and_leaves_no_half_file(tiny_weights: Path, tm
     assert not list(tmp_path.glob("**/*.tmp"))
 
 
-def test_a_terminal_that_cannot_show_the_prompt(tiny_weights: Path, tmp_path: Path) -> None:
+def test_prompt_that_the_terminal_cannot_encode_is_generated(tiny_weights: Path, tmp_path: Path) -> None:
     process = start(tiny_weights, tmp_path, "日本のレモン\x1b[31m", *QUICK, PYTHONIOENCODING="ascii")
     output, errors = process.communicate(timeout=600)
     assert process.returncode == 0, errors

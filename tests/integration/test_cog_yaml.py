@@ -18,7 +18,7 @@ def config(root: Path) -> dict:
     return yaml.safe_load((root / "cog.yaml").read_text())
 
 
-def test_predictor_it_names_exists(root: Path, config: dict) -> None:
+def test_predictor_named_in_cog_yaml_exists(root: Path, config: dict) -> None:
     file, name = config["predict"].split(":")
     classes = {node.name: node for node in ast.parse((root / file).read_text()).body if isinstance(node, ast.ClassDef)}
     assert name in classes
@@ -26,7 +26,7 @@ def test_predictor_it_names_exists(root: Path, config: dict) -> None:
     assert {"setup", "predict"} <= methods
 
 
-def test_requirements_are_exact_pins(root: Path, config: dict) -> None:
+def test_requirements_of_the_container_are_exact_pins(root: Path, config: dict) -> None:
     lines = (root / config["build"]["python_requirements"]).read_text().splitlines()
     pins = [line for line in lines if line and not line.startswith("#")]
     assert pins
@@ -38,7 +38,7 @@ def test_container_and_local_server_use_the_same_cog(root: Path, config: dict) -
     assert f"\ncog=={config['build']['sdk_version']}\n" in requirements
 
 
-def test_cogs_schema_accepts_it(config: dict, golden: Path) -> None:
+def test_schema_of_cog_accepts_cog_yaml(config: dict, golden: Path) -> None:
     path = os.environ.get("COG_SCHEMA") or golden / "cog_config_schema_v1.0.json"
     schema = json.loads(Path(path).read_text())
     jsonschema.validate(config, schema)
@@ -52,7 +52,7 @@ def test_cuda_version_has_kernels_for_the_t4_and_starts_with_older_drivers(confi
     assert config["build"]["cuda"] == "12.6"  # a string: YAML would read 12.10 as 12.1
 
 
-def test_commented_ways_to_the_weights_are_valid_settings(root: Path) -> None:
+def test_commented_settings_for_weights_are_valid(root: Path) -> None:
     """The settings in the comments are valid as they stand, and weights/ is not kept out of the image."""
     commented = [line[2:] for line in (root / "cog.yaml").read_text().splitlines() if line.startswith("# environment")]
     lines = [line[2:] for line in (root / "cog.yaml").read_text().splitlines() if line.startswith("#   - ")]

@@ -70,7 +70,7 @@ def test_packages_are_compared_with_pins(tmp_path: Path) -> None:
     assert check_packages(tmp_path / "none.txt").state == "ok"
 
 
-def test_failed_drawing_is_reported() -> None:
+def test_failed_generation_is_reported() -> None:
     def draw() -> None:
         raise RuntimeError("out of memory")
 

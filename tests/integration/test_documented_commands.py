@@ -143,7 +143,7 @@ def wait_for_server() -> None:
 
 @pytest.mark.slow
 @pytest.mark.parametrize("page", PAGES)
-def test_every_command_runs_as_printed(root: Path, checkout: Checkout, page: str) -> None:
+def test_commands_of_the_docs_run_as_printed(root: Path, checkout: Checkout, page: str) -> None:
     commands = [command for command in commands_of(root, page) if not reason(command)]
     serving = any("localhost:5000" in command.text or "make serve" in command.text for command in commands)
     if serving and is_taken(5000):
@@ -190,7 +190,7 @@ def test_options_of_commands_that_are_not_run_exist(root: Path, checkout: Checko
     assert not missing, "\n".join(missing)
 
 
-def test_pages_have_commands(root: Path) -> None:
+def test_docs_have_commands_to_run(root: Path) -> None:
     assert sum(len(commands_of(root, page)) for page in PAGES) > 30
     assert any(not reason(command) for command in commands_of(root, "README.md"))
 
@@ -211,7 +211,7 @@ def test_blocks_are_split_into_statements(block: str, statements: list[tuple[int
     assert list(split_statements(block)) == statements
 
 
-def test_sessions_markers_and_other_languages() -> None:
+def test_commands_are_read_from_sessions_and_not_from_other_languages() -> None:
     page = (
         "text\n```console\n$ a\noutput\n$ b\n```\n<!-- not run: needs a GPU -->\n```sh\nc\n```\n\n```python\nd\n```\n"
         "<!-- not run: too long ago -->\n\nwords\n```bash\ne\n```\n"

@@ -28,7 +28,7 @@ def test_failing_stage_keeps_its_figures_and_names_its_error(root: Path, tmp_pat
     assert [figure.name for figure in outcome.figures] == ["first"]
 
 
-def test_missed_goal_and_missing_package_are_told_apart(root: Path, tmp_path: Path) -> None:
+def test_missed_goal_and_missing_package_are_reported_differently(root: Path, tmp_path: Path) -> None:
     def short(_: Bench) -> Iterator[Figure]:
         yield Figure("speed", 2.0, "s", "at most 1 s", False)
 

@@ -22,9 +22,7 @@ def server(root: Path, tiny_weights: Path, tmp_path: Path) -> Iterator[CogServer
         yield server
 
 
-def test_cuda_error_that_passes_leaves_the_server_ready_and_one_that_stays_does_not(
-    server: CogServer, tmp_path: Path
-) -> None:
+def test_server_stays_ready_after_a_transient_cuda_error_only(server: CogServer, tmp_path: Path) -> None:
     assert server.predict(**SMALL)["status"] == "succeeded" and server.health()["status"] == "READY"
     (tmp_path / "step_fails").touch()
     assert server.predict(**SMALL)["status"] == "failed"

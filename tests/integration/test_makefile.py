@@ -46,7 +46,9 @@ def make(root: Path, *arguments: str, **environment: str) -> subprocess.Complete
     ],
 )
 @pytest.mark.parametrize("way", ["argument", "environment"])
-def test_prompt_arrives_as_written(root: Path, tmp_path: Path, venv: Path, prompt: str, way: str) -> None:
+def test_make_predict_passes_the_prompt_unchanged(
+    root: Path, tmp_path: Path, venv: Path, prompt: str, way: str
+) -> None:
     prompt = prompt.replace("{tmp}", str(tmp_path))
     done = (
         make(root, "predict", f"VENV={venv}", f"PROMPT={prompt}")
@@ -58,7 +60,7 @@ def test_prompt_arrives_as_written(root: Path, tmp_path: Path, venv: Path, promp
     assert not (tmp_path / "pwned").exists()
 
 
-def test_second_run_sets_nothing_up(root: Path, tmp_path: Path, venv: Path) -> None:
+def test_second_run_installs_nothing(root: Path, tmp_path: Path, venv: Path) -> None:
     for _ in range(2):
         make(root, "predict", f"VENV={venv}", "PROMPT=a lemon")
     calls = (tmp_path / "calls").read_text().splitlines()
@@ -67,20 +69,20 @@ def test_second_run_sets_nothing_up(root: Path, tmp_path: Path, venv: Path) -> N
     assert calls[-2:] == ["-m clipgen generate -- a lemon"] * 2
 
 
-def test_no_prompt_is_a_message(root: Path, tmp_path: Path, venv: Path) -> None:
+def test_make_predict_without_a_prompt_is_refused(root: Path, tmp_path: Path, venv: Path) -> None:
     done = make(root, "predict", f"VENV={venv}")
     assert done.returncode == 2
     assert 'make predict PROMPT="' in done.stderr
     assert not (tmp_path / "calls").exists()
 
 
-def test_unusable_python_is_a_message(root: Path, tmp_path: Path) -> None:
+def test_unusable_python_is_refused(root: Path, tmp_path: Path) -> None:
     done = make(root, "predict", f"VENV={tmp_path}/none", "PROMPT=a lemon", "PYTHON=false")
     assert done.returncode == 2
     assert "needs Python 3.11" in done.stderr
 
 
-def test_python_without_venv_is_a_message(root: Path, tmp_path: Path) -> None:
+def test_python_without_venv_is_refused(root: Path, tmp_path: Path) -> None:
     python = tmp_path / "python3"
     python.write_text("#!/bin/sh\ncase $2 in *ensurepip*) exit 1 ;; esac\n")
     python.chmod(0o755)

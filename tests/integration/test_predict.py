@@ -53,7 +53,7 @@ def draw(predictor: Predictor, **given: Any) -> list[Path]:
     return asyncio.run(collect())
 
 
-def test_inputs_and_their_bounds() -> None:
+def test_inputs_have_descriptions_defaults_and_bounds() -> None:
     assert list(PARAMETERS) == [
         *("prompt", "negative_prompt", "image", "image_weight", "keep_rows", "num_outputs", "candidates"),
         *("guidance", "temperature", "top_k", "top_p", "seed", "previews", "output_format", "output_quality"),
@@ -66,7 +66,7 @@ def test_inputs_and_their_bounds() -> None:
     assert PARAMETERS["output_format"].default.choices == ["png", "webp", "jpg"]
 
 
-def test_no_input_at_all_draws_the_default_prompt(predictor: Predictor) -> None:
+def test_prediction_without_inputs_uses_the_default_prompt(predictor: Predictor) -> None:
     (file,) = draw(predictor)
     assert Receipt.from_file(file).text == PARAMETERS["prompt"].default.default
 
@@ -103,7 +103,7 @@ def test_image_alone_and_image_mixed_with_a_prompt(predictor: Predictor) -> None
     assert Receipt.from_file(mixed[0]).text == "a lemon + an image"
 
 
-def test_file_that_cog_has_fetched_draws_the_same_as_its_url(predictor: Predictor, tmp_path: Path) -> None:
+def test_fetched_file_gives_the_same_image_as_its_url(predictor: Predictor, tmp_path: Path) -> None:
     file = tmp_path / "fetched"
     file.write_bytes(base64.b64decode(gradient().split(",")[1]))
     few = {"candidates": 1, "seed": 1}
@@ -166,7 +166,7 @@ def test_rows_to_keep_need_an_image_and_must_fit_the_model(predictor: Predictor)
     assert Image.open(kept).tobytes() != Image.open(free).tobytes()
 
 
-def test_log_tells_what_happened_but_no_prompt(
+def test_log_holds_events_and_times_but_no_prompt(
     predictor: Predictor, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     prompts = {"prompt": "my secret", "negative_prompt": "a secret too"}
@@ -197,7 +197,7 @@ def test_negative_prompt_changes_the_image_and_is_in_the_receipt(predictor: Pred
 
 
 @pytest.mark.parametrize("low", [True, False])
-def test_coverage_is_a_metric_and_a_low_one_a_warning_without_names(
+def test_coverage_is_a_metric_and_low_coverage_logs_a_warning_without_names(
     predictor: Predictor, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], low: bool
 ) -> None:
     metrics: dict[str, Any] = {}
@@ -217,7 +217,7 @@ def test_coverage_is_a_metric_and_a_low_one_a_warning_without_names(
     assert ("This model has seen little like it" in logged) == low and "secret" not in logged
 
 
-def test_set_up_draws_one_image_and_logs_how_long_that_took(
+def test_setup_generates_one_image_and_logs_its_time(
     tiny_weights: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     drawn: list[int] = []

@@ -1,4 +1,4 @@
-"""`clipgen replay`: the same picture from the receipt alone, and the plain truth where that cannot be."""
+"""`clipgen replay`: the same image from its receipt alone, or what differs and why."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ def draw(run: Run, *args: object) -> list[str]:
     return json.loads(result.stdout)["files"]
 
 
-def test_replay_of_a_png_is_the_same(run: Run) -> None:
+def test_replay_of_a_png_matches(run: Run) -> None:
     for file in draw(run, "a lemon", "--mix", "a dog=-0.5"):
         result = run("replay", file)
         assert result.exit_code == 0, result.output
@@ -44,7 +44,7 @@ def test_replay_of_a_png_is_the_same(run: Run) -> None:
         assert "every pixel matches" in result.stdout or "up to rounding" in result.stdout
 
 
-def test_json_and_save_hold_the_redrawn_image(run: Run) -> None:
+def test_replay_json_and_save_hold_the_regenerated_image(run: Run) -> None:
     file = draw(run, "a lemon")[1]
     result = run("replay", file, "--json", "--save", "again.png")
     record = json.loads(result.stdout)
@@ -54,7 +54,7 @@ def test_json_and_save_hold_the_redrawn_image(run: Run) -> None:
 
 
 @pytest.mark.parametrize("suffix", ["webp", "jpg"])
-def test_lossy_files_say_how_far_they_are(run: Run, suffix: str) -> None:
+def test_replay_of_a_lossy_file_reports_the_difference(run: Run, suffix: str) -> None:
     (file, _) = draw(run, "a lemon", "--format", suffix)
     result = run("replay", file, "--json")
     record = json.loads(result.stdout)
@@ -62,14 +62,14 @@ def test_lossy_files_say_how_far_they_are(run: Run, suffix: str) -> None:
     assert "mean difference" in run("replay", file).stdout
 
 
-def test_edited_image_is_different(run: Run) -> None:
+def test_replay_of_an_edited_image_differs(run: Run) -> None:
     (file, _) = draw(run, "a lemon")
     receipt = Receipt.from_file(file)
     from clipgen.images.pixels import load_image, save_image
 
-    picture = load_image(file)
-    picture.paste((255, 0, 0), (0, 0, 8, 8))
-    save_image(picture, file, metadata=receipt.to_metadata())
+    image = load_image(file)
+    image.paste((255, 0, 0), (0, 0, 8, 8))
+    save_image(image, file, metadata=receipt.to_metadata())
     result = run("replay", file)
     assert result.exit_code == 1 and "different" in result.stdout and "edited" in result.stdout
     save_image(Image.new("RGB", (9, 9)), file, metadata=receipt.to_metadata())
@@ -77,7 +77,9 @@ def test_edited_image_is_different(run: Run) -> None:
     assert result.exit_code == 1 and "sizes" in result.stdout
 
 
-def test_other_weights_are_named(run: Run, tiny_weights: Path, tiny_config: ModelConfig, tmp_path: Path) -> None:
+def test_replay_with_other_weights_names_them(
+    run: Run, tiny_weights: Path, tiny_config: ModelConfig, tmp_path: Path
+) -> None:
     (file, _) = draw(run, "a lemon")
     parts = {part: load_file(tiny_weights / f"{part}.safetensors") for part in PARTS}
     parts["gpt"]["head.weight"] = parts["gpt"]["head.weight"].flip(0)
@@ -86,14 +88,14 @@ def test_other_weights_are_named(run: Run, tiny_weights: Path, tiny_config: Mode
     assert result.exit_code == 1 and "weights:" in result.stdout and "edited" not in result.stdout
 
 
-def test_another_precision_is_named(run: Run) -> None:
+def test_replay_in_another_precision_names_it(run: Run) -> None:
     (file, _) = draw(run, "a lemon")
     result = run("replay", file, "--dtype", "int8")
     assert result.exit_code in (0, 1) and "precision: float32 then, int8 now" in result.stdout
 
 
 @pytest.mark.parametrize(("dtype", "device"), [("float16", "cuda NVIDIA H200"), ("bfloat16", "mps")])
-def test_a_device_that_is_not_here(run: Run, dtype: str, device: str) -> None:
+def test_replay_of_an_image_from_a_missing_device_names_it(run: Run, dtype: str, device: str) -> None:
     from dataclasses import replace
 
     from clipgen.images.pixels import load_image, save_image
@@ -107,7 +109,7 @@ def test_a_device_that_is_not_here(run: Run, dtype: str, device: str) -> None:
     assert result.exit_code in (0, 1) and f"device: {device} then" in result.stdout
 
 
-def test_image_prompt_must_be_given_again(run: Run, tmp_path: Path) -> None:
+def test_replay_of_an_image_prompt_needs_the_image(run: Run, tmp_path: Path) -> None:
     photo = tmp_path / "photo.png"
     Image.linear_gradient("L").convert("RGB").save(photo)
     (file, _) = draw(run, "--image", photo)
@@ -119,7 +121,7 @@ def test_image_prompt_must_be_given_again(run: Run, tmp_path: Path) -> None:
     assert run("replay", file, "--image", tmp_path / "other.png", "--image", copy).exit_code == 0
 
 
-def test_what_cannot_be_replayed(run: Run, tmp_path: Path) -> None:
+def test_file_that_cannot_be_replayed_is_refused_with_its_reason(run: Run, tmp_path: Path) -> None:
     draw(run, "a lemon")
     Image.new("RGB", (8, 8)).save(tmp_path / "plain.png")
     (tmp_path / "text.png").write_text("a lemon")

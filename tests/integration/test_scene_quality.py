@@ -28,7 +28,7 @@ def verdict(facts: Facts, **changes: str | None) -> Verdict:
     return Verdict({**said, **{name.replace("_", " "): value for name, value in changes.items()}})
 
 
-def test_prompts_are_the_same_each_time_and_differ_between_splits() -> None:
+def test_prompts_are_reproducible_and_differ_between_splits() -> None:
     prompts = draw_prompts("development", 20, WORDS)
     assert prompts == draw_prompts("development", 20, WORDS)
     assert [prompt.kind for prompt in prompts] == [kind for kind in KINDS for _ in range(20)]
@@ -43,7 +43,7 @@ def test_prompts_of_held_out_kinds_are_held_out_and_the_others_are_not() -> None
             assert prompt.text in ("a beagle", "an old manor")
 
 
-def test_what_is_right_depends_on_the_kind() -> None:
+def test_checked_facts_depend_on_the_kind_of_prompt() -> None:
     facts = Facts((Thing("dog", "blue", "hair", ("long", "pink")),), "flat", "beach")
     assert all(is_right(verdict(facts), facts, kind) for kind in KINDS if not kind.startswith(("pair", "count")))
     other = verdict(facts, object="cat")
@@ -54,7 +54,7 @@ def test_what_is_right_depends_on_the_kind() -> None:
     assert is_right(verdict(three), three, "count") and not is_right(verdict(three, layout="2"), three, "count")
 
 
-def test_pairs_are_right_in_either_order_and_stand_as_said_in_one() -> None:
+def test_pair_is_recognised_in_either_order_and_its_relation_in_one() -> None:
     swapped = replace(PAIR, things=PAIR.things[::-1])
     seen = [verdict(PAIR), verdict(swapped), verdict(replace(swapped, relation="right of"))]
     assert all(is_right(v, PAIR, "pair trained") for v in seen)
@@ -63,7 +63,7 @@ def test_pairs_are_right_in_either_order_and_stand_as_said_in_one() -> None:
     assert not is_right(verdict(replace(PAIR, things=PAIR.things[:1], relation=None)), PAIR, "pair trained")
 
 
-def test_summary_counts_images_best_ones_and_pairs_that_stand() -> None:
+def test_summary_counts_images_best_images_and_placed_pairs() -> None:
     prompt = next(p for p in draw_prompts("test", 1, WORDS) if p.kind == "pair trained")
     images = [Image.new("RGB", (8, 8), colour) for colour in ("black", "white")]
     wrong = verdict(prompt.facts, object="poo")
@@ -77,7 +77,7 @@ def test_difference_of_candidates_is_the_mean_over_pairs() -> None:
     assert differences(images) == pytest.approx((0.2 + 0.4 + 0.2) / 3, abs=1e-6)
 
 
-def test_scene_itself_is_a_near_copy_and_noise_is_not() -> None:
+def test_training_scene_is_a_near_copy_and_noise_is_not() -> None:
     source = scenes("40")
     itself = Image.fromarray(source.image(17))
     noise = Image.fromarray(torch.randint(256, (64, 64, 3), dtype=torch.uint8).numpy())
@@ -89,7 +89,7 @@ def test_scene_itself_is_a_near_copy_and_noise_is_not() -> None:
 
 
 @pytest.mark.slow
-def test_judge_learns_styles_and_grounds_from_scenes_and_is_kept(tmp_path: Path) -> None:
+def test_judge_learns_styles_and_grounds_and_is_cached(tmp_path: Path) -> None:
     source = Scenes(RENDERS, draw, seed=7)
     judge = load_judge(source, tmp_path / "judge.safetensors", count=600, epochs=120)
     unseen = [10_000 + i for i in range(100)]

@@ -29,13 +29,13 @@ def source(root: Path) -> str:
     return (root / "predict.py").read_text(encoding="utf-8")
 
 
-def test_schema_of_an_older_predictor_equals_what_cog_made_of_it(golden: Path) -> None:
+def test_schema_of_an_older_predictor_equals_that_of_cog(golden: Path) -> None:
     older = (golden / "predict_43da29e.py.txt").read_text(encoding="utf-8")
     assert openapi(older) == json.loads((golden / "openapi_43da29e.json").read_text())
     assert max_concurrency(older) == 8
 
 
-def test_descriptions_that_cog_would_garble_are_seen_in_the_older_predictor(golden: Path) -> None:
+def test_descriptions_that_cog_would_garble_are_detected(golden: Path) -> None:
     older = (golden / "predict_43da29e.py.txt").read_text(encoding="utf-8")
     assert garbled(older) == ["keep_rows", "top_p", "previews"]
 
@@ -57,7 +57,7 @@ def garbled(source: str) -> list[str]:
     return found
 
 
-def test_schema_of_the_predictor_is_what_it_declares(source: str) -> None:
+def test_schema_equals_the_declaration_of_the_predictor(source: str) -> None:
     document = openapi(source)
     schemas = document["components"]["schemas"]
     properties = schemas["Input"]["properties"]
@@ -72,7 +72,7 @@ def test_schema_of_the_predictor_is_what_it_declares(source: str) -> None:
     assert max_concurrency(source) == 8
 
 
-def test_default_prompt_of_the_schema_is_the_one_that_an_image_replaces() -> None:
+def test_default_prompt_of_the_schema_is_that_of_the_service() -> None:
     assert FIELDS["prompt"].default == DEFAULT_PROMPT
 
 
@@ -122,7 +122,7 @@ def test_wrong_host_or_port_is_one_line(root: Path, host: str, port: object, wor
     assert words in re.sub(r"\s+", " ", done.stderr)
 
 
-def test_names_become_numeric_addresses_and_ipv6_gets_brackets() -> None:
+def test_host_names_become_numeric_addresses_with_brackets_around_ipv6() -> None:
     with listening("127.0.0.1") as port:
         pass
     assert find_address("127.0.0.1", port) == "127.0.0.1"

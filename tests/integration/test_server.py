@@ -76,12 +76,12 @@ def receipt(answer: Answer) -> Receipt:
 GRADIENT = encoded(Image.linear_gradient("L"), "PNG")
 
 
-def test_request_without_inputs_draws_the_default_prompt(server: CogServer) -> None:
+def test_request_without_inputs_uses_the_default_prompt(server: CogServer) -> None:
     answer = server.http.post("/predictions", json={"input": {}}).json()
     assert receipt(answer).text == DEFAULT_PROMPT
 
 
-def test_outputs_are_data_urls_best_first_and_metrics_say_how(server: CogServer) -> None:
+def test_outputs_are_data_urls_best_first_with_metrics(server: CogServer) -> None:
     answer = server.predict(prompt="a lemon", num_outputs=2, candidates=3, seed=0)
     assert len({image.tobytes() for image in images(answer)}) == 2
     assert [url.partition(",")[0] for url in answer["output"]] == ["data:image/png;base64"] * 2
@@ -90,7 +90,7 @@ def test_outputs_are_data_urls_best_first_and_metrics_say_how(server: CogServer)
     assert len(metrics["scores"]) == 2 and metrics["scores"] == sorted(metrics["scores"], reverse=True)
 
 
-def test_image_alone_is_varied_and_output_format_is_heeded(server: CogServer) -> None:
+def test_image_alone_is_varied_in_the_requested_format(server: CogServer) -> None:
     answer = server.predict(image=url(GRADIENT), candidates=1, output_format="webp", output_quality=50)
     assert images(answer)[0].format == "WEBP"
     alone = server.predict(image=url(GRADIENT), candidates=1, seed=0)
@@ -99,7 +99,7 @@ def test_image_alone_is_varied_and_output_format_is_heeded(server: CogServer) ->
 
 
 @pytest.mark.parametrize("wrap", ["\n", "\r\n"])
-def test_base64_in_lines_is_the_same_image(server: CogServer, wrap: str) -> None:
+def test_wrapped_base64_is_the_same_image(server: CogServer, wrap: str) -> None:
     lines = base64.encodebytes(GRADIENT).decode().replace("\n", wrap)
     assert lines.count(wrap) > 3
     wrapped = server.predict(image=f"data:image/png;base64,{lines}", candidates=1, seed=0)
@@ -107,13 +107,13 @@ def test_base64_in_lines_is_the_same_image(server: CogServer, wrap: str) -> None
     assert images(wrapped)[0].tobytes() == images(plain)[0].tobytes()
 
 
-def test_long_prompt_is_drawn_and_the_answer_tells_what_was_not_read(server: CogServer) -> None:
+def test_long_prompt_is_truncated_and_the_metrics_hold_the_rest(server: CogServer) -> None:
     answer = server.predict(prompt=" ".join(f"word{i}" for i in range(500)), candidates=1)
     assert images(answer) and 0 < len(answer["metrics"]["dropped"]) <= 2000
     assert "too long" in answer["logs"] and "word" not in answer["logs"]
 
 
-def test_whole_number_written_with_a_point_is_that_number(server: CogServer) -> None:
+def test_whole_number_with_a_decimal_point_is_accepted(server: CogServer) -> None:
     answer = server.predict(prompt="a", candidates=2.0, num_outputs=1.0, seed=7.0, top_k=5.0)
     found = receipt(answer)
     assert (found.candidates, found.num_outputs, found.seed, found.top_k) == (2, 1, 7, 5)
@@ -136,7 +136,7 @@ def test_whole_number_written_with_a_point_is_that_number(server: CogServer) -> 
         ({"image": url(b"not an image", "text/plain")}, "is not an image that can be read"),
     ],
 )
-def test_refusals_that_are_ours_are_alike_with_and_without_schema(
+def test_refusals_by_the_predictor_are_the_same_with_and_without_schema(
     server: CogServer, inputs: dict[str, Any], words: str
 ) -> None:
     answer = server.predict(**inputs)
@@ -161,7 +161,7 @@ OUT_OF_BOUNDS = [
 
 
 @pytest.mark.parametrize(("name", "value", "words"), OUT_OF_BOUNDS)
-def test_value_out_of_bounds_without_schema_fails_with_a_sentence(
+def test_value_out_of_bounds_without_schema_fails_with_its_name(
     bare: CogServer, name: str, value: Any, words: str
 ) -> None:
     answer = bare.predict(**{"prompt": "a", name: value})
@@ -169,7 +169,7 @@ def test_value_out_of_bounds_without_schema_fails_with_a_sentence(
 
 
 @pytest.mark.parametrize(("name", "value", "words"), OUT_OF_BOUNDS)
-def test_value_out_of_bounds_with_schema_is_a_422_that_names_it(
+def test_value_out_of_bounds_with_schema_is_a_422_with_its_name(
     image_like: CogServer, name: str, value: Any, words: str
 ) -> None:
     answer = image_like.http.post("/predictions", json={"input": {"prompt": "a", name: value}})
@@ -177,7 +177,7 @@ def test_value_out_of_bounds_with_schema_is_a_422_that_names_it(
     assert [found["loc"] for found in answer.json()["detail"]] == [["body", "input", name]]
 
 
-def test_null_is_refused_with_schema_and_is_the_default_without(bare: CogServer, image_like: CogServer) -> None:
+def test_null_is_refused_with_schema_and_the_default_without(bare: CogServer, image_like: CogServer) -> None:
     inputs = {"prompt": "a", "candidates": 1, "seed": 1, "guidance": None, "image": None}
     assert images(bare.predict(**inputs))
     answer = image_like.http.post("/predictions", json={"input": inputs})
@@ -198,7 +198,7 @@ def test_openapi_is_the_schema_of_the_predictor(bare: CogServer, image_like: Cog
     assert bare.http.get("/openapi.json").status_code == 503
 
 
-def test_nan_which_is_no_json_is_refused(server: CogServer) -> None:
+def test_nan_is_refused_as_invalid_json(server: CogServer) -> None:
     body = '{"input": {"prompt": "a", "temperature": NaN}}'
     answer = server.http.post("/predictions", content=body, headers={"Content-Type": "application/json"})
     assert answer.status_code == 400 and "temperature" in answer.text
@@ -212,7 +212,7 @@ def test_two_requests_at_once_get_their_own_images(server: CogServer) -> None:
     assert a[0].tobytes() != b[0].tobytes()
 
 
-def test_cancelling_frees_the_model_at_once(bare: CogServer) -> None:
+def test_cancelled_prediction_frees_the_model_at_once(bare: CogServer) -> None:
     slow = {"prompt": "a", "candidates": 64, "num_outputs": 1}
     started = time.monotonic()
     assert bare.predict(**slow)["status"] == "succeeded"
@@ -231,7 +231,7 @@ def test_cancelling_frees_the_model_at_once(bare: CogServer) -> None:
     assert not has_traceback(bare.log.read_text())
 
 
-def test_previews_are_streamed_apart_from_the_outputs(image_like: CogServer) -> None:
+def test_previews_are_streamed_separately_from_the_outputs(image_like: CogServer) -> None:
     inputs = {"prompt": "a lemon", "candidates": 2, "num_outputs": 2, "seed": 0}
     found = image_like.stream(**inputs, previews=3)
     plain = image_like.predict(**inputs)
@@ -244,7 +244,7 @@ def test_previews_are_streamed_apart_from_the_outputs(image_like: CogServer) -> 
     assert [a.tobytes() for a in images(answer)] == [b.tobytes() for b in images(plain)]
 
 
-def test_eight_at_once_share_the_engine_and_get_their_own(server: CogServer) -> None:
+def test_eight_concurrent_requests_get_their_own_images(server: CogServer) -> None:
     seeds = range(8)
 
     def ask(seed: int) -> Answer:
@@ -266,7 +266,7 @@ def test_cancelling_an_unknown_prediction_is_404(server: CogServer) -> None:
 
 
 @pytest.mark.slow
-def test_missing_weights_fail_the_set_up(tmp_path: Path) -> None:
+def test_missing_weights_fail_setup(tmp_path: Path) -> None:
     server = CogServer(tmp_path, CLIPGEN_WEIGHTS=str(tmp_path / "nowhere"))
     try:
         assert server.wait()["status"] == "SETUP_FAILED"

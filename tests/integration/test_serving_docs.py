@@ -118,7 +118,7 @@ def ask(server: CogServer, probe: dict[str, Any]) -> bool:
     return done.returncode == 0
 
 
-def test_probes_tell_the_states_of_a_server_apart(root: Path, tiny_weights: Path, tmp_path: Path) -> None:
+def test_probes_distinguish_the_states_of_a_server(root: Path, tiny_weights: Path, tmp_path: Path) -> None:
     startup, readiness, liveness = probes(root).values()
     server = CogServer(tmp_path, CLIPGEN_WEIGHTS=str(tiny_weights))
     try:
@@ -142,7 +142,7 @@ def test_probes_tell_the_states_of_a_server_apart(root: Path, tiny_weights: Path
         server.stop()
 
 
-def test_examples_of_the_model_page_are_inputs_that_draw(root: Path, server: CogServer) -> None:
+def test_examples_of_the_model_page_are_valid_inputs(root: Path, server: CogServer) -> None:
     page = root / "docs" / "model-page.md"
     examples = read_examples(page)
     assert "the-defaults" in examples and len(examples) >= 3
@@ -152,7 +152,7 @@ def test_examples_of_the_model_page_are_inputs_that_draw(root: Path, server: Cog
         )
 
 
-def test_images_of_the_model_page_were_drawn_by_its_examples(root: Path) -> None:
+def test_images_of_the_model_page_come_from_its_examples(root: Path) -> None:
     page = root / "docs" / "model-page.md"
     linked = set(re.findall(r"\]\((model-page/.*?)\)", page.read_text(encoding="utf-8")))
     assert linked == {f"model-page/{path.name}" for path in page.with_suffix("").iterdir()}

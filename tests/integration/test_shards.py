@@ -34,7 +34,7 @@ FEW = ["--num-outputs", 2, "--candidates", 2, "--seed", 7, "--device", "cpu", "-
 @pytest.fixture
 def prompts(tmp_path: Path) -> Path:
     path = tmp_path / "prompts.txt"
-    path.write_text("".join(f"picture number {i}\n" for i in range(COUNT)))
+    path.write_text("".join(f"prompt number {i}\n" for i in range(COUNT)))
     return path
 
 
@@ -43,7 +43,7 @@ def run(tiny_weights: Path, prompts: Path, tmp_path: Path, monkeypatch: pytest.M
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("CLIPGEN_WEIGHTS", str(tiny_weights))
     before = torch.get_num_threads()
-    torch.set_num_threads(1)  # as torchrun has it: in float32 their number decides how sums are rounded
+    torch.set_num_threads(1)  # as under torchrun: the number of threads changes the rounding of float32 sums
     yield lambda *args: CliRunner().invoke(app, ["generate", "--prompts-file", "prompts.txt", *map(str, args)])
     torch.set_num_threads(before)
 
@@ -52,7 +52,7 @@ def tars(folder: Path) -> dict[str, bytes]:
     return {path.name: path.read_bytes() for path in sorted(folder.glob("*.tar"))}
 
 
-def test_shards_hold_pictures_and_receipts_that_draw_them_again(run: Run, tiny_weights: Path) -> None:
+def test_receipt_in_a_shard_generates_the_same_image_again(run: Run, tiny_weights: Path) -> None:
     result = run("--shards", "bulk", *FEW, "--json")
     assert result.exit_code == 0, result.output
     told = [json.loads(line) for line in result.stdout.splitlines()]
@@ -63,18 +63,18 @@ def test_shards_hold_pictures_and_receipts_that_draw_them_again(run: Run, tiny_w
     assert sorted(path.name for path in Path("bulk").iterdir()) == [
         ".lock", "000000.tar", "000001.tar", "index.json",
     ]  # fmt: skip
-    assert len(open_source("bulk").names) == 2 * COUNT  # as training reads it
+    assert len(open_source("bulk").names) == 2 * COUNT  # training can read it
     with tarfile.open("bulk/000001.tar") as tar:
         assert tar.getnames()[:4] == ["000064-1.png", "000064-1.json", "000064-2.png", "000064-2.json"]
         image, text = (tar.extractfile(name).read() for name in tar.getnames()[:2])  # type: ignore[union-attr]
     receipt = Receipt.from_metadata({KEY: text.decode()})
-    assert receipt.text == "picture number 64" and receipt.seed == 7
+    assert receipt.text == "prompt number 64" and receipt.seed == 7
     pipe = ClipGen.from_pretrained(tiny_weights, "cpu", "float32")
     redrawn = pipe.generate([receipt.request()])[0].images[0]
     assert redrawn.tobytes() == Image.open(io.BytesIO(image)).tobytes()
 
 
-def test_keys_are_line_numbers_whatever_stands_in_the_lines(run: Run) -> None:
+def test_keys_in_shards_are_line_numbers_of_the_prompts(run: Run) -> None:
     lines = ["a lemon", "", "a\u2028red\x0bheart\x85", "   ", "a dog", *[""] * 130, "a cat"]
     Path("prompts.txt").write_bytes("\ufeff".encode() + "\r\n".join(lines).encode())
     result = run("--shards", "bulk", *FEW[2:], "--num-outputs", 1, "--candidates", 1)
@@ -91,7 +91,7 @@ def test_keys_are_line_numbers_whatever_stands_in_the_lines(run: Run) -> None:
     assert "all of its shards" in run("--shards", "bulk", *FEW[2:], "--num-outputs", 1, "--candidates", 1).stderr
 
 
-def test_folder_begun_by_commit_43da29e_is_resumed(run: Run, golden: Path) -> None:
+def test_folder_written_by_commit_43da29e_is_resumed(run: Run, golden: Path) -> None:
     Path("prompts.txt").write_text("a lemon\na red heart\n")
     few = ["--num-outputs", 1, "--candidates", 1, "--negative", "a dog", "--guidance", 2]
     assert run("--shards", "now", *few, "--seed", 7).exit_code == 0
@@ -99,11 +99,11 @@ def test_folder_begun_by_commit_43da29e_is_resumed(run: Run, golden: Path) -> No
     assert now == then | {"weights": now["weights"]}
 
 
-def test_each_process_writes_its_part_of_what_one_does(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_two_processes_write_the_shards_of_one(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
     few = [*FEW[2:], "--num-outputs", 1, "--candidates", 1]
     assert run("--shards", "one", *few).exit_code == 0
     monkeypatch.setenv("WORLD_SIZE", "2")
-    for rank in (1, 0):  # they need not even run at the same time
+    for rank in (1, 0):  # one after the other
         monkeypatch.setenv("RANK", str(rank))
         assert run("--shards", "two", *few).exit_code == 0
         assert f"{rank:06d}.tar" in tars(Path("two"))
@@ -112,7 +112,9 @@ def test_each_process_writes_its_part_of_what_one_does(run: Run, monkeypatch: py
 
 
 @pytest.mark.slow
-def test_torchrun_starts_two_at_once(run: Run, prompts: Path, tmp_path: Path, tiny_weights: Path, root: Path) -> None:
+def test_torchrun_with_two_processes_writes_the_shards_of_one(
+    run: Run, prompts: Path, tmp_path: Path, tiny_weights: Path, root: Path
+) -> None:
     assert run("--shards", "one", *FEW).exit_code == 0
     torchrun = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", 2, "-m", "clipgen"]
     more = ["generate", "--prompts-file", prompts, "--shards", tmp_path / "two", "--weights", tiny_weights, *FEW]
@@ -121,8 +123,8 @@ def test_torchrun_starts_two_at_once(run: Run, prompts: Path, tmp_path: Path, ti
     assert tars(tmp_path / "two") == tars(tmp_path / "one") and len(tars(tmp_path / "one")) == 2
 
 
-def test_killed_it_goes_on_with_finished_shards_kept(run: Run, tmp_path: Path, tiny_weights: Path) -> None:
-    (tmp_path / "prompts.txt").write_text("".join(f"picture number {i}\n" for i in range(400)))
+def test_killed_run_resumes_and_keeps_finished_shards(run: Run, tmp_path: Path, tiny_weights: Path) -> None:
+    (tmp_path / "prompts.txt").write_text("".join(f"prompt number {i}\n" for i in range(400)))
     folder, few = tmp_path / "bulk", ["--num-outputs", 1, "--candidates", 1, "--dtype", "float32"]
     arguments = ["generate", "--prompts-file", "prompts.txt", "--shards", folder, "--weights", tiny_weights, *few]
     process = start("cli_process", arguments, tmp_path / "log")
@@ -135,7 +137,7 @@ def test_killed_it_goes_on_with_finished_shards_kept(run: Run, tmp_path: Path, t
         with tarfile.open(path) as tar:
             assert len(tar.getnames()) == 128
     seed = json.loads((folder / "index.json").read_text())["seed"]
-    assert run("--shards", folder, *few).exit_code == 0  # without --seed: the folder's own
+    assert run("--shards", folder, *few).exit_code == 0  # without --seed the one in the folder is used
     assert {path: path.stat().st_mtime_ns for path in kept} == kept
     assert run("--shards", "whole", *few, "--seed", seed).exit_code == 0
     assert tars(folder) == tars(tmp_path / "whole") and len(tars(folder)) == 7
@@ -144,7 +146,7 @@ def test_killed_it_goes_on_with_finished_shards_kept(run: Run, tmp_path: Path, t
     assert done.exit_code == 0 and not done.stdout and "all of its shards are in" in done.stderr
 
 
-def test_another_work_is_refused(run: Run) -> None:
+def test_folder_of_other_prompts_or_settings_is_refused(run: Run) -> None:
     Path("prompts.txt").write_text("a\nb\n")
     few = ["--num-outputs", 1, "--candidates", 1]
     assert run("--shards", "bulk", *few, "--seed", 1).exit_code == 0
@@ -160,7 +162,7 @@ def test_another_work_is_refused(run: Run) -> None:
     assert "--shards 'bulk' cannot be used" in run("--shards", "bulk", *few).stderr
 
 
-def test_a_shard_that_cannot_be_written_is_not_there(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_shard_that_cannot_be_written_leaves_no_file(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
     Path("prompts.txt").write_text("a\n")
 
     def full(*_: object) -> None:
@@ -173,7 +175,7 @@ def test_a_shard_that_cannot_be_written_is_not_there(run: Run, monkeypatch: pyte
     assert sorted(path.name for path in Path("bulk").iterdir()) == [".lock", "index.json"]
 
 
-def test_several_processes_need_shards(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_several_processes_without_shards_are_refused(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("WORLD_SIZE", "2")
     result = run(*FEW)
     assert result.exit_code == 2 and "only with --shards DIR" in result.stderr

@@ -43,7 +43,7 @@ def near(a: Image.Image, b: Image.Image) -> bool:
     return a.size == b.size and int(np.abs(np.asarray(a).astype(int) - np.asarray(b)).max()) <= 1
 
 
-def test_every_cell_is_what_generate_draws(run: Run) -> None:
+def test_cell_of_a_sheet_equals_the_image_of_generate(run: Run) -> None:
     found = record(run("sheet", "a lemon", "--guidance", "1,3", "--top-k", "4,8,16", "--temperature", "0.9", *HERE))
     assert found["axes"] == {"guidance": [1, 3], "top_k": [4, 8, 16]} and len(found["clip_scores"]) == 6
     sheet = Image.open(found["file"]).convert("RGB")
@@ -64,7 +64,7 @@ def test_negative_prompt_applies_to_every_cell(run: Run) -> None:
     assert refused.exit_code == 2 and "guidance is 1" in refused.stderr
 
 
-def test_one_setting_makes_a_row(run: Run) -> None:
+def test_sheet_of_one_setting_is_a_row(run: Run) -> None:
     found = record(run("sheet", "a lemon", "--guidance", "1,2,4,8", *HERE))
     assert found["axes"] == {"guidance": [1, 2, 4, 8]}
     assert Image.open(found["file"]).width == 4 * 34 - 2
@@ -108,7 +108,7 @@ def test_morph_strip_ends_with_the_images_of_generate(run: Run) -> None:
     assert near(strip.convert("RGB").crop(box), Image.open(file).convert("RGB"))
 
 
-def test_an_animation_goes_there_and_back(run: Run) -> None:
+def test_gif_of_a_morph_plays_forward_and_back(run: Run) -> None:
     found = record(run("morph", "a lemon", "a heart", "--steps", 4, "--gif", *HERE))
     with Image.open(found["file"]) as animation:
         assert animation.format == "GIF" and animation.info["loop"] == 0
@@ -150,12 +150,12 @@ def test_arc_is_linear_between_equal_or_opposite_ends() -> None:
 
 
 @given(st.lists(st.text(max_size=30), min_size=1, max_size=3), st.lists(st.text(max_size=9), min_size=1, max_size=3))
-def test_labelled_grid_takes_any_label(columns: list[str], rows: list[str]) -> None:
+def test_labelled_grid_accepts_any_label(columns: list[str], rows: list[str]) -> None:
     images = [Image.new("RGB", (32, 32))] * (len(columns) * len(rows))
     assert labelled_grid(images, columns, rows, "日本 🍋 " * 9).width >= len(columns) * 34 - 2
 
 
-def test_figures_refuse_what_does_not_fit(tmp_path: Path) -> None:
+def test_grid_and_gif_refuse_wrong_counts_and_paths(tmp_path: Path) -> None:
     with pytest.raises(DataError, match="do not fill"):
         labelled_grid([Image.new("RGB", (8, 8))], ["a", "b"], [""])
     with pytest.raises(DataError, match="at least one"):

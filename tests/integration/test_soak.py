@@ -67,14 +67,14 @@ def test_prediction_without_exactly_one_end_is_a_problem(
     assert bool(soak.problems) == bool(words) and words in "".join(soak.problems)
 
 
-def test_webhook_that_is_called_twice_is_a_problem(tmp_path: Path) -> None:
+def test_webhook_called_twice_is_a_problem(tmp_path: Path) -> None:
     soak = Soak("")
     soak.hooks["a"] = [{}, {}]
     account(soak, server(tmp_path))
     assert "webhooks" in soak.problems[0]
 
 
-def test_memory_slope_is_of_each_start_after_warming_up() -> None:
+def test_memory_slope_excludes_the_warm_up_of_each_start() -> None:
     first = [(1, float(second), 500.0 + (300 if second < 10 else second)) for second in range(100)]
     second = [(2, 200.0 + second, 700.0) for second in range(50)]
     a, b = slope(first + second, warm=10)

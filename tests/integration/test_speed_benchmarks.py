@@ -1,4 +1,4 @@
-"""The benchmarks of decoding count and compare what they say; a tiny model, so that the numbers mean nothing."""
+"""The benchmarks of decoding: counts, comparisons and tables, on a tiny model whose times mean nothing."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from clipgen.models.gpt import GPT, Linear
 TINY = GPTConfig(n_layer=2, n_head=2, n_embd=32, vocab_size=600, block_size=12, n_cond=16)
 
 
-def test_the_floor_counts_every_weight_that_a_step_multiplies_with() -> None:
+def test_roofline_counts_every_weight_of_a_step() -> None:
     linears = [m.weight.numel() for m in GPT(TINY).blocks.modules() if isinstance(m, Linear)]
     assert roofline.matrix_weights(TINY) == sum(linears) + TINY.n_embd * TINY.vocab_size
     one, two = (roofline.step_bytes(TINY, 1, size, 12) for size in (1, 2))
@@ -32,7 +32,7 @@ def test_the_floor_counts_every_weight_that_a_step_multiplies_with() -> None:
     assert slow_products == pytest.approx(12 * roofline.step_flops(TINY, 1))
 
 
-def test_all_contenders_run_and_the_table_compares_them() -> None:
+def test_all_decoders_run_and_are_in_the_table() -> None:
     pytest.importorskip("transformers")
     results, bandwidth = decode.measure(TINY, [1, 2], 1, decode.NAMES)
     assert len(results) == 2 * len(decode.NAMES) and len(bandwidth) == 2
@@ -47,13 +47,13 @@ def test_all_contenders_run_and_the_table_compares_them() -> None:
     assert "share" in ours and "share" not in theirs
 
 
-def test_the_exponent_tells_linear_from_quadratic() -> None:
+def test_exponent_of_linear_and_quadratic_times() -> None:
     assert scaling.exponent([(64, 1.0), (128, 2.0)]) == pytest.approx(1)
     assert scaling.exponent([(8, 9.0), (64, 1.0), (256, 16.0)]) == pytest.approx(2)
     assert scaling.exponent([(64, 1.0)]) is None
 
 
-def test_both_loops_are_timed_and_drawn(tmp_path: Path) -> None:
+def test_cached_and_uncached_decoding_are_timed_and_plotted(tmp_path: Path) -> None:
     series = scaling.measure(TINY, [8, 4], 1, whole=4)
     assert [n for n, _ in series["cached"]] == [4, 8] and [n for n, _ in series["uncached"]] == [4]
     plot(series, "seconds", tmp_path / "plot.png", logarithmic=True)
@@ -71,7 +71,7 @@ def test_precisions_are_compared_on_the_same_tokens(tiny_weights: Path) -> None:
     assert "| int8 |" in precision.to_table(list(rows.values()))
 
 
-def test_busy_measures_a_command_under_every_condition_that_can_be_made() -> None:
+def test_busy_measures_a_command_under_every_possible_condition() -> None:
     code = "import os, time; time.sleep(0.02); print(os.getpid())"
     times = busy.measure(["-c", code], 2)
     assert set(times) >= {"idle", "beside one busy loop", "beside two busy loops"}

@@ -1,4 +1,4 @@
-"""The benchmark of training counts what is computed; a tiny model, so that its rates mean nothing."""
+"""The benchmark of training: counted operations, recipes and table, on a tiny model whose rates mean nothing."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ def config(tiny_config: ModelConfig, tmp_path: Path) -> Config:
     return load_config(write_config(tiny_config, tmp_path / "tiny.yaml"), ["stage2.neighbours=0"])
 
 
-def test_the_formula_of_the_gpt_is_what_a_step_computes() -> None:
+def test_gpt_flops_equal_the_counted_operations_of_a_step() -> None:
     config = GPTConfig(n_layer=3, n_head=2, n_embd=64, vocab_size=300, block_size=48, n_cond=8)
     with torch.device("meta"):
         gpt, tokens, condition = GPT(config), torch.zeros(2, 47, dtype=torch.long), torch.zeros(2, 8)
@@ -47,23 +47,21 @@ def test_float32_products_are_timed_in_the_precision_of_convolutions(monkeypatch
     assert seen == ["high"] and torch.get_float32_matmul_precision() == before
 
 
-def test_stage_1_is_counted_with_and_without_its_gan(config: Config) -> None:
-    convolution = 2 * 8 * 8 * 48 * 32 * 9  # one of many: 4 x 4 pixels folded into 48 channels, then 3 x 3
+def test_stage1_flops_are_counted_with_and_without_the_gan(config: Config) -> None:
+    convolution = 2 * 8 * 8 * 48 * 32 * 9  # one of many: 4 x 4 pixels folded into 48 channels, then a 3 x 3 kernel
     plain = training.stage1_flops(replace(config, stage1=replace(config.stage1, disc_start=99)))
     assert plain > 6 * convolution
     assert training.stage1_flops(config) > 1.05 * plain
 
 
-def test_every_part_runs_and_the_table_compares_them(
-    config: Config, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_every_recipe_runs_and_is_in_the_table(config: Config, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(training, "matrix_rate", lambda *_: 1e9)  # seconds
     cpu = torch.device("cpu")
     small = replace(config, model=replace(config.model, gpt=replace(config.model.gpt, n_cond=384)))
-    pictures = training.made_up_pictures(tmp_path / "pictures", 32)
-    found = [{"part": "stage 1, plain", **training.measure_stage1(config, "plain", 1, pictures, cpu)}]
+    images = training.write_noise_images(tmp_path / "images", 32)
+    found = [{"part": "stage 1, plain", **training.measure_stage1(config, "plain", 1, images, cpu)}]
     for source in ("pixels", "tokens"):
-        part = training.measure_stage2(small, source, 1, pictures, cpu)
+        part = training.measure_stage2(small, source, 1, images, cpu)
         assert part["tokens_per_s"] == pytest.approx(16 * 4 / part["seconds"])
         found.append({"part": f"stage 2, from {source}", **part})
     results = [row | {"flops_per_image": 1e6, "share": 0.25} for row in found]
@@ -72,7 +70,7 @@ def test_every_part_runs_and_the_table_compares_them(
 
 
 @pytest.mark.slow
-def test_it_runs_as_a_script(config: Config, root: Path, tmp_path: Path) -> None:
+def test_training_benchmark_runs_as_a_script(config: Config, root: Path, tmp_path: Path) -> None:
     flags = ["--config", tmp_path / "tiny.yaml", "--steps", 1, "--recipes", "channels-last", "--json"]
     command = [sys.executable, root / "benchmarks" / "training.py", *flags, "model.gpt.n_cond=384"]
     more = ["stage2.neighbours=0", "stage2.precision=bf16"]
@@ -80,5 +78,5 @@ def test_it_runs_as_a_script(config: Config, root: Path, tmp_path: Path) -> None
     report = json.loads(done.stdout)
     parts = ["stage 1, channels-last", "stage 2, from pixels", "stage 2, from tokens"]
     assert [row["part"] for row in report["results"]] == parts
-    # A tiny model's share of the matrix rate says nothing: where bfloat16 is emulated it may be any number.
+    # For a tiny model the share of the matrix rate means nothing; with emulated bfloat16 it may be any number.
     assert all(row["share"] > 0 and row["images_per_s"] > 0 for row in report["results"])

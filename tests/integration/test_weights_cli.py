@@ -111,13 +111,13 @@ def test_list_as_json(run: Run, tmp_path: Path) -> None:
     assert openai["files"][0]["sha256"] == "40d365715913c9da98579312b702a82c18be219cc2a73407c4526f58eba950af"
 
 
-def test_without_a_command_there_is_help(run: Run) -> None:
+def test_weights_without_a_command_shows_help(run: Run) -> None:
     result = run()
     assert result.exit_code == 0
     assert all(command in result.stdout for command in ("list", "fetch", "verify", "convert", "info"))
 
 
-def test_fetches_resumes_records_and_reuses(
+def test_fetch_resumes_records_hashes_and_reuses_the_cache(
     run: Run, mirror: Server, bad_checkpoints: dict[str, bytes], tmp_path: Path
 ) -> None:
     mirror.files = dict(bad_checkpoints)
@@ -134,7 +134,7 @@ def test_fetches_resumes_records_and_reuses(
     assert hashlib.sha256(paths[0].read_bytes()).hexdigest() in run("list", "--json").stdout
 
 
-def test_what_was_fetched_and_does_not_fit_makes_no_model(
+def test_fetched_files_that_do_not_fit_make_no_model(
     run: Run, mirror: Server, bad_checkpoints: dict[str, bytes]
 ) -> None:
     mirror.files = dict(bad_checkpoints)
@@ -183,20 +183,20 @@ def test_wrong_bytes_are_refused_and_leave_nothing(run: Run, mirror: Server, tmp
 
 
 @pytest.mark.parametrize("status", [403, 404])
-def test_a_refusal_is_one_line(run: Run, mirror: Server, status: int) -> None:
+def test_refused_download_is_one_line(run: Run, mirror: Server, status: int) -> None:
     mirror.default = Answer(status=status)
     line = mistake(run("fetch", "taming-imagenet-f16-16384"))
     assert f"answered {status}" in line and "heibox.uni-heidelberg.de" in line and "CLIPGEN_MIRROR" in line
 
 
-def test_offline_says_which_files_to_put_where(run: Run, tmp_path: Path) -> None:
+def test_offline_fetch_names_files_and_their_places(run: Run, tmp_path: Path) -> None:
     line = mistake(run("fetch", "coco"))
     for file in CATALOG["coco"].files:
         assert f"download {file.url} elsewhere and put it at {tmp_path / 'cache' / 'coco' / file.name}" in line
     assert "CLIPGEN_OFFLINE" in line and not (tmp_path / "cache").exists()
 
 
-def test_the_cache_can_be_named_on_the_command_line(run: Run, tmp_path: Path) -> None:
+def test_cache_option_sets_the_cache_folder(run: Run, tmp_path: Path) -> None:
     assert str(tmp_path / "elsewhere") in mistake(run("fetch", "coco", "--cache", tmp_path / "elsewhere"))
 
 
@@ -214,11 +214,11 @@ def test_the_cache_can_be_named_on_the_command_line(run: Run, tmp_path: Path) ->
         (("frobnicate",), "frobnicate"),
     ],
 )
-def test_a_mistake_is_one_line_that_names_it(run: Run, args: tuple[str, ...], part: str) -> None:
+def test_mistake_in_weights_is_one_line_that_names_it(run: Run, args: tuple[str, ...], part: str) -> None:
     assert part in mistake(run(*args))
 
 
-def test_a_mirror_that_is_none(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_malformed_mirror_is_refused(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("CLIPGEN_MIRROR", "file:///srv")
     assert "'file:///srv' is not a mirror" in mistake(run("fetch", "coco"))
 
@@ -235,7 +235,7 @@ def test_verify_names_a_damaged_file(run: Run, tiny_weights: Path, tmp_path: Pat
     assert "manifest.json is missing" in mistake(run("verify", damaged))
 
 
-def test_info(run: Run, tiny_weights: Path) -> None:
+def test_info_shows_configuration_parameters_and_memory(run: Run, tiny_weights: Path) -> None:
     facts = json.loads(run("info", tiny_weights, "--json").stdout)
     assert facts["name"] == "tiny" and facts["config"]["gpt"]["n_layer"] == 2
     result = run("info", tiny_weights)
@@ -284,7 +284,7 @@ class Bomb:
         return os.mkdir, ("exploded",)
 
 
-def test_convert_refuses_what_it_cannot_use_and_writes_nothing(run: Run, tiny_sources: dict[str, Path]) -> None:
+def test_convert_refuses_unusable_files_and_writes_nothing(run: Run, tiny_sources: dict[str, Path]) -> None:
     hostile, text, other = Path("hostile.pt"), Path("text.pt"), Path("other.safetensors")
     torch.save({"model": Bomb()}, hostile)
     text.write_text("<html>")
@@ -296,7 +296,7 @@ def test_convert_refuses_what_it_cannot_use_and_writes_nothing(run: Run, tiny_so
     assert not Path("exploded").exists() and not Path("weights").exists()
 
 
-def test_ctrl_c_keeps_what_has_arrived(mirror: Server, bad_checkpoints: dict[str, bytes], tmp_path: Path) -> None:
+def test_ctrl_c_keeps_the_downloaded_part(mirror: Server, bad_checkpoints: dict[str, bytes], tmp_path: Path) -> None:
     mirror.files = {path: content * 500 for path, content in bad_checkpoints.items()}
     mirror.default = Answer(pace=0.05, piece=1000)
     part = tmp_path / "cache" / "coco" / "clip_vit_b32.pt.part"
@@ -312,7 +312,7 @@ def test_ctrl_c_keeps_what_has_arrived(mirror: Server, bad_checkpoints: dict[str
     assert part.stat().st_size >= 2000 and not part.with_suffix("").exists()
 
 
-def test_the_guide_uses_options_that_there_are(root: Path, run: Run) -> None:
+def test_guide_names_existing_options_and_every_catalog_entry(root: Path, run: Run) -> None:
     guide = (root / "docs" / "weights.md").read_text().replace("\\\n", " ")
     commands = re.findall(r"clipgen weights (\w+)([^\n`&|#]*)", guide)
     assert {name for name, _ in commands} == {"list", "fetch", "verify", "convert"}

@@ -48,7 +48,7 @@ def test_base_requirements_are_those_of_the_image_without_the_server(root: Path,
     assert set(project["optional-dependencies"]) == {"app", "eval", "hub", "serve", "train"}
 
 
-def test_packages_that_shape_an_image_are_pinned(root: Path) -> None:
+def test_packages_that_affect_images_are_pinned(root: Path) -> None:
     lines = [line.split("#")[0].strip() for line in (root / "requirements.txt").read_text().splitlines()]
     assert all(re.fullmatch(r"[\w.-]+==[\w.]+", line) for line in lines if line)
     assert {"torch", "torchvision", "numpy", "pillow", "ftfy", "regex", "coglet"} <= set(pins(root, "requirements.txt"))

@@ -18,14 +18,14 @@ from clipgen.request import SamplingParams
 from train.config import Config, Stage1Config, Stage2Config, TrainConfig, load_config
 
 
-def test_mini_is_small() -> None:
+def test_mini_gpt_has_fewer_than_20_million_parameters() -> None:
     model = load_config("mini").model
     assert model.name == "mini"
     assert model.gpt.block_size <= 256
     assert 12 * model.gpt.n_layer * model.gpt.n_embd**2 + 2 * model.gpt.vocab_size * model.gpt.n_embd < 20e6
 
 
-def test_coco_is_what_was_released() -> None:
+def test_coco_has_the_sizes_of_the_released_model() -> None:
     model = load_config("coco").model
     assert (model.vqgan.image_size, model.vqgan.num_tokens) == (256, 256)
     assert (model.vqgan.codebook_size, model.vqgan.embed_dim) == (16384, 256)
@@ -33,13 +33,13 @@ def test_coco_is_what_was_released() -> None:
     assert (model.sampling.top_k, model.sampling.top_p, model.sampling.guidance) == (500, 0.95, 1.0)
 
 
-def test_imagenet_is_gpt2_xl() -> None:
+def test_imagenet_gpt_has_the_sizes_of_gpt2_xl() -> None:
     model = load_config("imagenet").model
     assert (model.gpt.n_layer, model.gpt.n_embd, model.gpt.n_head) == (48, 1600, 25)
     assert model.vqgan.num_tokens == 256
 
 
-def test_overrides() -> None:
+def test_overrides_change_only_the_named_settings() -> None:
     config = load_config("mini", ["stage1.lr=1e-4", "model.vqgan.attn_resolutions=[12]"])
     assert config.stage1.lr != load_config("mini").stage1.lr
     assert config.stage1.lr == 1e-4
@@ -47,7 +47,7 @@ def test_overrides() -> None:
     assert config.stage2 == load_config("mini").stage2
 
 
-def test_a_file_of_ones_own(tmp_path: Path) -> None:
+def test_file_changes_only_the_settings_it_names(tmp_path: Path) -> None:
     path = tmp_path / "mine.yaml"
     path.write_text("model: {name: mine}\nstage2: {steps: 7}")
     config = load_config(path)
@@ -56,7 +56,7 @@ def test_a_file_of_ones_own(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("name", ["mini", "coco", "imagenet"])
-def test_a_model_section_survives_a_file(name: str, tmp_path: Path) -> None:
+def test_saved_model_configuration_loads_unchanged(name: str, tmp_path: Path) -> None:
     model = load_config(name).model
     OmegaConf.save(OmegaConf.structured(model), tmp_path / "config.yaml")
     assert load_model_config(tmp_path / "config.yaml") == model
@@ -120,7 +120,7 @@ model:
         ("=3", ""),
     ],
 )
-def test_a_bad_value_is_named(override: str, message: str, tmp_path: Path) -> None:
+def test_bad_value_is_refused_with_file_name_and_value(override: str, message: str, tmp_path: Path) -> None:
     path = tmp_path / "base.yaml"
     path.write_text(BASE)
     with pytest.raises(ConfigError) as caught:
@@ -131,7 +131,7 @@ def test_a_bad_value_is_named(override: str, message: str, tmp_path: Path) -> No
 
 
 @pytest.mark.parametrize("name", ["maxi", "nowhere/mine.yaml", "", "mini.yml"])
-def test_no_such_configuration(name: str) -> None:
+def test_unknown_configuration_is_refused_with_the_list_of_names(name: str) -> None:
     with pytest.raises(ConfigError, match=r"use one of coco, imagenet, mini, photos, or the path of a \.yaml file"):
         load_config(name)
 
@@ -139,20 +139,20 @@ def test_no_such_configuration(name: str) -> None:
 @pytest.mark.parametrize(
     "text", ["{", "\x00", "- a\n- list", "just words", "model: 3", "a: *b", "model: {name: ${x}}", "? [a]\n: b"]
 )
-def test_a_file_that_is_no_configuration(text: str, tmp_path: Path) -> None:
+def test_file_that_is_no_configuration_is_refused_by_name(text: str, tmp_path: Path) -> None:
     path = tmp_path / "broken.yaml"
     path.write_text(text)
     with pytest.raises(ConfigError, match=r"broken\.yaml: "):
         load_config(path)
 
 
-def test_weights_without_a_configuration(tmp_path: Path) -> None:
+def test_weights_without_a_configuration_are_refused(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match=r"config\.yaml is missing"):
         load_model_config(tmp_path / "config.yaml")
 
 
 @given(temperature=st.floats(), top_k=st.integers(), top_p=st.floats(), guidance=st.floats())
-def test_sampling_takes_what_can_be_sampled_and_nothing_else(
+def test_sampling_params_accept_exactly_their_ranges(
     temperature: float, top_k: int, top_p: float, guidance: float
 ) -> None:
     good = 0 <= temperature <= 10 and 0 <= top_k < 2**31 and 0 < top_p <= 1 and 0 <= guidance <= 30
@@ -167,7 +167,7 @@ def test_sampling_takes_what_can_be_sampled_and_nothing_else(
 
 
 @given(patch=st.integers(-1, 8), levels=st.integers(0, 5), size=st.integers(-8, 300), codebook=st.integers(-1, 100))
-def test_a_valid_vqgan_covers_its_image(patch: int, levels: int, size: int, codebook: int) -> None:
+def test_valid_vqgan_has_a_grid_that_covers_its_image(patch: int, levels: int, size: int, codebook: int) -> None:
     try:
         config = VQGANConfig(image_size=size, patch=patch, ch_mult=[1] * levels, codebook_size=codebook)
     except ConfigError as error:
@@ -193,10 +193,10 @@ def test_defaults_are_valid(kind: type) -> None:
         ({"clip_weight": 0.2, "clip_batch": 7}, "clip_batch is 7; it must divide batch_size, 64"),
     ],
 )
-def test_settings_of_stage2_that_do_not_go_together(settings: dict[str, Any], message: str) -> None:
+def test_incompatible_settings_of_stage2_are_refused(settings: dict[str, Any], message: str) -> None:
     with pytest.raises(ConfigError, match=message):
         Stage2Config(**settings)
 
 
-def test_precision_no_without_quotes_is_understood() -> None:
+def test_yaml_no_without_quotes_is_read_as_precision_no() -> None:
     assert load_config("mini", ["stage1.precision=no", 'stage2.precision="no"']).stage1.precision == "no"

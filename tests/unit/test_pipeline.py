@@ -1,4 +1,4 @@
-"""Prompts to pictures through the whole pipeline, with small random weights."""
+"""The whole pipeline from prompts to images, with small random weights."""
 
 from __future__ import annotations
 
@@ -24,12 +24,12 @@ def pipe(tiny_weights: Path) -> ClipGen:
     return ClipGen.from_pretrained(tiny_weights, device="cpu", dtype="float32")
 
 
-def picture(colour: tuple[int, int, int]) -> Image.Image:
+def plain_image(colour: tuple[int, int, int]) -> Image.Image:
     return Image.new("RGB", (40, 40), colour)
 
 
 def same(a: Image.Image, b: Image.Image) -> bool:
-    """Equal but for the last of 255 levels, where float32 convolutions round differently in another batch size."""
+    """Whether images are equal up to 1 of 255 levels: float32 convolutions round differently in other batch sizes."""
     return int(np.abs(np.asarray(a, int) - np.asarray(b, int)).max()) <= 1
 
 
@@ -45,7 +45,7 @@ def test_outputs_are_the_best_candidates_in_order(pipe: ClipGen) -> None:
 
 @pytest.mark.numeric
 @pytest.mark.parametrize("dtype", cpu_dtypes())
-def test_same_seed_same_picture_alone_in_a_batch_and_among_candidates(tiny_weights: Path, dtype: str) -> None:
+def test_same_seed_gives_the_same_image_alone_in_a_batch_and_among_candidates(tiny_weights: Path, dtype: str) -> None:
     pipe = ClipGen.from_pretrained(tiny_weights, device="cpu", dtype=dtype)
     alone = pipe("a lemon", seed=3).images[0]
     among = pipe("a lemon", num_outputs=8, seed=0)
@@ -58,7 +58,7 @@ def test_same_seed_same_picture_alone_in_a_batch_and_among_candidates(tiny_weigh
     assert same(alone, batch[1].images[0])
 
 
-def test_requests_that_sample_differently_share_a_call(pipe: ClipGen) -> None:
+def test_requests_with_different_sampling_share_a_call(pipe: ClipGen) -> None:
     requests = [GenerationRequest("a cat", seed=1, guidance=1.0), GenerationRequest("a cat", seed=1, guidance=4.0)]
     together = pipe.generate(requests)
     for request, result in zip(requests, together, strict=True):
@@ -66,21 +66,21 @@ def test_requests_that_sample_differently_share_a_call(pipe: ClipGen) -> None:
     assert not same(together[0].images[0], together[1].images[0])
 
 
-def test_scores_are_clip_cosines_of_the_pictures(pipe: ClipGen) -> None:
+def test_scores_are_clip_cosines_of_the_images(pipe: ClipGen) -> None:
     result = pipe("a lemon", num_outputs=2, seed=0)
     again = pipe.clip.encode_image(to_clip(result.images, pipe.clip.image_size)) @ pipe.embed("a lemon")
     assert torch.allclose(again, torch.tensor(result.scores), atol=0.02)  # 8-bit rounding
 
 
-def test_seed_zero_is_a_seed_and_none_is_drawn(pipe: ClipGen) -> None:
+def test_seed_zero_is_used_and_no_seed_becomes_a_random_one(pipe: ClipGen) -> None:
     assert pipe("a", seed=0).seed == 0
     first, second = pipe("a"), pipe("a")
     assert first.seed != second.seed
     assert same(first.images[0], pipe("a", seed=first.seed).images[0])
 
 
-def test_image_and_mixed_prompts(pipe: ClipGen) -> None:
-    red, blue = picture((255, 0, 0)), picture((0, 0, 255))
+def test_mixed_prompt_is_the_weighted_sum_of_its_embeddings(pipe: ClipGen) -> None:
+    red, blue = plain_image((255, 0, 0)), plain_image((0, 0, 255))
     text, image = pipe.embed("a lemon"), pipe.embed(red)
     assert torch.allclose(pipe.embed(["a lemon", red]), F.normalize(text + image, dim=0), atol=1e-5)
     mixed = pipe.embed([("a lemon", 1.0), (red, 0.5), (blue, -0.5)])
@@ -89,27 +89,27 @@ def test_image_and_mixed_prompts(pipe: ClipGen) -> None:
     assert len(pipe([("a lemon", 1.0), (red, -0.3)], seed=0).images) == 1
 
 
-def test_a_transparent_image_is_a_prompt_too(pipe: ClipGen) -> None:
+def test_transparent_image_is_accepted_as_prompt(pipe: ClipGen) -> None:
     assert pipe(Image.new("RGBA", (9, 20), (1, 2, 3, 0)), seed=0).images
 
 
-def test_long_prompts_work_and_tell_what_was_dropped(pipe: ClipGen) -> None:
+def test_long_prompt_is_truncated_and_the_rest_is_reported(pipe: ClipGen) -> None:
     result = pipe("lemon " * 500 + "tail", seed=0)
     assert result.truncated.endswith("tail")
     assert pipe("a lemon", seed=0).truncated == ""
 
 
-def test_progress_counts_up_to_all_tokens(pipe: ClipGen) -> None:
+def test_progress_counts_every_token_up_to_the_total(pipe: ClipGen) -> None:
     seen: list[tuple[int, int]] = []
     pipe("a", seed=0, progress=lambda done, total: seen.append((done, total)))
     assert seen == [(i, 16) for i in range(1, 17)]
 
 
-def test_cancelling_stops(pipe: ClipGen) -> None:
+def test_cancelled_call_raises_before_and_after_decoding_tokens(pipe: ClipGen) -> None:
     with pytest.raises(Cancelled):
         pipe("a", seed=0, is_cancelled=lambda: True)
     asked: list[bool] = []
-    with pytest.raises(Cancelled):  # when all tokens are there and pixels remain
+    with pytest.raises(Cancelled):  # after all tokens, before the pixels
         pipe("a", seed=0, is_cancelled=lambda: asked.append(True) or len(asked) > 16)
     assert len(asked) == 17
 
@@ -137,23 +137,23 @@ def test_cancelling_stops(pipe: ClipGen) -> None:
         ("guidance", {"guidance": "3"}),
     ],
 )
-def test_bad_requests_name_their_field(field: str, arguments: dict) -> None:
+def test_bad_request_is_refused_with_its_field(field: str, arguments: dict) -> None:
     with pytest.raises(RequestError, match=field):
         GenerationRequest(**{"prompt": "a lemon", **arguments})
 
 
-def test_parts_that_cancel_out_are_refused(pipe: ClipGen) -> None:
+def test_prompt_whose_parts_cancel_is_refused(pipe: ClipGen) -> None:
     with pytest.raises(RequestError, match="cancel"):
         pipe([("a", 1.0), ("a", -1.0)])
 
 
 @pytest.mark.parametrize("device", ["cuda:99", "abacus"])
-def test_a_device_that_is_not_there(tiny_weights: Path, device: str) -> None:
+def test_missing_device_is_refused(tiny_weights: Path, device: str) -> None:
     with pytest.raises(RequestError, match="device"):
         ClipGen.from_pretrained(tiny_weights, device=device)
 
 
-def test_precision_on_a_cpu() -> None:
+def test_every_precision_of_this_cpu_can_be_picked() -> None:
     cpu = torch.device("cpu")
     assert pick_precision("float32", cpu) == Precision("float32", torch.float32)
     with pytest.raises(RequestError, match="dtype is 'int7'; use one of float32, bfloat16, float16, int8"):
@@ -166,7 +166,7 @@ def test_precision_on_a_cpu() -> None:
 @pytest.mark.parametrize("packs_bf16", [False, True])
 @pytest.mark.parametrize("has_bf16", [False, True])
 @pytest.mark.parametrize("has_half", [False, True])
-def test_precision_on_any_cpu(
+def test_precision_follows_the_capabilities_of_the_cpu(
     packs_bf16: bool, has_bf16: bool, has_half: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     has_bf16 = has_bf16 and packs_bf16
@@ -191,8 +191,7 @@ def test_precision_on_any_cpu(
 
 
 @pytest.mark.parametrize("dtype", ["float16", "int8"])
-def test_large_weights_in_fewer_bytes(tiny_weights: Path, dtype: str) -> None:
-    """The same picture alone and among others."""
+def test_same_seed_gives_the_same_image_with_quantised_weights(tiny_weights: Path, dtype: str) -> None:
     if dtype not in cpu_dtypes():
         pytest.skip(f"this CPU does not compute in {dtype}")
     pipe = ClipGen.from_pretrained(tiny_weights, device="cpu", dtype=dtype)
@@ -202,7 +201,7 @@ def test_large_weights_in_fewer_bytes(tiny_weights: Path, dtype: str) -> None:
     assert same(alone.images[0], among.images[1])
 
 
-def test_ranking_sees_pixels_as_clip_does() -> None:
+def test_ranking_pixels_are_close_to_those_of_clip_preprocessing() -> None:
     image = Image.linear_gradient("L").convert("RGB").rotate(30)
     difference = clip_from_pixels(to_pixels([image], 64), 32) - to_clip([image], 32)
     assert difference.abs().mean() < 0.02  # 8-bit rounding between the two resizes

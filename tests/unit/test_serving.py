@@ -27,13 +27,13 @@ def test_defaults_draw_the_default_prompt() -> None:
 
 
 @pytest.mark.parametrize("prompt", ["", " ", DEFAULT_PROMPT])
-def test_image_without_a_prompt_of_its_own_is_varied_alone(prompt: str) -> None:
+def test_image_with_the_default_prompt_is_varied_alone(prompt: str) -> None:
     image = Image.new("RGB", (4, 4))
     inputs = PredictionInputs(**DEFAULTS | {"prompt": prompt, "image": URL, "image_weight": 0.5})
     assert inputs.to_request(image).prompt == [(image, 0.5)]
 
 
-def test_image_with_a_prompt_is_mixed_and_with_rows_to_keep_is_not() -> None:
+def test_image_is_mixed_with_a_prompt_unless_its_rows_are_kept() -> None:
     image = Image.new("RGB", (4, 4))
     mixed = PredictionInputs(**DEFAULTS | {"prompt": "a cat", "image": URL}).to_request(image)
     assert mixed.prompt == [("a cat", 1.0), (image, 1.0)] and mixed.keep is None
@@ -42,7 +42,7 @@ def test_image_with_a_prompt_is_mixed_and_with_rows_to_keep_is_not() -> None:
 
 
 @pytest.mark.parametrize("name", [name for name, field in SCHEMA.items() if field["type"] == "integer"])
-def test_whole_number_written_with_a_point_is_that_number(name: str) -> None:
+def test_whole_number_with_a_decimal_point_is_accepted(name: str) -> None:
     given = {"image": URL, "candidates": 8} | {name: 7.0}
     value = getattr(PredictionInputs(**DEFAULTS | given), name)
     assert value == 7 and isinstance(value, int)
@@ -56,7 +56,7 @@ NEAR = st.sampled_from([0, 1, 8, 9, 30, 31, 63, 64, 65, 100, 101, -100, -101, 2*
 
 
 @given(st.sampled_from(sorted(SCHEMA)), JSON | NEAR)
-def test_what_the_schema_allows_is_accepted_and_the_rest_is_refused_by_name(name: str, value: Any) -> None:
+def test_inputs_within_the_schema_are_accepted_and_others_refused_by_name(name: str, value: Any) -> None:
     field = SCHEMA[name]
     nothing = value is None and field.get("nullable", False)
     allowed = nothing or jsonschema.Draft202012Validator(field).is_valid(value)

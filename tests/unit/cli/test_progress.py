@@ -28,7 +28,7 @@ def shown(monkeypatch: pytest.MonkeyPatch, console: Console) -> str:
 
 
 @pytest.mark.parametrize("width", [8, 12, 20, 26, 30, 40, 41, 50, 80, 200])
-def test_bar_stays_in_one_line_of_the_terminal(monkeypatch: pytest.MonkeyPatch, width: int) -> None:
+def test_progress_bar_stays_in_one_line_of_the_terminal(monkeypatch: pytest.MonkeyPatch, width: int) -> None:
     console = Console(file=io.StringIO(), force_terminal=True, width=width, color_system=None)
     written = shown(monkeypatch, console)
     assert "\n" not in written[: written.rindex("100%")]
@@ -37,9 +37,7 @@ def test_bar_stays_in_one_line_of_the_terminal(monkeypatch: pytest.MonkeyPatch, 
 
 
 @pytest.mark.parametrize("terminal", [False, True])
-def test_log_and_dumb_terminal_get_lines_without_control_characters(
-    monkeypatch: pytest.MonkeyPatch, terminal: bool
-) -> None:
+def test_progress_in_a_log_has_no_control_characters(monkeypatch: pytest.MonkeyPatch, terminal: bool) -> None:
     monkeypatch.setattr(progress, "SECONDS", 0.2)
     monkeypatch.setenv("TERM", "dumb")
     lines = shown(monkeypatch, Console(file=io.StringIO(), force_terminal=terminal, width=30)).splitlines()
@@ -48,7 +46,7 @@ def test_log_and_dumb_terminal_get_lines_without_control_characters(
     assert all(line.isprintable() for line in lines)
 
 
-def test_quick_work_is_one_line(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_progress_of_quick_work_is_one_line(monkeypatch: pytest.MonkeyPatch) -> None:
     assert len(shown(monkeypatch, Console(file=io.StringIO(), width=80)).splitlines()) == 1
 
 
@@ -72,5 +70,5 @@ def test_downloads_are_one_task_a_file_whether_resumed_or_of_unknown_size(
     assert [share.split(",")[0] for share in shares] == [f"fetching {resumed.name}: {n}%" for n in (80, 90)]
 
 
-def test_quiet_shows_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_quiet_progress_prints_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
     assert shown(monkeypatch, Console(file=io.StringIO(), force_terminal=True, quiet=True)) == ""

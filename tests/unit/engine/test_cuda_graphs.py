@@ -1,4 +1,4 @@
-"""Recordings of the GPT's step: over memory that stays, they draw what the GPT itself draws."""
+"""CUDA graphs of the GPT's step give the tokens of eager steps. CPU tests use stand-ins for graphs."""
 
 from __future__ import annotations
 
@@ -30,28 +30,28 @@ def gpt() -> GPT:
     return sharp_gpt(CONFIG)
 
 
-def again(run: Run) -> Run:
-    """A CPU has no graphs: the same work, again at every step, over the same memory."""
+def capture_nothing(run: Run) -> Run:
+    """Stand-in for a capture on a CPU: a replay repeats the same work over the same memory."""
     return run
 
 
-def pictures(count: int) -> list[Sequence]:
+def make_sequences(count: int) -> list[Sequence]:
     conditions = F.normalize(torch.randn(count, CONFIG.n_cond, generator=torch.Generator().manual_seed(1)), dim=1)
     samplings = [SamplingParams(guidance=3.0), SamplingParams(top_p=0.8), SamplingParams(temperature=0.0)]
     return [Sequence(c, i, samplings[i % 3]) for i, c in enumerate(conditions)]
 
 
-def test_pictures_that_come_and_go_are_those_drawn_without_graphs(gpt: GPT) -> None:
-    chance = random.Random(0)
-    graphs = CUDAGraphRunner(gpt, 12, again)
-    for _ in range(3):  # one after the other, over the same memory
-        arrivals = [(chance.randrange(90), [picture]) for picture in pictures(9)]  # 12 rows at most
+def test_sequences_that_join_and_leave_get_the_tokens_of_eager_steps(gpt: GPT) -> None:
+    rng = random.Random(0)
+    graphs = CUDAGraphRunner(gpt, 12, capture_nothing)
+    for _ in range(3):  # three runs over the same memory
+        arrivals = [(rng.randrange(90), [seq]) for seq in make_sequences(9)]  # 12 rows at most
         plain = together(gpt, arrivals)
         recorded = together(gpt, arrivals, graphs=graphs)
         assert all(torch.equal(a, b) for a, b in zip(plain, recorded, strict=True))
 
 
-def test_a_step_takes_the_smallest_graph_that_holds_it(gpt: GPT) -> None:
+def test_step_replays_the_smallest_graph_that_fits(gpt: GPT) -> None:
     used: list[int] = []
 
     def counted(run: Run) -> Run:
@@ -75,14 +75,14 @@ def test_a_step_takes_the_smallest_graph_that_holds_it(gpt: GPT) -> None:
     ]
 
 
-def test_another_cache_is_refused(gpt: GPT) -> None:
-    graphs = CUDAGraphRunner(gpt, 2, again)
+def test_cache_that_was_not_captured_is_refused(gpt: GPT) -> None:
+    graphs = CUDAGraphRunner(gpt, 2, capture_nothing)
     with pytest.raises(ValueError, match="another cache"):
         graphs.decode_step(torch.zeros(1, CONFIG.n_embd), torch.zeros(1, dtype=torch.long), gpt.allocate(2), 1)
 
 
-def test_a_graph_that_gives_something_else_is_found_out(gpt: GPT) -> None:
-    assert matches_eager(CUDAGraphRunner(gpt, 6, again))
+def test_graph_that_differs_from_eager_is_detected(gpt: GPT) -> None:
+    assert matches_eager(CUDAGraphRunner(gpt, 6, capture_nothing))
     for wrong in range(8):
         recorded: list[Run] = []
 
@@ -93,24 +93,24 @@ def test_a_graph_that_gives_something_else_is_found_out(gpt: GPT) -> None:
         assert not matches_eager(CUDAGraphRunner(gpt, 6, dead))
 
 
-def test_cpus_have_none(gpt: GPT) -> None:
+def test_no_graphs_are_built_on_a_cpu(gpt: GPT) -> None:
     assert build_graphs(gpt, 4) is None
 
 
 @NEEDS_GPU
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
-def test_on_a_gpu_the_engine_draws_with_graphs_what_it_draws_without(
+def test_engine_on_a_gpu_generates_the_same_tokens_with_and_without_graphs(
     gpt: GPT, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    there = GPT(CONFIG).eval()
-    there.load_state_dict(gpt.state_dict())
-    there.to("cuda", dtype)
-    wanted = [replace(picture, params=SamplingParams(temperature=0.0)) for picture in pictures(5)]
+    on_gpu = GPT(CONFIG).eval()
+    on_gpu.load_state_dict(gpt.state_dict())
+    on_gpu.to("cuda", dtype)
+    sequences = [replace(seq, params=SamplingParams(temperature=0.0)) for seq in make_sequences(5)]
     with caplog.at_level(logging.WARNING):
-        recorded = Engine(there).draw(wanted).tokens
+        recorded = Engine(on_gpu).generate(sequences).tokens
     assert not caplog.records
     monkeypatch.setattr("clipgen.engine.engine.build_graphs", lambda gpt, rows: None)
-    plain = Engine(there).draw(wanted).tokens
+    plain = Engine(on_gpu).generate(sequences).tokens
     assert (recorded == plain).float().mean() > (0.99 if dtype == torch.float32 else 0.9)
 
 

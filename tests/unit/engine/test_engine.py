@@ -1,4 +1,4 @@
-"""The engine: sequences of many callers in shared steps, without any effect on their tokens."""
+"""The engine: sequences of many callers share steps, which changes none of their tokens."""
 
 from __future__ import annotations
 
@@ -12,30 +12,14 @@ from typing import Any
 
 import pytest
 import torch
-from engine_kit import SAMPLINGS, SMALL, alone, sharp_gpt, some, uncached
+from engine_kit import SAMPLINGS, SMALL, alone, make_sequences, uncached
 from torch import Tensor
 
-from clipgen.config import GPTConfig
 from clipgen.engine import engine as engine_module
 from clipgen.engine.batch import Batch
 from clipgen.engine.engine import Engine
-from clipgen.engine.scheduler import Scheduler
-from clipgen.errors import Cancelled, EngineError, InsufficientMemoryError, UnavailableError
+from clipgen.errors import Cancelled, UnavailableError
 from clipgen.models.gpt import GPT
-from clipgen.models.kv_cache import KVCache
-
-
-@pytest.fixture(scope="module")
-def gpt() -> GPT:
-    return sharp_gpt()
-
-
-@pytest.fixture
-def engine(gpt: GPT) -> Iterator[Engine]:
-    engine = Engine(gpt)
-    yield engine
-    engine.close(0)
-
 
 # --- many callers ---
 
@@ -46,7 +30,7 @@ def test_concurrent_calls_share_steps_and_get_their_own_tokens(
     steps: list[int] = []
     step = Batch.step
     monkeypatch.setattr(Batch, "step", lambda batch: steps.append(len(batch.sequences)) or step(batch))
-    calls = [some(1 + i % 3, SAMPLINGS[i % 4], first=10 * i) for i in range(8)]
+    calls = [make_sequences(1 + i % 3, SAMPLINGS[i % 4], first=10 * i) for i in range(8)]
     with ThreadPoolExecutor(8) as pool:
         output = list(pool.map(engine.generate, calls))
     assert len(steps) < 8 * SMALL.block_size / 2
@@ -61,14 +45,14 @@ def test_generate_without_sequences_returns_no_tokens(engine: Engine) -> None:
 
 def test_more_sequences_than_rows_are_returned_in_order(gpt: GPT) -> None:
     engine = Engine(gpt, max_num_seqs=2)
-    sequences = some(9, SAMPLINGS[1])
+    sequences = make_sequences(9, SAMPLINGS[1])
     output = engine.generate(sequences).tokens
     engine.close()
     assert torch.equal(output, torch.stack([alone(gpt, seq) for seq in sequences]))
 
 
 class Gate:
-    """Holds an engine's steps back until it is told how many may pass."""
+    """Holds back the steps of an engine until `let` or `open` is called."""
 
     def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
         self.passes = threading.Semaphore(0)
@@ -83,14 +67,14 @@ class Gate:
         monkeypatch.setattr(Batch, "step", held)
 
     def let(self, count: int) -> None:
-        """Let steps pass and wait until they have begun."""
+        """Let a number of steps start, and wait until they have."""
         expected = len(self.steps) + count
         for _ in range(count):
             self.passes.release()
         until(lambda: len(self.steps) >= expected)
 
     def open(self) -> None:
-        """Let all steps pass from now on."""
+        """Let all steps start from now on."""
         self.passes.release(10**6)
 
 
@@ -111,10 +95,10 @@ def gate(monkeypatch: pytest.MonkeyPatch) -> Iterator[Gate]:
 def test_small_request_starts_at_once_beside_a_large_one(gpt: GPT, gate: Gate) -> None:
     engine = Engine(gpt, max_num_seqs=16)
     with ThreadPoolExecutor() as pool:
-        many = pool.submit(engine.generate, some(64))
+        many = pool.submit(engine.generate, make_sequences(64))
         gate.let(3)
         assert len(gate.steps[-1]) == 16  # four fifths of 20 places
-        one = pool.submit(engine.generate, some(1, first=1000))
+        one = pool.submit(engine.generate, make_sequences(1, first=1000))
         until(lambda: engine.num_requests == 2)
         gate.let(2)
         assert 1000 in gate.steps[-1]
@@ -122,16 +106,16 @@ def test_small_request_starts_at_once_beside_a_large_one(gpt: GPT, gate: Gate) -
         assert one.result(30).tokens.shape == (1, SMALL.block_size) and not many.done()
         gate.open()
         assert len(many.result(30).tokens) == 64
-    assert len(gate.steps) == 4 * SMALL.block_size  # nothing but the shared steps was spent on the one
+    assert len(gate.steps) == 4 * SMALL.block_size  # the single one ran in shared steps only
     engine.close()
 
 
 def test_waiting_requests_start_in_order_of_arrival(gpt: GPT, gate: Gate) -> None:
-    engine = Engine(gpt, max_num_seqs=1)  # two rows: one picture at a time
+    engine = Engine(gpt, max_num_seqs=1)  # two rows: one sequence at a time
     with ThreadPoolExecutor() as pool:
         futures = []
         for i in range(4):
-            futures.append(pool.submit(engine.generate, some(1, first=i)))
+            futures.append(pool.submit(engine.generate, make_sequences(1, first=i)))
             until(lambda i=i: engine.num_requests == i + 1)
         gate.open()
         for future in futures:
@@ -144,28 +128,28 @@ def test_cancelled_request_frees_its_rows_before_the_next_step(gpt: GPT, gate: G
     engine = Engine(gpt)
     stop = threading.Event()
     with ThreadPoolExecutor() as pool:
-        stopped = pool.submit(engine.generate, some(5), is_cancelled=stop.is_set)
-        going = pool.submit(engine.generate, some(2, first=50))
+        stopped = pool.submit(engine.generate, make_sequences(5), is_cancelled=stop.is_set)
+        going = pool.submit(engine.generate, make_sequences(2, first=50))
         until(lambda: engine.num_requests == 2)
         gate.let(4)
         assert len(gate.steps[-1]) in (5, 7)
         stop.set()
-        gate.let(2)  # one may have been under way
+        gate.let(2)  # one may have started before
         assert gate.steps[-1] == [50, 51]
         with pytest.raises(Cancelled):
             stopped.result(30)
         gate.open()
-        assert torch.equal(going.result(30).tokens[0], uncached(gpt, some(1, first=50)[0]))
+        assert torch.equal(going.result(30).tokens[0], uncached(gpt, make_sequences(1, first=50)[0]))
     engine.close()
 
 
 def test_waiting_request_can_be_cancelled(gpt: GPT, gate: Gate) -> None:
     engine = Engine(gpt, max_num_seqs=1)
     with ThreadPoolExecutor() as pool:
-        first = pool.submit(engine.generate, some(1))
+        first = pool.submit(engine.generate, make_sequences(1))
         until(lambda: engine.num_requests)
         gate.let(1)
-        second = pool.submit(engine.generate, some(1), is_cancelled=lambda: True)
+        second = pool.submit(engine.generate, make_sequences(1), is_cancelled=lambda: True)
         gate.let(1)
         with pytest.raises(Cancelled):
             second.result(30)
@@ -178,13 +162,13 @@ def test_full_queue_refuses_and_names_its_length(gpt: GPT, gate: Gate, monkeypat
     monkeypatch.setattr(engine_module, "MAX_WAITING", 3)
     engine = Engine(gpt, max_num_seqs=1)
     with ThreadPoolExecutor() as pool:
-        first = pool.submit(engine.generate, some(5, SAMPLINGS[1]))
+        first = pool.submit(engine.generate, make_sequences(5, SAMPLINGS[1]))
         until(lambda: engine.num_requests and engine.num_waiting == 3)
         with pytest.raises(UnavailableError, match=r"\d images are waiting .* try again"):
-            engine.generate(some(1))
+            engine.generate(make_sequences(1))
         gate.open()
         first.result(30)
-        engine.generate(some(1))
+        engine.generate(make_sequences(1))
     engine.close()
 
 
@@ -193,13 +177,13 @@ def test_full_queue_refuses_and_names_its_length(gpt: GPT, gate: Gate, monkeypat
 
 def test_progress_is_reported_after_every_step(engine: Engine) -> None:
     seen: list[tuple[int, int]] = []
-    engine.generate(some(3), progress=lambda done, total: seen.append((done, total)))
+    engine.generate(make_sequences(3), progress=lambda done, total: seen.append((done, total)))
     assert seen == [(3 * (i + 1), 3 * SMALL.block_size) for i in range(SMALL.block_size)]
 
 
 def test_is_cancelled_is_called_before_every_step(engine: Engine) -> None:
     asked: list[bool] = []
-    engine.generate(some(1), is_cancelled=lambda: bool(asked.append(True)))
+    engine.generate(make_sequences(1), is_cancelled=lambda: bool(asked.append(True)))
     assert len(asked) == SMALL.block_size
 
 
@@ -209,7 +193,7 @@ def test_callbacks_run_in_their_callers_context(engine: Engine) -> None:
 
     def call(name: str) -> None:
         who.set(name)
-        engine.generate(some(1), progress=lambda done, total: seen[name].add(who.get()))
+        engine.generate(make_sequences(1), progress=lambda done, total: seen[name].add(who.get()))
 
     with ThreadPoolExecutor(2) as pool:
         list(pool.map(call, "ab"))
@@ -217,15 +201,15 @@ def test_callbacks_run_in_their_callers_context(engine: Engine) -> None:
 
 
 @pytest.mark.parametrize("name", ["progress", "is_cancelled", "on_tokens"])
-def test_failing_callback_fails_its_own_call_only(engine: Engine, gpt: GPT, name: str) -> None:
+def test_failing_callback_fails_only_its_own_call(engine: Engine, gpt: GPT, name: str) -> None:
     def broken(*_: object) -> bool:
         raise LookupError("my callback")
 
     with ThreadPoolExecutor() as pool:
-        other = pool.submit(engine.generate, some(2, first=5))
+        other = pool.submit(engine.generate, make_sequences(2, first=5))
         with pytest.raises(LookupError, match="my callback"):
-            engine.generate(some(1), **{name: broken}, every=2)  # type: ignore[arg-type]
-        assert torch.equal(other.result(30).tokens[0], alone(gpt, some(1, first=5)[0]))
+            engine.generate(make_sequences(1), **{name: broken}, every=2)  # type: ignore[arg-type]
+        assert torch.equal(other.result(30).tokens[0], alone(gpt, make_sequences(1, first=5)[0]))
     until(lambda: not engine.num_requests)
 
 
@@ -233,7 +217,7 @@ def test_on_tokens_receives_snapshots_in_the_callers_thread(gpt: GPT) -> None:
     engine = Engine(gpt, max_num_seqs=2)
     seen: list[Tensor] = []
     threads: set[int] = set()
-    sequences = some(3)
+    sequences = make_sequences(3)
 
     def watch(tokens: Tensor) -> None:
         seen.append(tokens)
@@ -242,94 +226,17 @@ def test_on_tokens_receives_snapshots_in_the_callers_thread(gpt: GPT) -> None:
     final = engine.generate(sequences, on_tokens=watch, every=5).tokens
     engine.close()
     assert threads == {threading.get_ident()}
-    assert [int((tokens >= 0).sum()) for tokens in seen] == [10, 20, 30, 40, 45, 50, 55]  # the rest is the result
+    assert [int((tokens >= 0).sum()) for tokens in seen] == [10, 20, 30, 40, 45, 50, 55]  # the last ones are the result
     for tokens in seen:
         assert torch.equal(tokens[tokens >= 0], final[tokens >= 0])
 
 
-# --- faults ---
-
-
-class Broken(RuntimeError):
-    pass
-
-
-def failing(monkeypatch: pytest.MonkeyPatch, error: BaseException, when: Callable[[Batch], bool]) -> None:
-    step = Batch.step
-
-    def maybe(batch: Batch) -> None:
-        if when(batch):
-            raise error
-        step(batch)
-
-    monkeypatch.setattr(Batch, "step", maybe)
-
-
-def test_failing_step_fails_its_requests_and_the_engine_goes_on(
-    gpt: GPT, engine: Engine, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    failing(monkeypatch, Broken("boom"), lambda batch: any(seq.seed == 13 for seq in batch.sequences))
-    with pytest.raises(EngineError, match="boom") as caught:
-        engine.generate(some(2, first=12))
-    assert isinstance(caught.value.__cause__, Broken)
-    assert torch.equal(engine.generate(some(1)).tokens[0], alone(gpt, some(1)[0]))
-
-
-def test_failing_step_spares_waiting_requests(gpt: GPT, monkeypatch: pytest.MonkeyPatch) -> None:
-    failing(monkeypatch, Broken("boom"), lambda batch: any(seq.seed == 13 for seq in batch.sequences))
-    engine = Engine(gpt, max_num_seqs=1)
-    with ThreadPoolExecutor() as pool:
-        bad = pool.submit(engine.generate, some(1, first=13))
-        good = pool.submit(engine.generate, some(1))
-        with pytest.raises(EngineError):
-            bad.result(30)
-        assert len(good.result(30).tokens) == 1
-    engine.close()
-
-
-def test_out_of_memory_halves_the_batch_and_changes_no_token(
-    gpt: GPT, engine: Engine, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
-) -> None:
-    expected = torch.stack([alone(gpt, seq) for seq in some(8)])
-    allocate = KVCache.allocate
-    steps = iter(range(10**6))
-
-    def small(config: GPTConfig, batch: int, *rest: Any) -> KVCache:
-        if batch > 12:
-            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.")
-        return allocate(config, batch, *rest)
-
-    monkeypatch.setattr(KVCache, "allocate", small)
-    failing(
-        monkeypatch,
-        torch.OutOfMemoryError("CUDA out of memory in a step"),
-        lambda batch: len(batch.sequences) > 2 and next(steps) == 10,
-    )
-    seen: list[int] = []
-    with caplog.at_level(logging.WARNING):
-        output = engine.generate(some(8), progress=lambda done, total: seen.append(done))
-    assert torch.equal(output.tokens, expected)
-    assert [record.getMessage() for record in caplog.records] == [
-        "decoding tokens: out of memory with 8 images at once; going on with 4",
-        "decoding tokens: out of memory with 4 images at once; going on with 2",
-    ]
-    assert seen == sorted(set(seen)) and seen[-1] == 8 * SMALL.block_size
-
-
-def test_out_of_memory_with_one_sequence_is_an_error(engine: Engine, monkeypatch: pytest.MonkeyPatch) -> None:
-    failing(monkeypatch, MemoryError(), lambda batch: True)
-    with pytest.raises(InsufficientMemoryError, match="not even one image"):
-        engine.generate(some(2))
-    monkeypatch.undo()
-    assert len(engine.generate(some(2)).tokens) == 2
-
-
-# --- beginning and end ---
+# --- closing ---
 
 
 def test_idle_engine_holds_neither_cache_nor_threads(engine: Engine) -> None:
     threads = threading.active_count()
-    engine.generate(some(3))
+    engine.generate(make_sequences(3))
     until(lambda: engine.cache_bytes == 0)
     assert engine.num_requests == 0
     assert threading.active_count() == threads
@@ -338,22 +245,22 @@ def test_idle_engine_holds_neither_cache_nor_threads(engine: Engine) -> None:
 def test_close_waits_for_running_and_waiting_requests(gpt: GPT, gate: Gate, caplog: pytest.LogCaptureFixture) -> None:
     engine = Engine(gpt, max_num_seqs=1)
     with ThreadPoolExecutor() as pool, caplog.at_level(logging.INFO):
-        calls = [pool.submit(engine.generate, some(1)) for _ in range(2)]
+        calls = [pool.submit(engine.generate, make_sequences(1)) for _ in range(2)]
         until(lambda: engine.num_requests == 2)
         closing = pool.submit(engine.close)
         until(lambda: engine.is_closed)
         with pytest.raises(UnavailableError):
-            engine.generate(some(1))
+            engine.generate(make_sequences(1))
         gate.open()
         assert closing.result(30) == (2, 0)
         assert all(len(call.result(30).tokens) == 1 for call in calls)
     assert "2 calls finished, 0 did not" in caplog.text
 
 
-def test_close_after_timeout_fails_the_rest(gpt: GPT, gate: Gate) -> None:
+def test_close_after_timeout_fails_unfinished_requests(gpt: GPT, gate: Gate) -> None:
     engine = Engine(gpt)
     with ThreadPoolExecutor() as pool:
-        call = pool.submit(engine.generate, some(1))
+        call = pool.submit(engine.generate, make_sequences(1))
         until(lambda: engine.num_requests)
         closing = pool.submit(engine.close, 0)
         until(lambda: engine.is_closed)
@@ -363,33 +270,3 @@ def test_close_after_timeout_fails_the_rest(gpt: GPT, gate: Gate) -> None:
         with pytest.raises(UnavailableError, match="closed"):
             call.result(30)
     assert engine.close() == (0, 0)
-
-
-# --- broken weights and devices ---
-
-
-def test_non_finite_logits_fail_the_request_and_the_next_one_works(gpt: GPT) -> None:
-    broken = sharp_gpt()
-    engine = Engine(broken)
-    with torch.no_grad():
-        broken.head.bias[7] = torch.nan
-        with pytest.raises(EngineError, match="not finite"):
-            engine.generate(some(2))
-        broken.head.bias.copy_(gpt.head.bias)
-    assert torch.equal(engine.generate(some(1)).tokens[0], alone(gpt, some(1)[0]))
-    engine.close()
-
-
-def test_failing_recovery_fails_the_request_instead_of_hanging(
-    gpt: GPT, engine: Engine, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    failing(monkeypatch, Broken("boom"), lambda batch: True)
-
-    def gone(*_: object) -> None:
-        raise RuntimeError("CUDA error: the device is gone")
-
-    monkeypatch.setattr(Scheduler, "restart", gone)
-    with pytest.raises(EngineError, match="the device is gone"):
-        engine.generate(some(1))
-    monkeypatch.undo()
-    assert len(engine.generate(some(1)).tokens) == 1

@@ -1,4 +1,4 @@
-"""Negative prompts: their condition takes the place of "no condition" in guidance, and what that does to pictures."""
+"""Negative prompts: their condition replaces "no condition" in guidance, and moves images away from it."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ GUIDED = SamplingParams(top_k=40, top_p=0.9, guidance=SCALE)
 def gpt() -> GPT:
     torch.manual_seed(0)
     gpt = GPT(SMALL).eval()
-    with torch.no_grad():  # an untrained one hardly listens
+    with torch.no_grad():  # untrained weights hardly depend on the condition
         gpt.head.weight.mul_(20)
         gpt.cond_proj.weight.mul_(5)
     return gpt
@@ -45,8 +45,8 @@ def point(seed: int) -> Tensor:
     return F.normalize(torch.randn(SMALL.n_cond, generator=torch.Generator().manual_seed(seed)), dim=0)
 
 
-def run(gpt: GPT, pictures: list[Sequence], patch: pytest.MonkeyPatch) -> tuple[list[Tensor], Tensor]:
-    """The tokens of pictures drawn together, and the logits (T, n, V) that they were chosen from."""
+def run(gpt: GPT, sequences: list[Sequence], patch: pytest.MonkeyPatch) -> tuple[list[Tensor], Tensor]:
+    """Tokens (T,) of sequences in one batch, and the logits (T, n, V) that they were sampled from."""
     seen: list[Tensor] = []
     sample = clipgen.engine.batch.sample
     with patch.context() as inside, torch.inference_mode():
@@ -54,33 +54,31 @@ def run(gpt: GPT, pictures: list[Sequence], patch: pytest.MonkeyPatch) -> tuple[
             clipgen.engine.batch, "sample", lambda logits, *rest: (seen.append(logits), sample(logits, *rest))[1]
         )
         batch = Batch(gpt)
-        batch.add(pictures, 64)
+        batch.add(sequences, 64)
         while not (done := batch.finished()):
             batch.step()
-    return [done[picture] for picture in pictures], torch.stack(seen)
+    return [done[seq] for seq in sequences], torch.stack(seen)
 
 
-def test_logits_are_moved_away_from_the_negatives_exactly(gpt: GPT, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_guided_logits_start_from_those_of_the_negative_prompt(gpt: GPT, monkeypatch: pytest.MonkeyPatch) -> None:
     condition, negative = point(0), point(1)
     guided = Sequence(condition, 3, GUIDED, negative_condition=negative)
     (tokens,), logits = run(gpt, [guided], monkeypatch)
-    # Both conditions alone, led along the same tokens; the last one is free, as at least one must be.
+    # Logits of each condition alone for the same tokens; a prefix must leave at least one token free.
     plain = [Sequence(point, 3, SamplingParams(), prefix_tokens=tokens[:-1]) for point in (condition, negative)]
     _, parts = run(gpt, plain, monkeypatch)
     assert torch.equal(logits[:, 0], parts[:, 1] + SCALE * (parts[:, 0] - parts[:, 1]))
     assert not torch.equal(parts[:, 0], parts[:, 1])
 
 
-def test_no_negative_is_a_negative_of_zeros_and_the_prompt_itself_guides_nowhere(
-    gpt: GPT, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    picture = Sequence(point(0), 3, GUIDED)
+def test_negative_prompt_equal_to_prompt_cancels_guidance(gpt: GPT, monkeypatch: pytest.MonkeyPatch) -> None:
+    seq = Sequence(point(0), 3, GUIDED)
     variants = [
-        picture,
-        replace(picture, negative_condition=torch.zeros(SMALL.n_cond)),
-        replace(picture, negative_condition=point(1)),
-        replace(picture, negative_condition=point(0)),
-        replace(picture, params=replace(GUIDED, guidance=1.0)),
+        seq,
+        replace(seq, negative_condition=torch.zeros(SMALL.n_cond)),
+        replace(seq, negative_condition=point(1)),
+        replace(seq, negative_condition=point(0)),
+        replace(seq, params=replace(GUIDED, guidance=1.0)),
     ]
     (none, zeros, other, itself, unguided), _ = run(gpt, variants, monkeypatch)
     assert torch.equal(none, zeros) and torch.equal(itself, unguided)
@@ -88,16 +86,16 @@ def test_no_negative_is_a_negative_of_zeros_and_the_prompt_itself_guides_nowhere
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_same_seed_same_tokens_among_others_with_and_without_negatives(
+def test_tokens_are_the_same_beside_sequences_with_and_without_negatives(
     gpt: GPT, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     model = GPT(SMALL).eval().to(dtype)
     model.load_state_dict(gpt.state_dict())
-    pictures = [Sequence(point(i), i, GUIDED, negative_condition=point(50 + i) if i % 2 else None) for i in range(7)]
-    pictures.insert(2, Sequence(point(9), 9, SamplingParams()))
-    together, _ = run(model, pictures, monkeypatch)
-    for picture, tokens in zip(pictures, together, strict=True):
-        ((alone,), _) = run(model, [picture], monkeypatch)
+    sequences = [Sequence(point(i), i, GUIDED, negative_condition=point(50 + i) if i % 2 else None) for i in range(7)]
+    sequences.insert(2, Sequence(point(9), 9, SamplingParams()))
+    together, _ = run(model, sequences, monkeypatch)
+    for seq, tokens in zip(sequences, together, strict=True):
+        ((alone,), _) = run(model, [seq], monkeypatch)
         assert torch.equal(alone, tokens)
 
 
@@ -105,31 +103,31 @@ def pixels(image: Image.Image) -> np.ndarray:
     return np.asarray(image, int)
 
 
-def test_any_prompt_can_be_negative(pipe: ClipGen) -> None:
+def test_text_image_and_mixture_are_accepted_as_negative_prompt(pipe: ClipGen) -> None:
     photo = Image.linear_gradient("L").convert("RGB")
     negatives = [None, "a dog", photo, [("a dog", 1.0), (photo, -0.5)]]
     results = pipe.generate([GenerationRequest("a lemon", seed=4, negative_prompt=negative) for negative in negatives])
-    pictures = [pixels(result.images[0]) for result in results]
-    for i, one in enumerate(pictures):
-        assert all((one != other).any() for other in pictures[i + 1 :])
+    images = [pixels(result.images[0]) for result in results]
+    for i, one in enumerate(images):
+        assert all((one != other).any() for other in images[i + 1 :])
     again = pipe("a lemon", seed=4, negative_prompt="a dog")
-    assert np.abs(pixels(again.images[0]) - pictures[1]).max() <= 1
+    assert np.abs(pixels(again.images[0]) - images[1]).max() <= 1
     ranked = pipe.clip.encode_text(["a lemon"])[0] @ pipe.embed("a lemon")
-    assert ranked == pytest.approx(1, abs=1e-4), "ranking goes by the prompt alone"
+    assert ranked == pytest.approx(1, abs=1e-4), "ranking uses the prompt alone"
 
 
-def test_what_of_a_long_negative_was_not_read_is_told(pipe: ClipGen) -> None:
+def test_truncated_negative_prompt_is_reported(pipe: ClipGen) -> None:
     assert pipe("a lemon", seed=0, negative_prompt="dog " * 500 + "tail").truncated.endswith("tail")
 
 
 @pytest.mark.parametrize("guidance", [0, 0.5, 1])
-def test_without_guidance_it_is_refused_and_the_message_says_how_to_fix_it(pipe: ClipGen, guidance: float) -> None:
+def test_negative_prompt_without_guidance_is_refused_with_the_remedy(pipe: ClipGen, guidance: float) -> None:
     with pytest.raises(RequestError, match=f"guidance is {guidance:g}; .* above 1: raise it") as caught:
         GenerationRequest("a lemon", negative_prompt="a dog", guidance=guidance)
     assert caught.value.field == "guidance"
 
 
-def test_where_the_models_own_guidance_is_off_it_is_refused_too(pipe: ClipGen) -> None:
+def test_negative_prompt_is_refused_if_the_model_has_no_guidance(pipe: ClipGen) -> None:
     request = GenerationRequest("a lemon", negative_prompt="a dog")
     with pytest.raises(RequestError, match="guidance is 1"):
         request.sampling(SamplingParams(guidance=1.0))
@@ -137,13 +135,13 @@ def test_where_the_models_own_guidance_is_off_it_is_refused_too(pipe: ClipGen) -
 
 
 @pytest.mark.parametrize("negative", ["", " ", [], 3, [("a", float("nan"))], [""]])
-def test_a_bad_negative_is_named(negative: object) -> None:
+def test_unusable_negative_prompt_is_refused_by_name(negative: object) -> None:
     with pytest.raises(RequestError, match="negative") as caught:
         GenerationRequest("a lemon", negative_prompt=negative)  # type: ignore[arg-type]
     assert caught.value.field.startswith("negative")
 
 
-def test_a_negative_whose_parts_cancel_is_named(pipe: ClipGen) -> None:
+def test_negative_prompt_whose_parts_cancel_is_refused(pipe: ClipGen) -> None:
     with pytest.raises(RequestError, match="negative_prompt has parts that cancel"):
         pipe("a lemon", negative_prompt=[("a", 1.0), ("a", -1.0)])
 
@@ -157,8 +155,8 @@ PAIRS = [
 
 
 @pytest.mark.slow
-def test_the_mini_models_pictures_go_away_from_the_negative(root: Path) -> None:
-    """Over 12 pairs and 8 seeds, as the mini CLIP sees it; single pairs may fail, and do."""
+def test_images_of_the_mini_model_move_away_from_the_negative_prompt(root: Path) -> None:
+    """Mean over 12 pairs and 8 seeds, by the mini CLIP; single pairs fail."""
     pipe = ClipGen.from_pretrained(root / "weights" / "mini", device="cpu")
     nearer = []
     for prompt, negative in PAIRS:

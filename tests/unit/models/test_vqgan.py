@@ -119,7 +119,7 @@ def test_tokens_are_ordered_row_by_row() -> None:
     assert (codes[0] != codes[1]).any(1).nonzero().tolist() == [[0, 0, 3]]
 
 
-def test_without_norms_inference_gives_what_training_gives() -> None:
+def test_model_without_norms_computes_the_same_in_training_and_inference() -> None:
     # Inference applies SiLU in place; without a norm in front its input is the residual stream itself.
     torch.manual_seed(0)
     model = VQGAN(small(norm="none", ch=24)).eval()  # GroupNorm would need a multiple of 32

@@ -15,7 +15,7 @@ from clipgen.utils.arguments import at_least
 
 
 @given(st.integers(), st.integers(0, 10))
-def test_at_least_takes_its_range_and_nothing_else(number: int, low: int) -> None:
+def test_at_least_accepts_only_its_range(number: int, low: int) -> None:
     if number >= low:
         assert at_least(low)(str(number)) == number
     else:
@@ -24,7 +24,7 @@ def test_at_least_takes_its_range_and_nothing_else(number: int, low: int) -> Non
 
 
 @pytest.mark.parametrize("text", ["", "x", "1.5", "inf", "0x10", "1e3"])
-def test_text_that_is_no_whole_number_is_named(text: str) -> None:
+def test_text_that_is_no_whole_number_is_refused_by_name(text: str) -> None:
     with pytest.raises(argparse.ArgumentTypeError, match=f"{text!r}; use a whole number, 1 or more"):
         at_least(1)(text)
 

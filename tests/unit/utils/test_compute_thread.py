@@ -16,7 +16,7 @@ from clipgen.utils.compute_thread import ComputeThread, synchronize
 NAME: ContextVar[str] = ContextVar("NAME", default="nobody")
 
 
-def test_work_is_done_by_one_thread_in_its_callers_context() -> None:
+def test_work_runs_on_one_thread_in_the_context_of_its_caller() -> None:
     worker = ComputeThread()
 
     def work(asked: str) -> tuple[str, str, int, bool]:
@@ -34,7 +34,7 @@ def test_work_is_done_by_one_thread_in_its_callers_context() -> None:
     assert not torch.is_inference_mode_enabled()
 
 
-def test_it_has_its_makers_number_of_threads() -> None:
+def test_compute_thread_has_the_number_of_threads_of_its_creator() -> None:
     before = torch.get_num_threads()
     try:
         for count in (1, 3):
@@ -44,14 +44,14 @@ def test_it_has_its_makers_number_of_threads() -> None:
         torch.set_num_threads(before)
 
 
-def test_what_goes_wrong_is_the_callers() -> None:
+def test_error_is_raised_in_the_caller() -> None:
     worker = ComputeThread()
     with pytest.raises(ZeroDivisionError):
         worker.run(lambda: 1 // 0)
     assert worker.run(sum, [1, 2]) == 3
 
 
-def test_a_pipeline_computes_on_its_thread_only(tiny_weights: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_pipeline_computes_only_on_its_thread(tiny_weights: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Another thread's arithmetic would bring OpenMP a second set of threads."""
     threads: set[int] = set()
 
@@ -70,7 +70,7 @@ def test_a_pipeline_computes_on_its_thread_only(tiny_weights: Path, monkeypatch:
     assert threads == {pipe.compute.run(threading.get_ident)}
 
 
-def test_synchronize_names_its_device_and_leaves_cpus_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_synchronize_waits_for_its_gpu_and_ignores_cpus(monkeypatch: pytest.MonkeyPatch) -> None:
     waited: list[torch.device] = []
     monkeypatch.setattr(torch.cuda, "synchronize", lambda device: waited.append(device))
     synchronize(torch.device("cpu"))

@@ -47,7 +47,7 @@ def files(root: Path, contents: dict[str, str]) -> Path:
         ({"cpu.max": "nonsense\n"}, "0::/\n", None),
     ],
 )
-def test_cpu_quota_is_that_of_the_tightest_group(
+def test_cpu_quota_is_the_lowest_of_all_cgroups(
     tmp_path: Path, contents: dict[str, str], membership: str, expected: float | None
 ) -> None:
     root = files(tmp_path / "cgroup", contents)
@@ -56,7 +56,7 @@ def test_cpu_quota_is_that_of_the_tightest_group(
     assert cpu.cpu_quota(root, file) == expected
 
 
-def test_no_cgroups_means_no_quota(tmp_path: Path) -> None:
+def test_cpu_quota_without_cgroups_is_unlimited(tmp_path: Path) -> None:
     assert cpu.cpu_quota(tmp_path / "none", tmp_path / "none") is None
 
 
@@ -103,7 +103,7 @@ def test_compute_thread_keeps_to_the_quota(monkeypatch: pytest.MonkeyPatch) -> N
 
 
 @pytest.mark.parametrize("name", cpu._WAITING)
-def test_wait_policy_of_the_user_stays(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_wait_policy_set_by_the_user_is_kept(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv(name, "ACTIVE")
     cpu.choose_wait_policy()
     assert cpu.describe_waiting() == f"{name}=ACTIVE"

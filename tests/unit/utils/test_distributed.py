@@ -8,7 +8,7 @@ from clipgen.errors import ConfigError
 from clipgen.utils.distributed import Processes
 
 
-def test_without_torchrun_there_is_one_process() -> None:
+def test_number_of_processes_without_torchrun_is_one() -> None:
     assert Processes.from_environment({}) == Processes(0, 1, 0)
     Processes().check_address({})
 
@@ -27,7 +27,7 @@ def test_without_torchrun_there_is_one_process() -> None:
         ({"LOCAL_RANK": "first"}, "LOCAL_RANK is 'first'"),
     ],
 )
-def test_wrong_numbers_are_named(environ: dict[str, str], message: str) -> None:
+def test_wrong_torchrun_variable_is_refused_by_name(environ: dict[str, str], message: str) -> None:
     with pytest.raises(ConfigError, match=message):
         Processes.from_environment(environ)
 
@@ -41,6 +41,6 @@ def test_wrong_numbers_are_named(environ: dict[str, str], message: str) -> None:
         ({"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "70000"}, "MASTER_PORT is '70000'"),
     ],
 )
-def test_processes_without_a_meeting_point_are_refused(environ: dict[str, str], message: str) -> None:
+def test_several_processes_without_a_master_address_are_refused(environ: dict[str, str], message: str) -> None:
     with pytest.raises(ConfigError, match=message):
         Processes(0, 2, 0).check_address(environ)

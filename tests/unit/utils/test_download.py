@@ -109,7 +109,7 @@ def test_wrong_range_is_not_joined(server: Server, part: Path) -> None:
     assert part.read_bytes() == CONTENT and server.ranges_asked() == [None, "bytes=100000-", None]
 
 
-def test_complete_partial_file_is_not_sent_again(server: Server, part: Path) -> None:
+def test_complete_partial_file_is_not_downloaded_again(server: Server, part: Path) -> None:
     for _ in range(2):
         download(f"{server.address}/file", part, policy=HASTY)
     assert part.read_bytes() == CONTENT and server.ranges_asked() == [None, "bytes=300000-"]

@@ -45,24 +45,24 @@ def run(command: list[str], **streams: object) -> subprocess.CompletedProcess[st
         ("raise TimeoutError('no answer after 10 s')", "error: no answer after 10 s"),
     ],
 )
-def test_user_errors_are_one_line_and_exit_code_2(tmp_path: Path, body: str, line: str) -> None:
+def test_user_error_is_one_line_with_exit_code_2(tmp_path: Path, body: str, line: str) -> None:
     done = run(program(tmp_path, body))
     assert (done.returncode, done.stdout, done.stderr) == (2, "", f"{line}\n")
 
 
-def test_faults_keep_their_traceback(tmp_path: Path) -> None:
+def test_programming_error_keeps_its_traceback(tmp_path: Path) -> None:
     done = run(program(tmp_path, "raise RuntimeError('a fault')"))
     assert done.returncode == 1 and has_traceback(done.stderr) and "a fault" in done.stderr
 
 
-def test_results_and_exit_codes_pass_through(tmp_path: Path) -> None:
+def test_result_and_exit_code_of_main_are_kept(tmp_path: Path) -> None:
     assert run(program(tmp_path, "print('done')")).stdout == "done\n"
     assert run(program(tmp_path, "sys.exit(7)")).returncode == 7
     done = run(program(tmp_path, "sys.exit('a message')"))
     assert done.returncode == 1 and done.stderr == "a message\n"
 
 
-def test_cleanup_runs_when_the_frames_of_main_are_gone(tmp_path: Path) -> None:
+def test_cleanup_runs_after_the_frames_of_main_are_freed(tmp_path: Path) -> None:
     held = "class Held:\n    def __del__(self): print('freed')\nheld = Held()\n"
     decorator = "entry_point(cleanup=lambda: print('cleanup'))"
     for end in ("", "sys.exit(0)"):
@@ -72,7 +72,7 @@ def test_cleanup_runs_when_the_frames_of_main_are_gone(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("flush", ["False", "True"])
-def test_reader_that_has_gone_ends_the_program_quietly(tmp_path: Path, flush: str) -> None:
+def test_broken_pipe_ends_the_program_quietly(tmp_path: Path, flush: str) -> None:
     read, write = os.pipe()
     os.close(read)
     body = f"for i in range(100_000): print(i, flush={flush})"
@@ -90,7 +90,7 @@ def test_full_disk_behind_stdout_is_named(tmp_path: Path, body: str) -> None:
 
 
 @pytest.mark.parametrize("number", [0, 1, 2])
-def test_closed_streams_stay_unused(tmp_path: Path, number: int) -> None:
+def test_program_runs_with_closed_streams(tmp_path: Path, number: int) -> None:
     """No file gets the number of a closed stream, and printing works."""
     body = "sys.stdin.read()\nprint('x'); print('x', file=sys.stderr)\nassert open(__file__).fileno() > 2"
     shell = f"exec '{sys.executable}' {program(tmp_path, body)[1]} {number}{'<' if number == 0 else '>'}&-"
@@ -110,20 +110,20 @@ def interrupt(command: list[str]) -> tuple[int, str]:
         process.kill()
 
 
-def test_ctrl_c_is_one_line_and_130(tmp_path: Path) -> None:
+def test_ctrl_c_is_one_line_with_exit_code_130(tmp_path: Path) -> None:
     body = "print('ready', flush=True)\ntime.sleep(60)"
     command = program(tmp_path, body, "entry_point(stopped='stopped; run it again')")
     assert interrupt(command) == (130, "stopped; run it again\n")
 
 
-def test_ctrl_c_that_a_library_turns_into_another_error(tmp_path: Path) -> None:
+def test_ctrl_c_that_a_library_turns_into_another_error_ends_with_130(tmp_path: Path) -> None:
     body = (
         "print('ready', flush=True)\ntry:\n    time.sleep(60)\nexcept KeyboardInterrupt:\n    raise ImportError('half')"
     )
     assert interrupt(program(tmp_path, body)) == (130, "stopped\n")
 
 
-def test_ctrl_c_before_main_ends_without_a_traceback(tmp_path: Path) -> None:
+def test_ctrl_c_during_imports_ends_without_a_traceback(tmp_path: Path) -> None:
     path = tmp_path / "importing.py"
     path.write_text(f"{HEADER}\nend_at_ctrl_c()\nprint('ready', flush=True)\ntime.sleep(60)\n")
     assert interrupt([sys.executable, str(path)]) == (-signal.SIGINT, "")
@@ -145,7 +145,7 @@ SCRIPTS = [
 
 
 @pytest.mark.parametrize("path", SCRIPTS, ids=lambda path: f"{path.parent.name}/{path.name}")
-def test_every_program_is_inside_the_boundary(path: Path) -> None:
+def test_every_main_function_is_an_entry_point(path: Path) -> None:
     text = path.read_text(encoding="utf-8")
     assert "end_at_ctrl_c()" in text
     assert "\n@entry_point(" in text or "\n@command\n" in text or path.name == "__main__.py"

@@ -47,7 +47,7 @@ def test_write_text_that_fails_keeps_the_old_file(tmp_path: Path) -> None:
     assert (tmp_path / "a.txt").read_text() == "old" and os.listdir(tmp_path) == ["a.txt"]
 
 
-def test_sha256_is_that_of_the_content(tmp_path: Path) -> None:
+def test_sha256_equals_that_of_the_content(tmp_path: Path) -> None:
     (tmp_path / "a").write_bytes(b"abc" * 10**6)
     assert sha256(tmp_path / "a") == hashlib.sha256(b"abc" * 10**6).hexdigest()
 
@@ -65,7 +65,7 @@ def test_locked_folder_refuses_a_second_writer_and_names_the_first(
 
 
 @pytest.mark.parametrize("how", [signal.SIGKILL, signal.SIGTERM, signal.SIGINT])
-def test_lock_of_a_process_that_ended_is_free(
+def test_lock_of_an_ended_process_is_free(
     other_process: subprocess.Popen[str], tmp_path: Path, how: signal.Signals
 ) -> None:
     other_process.send_signal(how)
@@ -84,7 +84,7 @@ def test_lock_is_not_reentrant_and_is_released_after_an_error(tmp_path: Path) ->
     assert set(os.listdir(tmp_path)) <= {LOCK}
 
 
-def test_holder_that_left_no_readable_note_is_another_process(
+def test_lock_without_a_readable_holder_names_another_process(
     other_process: subprocess.Popen[str], tmp_path: Path
 ) -> None:
     try:
@@ -97,7 +97,7 @@ def test_holder_that_left_no_readable_note_is_another_process(
         other_process.wait()
 
 
-def test_folder_that_cannot_be_made_is_refused_in_one_line(tmp_path: Path) -> None:
+def test_folder_that_cannot_be_created_is_refused_in_one_line(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
     with (
         pytest.raises(OutputError, match=r"file/out cannot be locked: Not a directory"),

@@ -1,4 +1,4 @@
-"""Memory: batches follow what is free, and running out halves them without changing a picture."""
+"""Memory: batches follow the free memory, and running out halves them without changing an image."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ COCO, IMAGENET = load_config("coco").model, load_config("imagenet").model
 
 
 class SmallDevice(TorchDispatchMode):
-    """An allocator that has `largest` bytes in one piece: a tensor that needs more fails as CUDA's would."""
+    """An allocator whose largest free block has `largest` bytes: a larger tensor fails as on CUDA."""
 
     def __init__(self, largest: int) -> None:
         super().__init__()
@@ -54,12 +54,12 @@ def pipe(tiny_weights: Path) -> ClipGen:
 
 @contextmanager
 def small_engine(largest: int) -> Iterator[None]:
-    """Such an allocator for the steps of engines, and for nothing else."""
-    drive = Engine._round
+    """Limit the allocator in the steps of engines only."""
+    round_ = Engine._round
 
     def limited(self: Engine) -> None:
         with SmallDevice(largest):
-            drive(self)
+            round_(self)
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(Engine, "_round", limited)
@@ -67,13 +67,13 @@ def small_engine(largest: int) -> Iterator[None]:
 
 
 @contextmanager
-def small_painter(largest: int) -> Iterator[None]:
-    """Such an allocator for what paints, and for nothing else."""
-    paint = ImageDecoder._run
+def small_decoder(largest: int) -> Iterator[None]:
+    """Limit the allocator in image decoders only."""
+    run = ImageDecoder._run
 
     def limited(self: ImageDecoder, items: Sequence[Any]) -> Any:
         with SmallDevice(largest):
-            return paint(self, items)
+            return run(self, items)
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(ImageDecoder, "_run", limited)
@@ -81,25 +81,25 @@ def small_painter(largest: int) -> Iterator[None]:
 
 
 def row_bytes(pipe: ClipGen) -> int:
-    """Keys and values of one row."""
+    """Bytes of the keys and values of one row."""
     return KVCache.allocate(pipe.config.gpt, 1).data.nbytes
 
 
 def same(a: GenerationOutput, b: GenerationOutput) -> bool:
-    """Equal pictures, but for the last of 255 levels, where another batch size rounds differently."""
+    """Whether images are equal up to 1 of 255 levels, because another batch size rounds differently."""
     pairs = zip(a.images, b.images, strict=True)
     close = all(np.abs(np.asarray(x, int) - np.asarray(y, int)).max() <= 1 for x, y in pairs)
     return close and a.seeds == b.seeds and np.allclose(a.scores, b.scores, atol=1e-4)
 
 
-def test_running_out_halves_the_batch_says_so_and_changes_nothing(
+def test_out_of_memory_halves_the_batch_with_a_warning_and_the_same_images(
     pipe: ClipGen, caplog: pytest.LogCaptureFixture
 ) -> None:
     expected = pipe("a lemon", num_outputs=4, candidates=8, seed=3)
     assert not caplog.records
     seen: list[tuple[int, int]] = []
-    # Eight rows of the cache, which are four pictures with guidance, and 17 KB of activations in CLIP.
-    with small_engine(9 * row_bytes(pipe)), small_painter(60_000):
+    # Eight rows of the cache, which are four images with guidance, and 17 KB of activations in CLIP.
+    with small_engine(9 * row_bytes(pipe)), small_decoder(60_000):
         result = pipe(
             "a lemon", num_outputs=4, candidates=8, seed=3, progress=lambda done, total: seen.append((done, total))
         )
@@ -112,22 +112,22 @@ def test_running_out_halves_the_batch_says_so_and_changes_nothing(
     assert seen == [(done, 8 * 16) for done in range(4, 8 * 16 + 1, 4)]
 
 
-def test_requests_that_share_a_call_survive_it_too(pipe: ClipGen) -> None:
+def test_out_of_memory_changes_no_image_of_requests_that_share_a_call(pipe: ClipGen) -> None:
     requests = [
         GenerationRequest("a cat", num_outputs=3, seed=1),
         GenerationRequest("a dog", num_outputs=4, candidates=8, seed=9, guidance=1.0),
     ]
     expected = pipe.generate(requests)
-    with small_engine(9 * row_bytes(pipe)), small_painter(60_000):
+    with small_engine(9 * row_bytes(pipe)), small_decoder(60_000):
         results = pipe.generate(requests)
     assert all(same(a, b) for a, b in zip(results, expected, strict=True))
 
 
-def test_one_picture_that_does_not_fit_is_an_error_that_helps(pipe: ClipGen) -> None:
+def test_one_image_that_does_not_fit_is_refused_with_advice(pipe: ClipGen) -> None:
     match = r"not even one image fits .* smaller model"
     with small_engine(15_000), pytest.raises(InsufficientMemoryError, match=f"decoding tokens: {match}"):
         pipe("a lemon", candidates=4, seed=3)
-    with small_painter(15_000), pytest.raises(InsufficientMemoryError, match=f"decoding pixels: {match}"):
+    with small_decoder(15_000), pytest.raises(InsufficientMemoryError, match=f"decoding pixels: {match}"):
         pipe("a lemon", candidates=4, seed=3)
     assert pipe("a lemon", seed=3).images
 
@@ -158,13 +158,13 @@ def draw():
 
 free = draw()
 used = int(next(l for l in Path("/proc/self/status").read_text().splitlines() if l.startswith("VmSize")).split()[1])
-resource.setrlimit(resource.RLIMIT_AS, (used * 1024 + 40 * 2**20,) * 2)  # 64 pictures' keys and values are 67 MB
+resource.setrlimit(resource.RLIMIT_AS, (used * 1024 + 40 * 2**20,) * 2)  # 64 images' keys and values are 67 MB
 print(json.dumps([free, draw()]))
 """
 
 
 @pytest.mark.skipif(not sys.platform.startswith("linux"), reason="limits the address space by RLIMIT_AS")
-def test_the_real_allocator_failing_changes_nothing(tiny_weights: Path, root: Path) -> None:
+def test_limited_address_space_changes_no_image(tiny_weights: Path, root: Path) -> None:
     command = [sys.executable, "-c", LIMITED, str(tiny_weights)]
     done = subprocess.run(command, cwd=root, capture_output=True, text=True, timeout=600)
     assert done.returncode == 0, done.stderr[-2000:]
@@ -180,7 +180,7 @@ def test_the_real_allocator_failing_changes_nothing(tiny_weights: Path, root: Pa
 
 
 @given(count=st.integers(0, 40), size=st.integers(1, 50), room=st.integers(1, 50))
-def test_every_item_once_in_order_in_batches_that_fit(count: int, size: int, room: int) -> None:
+def test_in_batches_returns_every_item_once_in_order(count: int, size: int, room: int) -> None:
     sizes: list[int] = []
 
     def run(batch: Sequence[int]) -> list[int]:
@@ -211,7 +211,7 @@ def test_every_item_once_in_order_in_batches_that_fit(count: int, size: int, roo
         MemoryError(),
     ],
 )
-def test_what_counts_as_out_of_memory(error: Exception) -> None:
+def test_allocation_errors_halve_the_batch(error: Exception) -> None:
     def run(batch: Sequence[int]) -> int:
         if len(batch) > 1:
             raise error
@@ -220,7 +220,7 @@ def test_what_counts_as_out_of_memory(error: Exception) -> None:
     assert list(in_batches(run, [1, 2, 3], 3, "testing")) == [1, 2, 3]
 
 
-def test_other_errors_come_through() -> None:
+def test_other_errors_are_raised() -> None:
     def run(batch: Sequence[int]) -> int:
         raise RuntimeError("mat1 and mat2 shapes cannot be multiplied")
 
@@ -231,24 +231,24 @@ def test_other_errors_come_through() -> None:
 # --- planning ---
 
 
-def test_batches_follow_free_memory(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_batch_size_follows_free_memory(monkeypatch: pytest.MonkeyPatch) -> None:
     for free, expected in [(0, 1), (99, 1), (1000, 8), (10**9, 64), (None, 64)]:
         monkeypatch.setattr(memory, "free_bytes", lambda device, free=free: free)
         assert max_batch_size(100, CPU, 64) == expected
 
 
-def test_a_pipeline_plans_with_what_is_free(pipe: ClipGen, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_pipeline_plans_batches_by_free_memory(pipe: ClipGen, monkeypatch: pytest.MonkeyPatch) -> None:
     expected = pipe("a lemon", num_outputs=8, seed=3)
-    pictures: list[int] = []
+    batch_sizes: list[int] = []
     step = Batch.step
-    monkeypatch.setattr(Batch, "step", lambda batch: pictures.append(len(batch.sequences)) or step(batch))
+    monkeypatch.setattr(Batch, "step", lambda batch: batch_sizes.append(len(batch.sequences)) or step(batch))
     room = 3 * token_bytes(pipe.config.gpt, torch.float32, guided=True) / memory.HEADROOM + 1
     monkeypatch.setattr(memory, "free_bytes", lambda device: room)
     assert same(pipe("a lemon", num_outputs=8, seed=3), expected)
-    assert pictures == [3] * 16 + [3] * 16 + [2] * 16
+    assert batch_sizes == [3] * 16 + [3] * 16 + [2] * 16
 
 
-def test_what_the_full_sizes_need() -> None:
+def test_bytes_per_row_of_the_full_sizes() -> None:
     half = torch.float16
     assert token_bytes(COCO.gpt, half, guided=False) == pytest.approx(2 * 24 * 256 * 1024 * 2, rel=0.02)
     assert token_bytes(IMAGENET.gpt, half, guided=True) == pytest.approx(2 * 2 * 48 * 256 * 1600 * 2, rel=0.02)
@@ -256,7 +256,7 @@ def test_what_the_full_sizes_need() -> None:
     assert pixel_bytes(COCO.vqgan, torch.float32) > 1.9 * pixel_bytes(COCO.vqgan, half)
 
 
-def test_free_memory_of_this_machine() -> None:
+def test_free_memory_of_this_machine_is_positive_or_unknown() -> None:
     free = memory.free_bytes(CPU)
     assert free is None or 0 < free < 2**50
 
@@ -271,11 +271,11 @@ def test_free_memory_of_this_machine() -> None:
         ("nonsense", "inactive_file 100\n", None),
     ],
 )
-def test_a_containers_limit_counts(tmp_path: Path, limit: str, stat: str, expected: int | None) -> None:
+def test_free_memory_respects_the_container_limit(tmp_path: Path, limit: str, stat: str, expected: int | None) -> None:
     for name, text in {"memory.max": limit, "memory.current": "400\n", "memory.stat": stat}.items():
         (tmp_path / name).write_text(text)
     assert memory._container_free(tmp_path) == expected
 
 
-def test_no_container_no_limit(tmp_path: Path) -> None:
+def test_free_memory_without_a_container_has_no_limit(tmp_path: Path) -> None:
     assert memory._container_free(tmp_path) is None

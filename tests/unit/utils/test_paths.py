@@ -17,7 +17,7 @@ NOBODY = 54321
 """A user id without a passwd entry, as containers run with."""
 
 
-def test_cache_is_the_named_folder_or_lies_in_the_home_folder(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_cache_is_the_configured_folder_or_lies_in_the_home_folder(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("HOME", "/home/someone")
     assert cache_dir({}) == cache_dir({"CLIPGEN_CACHE": "  "}) == Path("/home/someone/.cache/clipgen")
     assert cache_dir({"CLIPGEN_CACHE": "/c"}) == Path("/c")
@@ -41,7 +41,7 @@ print(cache_dir({{"CLIPGEN_CACHE": "/c"}}))
 
 
 @pytest.mark.skipif(os.geteuid() != 0, reason="only root can become another user")
-def test_user_without_passwd_entry_and_home_gets_a_plain_refusal() -> None:
+def test_home_of_a_user_without_passwd_entry_and_home_is_refused() -> None:
     environ = {name: value for name, value in os.environ.items() if name not in ("HOME", "CLIPGEN_CACHE")}
     done = subprocess.run([sys.executable, "-c", SCRIPT], env=environ, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr

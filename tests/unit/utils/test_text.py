@@ -39,7 +39,7 @@ def test_prompt_without_visible_character_is_refused_as_empty(text: str) -> None
 
 
 @pytest.mark.parametrize("text", ["a", "-", ".", "日本", "🍋", "❤️", "\u0301", "\u0e33", "¿", "�"])
-def test_visible_character_is_not_blank(text: str) -> None:
+def test_text_with_a_visible_character_is_not_blank(text: str) -> None:
     assert not is_blank(text)
 
 

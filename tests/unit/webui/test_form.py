@@ -102,7 +102,7 @@ def test_receipt_fills_in_the_form(tmp_path: Path) -> None:
     assert note == "The settings of this image are filled in."
 
 
-def test_receipt_with_what_the_page_has_no_field_for_says_so(tmp_path: Path) -> None:
+def test_receipt_with_settings_that_the_page_lacks_names_them(tmp_path: Path) -> None:
     image = PromptPart(0.5, image="0" * 64, name="photo.png")
     record = replace(
         RECEIPT,
@@ -123,7 +123,7 @@ def test_receipt_with_what_the_page_has_no_field_for_says_so(tmp_path: Path) -> 
 
 
 @pytest.mark.parametrize("data", [b"", b"no image", b"<svg xmlns='http://www.w3.org/2000/svg'/>", b"\x89PNG\r\n\x1a\n"])
-def test_file_that_is_no_image_has_no_receipt(tmp_path: Path, data: bytes) -> None:
+def test_file_that_is_no_image_is_refused_as_receipt(tmp_path: Path, data: bytes) -> None:
     file = tmp_path / "photo.png"
     file.write_bytes(data)
     with pytest.raises(DataError, match=r"photo\.png"):

@@ -79,7 +79,7 @@ def test_curl_sends_the_image_whose_rows_are_kept(tmp_path: Path) -> None:
     assert inputs["keep_rows"] == 2 and inputs["image"].startswith("data:image/png;base64,ZGF0YQ")
 
 
-def test_curl_says_when_the_http_api_cannot_do_it() -> None:
+def test_curl_snippet_names_settings_that_the_http_api_lacks() -> None:
     image = PromptPart(0.5, image="0" * 64)
     text = as_curl(replace(RECEIPT, prompt=(image, PromptPart(1.0, "a lemon")), keep="0" * 64, keep_rows=2))
     assert text.startswith("#") and "\n" not in text

@@ -98,7 +98,7 @@ def test_state_dict_of_another_size_is_refused(golden: Path) -> None:
         map_vqgan(published(golden, "vqgan"), replace(COCO.vqgan, ch=64))
 
 
-def test_the_discriminator_of_a_lightning_checkpoint_is_left_out(golden: Path) -> None:
+def test_discriminator_of_a_lightning_checkpoint_is_left_out(golden: Path) -> None:
     theirs = published(golden, "taming")
     extra = {"loss.discriminator.main.0.weight": torch.zeros(1), "loss.logvar": torch.zeros(())}
     assert map_vqgan(theirs | extra, IMAGENET.vqgan).keys() == map_vqgan(theirs, IMAGENET.vqgan).keys()
@@ -179,7 +179,7 @@ def test_converted_compvis_vqgan_computes_as_the_original(
 
 
 @pytest.mark.filterwarnings("ignore::DeprecationWarning")
-def test_openai_torchscript_archive_reads_as_its_program_does(
+def test_tensors_of_an_openai_torchscript_archive_equal_those_of_torch_jit(
     golden: Path, hfailab: Source, torchscript: Path, tmp_path: Path
 ) -> None:
     hfailab.clip = torchscript

@@ -36,7 +36,7 @@ def model(tiny_weights: Path, tmp_path: Path) -> Path:
     return folder
 
 
-def test_repository_loads_like_a_folder(hub: Hub, model: Path, tmp_path: Path) -> None:
+def test_model_is_loaded_from_a_repository(hub: Hub, model: Path, tmp_path: Path) -> None:
     commit = hub.publish(model)
     lines: list[str] = []
     folder = resolve_weights("hf://someone/lemons", lines.append)
@@ -123,7 +123,7 @@ def test_private_repository_needs_a_token(hub: Hub, model: Path, monkeypatch: py
     assert (resolve_weights("hf://someone/lemons") / MANIFEST).is_file()
 
 
-def test_cache_of_other_tools_is_shared_where_it_is_named(
+def test_hub_cache_of_the_environment_is_shared(
     hub: Hub, model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     hub.publish(model)
@@ -143,7 +143,7 @@ def test_malformed_address_is_refused(hub: Hub, address: str) -> None:
     assert not hub.requests
 
 
-def test_bare_user_and_repo_is_a_folder_and_nothing_is_asked(hub: Hub, model: Path) -> None:
+def test_user_and_repo_without_hf_prefix_is_a_folder(hub: Hub, model: Path) -> None:
     hub.publish(model)
     with pytest.raises(WeightsError, match="no weights in someone/lemons: no such folder"):
         resolve_weights("someone/lemons")

@@ -23,7 +23,7 @@ def no_cuda(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.mark.usefixtures("no_cuda")
-def test_gpu_that_cuda_cannot_start_gives_the_cpu_and_a_warning(
+def test_gpu_that_cuda_cannot_start_falls_back_to_the_cpu_with_a_warning(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     node = tmp_path / "nvidia0"
@@ -38,7 +38,7 @@ def test_gpu_that_cuda_cannot_start_gives_the_cpu_and_a_warning(
 
 @pytest.mark.usefixtures("no_cuda")
 @pytest.mark.parametrize("asked", ["cpu", None])
-def test_cpu_that_is_asked_for_or_all_there_is_gives_no_warning(
+def test_cpu_that_is_requested_or_the_only_device_gives_no_warning(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, asked: str | None
 ) -> None:
     node = tmp_path / "nvidia0"
@@ -50,7 +50,7 @@ def test_cpu_that_is_asked_for_or_all_there_is_gives_no_warning(
         assert pick_device(asked) == torch.device("cpu")
 
 
-def test_int8_on_a_gpu_is_refused_with_what_is_faster(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_int8_on_a_gpu_is_refused_with_a_faster_alternative(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (7, 5))
     with pytest.raises(RequestError, match="dtype is 'int8', which is slower than float16 on a GPU; use float16"):
         pick_precision("int8", torch.device("cuda"))

@@ -28,7 +28,7 @@ def make_index(images: Tensor) -> TrainingIndex:
     return TrainingIndex(build_index(images, [str(i) for i in range(len(images))], images[:20]))
 
 
-def test_text_moves_to_the_images_it_is_about() -> None:
+def test_prior_moves_a_text_to_images_of_its_subject() -> None:
     images = random_images(40)
     prior = IndexPrior(make_index(images))
     for i in (0, 7, 39):
@@ -39,7 +39,7 @@ def test_text_moves_to_the_images_it_is_about() -> None:
         assert moved @ images[i] > 0.99 > near @ images[i]
 
 
-def test_text_about_two_things_becomes_two_embeddings() -> None:
+def test_text_about_two_objects_becomes_two_embeddings() -> None:
     images = random_images(60)
     images[41] = F.normalize(images[40] + 0.3 * images[41], dim=0)  # a thing and one much like it
     index = make_index(images)
@@ -91,7 +91,7 @@ def test_missing_index_of_a_prior_is_named(tiny_weights: Path, tmp_path: Path) -
     config.prior = ""
 
 
-def test_two_things_reach_the_gpt_side_by_side(tiny_weights: Path, tmp_path: Path) -> None:
+def test_two_embeddings_reach_the_gpt_concatenated(tiny_weights: Path, tmp_path: Path) -> None:
     config, parts = load_model_dir(tiny_weights)
     config.gpt.n_cond, config.prior = 64, "training_index"
     weight = parts["gpt"]["cond_proj.weight"]
@@ -122,7 +122,7 @@ def mini(root: Path) -> ClipGen:
     return ClipGen.from_pretrained(root / "weights" / "mini", device="cpu")
 
 
-def test_mini_model_moves_texts_but_neither_images_nor_the_ranking(mini: ClipGen) -> None:
+def test_prior_of_the_mini_model_changes_neither_images_nor_the_ranking(mini: ClipGen) -> None:
     assert mini.index is not None
     image = Image.new("RGB", (144, 144), (220, 40, 40))
     assert torch.equal(mini.condition(image), torch.cat([mini.embed(image), torch.zeros(384)]))
@@ -132,7 +132,7 @@ def test_mini_model_moves_texts_but_neither_images_nor_the_ranking(mini: ClipGen
     assert "red heart" in after.nearest[0][0]
 
 
-def test_mini_model_takes_pairs_apart(mini: ClipGen) -> None:
+def test_prior_of_the_mini_model_splits_pairs(mini: ClipGen) -> None:
     assert mini.index is not None
     for prompt, names in {
         "a lemon and a dog": {"lemon", "dog"},

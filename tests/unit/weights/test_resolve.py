@@ -55,7 +55,7 @@ def test_tilde_is_the_home_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
         resolve_weights("~nosuchuser/here")
 
 
-def test_name_means_the_model_beside_the_code(mini: Path, coco: Path) -> None:
+def test_name_resolves_to_the_model_beside_the_code(mini: Path, coco: Path) -> None:
     assert (resolve_weights("mini"), resolve_weights("coco")) == (mini, coco)
 
 
@@ -144,7 +144,7 @@ def test_published_model_that_is_not_in_the_cache_is_refused_offline(monkeypatch
 # --- the pipeline ---
 
 
-def test_pipeline_loads_what_is_resolved(mini: Path, coco: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_pipeline_loads_the_resolved_model(mini: Path, coco: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("HOME", str(mini.parent))
     assert ClipGen.from_pretrained(device="cpu").folder == coco
     assert (

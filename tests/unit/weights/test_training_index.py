@@ -1,4 +1,4 @@
-"""TrainingIndex: what lies among the training pictures is told from what does not, and a damaged index is refused."""
+"""TrainingIndex: distance of prompts to the training images; a damaged index is refused."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ D = 64
 
 
 def points(count: int, seed: int, directions: int = D) -> Tensor:
-    """Unit vectors of D numbers, the last of which are zero."""
+    """Unit vectors (count, D) that are zero from dimension `directions` on."""
     made = torch.zeros(count, D)
     made[:, :directions] = torch.randn(count, directions, generator=torch.Generator().manual_seed(seed))
     return F.normalize(made, dim=1)
@@ -35,7 +35,7 @@ def points(count: int, seed: int, directions: int = D) -> Tensor:
 
 @pytest.fixture(scope="module")
 def world() -> tuple[Tensor, Tensor, Tensor]:
-    """Pictures in half of the directions, the gap, and sentences near pictures, on the other side of the gap."""
+    """Images in half of the dimensions, the modality gap, and sentences near images, shifted by the gap."""
     images = points(300, 0, D // 2)
     gap = 0.6 * F.normalize(torch.ones(D), dim=0)
     texts = F.normalize(images[:200] + gap + 0.3 * points(200, 1), dim=1)
@@ -45,13 +45,15 @@ def world() -> tuple[Tensor, Tensor, Tensor]:
 @pytest.fixture(scope="module")
 def index(world: tuple[Tensor, Tensor, Tensor]) -> TrainingIndex:
     images, _, texts = world
-    return TrainingIndex(build_index(images, [f"picture {i}" for i in range(len(images))], texts))
+    return TrainingIndex(build_index(images, [f"image {i}" for i in range(len(images))], texts))
 
 
-def test_near_and_far(world: tuple[Tensor, Tensor, Tensor], index: TrainingIndex) -> None:
+def test_query_near_training_images_is_in_distribution_and_a_far_one_is_not(
+    world: tuple[Tensor, Tensor, Tensor], index: TrainingIndex
+) -> None:
     images, gap, _ = world
     near = index.query(F.normalize(images[250] + gap + 0.3 * points(1, 2)[0], dim=0))
-    assert near.nearest[0][0] == "picture 250" and not near.is_out_of_distribution and 5 < near.percentile < 100
+    assert near.nearest[0][0] == "image 250" and not near.is_out_of_distribution and 5 < near.percentile < 100
     assert [value for _, value in near.nearest] == sorted((value for _, value in near.nearest), reverse=True)
     outside = torch.zeros(D)
     outside[-1] = 1
@@ -59,19 +61,21 @@ def test_near_and_far(world: tuple[Tensor, Tensor, Tensor], index: TrainingIndex
     assert far.is_out_of_distribution and far.percentile < 1 and far.similarity < near.similarity
 
 
-def test_a_training_picture_finds_itself(world: tuple[Tensor, Tensor, Tensor], index: TrainingIndex) -> None:
+def test_training_image_is_its_own_nearest_neighbour(
+    world: tuple[Tensor, Tensor, Tensor], index: TrainingIndex
+) -> None:
     images, *_ = world
     for i in range(0, 300, 50):
         name, cosine = index.query(images[i], text_share=0).nearest[0]
-        assert name == f"picture {i}" and cosine == pytest.approx(1, abs=0.02)
+        assert name == f"image {i}" and cosine == pytest.approx(1, abs=0.02)
 
 
-def test_the_gap_is_measured(world: tuple[Tensor, Tensor, Tensor], index: TrainingIndex) -> None:
+def test_index_measures_the_modality_gap(world: tuple[Tensor, Tensor, Tensor], index: TrainingIndex) -> None:
     _, gap, _ = world
     assert F.cosine_similarity(index.gap, gap, dim=0) > 0.8
 
 
-def test_large_sets_are_thinned() -> None:
+def test_index_of_a_large_set_is_thinned_evenly() -> None:
     count = MAX_IMAGES + 100
     made = TrainingIndex(build_index(points(count, 3), [str(i) for i in range(count)], points(40, 4)))
     assert len(made.names) == MAX_IMAGES and made.names[0] == "0" and made.names[-1] == str(count - 1)
@@ -79,26 +83,26 @@ def test_large_sets_are_thinned() -> None:
 
 @pytest.fixture
 def folder(tiny_weights: Path, tmp_path: Path) -> Path:
-    """The tiny model with an index of 40 pictures."""
+    """The tiny model with an index of 40 images."""
     copy = shutil.copytree(tiny_weights, tmp_path / "tiny")
     images = F.normalize(torch.randn(40, 32, generator=torch.Generator().manual_seed(0)), dim=1)
     add_extra(copy, FILE, build_index(images, [f"{i}.png" for i in range(40)], images[:30]))
     return copy
 
 
-def test_it_travels_with_the_weights(folder: Path, tiny_weights: Path) -> None:
+def test_index_is_saved_beside_the_weights_and_removed_with_other_weights(folder: Path, tiny_weights: Path) -> None:
     assert TrainingIndex.load(tiny_weights) is None
     found = TrainingIndex.load(folder)
     assert found is not None and found.names[39] == "39.png"
-    config, parts = load_model_dir(folder)  # the model loads as before
+    config, parts = load_model_dir(folder)  # the model itself still loads
     assert not list(folder.glob(".saving-*"))
     save_model_dir(
         folder, config, {part: {k: v.clone() for k, v in tensors.items()} for part, tensors in parts.items()}
     )
-    assert TrainingIndex.load(folder) is None, "an index of other weights must not be believed"
+    assert TrainingIndex.load(folder) is None, "an index of other weights must not stay"
 
 
-def test_a_damaged_index(folder: Path) -> None:
+def test_damaged_or_missing_index_is_named(folder: Path) -> None:
     data = bytearray((folder / FILE).read_bytes())
     data[-1] ^= 1
     (folder / FILE).write_bytes(data)
@@ -110,7 +114,7 @@ def test_a_damaged_index(folder: Path) -> None:
 
 
 @pytest.mark.parametrize("change", ["names", "scale", "basis", "held", "bomb", "gone"])
-def test_an_index_that_does_not_fit(folder: Path, change: str) -> None:
+def test_index_that_does_not_fit_is_refused(folder: Path, change: str) -> None:
     import zlib
 
     tensors = {key: tensor.clone() for key, tensor in (load_extra(folder, FILE) or {}).items()}
@@ -127,7 +131,7 @@ def test_an_index_that_does_not_fit(folder: Path, change: str) -> None:
         TrainingIndex.load(folder)
 
 
-def test_generate_says_so(folder: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+def test_generate_json_holds_the_coverage(folder: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.chdir(tmp_path)
     few = ("--num-outputs", "1", "--candidates", "1", "--device", "cpu", "--dtype", "float32", "--json")
     result = CliRunner().invoke(app, ["generate", "a lemon", *few, "--weights", str(folder)])
@@ -138,7 +142,9 @@ def test_generate_says_so(folder: Path, monkeypatch: pytest.MonkeyPatch, tmp_pat
 
 
 @pytest.mark.parametrize("low", [True, False])
-def test_generate_says_it_to_people(folder: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, low: bool) -> None:
+def test_generate_prints_coverage_and_warns_below_the_threshold(
+    folder: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, low: bool
+) -> None:
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr("clipgen.weights.training_index.OUT_OF_DISTRIBUTION", 1.01 if low else 0)
     few = ("--num-outputs", "1", "--candidates", "1", "--device", "cpu", "--dtype", "float32")
@@ -148,13 +154,13 @@ def test_generate_says_it_to_people(folder: Path, monkeypatch: pytest.MonkeyPatc
     assert bool(warned) == low
 
 
-def test_people_read_captions_not_files() -> None:
+def test_match_is_printed_with_captions_instead_of_file_names() -> None:
     covered = IndexMatch(0.5, 3.0, [("7.png: red heart", 0.6), ("8.png", 0.5)])
     assert str(covered) == "coverage 3 of 100, nearest training images: red heart; 8.png"
     assert covered.warning("it").endswith("little like it; the nearest of its training images is red heart")
 
 
-def test_images_have_no_gap_to_take_off(folder: Path) -> None:
+def test_modality_gap_is_subtracted_for_texts_but_not_for_images(folder: Path) -> None:
     pipe = ClipGen.from_pretrained(folder, device="cpu", dtype="float32")
     image = Image.linear_gradient("L")
     assert pipe.index is not None
@@ -164,7 +170,7 @@ def test_images_have_no_gap_to_take_off(folder: Path) -> None:
     assert pipe.query_index(mixed) == pipe.index.query(pipe.embed(mixed), text_share=0.25)
 
 
-def test_the_script(root: Path, tiny_weights: Path, tmp_path: Path) -> None:
+def test_index_script_writes_an_index_with_captions(root: Path, tiny_weights: Path, tmp_path: Path) -> None:
     weights = shutil.copytree(tiny_weights, tmp_path / "tiny")
     data = tmp_path / "emoji" / "stage2"
     data.mkdir(parents=True)
@@ -183,7 +189,7 @@ def test_the_script(root: Path, tiny_weights: Path, tmp_path: Path) -> None:
     assert done.returncode == 0, done.stderr
     found = TrainingIndex.load(weights)
     assert found is not None and found.names[3] == "03.png: lemon, line on red"
-    assert len(found.names) == 22, "of one thing only"
+    assert len(found.names) == 22, "images of two objects are left out"
     (data / "00.png").unlink()
     wrong = subprocess.run([*command, tmp_path / "encoded.safetensors"], cwd=root, capture_output=True, text=True)
     assert wrong.returncode == 2 and "not the same set" in wrong.stderr
