@@ -239,7 +239,7 @@ def test_idle_engine_holds_neither_cache_nor_threads(engine: Engine) -> None:
     engine.generate(make_sequences(3))
     until(lambda: engine.cache_bytes == 0)
     assert engine.num_requests == 0
-    assert threading.active_count() == threads
+    assert threading.active_count() <= threads  # threads of earlier tests may have ended meanwhile
 
 
 def test_close_waits_for_running_and_waiting_requests(gpt: GPT, gate: Gate, caplog: pytest.LogCaptureFixture) -> None:
