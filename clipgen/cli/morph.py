@@ -32,7 +32,6 @@ from clipgen.request import new_seed
 if TYPE_CHECKING:
     from torch import Tensor
 
-MAX_STEPS = 64
 EXAMPLE = "Example: clipgen morph 'a lemon' 'a heart' --steps 8 --gif"
 
 _FROM = typer.Argument(metavar="FROM", show_default=False, help="The first prompt, in quotes.")
@@ -44,7 +43,7 @@ _GIF = option(FILES, "Write a .gif that goes there and back instead of a strip."
 def morph(
     start: Annotated[str, _FROM],
     end: Annotated[str, _TO],
-    steps: Annotated[int, option(HOW, f"Images, 2 to {MAX_STEPS}, including both ends.")] = 8,
+    steps: Annotated[int, option(HOW, "Images, including both ends.", min=2, max=64)] = 8,
     candidates: Annotated[int, _CANDIDATES] = 1,
     guidance: Annotated[float | None, option(HOW, "How closely to follow, 0 to 30.", model="the model's")] = None,
     temperature: Annotated[float | None, option(HOW, "Randomness of the tokens, 0 to 10.", model="the model's")] = None,
@@ -58,8 +57,6 @@ def morph(
     dtype: Dtype = None,
 ) -> None:
     """Draw images between two prompts: their embeddings are interpolated on the sphere, with one seed."""
-    if not 2 <= steps <= MAX_STEPS:
-        raise typer.BadParameter(f"--steps is {steps}; it must be from 2 to {MAX_STEPS}")
     from clipgen.images.grids import labelled_grid, save_gif
     from clipgen.images.pixels import save_image
     from clipgen.outputs.metadata import KEY, together

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import math
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -73,13 +74,12 @@ def sheet(
 
     given = {"guidance": guidance, "temperature": temperature, "top_k": top_k, "top_p": top_p}
     values = {name: _parse(name, text) for name, text in given.items() if text is not None}
-    (down, rows), (across, columns) = axes(values)
-    shared: dict[str, Any] = {name: numbers[0] for name, numbers in values.items() if len(numbers) == 1}
-    shared |= {"candidates": candidates, "seed": new_seed() if seed is None else seed}
+    varying = axes(values)
+    shared: dict[str, Any] = {"candidates": candidates, "seed": new_seed() if seed is None else seed}
     shared["negative_prompt"] = None if negative is None else checked_text(negative)
+    cells = itertools.product(*values.values())
     requests = [
-        GenerationRequest(checked_text(prompt), **(shared | ({down: row} if down else {}) | {across: column}))
-        for row, column in itertools.product(rows, columns)
+        GenerationRequest(checked_text(prompt), **shared | dict(zip(values, cell, strict=True))) for cell in cells
     ]
     pipe = load(weights, device, dtype)
     make_folder(out)
@@ -89,35 +89,29 @@ def sheet(
         f", {name} {numbers[0]:g}" for name, numbers in values.items() if len(numbers) == 1
     )
     title += "" if negative is None else f", not {printable(negative)}"
-    image = labelled_grid(
-        [result.images[0] for result in results],
-        [f"{across} {value:g}" for value in columns],
-        [f"{down} {value:g}" for value in rows] if down else [""],
-        title,
-    )
+    *rows, columns = ([f"{name} {value:g}" for value in numbers] for name, numbers in varying.items())
+    image = labelled_grid([result.images[0] for result in results], columns, rows[0] if rows else [""], title)
     stem = free_stem(out, prompt, results[0].seed)
     records = [result.receipts[0] for result in results]
     file = save_image(image, stem.with_name(f"{stem.name}-sheet.{format.value}"), metadata=together(records))
-    axes_shown = {name: numbers for name, numbers in ((down, rows), (across, columns)) if name}
-    show_figure(file, results, printable(prompt), {"prompt": prompt, "axes": axes_shown}, as_json)
+    show_figure(file, results, printable(prompt), {"prompt": prompt, "axes": varying}, as_json)
 
 
-def axes(values: dict[str, list[float]]) -> tuple[tuple[str, list[float]], tuple[str, list[float]]]:
-    """Pick the settings that vary, as (name, values): that of the rows ("" with a single row) and that of the columns.
+def axes(values: dict[str, list[float]]) -> dict[str, list[float]]:
+    """Pick the settings that vary: that of the columns, or those of the rows and of the columns.
 
     Raises:
         BadParameter: none varies, more than two do, or there are too many cells.
     """
-    varying = [(name, numbers) for name, numbers in values.items() if len(numbers) > 1]
+    varying = {name: numbers for name, numbers in values.items() if len(numbers) > 1}
     if not 1 <= len(varying) <= 2:
-        found = ", ".join(name for name, _ in varying) or "none"
+        found = ", ".join(varying) or "none"
         names = ", ".join(f"--{name.replace('_', '-')}" for name in SETTINGS)
         raise typer.BadParameter(f"one or two settings must vary, here: {found}; give {names} values with commas")
-    cells = len(varying[0][1]) * len(varying[-1][1] if len(varying) == 2 else [0])
+    cells = math.prod(map(len, varying.values()))
     if cells > MAX_CELLS:
         raise typer.BadParameter(f"the grid has {cells} cells; {MAX_CELLS} are allowed: give fewer values")
-    down = varying[0] if len(varying) == 2 else ("", [0.0])
-    return down, varying[-1]
+    return varying
 
 
 def _parse(name: str, text: str) -> list[float]:
