@@ -46,7 +46,9 @@ class SamplingParams:
     def __post_init__(self) -> None:
         check_number("temperature", self.temperature, 0, 10)
         check_whole("top_k", self.top_k, 0, 2**31 - 1)
-        check_number("top_p", self.top_p, 5e-324, 1, "above 0 and at most 1")
+        check_number("top_p", self.top_p, 0, 1, "a number above 0 and at most 1")
+        if self.top_p == 0:
+            raise RequestError("top_p", f"is {self.top_p!r}; it must be above 0 and at most 1")
         check_number("guidance", self.guidance, 0, 30)
 
 
