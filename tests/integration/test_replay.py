@@ -4,29 +4,17 @@ from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 import torch
+from cli_kit import Run
 from PIL import Image
 from safetensors.torch import load_file
-from typer.testing import CliRunner
-from typer.testing import Result as RunResult
 
-from clipgen.cli.main import app
 from clipgen.config import ModelConfig
 from clipgen.outputs.metadata import Receipt
 from clipgen.weights.model_dir import PARTS, save_model_dir
-
-Run = Callable[..., RunResult]
-
-
-@pytest.fixture
-def run(tiny_weights: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Run:
-    monkeypatch.chdir(tmp_path)
-    monkeypatch.setenv("CLIPGEN_WEIGHTS", str(tiny_weights))
-    return lambda *args: CliRunner().invoke(app, [str(arg) for arg in args])
 
 
 def draw(run: Run, *args: object) -> list[str]:

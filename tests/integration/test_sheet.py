@@ -3,38 +3,28 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+from cli_kit import Run, assert_refused
 from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image
-from typer.testing import CliRunner
-from typer.testing import Result as RunResult
+from typer.testing import Result
 
-from clipgen.cli.main import app
 from clipgen.cli.morph import arc
 from clipgen.errors import DataError
 from clipgen.images.grids import labelled_grid, save_gif
 from clipgen.images.pixels import read_metadata
 from clipgen.outputs.metadata import KEY
 
-Run = Callable[..., RunResult]
 HERE = ("--seed", 7, "--device", "cpu", "--dtype", "float32", "--json")
 
 
-@pytest.fixture
-def run(tiny_weights: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Run:
-    monkeypatch.chdir(tmp_path)
-    monkeypatch.setenv("CLIPGEN_WEIGHTS", str(tiny_weights))
-    return lambda *args: CliRunner().invoke(app, [str(arg) for arg in args])
-
-
-def record(result: RunResult) -> dict:
+def record(result: Result) -> dict:
     assert result.exit_code == 0, result.output
     return json.loads(result.stdout)
 
@@ -88,13 +78,7 @@ def test_sheet_of_one_setting_is_a_row(run: Run) -> None:
     ],
 )
 def test_mistake_in_sheet_is_one_line(run: Run, args: list[str], words: list[str]) -> None:
-    wrong(run("sheet", *args), words)
-
-
-def wrong(result: RunResult, words: list[str]) -> None:
-    assert result.exit_code == 2 and len(result.stderr.splitlines()) == 1, result.output
-    assert all(word in result.stderr for word in words), result.stderr
-    assert not Path("outputs").exists()
+    assert_refused(run("sheet", *args), *words)
 
 
 def test_morph_strip_ends_with_the_images_of_generate(run: Run) -> None:
@@ -131,7 +115,7 @@ def test_gif_of_a_morph_plays_forward_and_back(run: Run) -> None:
     ],
 )
 def test_mistake_in_morph_is_one_line(run: Run, args: list[str], words: list[str]) -> None:
-    wrong(run("morph", *args), words)
+    assert_refused(run("morph", *args), *words)
 
 
 @given(st.integers(0, 10_000), st.integers(2, 64))
