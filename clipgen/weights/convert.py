@@ -53,6 +53,7 @@ _TAMING_VQGAN: Rules = (  # after those of `_taming_levels`
     (r"\.mid\.2\.", ".mid.block_2."),
     (r"\.shortcut\.", ".nin_shortcut."),
     (r"\.proj\.", ".proj_out."),
+    (r"\.qkv\.", ".*."),  # three tensors there: q, k and v
 )
 
 
@@ -139,7 +140,7 @@ def map_vqgan(state_dict: Mapping[str, Tensor], config: VQGANConfig) -> dict[str
         return _take(state_dict, model, "CompVis VQGAN", [*_taming_levels(model), *_TAMING_VQGAN], ignored=r"loss\.")
     if "decoder.quant_conv_in.weight" in state_dict:
         return _take(state_dict, model, "HFAiLab VQGAN", _HFAILAB_VQGAN, ignored=r"discriminator\.")
-    return _take_ours(state_dict, model)
+    return _take(state_dict, model, "VQGAN")
 
 
 def map_gpt(state_dict: Mapping[str, Tensor], config: GPTConfig) -> dict[str, Tensor]:
@@ -152,7 +153,7 @@ def map_gpt(state_dict: Mapping[str, Tensor], config: GPTConfig) -> dict[str, Te
         model = GPT(config)
     if any(name.startswith("blocks.0.encoder.") for name in state_dict):
         return _take(state_dict, model, "HFAiLab GPT", _HFAILAB_GPT, ignored=r"blocks\.\d+\.mask$")
-    return _take_ours(state_dict, model)
+    return _take(state_dict, model, "GPT")
 
 
 def _rename(name: str, rules: Rules) -> str:
@@ -181,14 +182,8 @@ def _taming_levels(model: VQGAN) -> Iterator[tuple[str, str]]:
                 theirs, count = f"{side}.level.{next(order)}", 0
 
 
-def _take_ours(state_dict: Mapping[str, Tensor], model: nn.Module) -> dict[str, Tensor]:
-    expected = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
-    check_shapes(expected, state_dict, type(model).__name__)
-    return dict(state_dict)
-
-
 def _take(
-    state_dict: Mapping[str, Tensor], model: nn.Module, whose: str, rules: Rules, ignored: str
+    state_dict: Mapping[str, Tensor], model: nn.Module, whose: str, rules: Rules = (), ignored: str = r"(?!)"
 ) -> dict[str, Tensor]:
     """Pick the tensors that `rules` name for those of `model`; q, k and v are joined where they are three."""
     given = {name: tensor for name, tensor in state_dict.items() if not re.match(ignored, name)}
@@ -196,7 +191,7 @@ def _take(
     shapes: dict[str, tuple[int, ...]] = {}
     for ours, tensor in model.state_dict().items():
         name = _rename(ours, rules)
-        sources[ours] = [name.replace(".qkv.", f".{part}.") for part in "qkv"] if ".qkv." in name else [name]
+        sources[ours] = [name.replace("*", part) for part in "qkv"] if "*" in name else [name]
         rows, *columns = tensor.shape
         for theirs in sources[ours]:
             shapes[theirs] = (rows // len(sources[ours]), *columns)
