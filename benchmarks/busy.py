@@ -1,10 +1,10 @@
-"""Seconds of the same command on an idle machine, beside busy loops, and under a CPU quota; and the ratios to idle.
+"""Time of a command on an idle machine, beside busy loops, and under a CPU quota, with the ratios to idle.
 
     python benchmarks/busy.py [--weights weights/mini] [--repeats 3] [--json]
 
-The command draws 4 of 16 candidates on the CPU, in a fresh process each time. A busy loop is another process that never
-waits. The quota is one CPU, by a control group of its own, which only root can make; elsewhere that row is left out.
-Each turn measures every condition once; medians are shown.
+The command generates the best 4 of 16 candidates on the CPU, in a fresh process each time. A busy loop is another
+process that never waits. The quota is one CPU, set by a control group, which only root can create; elsewhere that row is
+left out. Each turn measures every condition once; medians are shown.
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ Condition = Callable[[], AbstractContextManager[list[str]]]
 
 @contextmanager
 def beside(loops: int) -> Iterator[list[str]]:
-    """So many processes that never wait."""
+    """Run a number of processes that never wait beside the block."""
     running = [subprocess.Popen([sys.executable, "-c", "while True: pass"]) for _ in range(loops)]
     try:
         yield []
@@ -51,10 +51,10 @@ def beside(loops: int) -> Iterator[list[str]]:
 
 @contextmanager
 def under_quota(cpus: float) -> Iterator[list[str]]:
-    """A control group that may use so many CPUs on average; what is yielded makes a command join it.
+    """Create a control group limited to a number of CPUs; yields a function that lets a command join it.
 
     Raises:
-        OSError: this process cannot make one.
+        OSError: this process cannot create one.
     """
     is_v2 = (CGROUPS / "cgroup.controllers").is_file()
     group = CGROUPS / ("" if is_v2 else "cpu") / f"clipgen-busy-{os.getpid()}"
@@ -80,10 +80,10 @@ CONDITIONS: dict[str, Condition] = {
 
 
 def seconds(condition: Condition, arguments: list[str]) -> float:
-    """How long one run of Python with these arguments takes under a condition.
+    """Seconds of one run of Python with these arguments under a condition.
 
     Raises:
-        OSError: the condition cannot be made here.
+        OSError: the condition is not possible here.
         subprocess.CalledProcessError: the command failed.
     """
     with condition() as before:
@@ -93,7 +93,7 @@ def seconds(condition: Condition, arguments: list[str]) -> float:
 
 
 def measure(arguments: list[str], repeats: int) -> dict[str, list[float]]:
-    """Seconds under every condition that can be made here, in turns."""
+    """Seconds under every condition that is possible here, measured in turns."""
     times: dict[str, list[float]] = {name: [] for name in CONDITIONS}
     for _ in range(repeats):
         for name in list(times):
@@ -108,7 +108,7 @@ def measure(arguments: list[str], repeats: int) -> dict[str, list[float]]:
 
 
 def to_table(report: dict) -> str:
-    """Markdown."""
+    """Markdown table of a report."""
     machine, idle = report["machine"], statistics.median(report["seconds"]["idle"])
     lines = [f"{machine['instruction_set']}, {machine['cores']} cores, {machine['waiting']}, {report['repeats']} turns"]
     lines += ["", "| | s | of idle |", "|---|---|---|"]

@@ -1,9 +1,9 @@
-"""Seconds to decode the tokens of images at the full size: ours, and what people have otherwise.
+"""Decoding time of image tokens at full size: ours and the alternatives.
 
     python benchmarks/decode.py [--short | --full] [--rows 1 8 32] [--tokens 256] [--repeats 3] [--json]
 
-GPT2-medium's sizes and random weights, sampling as the published demo does (top_k 500, top_p 0.95), on the CPU. All run
-in this process, in turns, so that what else the machine does meets them alike; medians are shown. --short: 32 tokens
+GPT2-medium's sizes with random weights, sampling as the published demo does (top_k 500, top_p 0.95), on the CPU. All run
+in this process, in turns, so that other load on the machine affects them equally; medians are shown. --short: 32 tokens
 of 1 and 8 images, once. --full: 64 images too.
 """
 
@@ -55,7 +55,7 @@ Contender = Callable[[int], float]
 
 
 def ours(gpt: GPT) -> Contender:
-    """Our cached loop: rows -> seconds."""
+    """Seconds of our cached loop, as a function of the rows."""
 
     def run(rows: int) -> float:
         embedding = torch.nn.functional.normalize(torch.randn(rows, gpt.config.n_cond), dim=-1)
@@ -69,10 +69,10 @@ def ours(gpt: GPT) -> Contender:
 
 
 def uncached(gpt: GPT) -> Contender:
-    """The loop that computes the whole sequence for every token, in float32.
+    """Seconds of a loop that computes the whole sequence for every token, in float32.
 
-    Timed at SAMPLES lengths evenly spread, once each, and multiplied by the number of tokens: one token costs nearly
-    linearly more the longer the sequence.
+    Timed once at each of SAMPLES evenly spread lengths and multiplied by the number of tokens, because the time of a
+    token grows almost linearly with the length of the sequence.
     """
 
     @torch.inference_mode()
@@ -131,7 +131,7 @@ def transformers_generate(config: GPTConfig, cache: str) -> Contender:
 
 
 def contenders(config: GPTConfig, names: Sequence[str]) -> dict[str, Contender]:
-    """Those of `names`, with their models; the names are what the table shows."""
+    """The decoders in `names`, with their models; the table shows these names."""
     with torch.device("meta"):
         empty = GPT(config)
     exact: Any = random_weights(empty) if any(name.startswith("ours") for name in names) else None
@@ -162,7 +162,7 @@ NAMES = [
 def measure(
     config: GPTConfig, rows: Sequence[int], repeats: int, names: Sequence[str]
 ) -> tuple[list[dict], list[float]]:
-    """Seconds of every contender at every number of images, in turns, and what memory gave, bytes/s, in each turn."""
+    """Seconds of every decoder for every number of images, in turns, and the memory bandwidth of each turn, bytes/s."""
     run = contenders(config, names)
     results, bandwidth = [], []
     for count in rows:
@@ -179,7 +179,7 @@ def measure(
 
 
 def compare(results: list[dict], config: GPTConfig, machine: dict) -> None:
-    """Add to each result: seconds per image, how often ours is faster, and for ours the share of the floor."""
+    """Add seconds per image, the speed-up of ours, and for ours the share of the floor to each result."""
     ours_seconds = {r["rows"]: r["seconds"] for r in results if r["name"] == DEFAULT}
     for result in results:
         rows = result["rows"]
@@ -193,7 +193,7 @@ def compare(results: list[dict], config: GPTConfig, machine: dict) -> None:
 
 
 def to_table(report: dict) -> str:
-    """Markdown."""
+    """Markdown table of a report."""
     lines = [in_words(report["machine"]), ""]
     what = f"{report['tokens']} tokens, {report['layers']} layers, median of {report['repeats']}"
     lines += [f"| {what} | images | s | s per image | of ours | of the floor |", "|---|---|---|---|---|---|"]

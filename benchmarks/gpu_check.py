@@ -1,8 +1,8 @@
-"""What a GPU must show: kernels, numerics, robustness, speed and training, one figure a line with its verdict.
+"""Checks of a GPU: kernels, numerics, robustness, speed and training, one figure per line with its verdict.
 
     python benchmarks/gpu_check.py --minutes 6 --out runs/gpu-check      (make gpu-check)
 
-Every stage is guarded against the others' failures and written down as it ends: DIR/results.jsonl, and at the end
+A failing stage does not end the others, and each is recorded when it ends: DIR/results.jsonl, and at the end
 results.json and results.md. A stage that leaves the GPU unusable is followed by a fresh process for the rest. Exit code
 1 where a goal is missed or a stage failed. `--device cpu` runs what a CPU can, at tiny sizes: it checks the script, not
 the machine.
@@ -51,7 +51,7 @@ STAGES: dict[str, Stage] = {
 
 
 def is_usable(device: torch.device) -> bool:
-    """Whether the device still answers."""
+    """Whether the device still responds."""
     try:
         if device.type == "cuda":
             torch.cuda.synchronize(device)

@@ -1,4 +1,4 @@
-"""Draw the examples of docs/model-page.md as a client of the server would, and write their images beside it.
+"""Generate the images of the examples in docs/model-page.md through the server, and write them beside it.
 
     python benchmarks/model_page.py [--weights weights/mini]
 
@@ -32,13 +32,13 @@ IMAGES = PAGE.with_suffix("")
 
 
 def read_examples(page: Path) -> dict[str, dict[str, Any]]:
-    """Inputs by the name of their images' files: the heading in small letters, with dashes."""
+    """Inputs of each example, by the name of its image files: the heading in lower case, with dashes."""
     found = re.findall(r"^### (.*?)$[^#]*?^```json\n(.*?)^```", page.read_text(encoding="utf-8"), re.M | re.S)
     return {heading.lower().replace(" ", "-"): json.loads(block) for heading, block in found}
 
 
 def to_request(inputs: dict[str, Any], folder: Path) -> bytes:
-    """The body of a prediction request, with a data: URL in place of an image's path."""
+    """Body of a prediction request, with a data: URL in place of an image's path."""
     inputs = inputs | {"output_format": "webp"}
     if "image" in inputs:
         data = base64.b64encode((folder / inputs["image"]).read_bytes()).decode()
@@ -47,10 +47,10 @@ def to_request(inputs: dict[str, Any], folder: Path) -> bytes:
 
 
 def predict(address: str, body: bytes) -> list[bytes]:
-    """The files of one prediction.
+    """Output files of one prediction.
 
     Raises:
-        ValueError: it failed.
+        ValueError: the prediction failed.
     """
     with http.urlopen(http.Request(f"{address}/predictions", body, {"Content-Type": "application/json"})) as reply:
         answer = json.load(reply)

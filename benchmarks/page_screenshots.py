@@ -1,4 +1,4 @@
-"""Screenshots of the web page for docs/: on a desktop and a phone, light and dark, with a drawn example.
+"""Screenshots of the web page for docs/: on a desktop and a phone, light and dark, with a generated example.
 
     clipgen app --port 7860 &
     python benchmarks/page_screenshots.py http://127.0.0.1:7860 --out docs
@@ -31,7 +31,7 @@ COLOURS = 256
 
 
 def drawn_page(browser: Any, url: str, size: tuple[int, int], scheme: str, example: int) -> Any:
-    """A page on which one of the example prompts has been drawn."""
+    """A page on which one of the example prompts has been generated."""
     context = browser.new_context(viewport={"width": size[0], "height": size[1]}, color_scheme=scheme)
     page = context.new_page()
     page.set_default_timeout(600_000)

@@ -1,4 +1,4 @@
-"""Lines in a frame, as a PNG, drawn with Pillow."""
+"""Line plots as PNG files, drawn with Pillow."""
 
 from __future__ import annotations
 
@@ -17,10 +17,10 @@ Series = Mapping[str, Sequence[tuple[float, float]]]
 
 
 def plot(series: Series, title: str, path: Path, logarithmic: bool = False, size: tuple[int, int] = (720, 440)) -> None:
-    """Draw each series of points (x, y), named beside the frame in its colour.
+    """Draw series of points (x, y) into a frame, with a legend beside it.
 
     Args:
-        logarithmic: both axes; then each point has its figures beside it.
+        logarithmic: use logarithmic axes and label each point.
     """
     scale = math.log2 if logarithmic else float
     image = Image.new("RGB", size, "white")

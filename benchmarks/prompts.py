@@ -1,4 +1,4 @@
-"""The prompts of mini_quality.py: what is asked, and which emoji count as right."""
+"""The prompts of mini_quality.py, and the emoji that count as right."""
 
 from __future__ import annotations
 
@@ -23,12 +23,12 @@ class Prompt:
 
     @property
     def line_art(self) -> bool:
-        """Whether it asks for black lines."""
+        """Whether the prompt asks for black lines."""
         return self.kind == "style" and bool(_LINE_ART.search(self.text))
 
     @property
     def background(self) -> str | None:
-        """The colour that it asks for behind the object, as its words have it."""
+        """Background colour in the prompt's words, or None."""
         found = _BACKGROUND.search(self.text)
         return found.group(1) if found else None
 

@@ -2,8 +2,8 @@
 
     python benchmarks/roofline.py [--json]
 
-A step reads every weight and the cache once, and multiplies every weight with every row. Neither can be done faster
-than memory is read and matrices are multiplied, both measured here, by PyTorch on all its threads.
+A step reads every weight and the cache once, and multiplies every weight with every row. It cannot be faster than
+memory is read or matrices are multiplied, both measured here by PyTorch on all threads.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ LARGE = 400_000_000
 
 
 def seconds(call: Callable[[], object], repeats: int = 5) -> float:
-    """Median time of a call on the CPU, after one that does not count."""
+    """Median seconds of a call on the CPU, after a warm-up call."""
     call()
     times = []
     for _ in range(repeats):
@@ -45,44 +45,44 @@ def seconds(call: Callable[[], object], repeats: int = 5) -> float:
 
 
 def read_bandwidth() -> float:
-    """Bytes a second that are read from memory: a sum over numbers that no cache holds."""
+    """Memory bandwidth, bytes/s: the sum of an array larger than any cache."""
     numbers = torch.ones(LARGE // 4)
     return LARGE / seconds(numbers.sum)
 
 
 def matrix_rate(dtype: torch.dtype, size: int = 2048) -> float:
-    """Floating-point operations a second of a square matrix product."""
+    """Floating-point operations per second of a square matrix product."""
     a, b = torch.randn(2, size, size).to(dtype)
     return 2 * size**3 / seconds(lambda: a @ b)
 
 
 def step_bytes(config: GPTConfig, rows: int, weight_size: int, tokens: int, cache_size: int = 2) -> float:
-    """Bytes an average step must read: weights of `weight_size` bytes each, half of a cache with `cache_size`."""
+    """Bytes that an average step reads: weights of `weight_size` bytes each and half of a cache with `cache_size`."""
     cache = rows * config.n_layer * 2 * config.n_embd * cache_size * (tokens + 1) / 2
     return matrix_weights(config) * weight_size + cache
 
 
 def step_flops(config: GPTConfig, rows: int) -> float:
-    """Operations of a step's products with weights."""
+    """Floating-point operations of a step's products with weights."""
     return 2.0 * rows * matrix_weights(config)
 
 
 def matrix_weights(config: GPTConfig) -> int:
-    """Weights that every step multiplies with: all but embeddings."""
+    """Number of weights that every step multiplies with: all but embeddings."""
     return 12 * config.n_layer * config.n_embd**2 + config.n_embd * config.vocab_size
 
 
 def floor_seconds(
     config: GPTConfig, rows: int, weight_size: int, tokens: int, machine: dict, cache_size: int = 2
 ) -> float:
-    """What `tokens` steps take at least on a machine that `describe` measured: the larger of both floors."""
+    """Least seconds of `tokens` steps on a machine that `describe` measured: the larger of both floors."""
     read = step_bytes(config, rows, weight_size, tokens, cache_size) / machine["read_bytes_per_s"]
     compute = step_flops(config, rows) / (machine["bfloat16_flops"] or machine["float32_flops"])
     return tokens * max(read, compute)
 
 
 def describe() -> dict:
-    """What numbers of this machine depend on, and its two rates; `read_bandwidth` varies where others share the bus."""
+    """Facts about this machine and its two rates. `read_bandwidth` varies when others share the bus."""
     names = [line.split(":")[1].strip() for line in _cpuinfo() if line.startswith("model name")]
     return {
         "cpu": names[0] if names else platform.processor(),
@@ -104,7 +104,7 @@ def _cpuinfo() -> list[str]:
 
 
 def in_words(machine: dict) -> str:
-    """One line for people."""
+    """Facts about a machine as one line of text."""
     bfloat16 = f", {machine['bfloat16_flops'] / 1e9:.0f} in bfloat16" if machine["bfloat16_flops"] else ""
     return (
         f"{machine['cpu']}, {machine['cores']} cores, {machine['threads']} threads, {machine['instruction_set']}, "
@@ -115,7 +115,7 @@ def in_words(machine: dict) -> str:
 
 
 def random_weights(module: nn.Module) -> nn.Module:
-    """Fill a module built on the meta device with small random numbers, its norms with 1: enough for timing."""
+    """Fill a module from the meta device with small random numbers, its norms with 1, which is enough for timing."""
     module = module.to_empty(device="cpu").eval().requires_grad_(False)
     noise = torch.randn(1 << 20, generator=torch.Generator().manual_seed(0)) * 0.02
     for name, parameter in module.named_parameters():

@@ -1,8 +1,8 @@
-"""The judge of composed scenes: a network that took no part in training says what an image shows.
+"""The judge of composed scenes: a network not used in training that recognises what an image shows.
 
-EfficientNet-lite2's features (ImageNet weights; training may use lite0's, never these), pooled over the whole image and
-over its quarters, and linear heads on them that were trained on scenes of every combination. It has seen no image of a
-generator and none that went through a tokenizer.
+EfficientNet-lite2's features (ImageNet weights; training may use those of lite0, never these), pooled over the whole
+image and over its quarters, with linear heads trained on scenes of every combination. It was trained on no generated
+image and on none that went through a tokenizer.
 """
 
 from __future__ import annotations
@@ -39,21 +39,21 @@ _BATCH = 32
 
 @dataclass(frozen=True)
 class Verdict:
-    """What the judge sees: of each head what it says first."""
+    """Verdict on an image: the most likely value of each head."""
 
     said: dict[str, str | None]
 
     def objects(self) -> set[str | None]:
-        """The objects that are there."""
+        """Names of the objects in the image."""
         return {self.said["object"], self.said["second object"]} if self.is_pair() else {self.said["object"]}
 
     def is_pair(self) -> bool:
-        """Whether there are two things that differ."""
+        """Whether there are two different objects."""
         return self.said["layout"] not in ("1", "2", "3")
 
 
 class SceneJudge(nn.Module):
-    """Features and heads."""
+    """EfficientNet features and linear heads."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -79,12 +79,12 @@ class SceneJudge(nn.Module):
         return torch.cat(out)
 
     def forward(self, features: Tensor) -> list[Tensor]:
-        """Features (N, DIM) -> logits of each head. Normalised, and scaled as if of unit norm."""
+        """Features (N, DIM), normalised and scaled as if of unit norm -> logits of each head."""
         return self.heads(self.norm(features) / DIM**0.5)
 
     @torch.inference_mode()
     def judge(self, images: Sequence[Image.Image]) -> list[Verdict]:
-        """What each image shows."""
+        """Verdicts on images."""
         logits = self.eval()(self.features(images).clone())
         numbers = torch.stack([row.argmax(-1) for row in logits], dim=1).tolist()
         return [Verdict({name: values(name)[i] for name, i in zip(NAMES, row, strict=True)}) for row in numbers]
@@ -93,7 +93,7 @@ class SceneJudge(nn.Module):
 def is_right(verdict: Verdict, facts: Facts, kind: str) -> bool:
     """Whether an image shows what a prompt of a kind asks for.
 
-    Of colours, attachments and counts the object must be right too; of styles and grounds only themselves.
+    For colours, attachments and counts the object must be right as well; styles and grounds are judged alone.
     """
     said, thing = verdict.said, facts.things[0]
     if kind == "style":
@@ -113,7 +113,7 @@ def is_right(verdict: Verdict, facts: Facts, kind: str) -> bool:
 
 
 def stands_as_said(verdict: Verdict, facts: Facts) -> bool:
-    """Whether two things, both there, stand to each other as the prompt says."""
+    """Whether two objects, both present, are placed as the prompt says."""
     mirrored = {"left of": "right of", "right of": "left of", "above": "below", "below": "above"}
     first = verdict.said["object"] == facts.things[0].object
     said = verdict.said["layout"] or ""
@@ -121,7 +121,7 @@ def stands_as_said(verdict: Verdict, facts: Facts) -> bool:
 
 
 def load_judge(scenes: Scenes, cache: Path, count: int = SCENES, epochs: int = 20) -> SceneJudge:
-    """The judge, its heads trained on so many scenes, once, and kept in `cache`."""
+    """The judge, with heads trained once on `count` scenes and kept in `cache`."""
     judge = SceneJudge()
     key = hashlib.sha256(json.dumps([scenes.fingerprint(), count, epochs, list(NAMES)]).encode()).hexdigest()
     trained = {**dict(judge.norm.named_buffers(prefix="norm")), **dict(judge.heads.named_parameters(prefix="heads"))}
@@ -138,7 +138,7 @@ def load_judge(scenes: Scenes, cache: Path, count: int = SCENES, epochs: int = 2
 
 
 def _look(judge: SceneJudge, scenes: Scenes, count: int) -> tuple[Tensor, Tensor]:
-    """Features and labels of the first scenes."""
+    """Features and labels of the first `count` scenes."""
     features, console = [], Console(stderr=True)
     for start in track(range(0, count, _BATCH), f"the judge looks at {count} scenes", console=console):
         rows = range(start, min(count, start + _BATCH))

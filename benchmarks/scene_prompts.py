@@ -1,7 +1,7 @@
-"""Prompts for the mini model's third version, drawn from the world's lists by a seed: nobody chooses them.
+"""Prompts for the third version of the mini model, sampled from the world's lists by a seed: none is hand-picked.
 
-A prompt is a sentence for facts, and what the judge must find in an image of it. There are two sets, which differ by
-their seed: development, to look at while a model is made, and test, to measure it with.
+A prompt is a sentence and the facts that the judge must find in an image of it. There are two sets with different
+seeds: development, for use while a model is developed, and test, for measuring it.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ _PLAIN = {"style": "3d", "ground": "white"}
 
 @dataclass(frozen=True)
 class ScenePrompt:
-    """A kind of KINDS, a sentence, and the facts that it says."""
+    """A sentence, its kind, and the facts that it states."""
 
     kind: str
     text: str
@@ -43,7 +43,7 @@ class ScenePrompt:
 
 
 def draw_prompts(split: str, per_kind: int, words: Mapping[str, Sequence[str]]) -> list[ScenePrompt]:
-    """So many prompts of each kind.
+    """Sample `per_kind` prompts of each kind.
 
     Args:
         split: of SEEDS.

@@ -1,10 +1,10 @@
-"""How good a mini model of composed scenes is: prompts drawn by a seed, an independent judge; offline, on the CPU.
+"""Quality of a mini model of composed scenes: sampled prompts, scored by an independent judge. Offline, on the CPU.
 
     python benchmarks/scene_quality.py --weights weights/mini --data data/emoji [--split test] [--out outputs/scenes]
 
-Draws 4 of 16 candidates of each prompt with seed 0 and says of each kind of prompt how many images show what was asked
-for (`scene_judge.py`), how much the candidates differ, how many images are near copies of composed scenes, and what the
-judge finds in real scenes, before and after the tokenizer: more than that nobody can reach. Writes OUT/report.json,
+Generates the best 4 of 16 candidates of each prompt with seed 0. Reports for each kind of prompt how many images show its
+facts (`scene_judge.py`), how much the candidates differ, how many images are near copies of composed scenes, and the
+judge's accuracy on real scenes, before and after the tokenizer, which is the upper bound. Writes OUT/report.json,
 OUT/report.md and OUT/grid.png, a row for each prompt.
 """
 
@@ -56,7 +56,7 @@ _JUDGE_SEED, _CEILING_SEED = 11, 12
 
 @dataclass(frozen=True)
 class Drawn:
-    """A prompt, its images, best first, and what the judge saw in them."""
+    """A prompt, its images, best first, and the judge's verdicts."""
 
     prompt: ScenePrompt
     images: list[Image.Image]
@@ -64,7 +64,7 @@ class Drawn:
 
 
 def differences(images: Sequence[Image.Image]) -> float:
-    """Mean absolute difference between each two of a prompt's images, of a range of 1."""
+    """Mean absolute difference between pairs of a prompt's images, for pixels in [0, 1]."""
     arrays = [np.asarray(image, np.float32) / 255 for image in images]
     return float(np.mean([np.abs(a - b).mean() for a, b in combinations(arrays, 2)]))
 
@@ -83,7 +83,7 @@ def nearest_psnr(images: Tensor, scenes: Iterable[Tensor]) -> Tensor:
 
 
 def near_copies(images: Sequence[Image.Image], scenes: Scenes, count: int) -> float:
-    """Share of the images that are near copies of one of the first scenes."""
+    """Share of images that are near copies of one of the first `count` scenes."""
     starts = track(range(0, count, 500), f"near copies among {count} scenes", console=Console(stderr=True))
     batches = (
         small([Image.fromarray(np.asarray(scenes.image(row))) for row in range(start, min(count, start + 500))])
@@ -93,7 +93,7 @@ def near_copies(images: Sequence[Image.Image], scenes: Scenes, count: int) -> fl
 
 
 def ceiling(judge: SceneJudge, vqgan: VQGAN, scenes: Scenes, count: int) -> dict[str, dict[str, float]]:
-    """What the judge finds in real scenes of one thing, and in the same after the tokenizer, whose PSNR it adds."""
+    """The judge's accuracy on real scenes of one object, before and after the tokenizer, and the tokenizer's PSNR."""
     rows = [row for row in range(4 * count) if len(scenes.facts(row).things) == 1][:count]
     real = [Image.fromarray(np.asarray(scenes.image(row))) for row in rows]
     pixels = to_pixels(real, vqgan.config.image_size)
@@ -118,7 +118,7 @@ def ceiling(judge: SceneJudge, vqgan: VQGAN, scenes: Scenes, count: int) -> dict
 
 
 def draw(pipe: ClipGen, judge: SceneJudge, prompts: Sequence[ScenePrompt]) -> list[Drawn]:
-    """Images of each prompt, judged."""
+    """Generate and judge images of each prompt."""
     found = []
     for start in track(range(0, len(prompts), 4), "prompts", console=Console(stderr=True)):
         some = prompts[start : start + 4]
@@ -131,7 +131,7 @@ def draw(pipe: ClipGen, judge: SceneJudge, prompts: Sequence[ScenePrompt]) -> li
 
 
 def summarise(drawn: Sequence[Drawn]) -> dict[str, dict[str, float]]:
-    """Of each kind: share of the images and of the best ones that are right; of right pairs, those that stand so."""
+    """Shares by kind: of right images, of right best ones, and of right pairs that are placed as the prompt says."""
     rows = {}
     for kind in KINDS:
         some = [d for d in drawn if d.prompt.kind == kind]
@@ -153,7 +153,7 @@ def summarise(drawn: Sequence[Drawn]) -> dict[str, dict[str, float]]:
 
 
 def to_markdown(report: dict) -> str:
-    """The report's tables."""
+    """Markdown tables of a report."""
     lines = [
         f"{report['split']} prompts, {OUTPUTS} of {CANDIDATES} candidates, seed {SEED}:",
         "",

@@ -3,8 +3,8 @@
     python benchmarks/serving.py [--weights weights/mini] [--clients 1 2 4 8] [--seconds 6] [--json]
 
 Each client sends its next request when it has its answer. There are two kinds: 1 image of 1 candidate, and 4 of 16. A
-request that fails ends the benchmark. Cog frees a slot a moment after it has answered, so at 8 clients some requests
-are refused with 409 at first: they are sent again, which counts as waiting time, and the refusals are counted.
+request that fails ends the benchmark. Cog frees a slot shortly after it has answered, so with 8 clients some requests
+are refused with 409 at first. They are sent again, which counts as waiting time, and the refusals are counted.
 """
 
 from __future__ import annotations
@@ -44,7 +44,7 @@ def serve(weights: Path) -> Iterator[str]:
     """Run the server on a free port of the loopback interface; yields its address when it is ready.
 
     Raises:
-        ValueError: its set-up failed.
+        ValueError: setup failed.
     """
     port = free_port()
     with tempfile.TemporaryFile() as log:
@@ -65,7 +65,7 @@ def serve(weights: Path) -> Iterator[str]:
 
 
 def free_port() -> int:
-    """A port of the loopback interface that nobody listens on."""
+    """A free port of the loopback interface."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         return free.getsockname()[1]
@@ -99,7 +99,7 @@ def ask(address: str, seed: int, kind: dict[str, int]) -> tuple[float, int]:
     """Send one prediction; return its seconds, and how often it was refused with 409 before.
 
     Raises:
-        ValueError: it failed.
+        ValueError: the prediction failed.
     """
     body = json.dumps({"input": {"prompt": "a lemon", "seed": seed, **kind}}).encode()
     start = time.perf_counter()
@@ -121,7 +121,7 @@ def ask(address: str, seed: int, kind: dict[str, int]) -> tuple[float, int]:
 
 
 def load(address: str, clients: int, seconds: float, kind: dict[str, int]) -> dict[str, float]:
-    """Keep `clients` busy for some seconds; requests still running then are awaited and counted."""
+    """Run `clients` for some seconds; requests that still run then are awaited and counted."""
     taken: list[tuple[float, float, int]] = []  # when it ended, how long it took, refusals
     errors: list[Exception] = []
     start = time.perf_counter()
@@ -161,7 +161,7 @@ def measure(weights: Path, clients: list[int], seconds: float) -> dict[str, dict
 
 
 def to_table(report: dict) -> str:
-    """The report as Markdown."""
+    """Markdown table of a report."""
     lines = [f"machine: {json.dumps(report['machine'])}", ""]
     lines += [
         "| images | clients | requests / s | times one client | p50 s | p95 s | p99 s | 409s |",

@@ -1,4 +1,4 @@
-"""Many clients for many minutes, some of them badly behaved, and a worker that is killed half-way.
+"""Load test: many clients for many minutes, some of them badly behaved, and a worker killed half-way.
 
     python benchmarks/soak.py [--weights weights/mini] [--clients 16] [--minutes 10] [--json]
 
@@ -116,7 +116,7 @@ def account(soak: Soak, server: Supervised) -> dict[str, int]:
 
 
 def to_text(report: dict[str, Any]) -> str:
-    """The report as Markdown."""
+    """A report as Markdown."""
     lines = [
         f"machine: {json.dumps(report['machine'])}",
         "",

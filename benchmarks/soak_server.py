@@ -58,10 +58,10 @@ class Supervised:
             return "NONE"
 
     def wait(self, seconds: float = 300) -> None:
-        """Wait until it is ready.
+        """Wait until the server is ready.
 
         Raises:
-            ValueError: its set-up failed, or took too long.
+            ValueError: setup failed, or took too long.
         """
         end = time.monotonic() + seconds
         while (status := self.health()) != "READY":
@@ -85,11 +85,11 @@ class Supervised:
                 self.process, bad = self._start(), 0
 
     def processes(self) -> list[int]:
-        """The server's process id, and its worker's."""
+        """Process ids of the server and of its worker."""
         return [self.process.pid, *_children(self.process.pid)]
 
     def kill_worker(self) -> float:
-        """SIGKILL, as the system's out-of-memory killer sends it; returns when."""
+        """Send the worker SIGKILL, as the system's out-of-memory killer does; returns the time."""
         os.kill(self.processes()[-1], signal.SIGKILL)
         return time.monotonic()
 

@@ -1,4 +1,4 @@
-"""Stages 1 to 4: the machine, attention's backends, CUDA graphs, no waiting for the device."""
+"""Stages 1 to 4: the machine, attention backends, CUDA graphs, and steps without synchronisation."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ GPU_TESTS = ("tests/unit/engine/test_cuda_graphs.py", "tests/unit/models/test_cl
 
 
 def facts(bench: Bench) -> Iterator[Figure]:
-    """What this machine is, and the suite's own GPU tests."""
+    """Facts about the machine, and the GPU tests of the test suite."""
     yield Figure("PyTorch, Python", f"{torch.__version__}, {platform.python_version()}")
     yield Figure("CPU", torch.backends.cpu.get_cpu_capability())
     if bench.is_cuda:
@@ -43,7 +43,7 @@ def facts(bench: Bench) -> Iterator[Figure]:
 
 
 def attention(bench: Bench) -> Iterator[Figure]:
-    """Which backend scaled_dot_product_attention takes for one query, and what a new length costs."""
+    """Backend that scaled_dot_product_attention chooses for one query, and the cost of a new length."""
     if not bench.is_cuda:
         raise Skipped("backends are chosen on GPUs")
     from torch.nn.attention import SDPBackend, sdpa_kernel
@@ -80,7 +80,7 @@ def _call_seconds(bench: Bench, q: torch.Tensor, k: torch.Tensor) -> float:
 
 
 def graphs(bench: Bench) -> Iterator[Figure]:
-    """CUDA graphs at full size: built without a warning, in how long, in how much memory."""
+    """CUDA graphs at full size: whether they are built without a warning, and their time and memory."""
     if not bench.is_cuda:
         raise Skipped("CUDA graphs need a GPU")
     for dtype in (torch.float16, torch.bfloat16):
@@ -100,7 +100,7 @@ def graphs(bench: Bench) -> Iterator[Figure]:
 
 @torch.inference_mode()
 def no_sync(bench: Bench) -> Iterator[Figure]:
-    """The batch's steps never wait for the device."""
+    """Whether steps of the batch never wait for the device."""
     config = preset(bench)
     batch = Batch(random_gpt(config, bench.device, torch.float16 if bench.is_cuda else torch.float32))
     batch.add(sequences(4, config), max_rows=8)

@@ -24,7 +24,7 @@ PARAMS = SamplingParams(temperature=1.0, top_k=500, top_p=0.95)
 
 
 def preset(bench: Bench, name: str = "coco") -> ModelConfig:
-    """The sizes of a published model, or of a tiny one on a CPU."""
+    """Configuration of a published model, or of a tiny one on a CPU."""
     config = load_preset(name)
     if not bench.tiny:
         return config
@@ -42,14 +42,14 @@ def preset(bench: Bench, name: str = "coco") -> ModelConfig:
 
 
 def random_gpt(config: ModelConfig, device: torch.device, dtype: torch.dtype) -> GPT:
-    """A GPT of random weights, in eval mode."""
+    """A GPT with random weights, in eval mode."""
     with meta_init():
         gpt = GPT(config.gpt)
     return fill(gpt, device).to(dtype)
 
 
 def random_pipeline(bench: Bench, dtype: torch.dtype, name: str = "coco") -> ClipGen:
-    """A whole pipeline of random weights: as fast as the real one, and its images are noise."""
+    """A whole pipeline with random weights: as fast as the real one, with noise for images."""
     config = preset(bench, name)
     size = config.gpt.n_cond
     with meta_init():
@@ -60,7 +60,7 @@ def random_pipeline(bench: Bench, dtype: torch.dtype, name: str = "coco") -> Cli
 
 
 def vit_b32(size: int) -> nn.Module:
-    """CLIP ViT-B/32."""
+    """A CLIP ViT-B/32."""
     return OpenAIClip(size, 224, 12, 768, 32, 77, 49408, 512, 8, 12)
 
 
@@ -86,7 +86,7 @@ def sequences(count: int, config: ModelConfig, params: SamplingParams = PARAMS) 
 
 
 def seconds(bench: Bench, call: Callable[[], object], repeats: int = 3) -> float:
-    """Least time of a call, after one that warms up."""
+    """Lowest seconds of a call, after a warm-up call."""
     call()
     times = []
     for _ in range(repeats):
@@ -99,6 +99,6 @@ def seconds(bench: Bench, call: Callable[[], object], repeats: int = 3) -> float
 
 
 def wait(bench: Bench) -> None:
-    """Wait for the device."""
+    """Wait until the device has finished its queued work."""
     if bench.is_cuda:
         torch.cuda.synchronize(bench.device)

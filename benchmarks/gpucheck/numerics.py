@@ -35,7 +35,7 @@ def mini_gpt(bench: Bench, device: str) -> GPT:
 
 
 def tokens(bench: Bench) -> Iterator[Figure]:
-    """Greedy tokens of sequences that come and go: graphs against eager code, the GPU against the CPU."""
+    """Greedy tokens of sequences that join and leave: graphs against eager steps, the GPU against the CPU."""
     config, _ = load_model_dir(bench.root / "weights" / "mini")
     greedy = sequences(4 if bench.tiny else 12, config, SamplingParams(temperature=0.0))
     device = str(bench.device)
@@ -67,7 +67,7 @@ def _generate(engine: Engine, part: list[Sequence]) -> dict[Sequence, Tensor]:
 
 @torch.inference_mode()
 def precision(bench: Bench) -> Iterator[Figure]:
-    """Next tokens of each precision, shown what float32 wrote; seconds per step."""
+    """Next tokens of each precision, given the tokens of float32, and seconds per step."""
     weights = bench.root / "weights" / "mini"
     exact = ClipGen.from_pretrained(weights, device=str(bench.device), dtype="float32")
     conditions = torch.stack([exact.condition(text) for text in PROMPTS])
@@ -134,7 +134,7 @@ def ranges(bench: Bench) -> Iterator[Figure]:
 
 
 def race(bench: Bench) -> Iterator[Figure]:
-    """Eight threads that make the first calls of a fresh pipeline at once, several times."""
+    """First calls of a fresh pipeline by eight threads at once, several times."""
     same, graphs, rounds = 0, 0, 1 if bench.tiny else 5
     for _ in range(rounds):
         pipe = ClipGen.from_pretrained(bench.root / "weights" / "mini", device=str(bench.device), dtype="float32")
@@ -180,7 +180,7 @@ except EngineError as error:
 
 
 def nan(bench: Bench) -> Iterator[Figure]:
-    """NaN in the GPT's head, in a process of its own: an error, and the next request works."""
+    """NaN in the GPT's head, in a process of its own: the request fails and the next one works."""
     weights = str(bench.root / "weights" / "mini")
     done = subprocess.run(
         [sys.executable, "-c", NAN, weights, str(bench.device)],

@@ -1,4 +1,4 @@
-"""Figures of the check, written as they come, and the tables made of them."""
+"""Figures of the check, written as they arrive, and their tables."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ class Figure:
 
 @dataclass(frozen=True)
 class Bench:
-    """What a stage may use."""
+    """Device, sizes and folder that a stage uses."""
 
     device: torch.device
     tiny: bool
@@ -47,13 +47,13 @@ class Bench:
 
     @property
     def environment(self) -> dict[str, str]:
-        """For child processes: they find the checkout, beside whatever this process finds, and only its device."""
+        """Environment for child processes: with the checkout on their import path, and only this device visible."""
         path = os.pathsep.join(filter(None, (str(self.root), os.environ.get("PYTHONPATH"))))
         return os.environ | {"PYTHONPATH": path} | ({} if self.is_cuda else {"CUDA_VISIBLE_DEVICES": ""})
 
 
 class Skipped(Exception):
-    """A stage that cannot run here; the message says what it needs."""
+    """Raised by a stage that cannot run here; the message says what it needs."""
 
 
 Stage = Callable[[Bench], Iterator[Figure]]
@@ -61,7 +61,7 @@ Stage = Callable[[Bench], Iterator[Figure]]
 
 @dataclass
 class Outcome:
-    """What became of one stage."""
+    """Result of one stage."""
 
     stage: str
     state: str = "ok"
@@ -72,7 +72,7 @@ class Outcome:
 
 
 def run_stage(name: str, stage: Stage, bench: Bench) -> Outcome:
-    """Run a stage and keep whatever it measured, whether it ends well or not."""
+    """Run a stage and keep its figures, even if it fails."""
     outcome, start = Outcome(name), time.perf_counter()
     try:
         for figure in stage(bench):
@@ -90,7 +90,7 @@ def run_stage(name: str, stage: Stage, bench: Bench) -> Outcome:
 
 
 def line(figure: Figure) -> str:
-    """A figure in one line."""
+    """One line of text for a figure."""
     value = f"{figure.value:.4g}" if isinstance(figure.value, float) else str(figure.value)
     goal = f" (goal {figure.goal})" if figure.goal else ""
     verdict = "" if figure.met is None else (", met" if figure.met else ", MISSED")
@@ -98,7 +98,7 @@ def line(figure: Figure) -> str:
 
 
 def append(out: Path, outcome: Outcome) -> None:
-    """Add an outcome to results.jsonl: a crash of a later stage loses nothing."""
+    """Add an outcome to results.jsonl, so that a crash of a later stage loses nothing."""
     with (out / "results.jsonl").open("a", encoding="utf-8") as file:
         file.write(json.dumps(asdict(outcome), default=str) + "\n")
 

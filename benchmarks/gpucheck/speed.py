@@ -1,4 +1,4 @@
-"""Stage 10: seconds per image at full size, against other ways and against the floors of the machine."""
+"""Stage 10: seconds per image at full size, against alternatives and the floors of the machine."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ T4_BYTES, T4_FLOPS = 320e9 * 0.75, 65e12 * 0.5
 
 
 def decoding(bench: Bench) -> Iterator[Figure]:
-    """Tokens of one image and of many, with and without graphs, against the uncached loop and transformers."""
+    """Decoding time of one image and of many, with and without graphs, against the uncached loop and transformers."""
     config, dtype = preset(bench), torch.float16 if bench.is_cuda else torch.float32
     gpt = random_gpt(config, bench.device, dtype)
     engine, length = Engine(gpt), config.gpt.block_size
@@ -51,7 +51,7 @@ def decoding(bench: Bench) -> Iterator[Figure]:
 
 
 def images(bench: Bench) -> Iterator[Figure]:
-    """From the prompt to ranked images at full size, and the memory that takes."""
+    """Time and memory from the prompt to ranked images at full size."""
     dtype = torch.float16 if bench.is_cuda else torch.float32
     for name, goal, memory in (("coco", 1.0, 6.0), ("imagenet", 3.0, 14.0)):
         if bench.is_cuda:
@@ -110,7 +110,7 @@ def _transformers(bench: Bench, config, dtype: torch.dtype) -> float | None:
 
 
 def _rates(bench: Bench, dtype: torch.dtype) -> tuple[float, float]:
-    """Bytes read and operations multiplied a second."""
+    """Memory bandwidth, bytes/s, and rate of matrix products, FLOP/s."""
     size = 1 << (22 if bench.tiny else 30)
     numbers = torch.ones(size // 4, device=bench.device)
     read = size / seconds(bench, numbers.sum)

@@ -81,7 +81,7 @@ def test_javascript_client_writes_images(root: Path, server: CogServer, tmp_path
 
 
 @pytest.mark.skipif(not shutil.which("curl"), reason="needs curl")
-def test_curl_commands_draw_stream_cancel_and_call_webhooks(root: Path, server: CogServer, tmp_path: Path) -> None:
+def test_curl_commands_generate_stream_cancel_and_call_webhooks(root: Path, server: CogServer, tmp_path: Path) -> None:
     [ask] = blocks(root, "sh", "answer.json")
     run(server, tmp_path, "bash", "-e", text=here(server, ask))
     assert drawn(tmp_path, "a lemon") == 2

@@ -75,7 +75,7 @@ def test_wheel_holds_the_package_and_the_mini_model_only(wheel: Path) -> None:
 
 
 @pytest.mark.slow
-def test_installed_wheel_draws_at_once_offline_and_from_anywhere(wheel: Path, tmp_path: Path) -> None:
+def test_installed_wheel_generates_offline_from_any_folder(wheel: Path, tmp_path: Path) -> None:
     """A fresh environment; what clipgen requires comes from the environment of the tests, the package does not."""
     environment, home, work = tmp_path / "env", tmp_path / "home", tmp_path / "work"
     home.mkdir()

@@ -20,7 +20,7 @@ DEFAULTS = {name: field["default"] for name, field in SCHEMA.items()}
 URL = "data:image/png;base64,AA=="
 
 
-def test_defaults_draw_the_default_prompt() -> None:
+def test_request_without_inputs_has_the_default_prompt() -> None:
     request = PredictionInputs(**DEFAULTS).to_request(None)
     assert request.prompt == [(DEFAULT_PROMPT, 1.0)] and request.negative_prompt is None
     assert (request.num_outputs, request.candidates, request.seed) == (1, 16, None)

@@ -199,7 +199,7 @@ def test_scenes_of_the_gpt_contain_no_held_out_combination() -> None:
     assert 0.2 < share < 0.5
 
 
-def test_sentences_name_what_a_scene_shows() -> None:
+def test_sentences_name_the_facts_of_a_scene() -> None:
     rng = random.Random(2)
     facts = Facts((Thing("lemon", "blue", "hair", ("long", "pink")),), "pixel art", "beach")
     for _ in range(60):

@@ -155,7 +155,7 @@ def test_one_flipped_bit_is_detected(folder: Path, data: st.DataObject) -> None:
             file.write(bytes([old]))
 
 
-def test_missing_folder_is_named_with_what_belongs_there(tmp_path: Path) -> None:
+def test_missing_folder_is_refused_with_the_files_it_needs(tmp_path: Path) -> None:
     with pytest.raises(WeightsError, match=r"no such folder; give one that holds config\.yaml"):
         load_model_dir(tmp_path / "nowhere")
 

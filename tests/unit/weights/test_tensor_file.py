@@ -74,7 +74,7 @@ def test_file_of_another_kind_is_named(tmp_path: Path, content: bytes, problem: 
 
 
 @pytest.mark.parametrize("kept", [9, 50, 0.5, -1])
-def test_cut_file_says_how_much_is_missing(file: Path, kept: float) -> None:
+def test_truncated_file_is_refused_with_the_missing_bytes(file: Path, kept: float) -> None:
     data = file.read_bytes()
     length = int(len(data) * kept) if isinstance(kept, float) else kept % len(data)
     file.write_bytes(data[:length])
