@@ -3,8 +3,8 @@
     python benchmarks/busy.py [--weights weights/mini] [--repeats 3] [--json]
 
 The command generates the best 4 of 16 candidates on the CPU, in a fresh process each time. A busy loop is another
-process that never waits. The quota is one CPU, set by a control group, which only root can create; elsewhere that row is
-left out. Each turn measures every condition once; medians are shown.
+process that never waits. The quota is one CPU, set by a control group, which only root can create; elsewhere that row
+is left out. Each turn measures every condition once; medians are shown.
 """
 
 from __future__ import annotations

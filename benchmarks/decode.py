@@ -2,9 +2,9 @@
 
     python benchmarks/decode.py [--short | --full] [--rows 1 8 32] [--tokens 256] [--repeats 3] [--json]
 
-GPT2-medium's sizes with random weights, sampling as the published demo does (top_k 500, top_p 0.95), on the CPU. All run
-in this process, in turns, so that other load on the machine affects them equally; medians are shown. --short: 32 tokens
-of 1 and 8 images, once. --full: 64 images too.
+GPT2-medium's sizes with random weights, sampling as the published demo does (top_k 500, top_p 0.95), on the CPU. All
+run in this process, in turns, so that other load on the machine affects them equally; medians are shown. --short: 32
+tokens of 1 and 8 images, once. --full: 64 images too.
 """
 
 from __future__ import annotations

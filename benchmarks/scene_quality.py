@@ -2,9 +2,9 @@
 
     python benchmarks/scene_quality.py --weights weights/mini --data data/emoji [--split test] [--out outputs/scenes]
 
-Generates the best 4 of 16 candidates of each prompt with seed 0. Reports for each kind of prompt how many images show its
-facts (`scene_judge.py`), how much the candidates differ, how many images are near copies of composed scenes, and the
-judge's accuracy on real scenes, before and after the tokenizer, which is the upper bound. Writes OUT/report.json,
+Generates the best 4 of 16 candidates of each prompt with seed 0. Reports for each kind of prompt how many images show
+its facts (`scene_judge.py`), how much the candidates differ, how many images are near copies of composed scenes, and
+the judge's accuracy on real scenes, before and after the tokenizer, which is the upper bound. Writes OUT/report.json,
 OUT/report.md and OUT/grid.png, a row for each prompt.
 """
 
