@@ -1,4 +1,4 @@
-"""What many tests need: paths, and a whole model small enough to make in a moment."""
+"""Shared fixtures: paths, and a complete model small enough to build in a moment."""
 
 from __future__ import annotations
 
@@ -66,11 +66,11 @@ def tiny_weights(tiny_config: ModelConfig, tmp_path_factory: pytest.TempPathFact
 
 @pytest.fixture
 def hfailab(golden: Path, tmp_path: Path) -> Source:
-    """Files as HFAiLab publishes its own, tiny."""
+    """Tiny files in the format of HFAiLab's published ones."""
     return write_hfailab(golden, tmp_path)
 
 
 @pytest.fixture(scope="session")
 def torchscript(golden: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A file as OpenAI publishes its own, tiny."""
+    """A tiny file in the format of OpenAI's published one."""
     return write_torchscript(golden, tmp_path_factory.mktemp("openai") / "ViT-tiny.pt")

@@ -63,7 +63,7 @@ class CogServer:
             )
 
     def wait(self, seconds: float = 600) -> Answer:
-        """The health check's body once set-up has ended, well or not."""
+        """Body of the health check once setup has ended, successfully or not."""
         deadline = time.monotonic() + seconds
         while time.monotonic() < deadline and self.process.poll() is None:
             health = self.health()
@@ -73,18 +73,18 @@ class CogServer:
         raise AssertionError(f"no answer from the server:\n{self.log.read_text()[-3000:]}")
 
     def health(self) -> Answer:
-        """The health check's body; its status is UNKNOWN when nobody answers."""
+        """Body of the health check; its status is UNKNOWN if there is no answer."""
         try:
             return self.http.get("/health-check").json()
         except httpx.TransportError:
             return {"status": "UNKNOWN"}
 
     def predict(self, **inputs: Any) -> Answer:
-        """Ask for a prediction and wait for its end."""
+        """Request a prediction and wait for its end."""
         return self.http.post("/predictions", json={"input": inputs}).json()
 
     def stream(self, **inputs: Any) -> list[tuple[str, Answer]]:
-        """Ask for a prediction as server-sent events: their names and data."""
+        """Request a prediction as server-sent events; returns their names and data."""
         headers = {"Accept": "text/event-stream"}
         with self.http.stream("POST", "/predictions", json={"input": inputs}, headers=headers) as answer:
             assert answer.status_code == 200, answer.read()
@@ -93,7 +93,7 @@ class CogServer:
         return [(pair["event"], json.loads(pair["data"])) for pair in pairs if "event" in pair]
 
     def stop(self) -> None:
-        """End it, by force after ten seconds."""
+        """Stop the server, by force after ten seconds."""
         self.http.close()
         self.process.terminate()
         try:
@@ -103,18 +103,18 @@ class CogServer:
             self.process.wait()
 
     def processes(self) -> list[int]:
-        """Its process ids: the server, and its workers."""
+        """Process ids of the server and its workers."""
         return [self.process.pid, *_children(self.process.pid)]
 
     def memory(self) -> float:
-        """Megabytes of memory in use, by all its processes."""
+        """Memory of all its processes, megabytes."""
         pages = (int(Path(f"/proc/{pid}/statm").read_text().split()[1]) for pid in self.processes())
         return sum(pages) * os.sysconf("SC_PAGE_SIZE") / 2**20
 
 
 @contextmanager
 def running(folder: Path, schema: bool = True, **environment: str) -> Iterator[CogServer]:
-    """A server that is ready, and ends with the block."""
+    """Run a server until the block ends; yields it when it is ready."""
     server = CogServer(folder, schema, **environment)
     try:
         assert server.wait()["status"] == "READY", server.log.read_text()
@@ -124,7 +124,7 @@ def running(folder: Path, schema: bool = True, **environment: str) -> Iterator[C
 
 
 def input_schema() -> dict[str, Any]:
-    """The inputs of predict.py: JSON schema by name."""
+    """JSON schema of each input of predict.py, by name."""
     schemas = openapi((ROOT / "predict.py").read_text())["components"]["schemas"]
     fields = {name: field | schemas.get(name, {}) for name, field in schemas["Input"]["properties"].items()}
     for field in fields.values():  # a choice refers to its enumeration

@@ -1,9 +1,8 @@
-"""Hostile requests: files that are traps, strategies for hypothesis, and a judge of the answers."""
+"""Hostile requests: malicious files, strategies for hypothesis, and checks of the answers."""
 
 from __future__ import annotations
 
 import base64
-import io
 import json
 import struct
 import zlib
@@ -15,6 +14,7 @@ from typing import Any
 from cog_server import CogServer, input_schema
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from image_files import encoded, png
 from local_server import Server
 from PIL import Image
 from tracebacks import has_traceback
@@ -35,25 +35,11 @@ def url(data: bytes, kind: str = "image/png") -> str:
     return f"data:{kind};base64,{base64.b64encode(data).decode()}"
 
 
-def encoded(image: Image.Image, format: str, **options: Any) -> bytes:
-    buffer = io.BytesIO()
-    image.save(buffer, format, **options)
-    return buffer.getvalue()
-
-
-def png(width: int, height: int, *chunks: bytes, color: int = 2) -> bytes:
-    """A PNG whose header claims this size but which holds hardly a pixel."""
-    header = b"IHDR" + struct.pack(">IIBBBBB", width, height, 8, color, 0, 0, 0)
-    parts = [header, *chunks, b"IDAT" + zlib.compress(bytes(100)), b"IEND"]
-    framed = [struct.pack(">I", len(part) - 4) + part + struct.pack(">I", zlib.crc32(part)) for part in parts]
-    return b"\x89PNG\r\n\x1a\n" + b"".join(framed)
-
-
 def image_files() -> list[bytes]:
     """Small images of every format that is read, and of most modes."""
     gradient = Image.linear_gradient("L").resize((24, 16))
     exif = Image.Exif()
-    exif[0x0112] = 6  # turned
+    exif[0x0112] = 6  # rotated by 90 degrees
     modes = [gradient.convert(mode) for mode in ("1", "L", "LA", "P", "RGB", "RGBA", "I;16")]
     found = [encoded(image, "PNG") for image in modes]
     found += [encoded(gradient.convert(mode), "TIFF") for mode in ("CMYK", "F", "I", "LAB") if mode != "LAB"]
@@ -65,7 +51,7 @@ def image_files() -> list[bytes]:
 
 
 def traps() -> list[bytes]:
-    """Files that are not images, or whose headers promise more than they should."""
+    """Files that are not images, or whose headers claim too much."""
     bomb = b"zTXtk\0\0" + zlib.compress(bytes(100_000_000), 9)
     gif = encoded(Image.new("P", (4, 4)), "GIF")
     bmp = encoded(Image.new("RGB", (4, 4)), "BMP")
@@ -81,11 +67,11 @@ def traps() -> list[bytes]:
         b"PK\x03\x04" + bytes(60),
         b"GIF89a/*" + gif[8:] + b"*/=1;alert(1)",
         b"push graphic-context\nfill 'url(https://127.0.0.1/x.jpg\"|id\")'",
-        png(30_000, 30_000),
-        png(2**31 - 1, 2**31 - 1),
-        png(0, 0),
-        png(8, 8, bomb),
-        png(8, 8, b"iCCPk\0\0" + zlib.compress(bytes(100_000_000), 9)),
+        png(30_000, 30_000, 8, 2, bytes(100)),
+        png(2**31 - 1, 2**31 - 1, 8, 2, bytes(100)),
+        png(0, 0, 8, 2, bytes(100)),
+        png(8, 8, 8, 2, bytes(100), bomb),
+        png(8, 8, 8, 2, bytes(100), b"iCCPk\0\0" + zlib.compress(bytes(100_000_000), 9)),
         gif[:6] + struct.pack("<HH", 65535, 65535) + gif[10:],
         bmp[:18] + struct.pack("<ii", 2**31 - 1, -(2**31)) + bmp[26:],
     ]
@@ -251,7 +237,7 @@ class Target:
     ids: set[str] = field(default_factory=set)
 
     def send(self, attack: Attack) -> None:
-        """Send one request and judge the answer."""
+        """Send one request and check the answer."""
         answer = self.cog.http.post("/predictions", content=attack.body, headers=attack.headers)
         assert answer.status_code < 500, (answer.status_code, answer.text, attack)
         assert not has_traceback(answer.text)

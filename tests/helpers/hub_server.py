@@ -19,7 +19,7 @@ PATH = re.compile(r"/(?P<repo>[^/]+/[^/]+)/resolve/(?P<revision>[^/]+)/(?P<file>
 
 @dataclass
 class Hub:
-    """Repositories as {repo: {commit: {file: content}}}, their branches, and what was asked for.
+    """Repositories as {repo: {commit: {file: content}}}, their branches, and the requests received.
 
     Attributes:
         private: token that is needed to see any repository; None for public ones.

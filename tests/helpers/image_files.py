@@ -24,15 +24,12 @@ def photo(seed: int, size: tuple[int, int] = (48, 40)) -> Image.Image:
     return Image.fromarray(pixels).resize(size, Image.Resampling.BICUBIC)
 
 
-def png(width: int, height: int, bits: int, colour_type: int, scanlines: bytes) -> bytes:
-    """A PNG file with this header, whether or not the scanlines fit it."""
-
-    def chunk(kind: bytes, data: bytes) -> bytes:
-        return struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
-
-    header = struct.pack(">IIBBBBB", width, height, bits, colour_type, 0, 0, 0)
-    data = chunk(b"IHDR", header) + chunk(b"IDAT", zlib.compress(scanlines)) + chunk(b"IEND", b"")
-    return b"\x89PNG\r\n\x1a\n" + data
+def png(width: int, height: int, bits: int, colour_type: int, scanlines: bytes, *chunks: bytes) -> bytes:
+    """A PNG file with this header, whether or not the scanlines fit it, and further chunks, each its type and data."""
+    header = b"IHDR" + struct.pack(">IIBBBBB", width, height, bits, colour_type, 0, 0, 0)
+    parts = [header, *chunks, b"IDAT" + zlib.compress(scanlines), b"IEND"]
+    framed = [struct.pack(">I", len(part) - 4) + part + struct.pack(">I", zlib.crc32(part)) for part in parts]
+    return b"\x89PNG\r\n\x1a\n" + b"".join(framed)
 
 
 EXIF = Image.Exif()

@@ -1,4 +1,4 @@
-"""Checkpoints as their publishers write them, made from the golden models, for the tests of conversion and reading."""
+"""Checkpoints in the formats of their publishers, made from the golden models, for tests of conversion and reading."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ TAMING = VQGANConfig(**TINY, z_channels=32, embed_dim=24, codebook_size=64, beta
 
 @dataclass
 class Source:
-    """Files as their publishers write them, and the configuration they belong to."""
+    """Files in their publishers' formats, and the configuration they belong to."""
 
     clip: Path
     vqgan: Path
@@ -35,7 +35,7 @@ class Source:
     config: str
 
     def convert(self, out: Path) -> ClipGen:
-        """Through the real command's function into the real pipeline."""
+        """Convert with the function of the command and load the result as a pipeline."""
         folder = convert_checkpoints(self.clip, self.vqgan, self.gpt, out, self.config)
         return ClipGen.from_pretrained(folder, device="cpu", dtype="float32")
 
@@ -52,7 +52,7 @@ def tiny_clip(embed_dim: int) -> OpenAIClip:
 
 
 def hfailab_names(model: GPT | VQGAN) -> dict[str, Tensor]:
-    """Random weights under HFAiLab's names, with the training state that its files carry."""
+    """Random weights under HFAiLab's names, with the training state that its files contain."""
     rules = convert._HFAILAB_GPT if isinstance(model, GPT) else convert._HFAILAB_VQGAN
     state = {convert._rename(name, rules): tensor for name, tensor in model.state_dict().items()}
     extra = "blocks.0.mask" if isinstance(model, GPT) else "discriminator.main.0.weight"
@@ -62,7 +62,7 @@ def hfailab_names(model: GPT | VQGAN) -> dict[str, Tensor]:
 def written(
     folder: Path, clip: dict[str, Tensor], vqgan: dict[str, Tensor], gpt: dict[str, Tensor], config: ModelConfig
 ) -> Source:
-    """As release v0.1.0 has them: CLIP bare, the others under "model" beside an optimiser's state."""
+    """Write files as in release v0.1.0: CLIP bare, the others under "model" beside an optimizer's state."""
     source = Source(folder / "clip.pt", folder / "vqgan.pt", folder / "gpt.pt", str(folder / "config.yaml"))
     state = {"epoch": 3, "optimizer": {"state": {0: {"exp_avg": torch.zeros(5)}}, "param_groups": [{"lr": 1e-4}]}}
     torch.save(clip, source.clip)
@@ -73,14 +73,14 @@ def written(
 
 
 def write_hfailab(golden: Path, folder: Path) -> Source:
-    """The golden CLIP and VQGAN, and a GPT that fits them."""
+    """Write the golden CLIP and VQGAN, and a GPT that fits them."""
     config = ModelConfig("tiny", HFAILAB, GPTConfig(1, 2, 32, vocab_size=64, block_size=64, n_cond=32))
     clip, vqgan = (original(golden, name)[0] for name in ("hfailab_clip_tiny", "hfailab_vqgan_tiny"))
     return written(folder, clip, vqgan, hfailab_names(GPT(config.gpt)), config)
 
 
 def write_torchscript(golden: Path, path: Path) -> Path:
-    """The golden CLIP as OpenAI publishes its own: a traced program whose sizes are buffers."""
+    """Write the golden CLIP in OpenAI's format: a traced program whose sizes are buffers."""
     model = Clip.from_state_dict(original(golden, "hfailab_clip_tiny")[0]).model
     for name, value in {"input_resolution": 32, "context_length": 77, "vocab_size": 49408}.items():
         vars(model).pop(name, None)  # a plain attribute in the class, a buffer in the archive

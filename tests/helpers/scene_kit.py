@@ -1,4 +1,4 @@
-"""A world of four objects, from renders that lie beside the tests, and it as a source for the training scripts."""
+"""A world of four objects, from renders beside the tests, also as a source for the training scripts."""
 
 from __future__ import annotations
 
@@ -15,17 +15,17 @@ OBJECTS: list[Object] = [read_objects()[name] for name in ("lemon", "dog", "appl
 
 
 def draw(rng: random.Random) -> Facts:
-    """Facts of these objects only."""
+    """Sample facts with these objects only."""
     return draw_facts(rng, OBJECTS)
 
 
 def draw_trained(rng: random.Random) -> Facts:
-    """Of these objects, nothing held out."""
+    """Sample facts with these objects, none of them held out."""
     while is_held_out(facts := draw(rng)):
         pass
     return facts
 
 
 def scenes(count: str) -> Scenes:
-    """So many scenes; `--data scene_kit:scenes=COUNT`."""
+    """A source of `count` scenes, for `--data scene_kit:scenes=COUNT`."""
     return Scenes(RENDERS, draw, seed=3, count=int(count), size=64)

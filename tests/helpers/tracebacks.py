@@ -1,4 +1,4 @@
-"""Python's tracebacks in what programs say, whether plain or as a JSON string."""
+"""Detection of Python tracebacks in the output of programs, as plain text or in JSON strings."""
 
 from __future__ import annotations
 
@@ -8,5 +8,5 @@ _MARK = re.compile(r'Traceback \(most recent call last\):(\s|[|+]|\\n)+File \\?"
 
 
 def has_traceback(text: str) -> bool:
-    """Whether a traceback is in a text. The word alone is none: an input may be called so, and be named."""
+    """Whether a text contains a traceback. The word alone does not count: an input may have that name."""
     return _MARK.search(text) is not None

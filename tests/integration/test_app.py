@@ -1,4 +1,4 @@
-"""The page without a browser: requests of its visitors, drawn by a tiny model."""
+"""The page without a browser: requests of its visitors, with a tiny model."""
 
 from __future__ import annotations
 
@@ -39,14 +39,14 @@ def last(updates: Iterator[Update]) -> Update:
 
 
 def drawn(session: Session, form: Form, **settings: object) -> Result:
-    """The result of a request that goes well."""
+    """Result of a successful request."""
     update = last(session.generate(form, **settings))  # type: ignore[arg-type]
     assert update.result is not None, update.note
     return update.result
 
 
 def difference(one: Image.Image, other: Image.Image) -> int:
-    """The largest, in levels of 255."""
+    """Largest difference of two images, in 8-bit levels."""
     return int(np.abs(np.asarray(one).astype(int) - np.asarray(other)).max())
 
 

@@ -1,4 +1,4 @@
-"""The page's HTTP server: what it serves, to whom, and what it refuses."""
+"""The HTTP server of the page: files it serves, access, and refusals."""
 
 from __future__ import annotations
 
@@ -98,7 +98,7 @@ def test_file_outside_the_page_s_folder_is_not_served(url: str, route: str, path
 
 
 def crafted(url: str, path: str, box: str = "image", event: str = "upload") -> httpx.Response | str:
-    """Claim that a file with this path was uploaded. Returns the refusal, or the text of the events that follow."""
+    """Claim that a file with this path was uploaded; returns the refusal, or the text of the events that follow."""
     config = httpx.get(f"{url}/config").json()
     (target,) = [part["id"] for part in config["components"] if part["props"].get("elem_id") == box]
     (call,) = [made for made in config["dependencies"] if [target, event] in made["targets"] and made["inputs"]]
@@ -213,7 +213,7 @@ def test_upload_above_the_limit_is_refused(url: str) -> None:
 
 
 def call(url: str, box: str, event: str, values: dict[str, object], session_hash: str) -> str:
-    """Send an event as a browser does, with values by the elements' ids. Returns the text of what follows."""
+    """Send an event as a browser does, with values by the elements' ids. Returns the text of the events that follow."""
     config = httpx.get(f"{url}/config").json()
     ids = {part["props"].get("elem_id"): part["id"] for part in config["components"]}
     (dependency,) = [made for made in config["dependencies"] if [ids[box], event] in made["targets"] and made["inputs"]]

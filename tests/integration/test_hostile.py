@@ -15,7 +15,8 @@ from pathlib import Path
 
 import pytest
 from cog_server import CogServer
-from hostile import Attack, Target, attack, encoded, url
+from hostile import Attack, Target, attack, url
+from image_files import encoded
 from local_server import serving
 from PIL import Image
 

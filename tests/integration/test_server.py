@@ -15,7 +15,8 @@ from typing import Any
 import pytest
 import torch
 from cog_server import Answer, CogServer, running
-from hostile import Attack, Target, attack, encoded, png, traps, url
+from hostile import Attack, Target, attack, traps, url
+from image_files import encoded, png
 from local_server import serving
 from PIL import Image
 from tracebacks import has_traceback
@@ -132,7 +133,7 @@ def test_whole_number_with_a_decimal_point_is_accepted(server: CogServer) -> Non
         ({"image": "/etc/hostname"}, "image cannot be used: '/etc/hostname' is not a data: or http(s): URL"),
         ({"image": url(b"")}, "image cannot be used: the given image is empty (0 bytes)"),
         ({"image": url(GRADIENT[:200])}, "truncated"),
-        ({"image": url(png(30_000, 30_000))}, "megapixels"),
+        ({"image": url(png(30_000, 30_000, 8, 2, b""))}, "megapixels"),
         ({"image": url(b"not an image", "text/plain")}, "is not an image that can be read"),
     ],
 )

@@ -1,4 +1,4 @@
-"""Configurations: the presets, files and overrides, and a message for whatever cannot work."""
+"""Configurations: presets, files, overrides, and messages for values that cannot work."""
 
 from __future__ import annotations
 

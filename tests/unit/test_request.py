@@ -1,4 +1,4 @@
-"""What a request refuses, beyond what tests of the pipeline and of the interfaces cover."""
+"""Refusals of requests that the tests of the pipeline and the interfaces do not cover."""
 
 from __future__ import annotations
 

@@ -36,7 +36,7 @@ def short_segments(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.fixture(scope="module")
 def gpt() -> GPT:
-    """Random weights, large enough for logits that differ."""
+    """A GPT with random weights, large enough for logits to differ."""
     torch.manual_seed(0)
     gpt = GPT(SMALL)
     for parameter in gpt.parameters():

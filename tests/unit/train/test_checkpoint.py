@@ -21,7 +21,7 @@ def model() -> torch.nn.Linear:
 
 @pytest.fixture
 def checkpoints(model: torch.nn.Linear, tmp_path: Path) -> Checkpoints:
-    """Of steps 1, 2 and 3, in which all weights are the step."""
+    """Checkpoints of steps 1, 2 and 3, in which all weights equal the step."""
     accelerator = Accelerator(cpu=True)
     accelerator.register_for_checkpointing(model)
     checkpoints = Checkpoints(accelerator, tmp_path, keep=3, fixed=fixed_settings(Stage1Config(), "a" * 64))

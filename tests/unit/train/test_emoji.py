@@ -28,7 +28,7 @@ NAMES = {LEMON: "lemon", HEART: "red-heart", DOG: "dog-face", STAR: "star"}
 
 @pytest.fixture(scope="module")
 def npm(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A node_modules folder with four emoji in every set, and things that must be left out."""
+    """A node_modules folder with four emoji in every set, and entries that must be left out."""
     root = tmp_path_factory.mktemp("npm")
     colours = {"lemon": "gold", "red-heart": "red", "dog-face": "brown", "star": "orange"}
     icons = {name: {"body": f'<circle cx="16" cy="16" r="12" fill="{c}"/>'} for name, c in colours.items()}

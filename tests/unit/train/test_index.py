@@ -1,4 +1,4 @@
-"""The index of training images, where other programs have left files of the names that ours use."""
+"""The index of training images beside metadata files of other programs."""
 
 from __future__ import annotations
 

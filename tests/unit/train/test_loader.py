@@ -1,4 +1,4 @@
-"""Worker processes that read images: what they need is checked first, and no wait for them is endless."""
+"""Worker processes that read images: shared memory is checked first, and no wait for them is endless."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from train.loop.stopping import Stop
 
 
 class Troubled(Images):
-    """Images of which some are never read: from image 6 on the worker hangs, or is killed."""
+    """Images whose worker hangs or is killed from image 6 on."""
 
     trouble = "hang"
 

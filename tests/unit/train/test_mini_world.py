@@ -1,4 +1,4 @@
-"""The mini model's world: facts, scenes, sentences, what is held out, and scenes as a source of images."""
+"""The mini model's world: facts, scenes, sentences, held-out combinations, and scenes as a source of images."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Where training scripts may write, and who may write there."""
+"""Output folders of training scripts: allowed places, and locks."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Numbers on the command lines of scripts: one line for what is out of range."""
+"""Numbers on the command lines of scripts: out-of-range values are refused in one line."""
 
 from __future__ import annotations
 

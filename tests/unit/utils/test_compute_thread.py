@@ -1,4 +1,4 @@
-"""The thread that does a pipeline's arithmetic."""
+"""The thread that computes for a pipeline."""
 
 from __future__ import annotations
 
@@ -52,7 +52,7 @@ def test_error_is_raised_in_the_caller() -> None:
 
 
 def test_pipeline_computes_only_on_its_thread(tiny_weights: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Another thread's arithmetic would bring OpenMP a second set of threads."""
+    """Computing on another thread would give OpenMP a second set of threads."""
     threads: set[int] = set()
 
     def note(module: torch.nn.Module, *_: object) -> None:

@@ -1,4 +1,4 @@
-"""Threads: the environment and a container's CPU quota decide how many; they sleep while they wait."""
+"""Number of threads, by environment and CPU quota, and their wait policy."""
 
 from __future__ import annotations
 
@@ -119,7 +119,7 @@ def test_wait_policy_set_by_the_user_is_kept(name: str, monkeypatch: pytest.Monk
     ],
 )
 def test_programs_choose_the_wait_policy_before_pytorch_is_imported(program: str, root: Path, tmp_path: Path) -> None:
-    """In a fresh process, where the import of PyTorch records what the environment holds at that moment, and stops."""
+    """In a fresh process, in which importing PyTorch records the environment variable and exits."""
     record = f"""
 import os, runpy, sys
 class Recorder:

@@ -1,4 +1,4 @@
-"""Several processes: what the environment may say, and one line for what it may not."""
+"""The variables of torchrun: allowed values, and refusals in one line."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Downloading from a real server that breaks off, lies, throttles, refuses and redirects."""
+"""Downloads from a real server that breaks off, sends wrong bytes, throttles, refuses and redirects."""
 
 from __future__ import annotations
 
@@ -283,7 +283,7 @@ answers = st.builds(
 @settings(max_examples=60, deadline=None)
 @given(script=st.lists(answers, max_size=6), checked=st.booleans())
 def test_bytes_are_right_whatever_failures_came_before(script: list[Answer], checked: bool) -> None:
-    """Only a cut that no length gives away, or a false length, can pass for the end: the size then tells."""
+    """A cut without a length, or a false length, looks like the end; then the stated size decides."""
     content = CONTENT[:2000]
     with serving() as server, tempfile.TemporaryDirectory() as folder:
         url, part = server.put("/file", content), Path(folder) / "file.part"

@@ -1,4 +1,4 @@
-"""Files written whole, and locks on folders that are being written."""
+"""Files written completely or not at all, and locks on folders that are being written."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Text from outside: what shows nothing is empty, what is shown cannot drive the terminal."""
+"""Text from users: invisible text counts as empty, and printed text cannot control the terminal."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The calls that the page offers for copying, run as they are printed."""
+"""The calls that the page offers for copying, run as printed."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ HOSTILE = 'it\'s a "lemon" \\ $(touch pwned) `touch pwned` %s {0} \u202e \U0001f
 
 
 def sent_by(command: str, folder: Path) -> dict[str, Any]:
-    """The inputs that a shell makes of a command, in which a stand-in for curl writes down the body."""
+    """Inputs in the body that a command sends, recorded by a stand-in for curl."""
     curl = folder / "bin" / "curl"
     curl.parent.mkdir(exist_ok=True)
     # The last argument is the body, or @- for the standard input, of which curl drops the line breaks.
@@ -37,7 +37,7 @@ def sent_by(command: str, folder: Path) -> dict[str, Any]:
 
 
 def called_by(script: str, folder: Path, monkeypatch: pytest.MonkeyPatch) -> tuple[str, list[Any], dict[str, Any]]:
-    """The weights and the arguments that a script gives to the pipeline."""
+    """Weights and arguments that a script passes to the pipeline."""
     seen: list[Any] = []
 
     class Pipe:

@@ -32,7 +32,7 @@ HASTY = RetryPolicy(timeout=5, attempts=3, backoff=0.001)
 
 
 def checkpoint(seed: int = 0, size: int = 200_000) -> bytes:
-    """What looks like a PyTorch checkpoint: a ZIP archive."""
+    """Bytes that look like a PyTorch checkpoint: a ZIP archive."""
     archive = io.BytesIO()
     with zipfile.ZipFile(archive, "w") as file:
         file.writestr("model/data", random.Random(seed).randbytes(size))
@@ -61,7 +61,7 @@ def entry(server: Server, sha256: bytes | None = None, size: int | None = None) 
 
 
 def left(settings: Settings) -> set[str]:
-    """What is in the cache, but for the lock."""
+    """Files in the cache except for the lock."""
     return {path.name for path in settings.cache.rglob("*") if path.is_file() and path.suffix != ".lock"}
 
 
@@ -97,7 +97,7 @@ def test_bytes_with_another_hash_are_refused_and_removed(server: Server, setting
 
 
 def test_parts_of_two_versions_are_discarded_and_fetched_again_once(server: Server, settings: Settings) -> None:
-    """A server without validators that changes the file in between: the stated hash finds out, and it starts over."""
+    """A server without validators changes the file meanwhile; the stated hash detects it, and the download restarts."""
     server.etag, server.answers = None, [Answer(cut=1000)]
     server.put("/gpt.pt", OTHER)
     toy = entry(server, sha256=CONTENT)
@@ -151,7 +151,7 @@ def test_unreadable_record_is_refused(server: Server, settings: Settings) -> Non
 def test_truncated_or_foreign_file_is_not_recorded(
     server: Server, settings: Settings, content: bytes, problem: str
 ) -> None:
-    """A server that lies about the length by sending less and saying so."""
+    """A server sends less than the whole file with a matching length."""
     server.put("/gpt.pt", content)
     with pytest.raises(DownloadError, match=problem):
         fetch(entry(server), settings, HASTY)
@@ -207,7 +207,7 @@ def test_offline_uses_the_cache_and_contacts_no_server(server: Server, settings:
 def test_verified_file_in_a_read_only_cache_needs_no_lock(
     server: Server, settings: Settings, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """So that a cache that cannot be written to works."""
+    """So a read-only cache works."""
     path = fetch(entry(server), settings, HASTY)["gpt"]
 
     def refuse(*_: object) -> None:

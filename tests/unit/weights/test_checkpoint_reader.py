@@ -1,4 +1,4 @@
-"""Files that are damaged, hostile or something else: what is read of them, and that nothing in them runs."""
+"""Damaged, hostile and foreign checkpoint files: refused, with nothing in them executed."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from clipgen.weights.checkpoint_reader import read_tensors
 
 
 class Touch:
-    """Pickled, it asks whoever loads it to make a file."""
+    """Its pickle creates a file when it is loaded."""
 
     def __init__(self, path: Path) -> None:
         self.path = path

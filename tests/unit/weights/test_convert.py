@@ -207,7 +207,7 @@ def test_conversion_keeps_the_stored_precision(hfailab: Source, tmp_path: Path) 
 
 
 def test_bfloat16_pixels_and_embeddings_stay_close_to_float32(golden: Path, hfailab: Source, tmp_path: Path) -> None:
-    """Half precision is for speed: pixels move by less than a level of 255 or two, CLIP's directions hardly turn."""
+    """Half precision moves pixels by less than one or two of 255 levels and hardly turns CLIP's embeddings."""
     hfailab.convert(tmp_path / "out")
     if "bfloat16" not in cpu_dtypes():
         pytest.skip("this CPU does not compute in bfloat16")
@@ -243,7 +243,7 @@ def test_file_of_another_part_or_size_is_named(hfailab: Source, tmp_path: Path) 
 
 
 def written_vqgan(folder: Path) -> Path:
-    """A VQGAN of the size of coco, without its numbers."""
+    """A VQGAN of the size of coco, without its weights."""
     path = folder / "zeros.safetensors"
     with torch.device("meta"):
         shapes = VQGAN(load_config("coco").model.vqgan).state_dict()
@@ -271,7 +271,7 @@ def test_clip_with_an_unknown_tensor_is_refused(hfailab: Source, tmp_path: Path)
     ("vqgan", "gpt"), [("vqgan", "gpt2_medium"), ("taming", "gpt2_large")], ids=["coco", "taming-large"]
 )
 def test_full_size_checkpoints_convert(tmp_path: Path, vqgan: str, gpt: str) -> None:
-    """Every published listing, with as many bytes as the real files have."""
+    """Every published listing, with as many bytes as the real files."""
     from full_size import fill, listing
 
     clip_file, vqgan_file, gpt_file = (tmp_path / name for name in ("clip.pt", "vqgan.pt", "gpt.pt"))

@@ -1,4 +1,4 @@
-"""What `describe_model_dir` says of a model folder."""
+"""The description of a model folder."""
 
 from __future__ import annotations
 

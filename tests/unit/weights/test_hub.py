@@ -29,7 +29,7 @@ def hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Hub]:
 
 @pytest.fixture
 def model(tiny_weights: Path, tmp_path: Path) -> Path:
-    """A model folder to publish, among files that must not be taken."""
+    """A model folder to publish, with files that must not be fetched."""
     folder = Path(shutil.copytree(tiny_weights, tmp_path / "model"))
     for name in ("README.md", "evil.py", "pytorch_model.bin", "extra.safetensors"):
         (folder / name).write_text("not to be fetched")

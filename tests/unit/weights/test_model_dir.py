@@ -1,4 +1,4 @@
-"""Folders of weights: what is written comes back, and nothing damaged, missing or foreign gets in."""
+"""Folders of weights: saved models load unchanged, and damaged, missing or foreign files are refused."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ from clipgen.weights.model_dir import FILES, MANIFEST, build_module, load_model_
 
 @pytest.fixture
 def folder(tiny_weights: Path, tmp_path: Path) -> Path:
-    """A copy to damage."""
+    """A copy of the tiny model to damage."""
     return Path(shutil.copytree(tiny_weights, tmp_path / "copy"))
 
 

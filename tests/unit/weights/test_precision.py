@@ -1,4 +1,4 @@
-"""The device: asked for, or what this machine can use."""
+"""The choice of a device: requested, or the best of this machine."""
 
 from __future__ import annotations
 

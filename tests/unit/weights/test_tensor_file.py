@@ -30,7 +30,7 @@ def file(tmp_path: Path) -> Path:
 
 
 def refused(path: Path) -> str:
-    """The message of both readers, which must agree."""
+    """Message of both readers, which must be the same."""
     messages = set()
     for read in (load_tensors, read_header):
         with pytest.raises(WeightsError) as caught:
@@ -107,7 +107,7 @@ def test_offsets_beyond_the_file_are_refused(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("content", [LFS, b"", b"PK\x03\x04 a checkpoint", b"<html>"])
 def test_training_names_a_wrong_file_as_the_library_does(tmp_path: Path, content: bytes) -> None:
-    """What stages read with --clip, --vqgan and init goes through the same reader."""
+    """The weights in --clip, --vqgan and init are read by the same function."""
     path = tmp_path / "clip.pt"
     path.write_bytes(content)
     expected = refused(path)
