@@ -1,4 +1,4 @@
-"""`clipgen generate`: what it prints and writes, and receipts that generate an image again."""
+"""`clipgen generate`: its output, its files, and receipts that generate an image again."""
 
 from __future__ import annotations
 

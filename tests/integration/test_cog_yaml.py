@@ -1,4 +1,4 @@
-"""cog.yaml: what it points at exists, its pins are exact, and Cog's own schema accepts it (COG_SCHEMA: another)."""
+"""cog.yaml: the files it names exist, its pins are exact, and Cog's own schema accepts it (COG_SCHEMA: another)."""
 
 from __future__ import annotations
 
@@ -53,7 +53,7 @@ def test_cuda_version_has_kernels_for_the_t4_and_starts_with_older_drivers(confi
 
 
 def test_commented_settings_for_weights_are_valid(root: Path) -> None:
-    """The settings in the comments are valid as they stand, and weights/ is not kept out of the image."""
+    """The settings in the comments are valid, and weights/ is not excluded from the image."""
     commented = [line[2:] for line in (root / "cog.yaml").read_text().splitlines() if line.startswith("# environment")]
     lines = [line[2:] for line in (root / "cog.yaml").read_text().splitlines() if line.startswith("#   - ")]
     values = yaml.safe_load("\n".join([*commented, *lines]))["environment"]

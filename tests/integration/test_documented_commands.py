@@ -49,7 +49,7 @@ PROGRAM = re.compile(
 
 @dataclass(eq=False)
 class Checkout:
-    """A fresh copy of the project with an environment, and what its readers bring along: photos and prompts."""
+    """A fresh copy of the project with an environment, and the photos and prompts that readers have."""
 
     folder: Path
     environment: dict[str, str]

@@ -73,7 +73,7 @@ def test_thousands_of_hostile_requests_leave_nothing_behind(
 
 
 def large(target: Target) -> None:
-    """Prompts of 10 MB, a value that long where it does not belong, and a file of 20 MB."""
+    """Prompts of 10 MB, a value of that length in another input, and a file of 20 MB."""
     noise = base64.b64encode(bytes(range(256)) * 40_000).decode()
     for inputs in (
         {"prompt": "é " * 3_300_000},

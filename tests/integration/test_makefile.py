@@ -1,4 +1,4 @@
-"""`make predict` hands the prompt over as it was written, whatever is in it, and sets up once."""
+"""`make predict` passes any prompt unchanged, and installs once."""
 
 from __future__ import annotations
 

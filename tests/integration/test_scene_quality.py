@@ -1,4 +1,4 @@
-"""The benchmark of composed scenes: its prompts, what its judge counts as right, copies, and a judge that learns."""
+"""The benchmark of composed scenes: its prompts, right and wrong verdicts, copies, and the training of its judge."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ PAIR = Facts((Thing("dog"), Thing("lemon")), "3d", "white", relation="left of")
 
 
 def verdict(facts: Facts, **changes: str | None) -> Verdict:
-    """What a judge says who sees everything right, with changes."""
+    """A verdict with every fact right, with changes."""
     numbers = zip(NAMES, label(facts), strict=True)
     said = {name: None if number == UNKNOWN else values(name)[number] for name, number in numbers}
     return Verdict({**said, **{name.replace("_", " "): value for name, value in changes.items()}})

@@ -1,4 +1,4 @@
-"""`clipgen sheet` and `clipgen morph`: cells are what `generate` draws, labels fit, mistakes are named."""
+"""`clipgen sheet` and `clipgen morph`: cells equal the images of `generate`, labels fit, mistakes are named."""
 
 from __future__ import annotations
 

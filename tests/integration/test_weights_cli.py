@@ -72,7 +72,7 @@ def options(sources: dict[str, Path]) -> list[str | Path]:
 
 
 def mistake(result: Result) -> str:
-    """The one line on stderr of a run that failed as it should."""
+    """The one line on stderr of a refused command."""
     assert result.exit_code == 2 and result.stdout == "", result.output
     lines = result.stderr.splitlines()
     assert lines and lines[-1].startswith("clipgen: ") and not has_traceback(result.stderr)
@@ -145,7 +145,7 @@ def test_fetched_files_that_do_not_fit_make_no_model(
 def test_fetch_makes_a_model(
     run: Run, mirror: Server, bad_checkpoints: dict[str, bytes], tiny_sources: dict[str, Path], tmp_path: Path
 ) -> None:
-    """The files are stand-ins: here it counts that the cached ones become weights/coco, once."""
+    """With stand-ins for the files: the cached ones become weights/coco, once."""
     from clipgen.weights import convert as checkpoints
 
     real, calls = checkpoints.convert_checkpoints, []
@@ -257,7 +257,7 @@ def test_convert_three_parts_makes_a_model(run: Run, tiny_sources: dict[str, Pat
 
 
 def test_convert_two_parts_makes_files_for_training(run: Run, tiny_sources: dict[str, Path]) -> None:
-    """What `train/stage2.py` starts from: another VQGAN and CLIP, and no GPT yet."""
+    """`train/stage2.py` starts from them: another VQGAN and CLIP, and no GPT yet."""
     given = {name: path for name, path in tiny_sources.items() if name != "gpt"}
     result = run("convert", *options(given), "--out", "runs/published")
     assert result.exit_code == 0, result.output
@@ -278,7 +278,7 @@ def test_convert_names_a_folder_that_cannot_be_written(
 
 
 class Bomb:
-    """Unpickled, it makes a file."""
+    """Creates a folder when it is unpickled."""
 
     def __reduce__(self) -> tuple[object, tuple[str]]:
         return os.mkdir, ("exploded",)

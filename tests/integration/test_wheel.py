@@ -1,4 +1,4 @@
-"""The wheel: what it requires, and that it draws at once where nothing else of the project is."""
+"""The wheel: its requirements, and generating with nothing else of the project."""
 
 from __future__ import annotations
 
@@ -76,7 +76,7 @@ def test_wheel_holds_the_package_and_the_mini_model_only(wheel: Path) -> None:
 
 @pytest.mark.slow
 def test_installed_wheel_generates_offline_from_any_folder(wheel: Path, tmp_path: Path) -> None:
-    """A fresh environment; what clipgen requires comes from the environment of the tests, the package does not."""
+    """In a fresh environment, in which only the requirements come from the environment of the tests."""
     environment, home, work = tmp_path / "env", tmp_path / "home", tmp_path / "work"
     home.mkdir()
     work.mkdir()

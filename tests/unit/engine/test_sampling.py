@@ -1,4 +1,4 @@
-"""Filters, draws and the decoding loop."""
+"""Filtering, sampling and the decoding loop."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""`clipgen evaluate`: what it reports, that processes share the work, and that every network is named."""
+"""`clipgen evaluate`: its report, shared work of several processes, and the networks it uses."""
 
 from __future__ import annotations
 

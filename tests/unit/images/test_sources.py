@@ -1,4 +1,4 @@
-"""Folders, lists and shards as one source of images: what is taken, what is left out, and what is said about it."""
+"""Folders, lists and shards as sources of images: files that are used, and counts of those that are not."""
 
 from __future__ import annotations
 
