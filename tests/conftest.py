@@ -9,6 +9,7 @@ if "PYTEST_XDIST_WORKER" in os.environ:  # before PyTorch is imported: as many w
     os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 import pytest
+from hypothesis import HealthCheck, settings
 from published import Source, write_hfailab, write_torchscript
 from tiny_weights import write_tiny_weights
 
@@ -17,6 +18,10 @@ from clipgen.request import SamplingParams
 from clipgen.utils.cpu import thread_count, usable_cores
 
 ROOT = Path(__file__).resolve().parent.parent
+
+# Beside another suite an example takes as long as it takes.
+settings.register_profile("untimed", deadline=None, suppress_health_check=[HealthCheck.too_slow])
+settings.load_profile("untimed")
 
 
 def pytest_xdist_auto_num_workers() -> int:

@@ -151,9 +151,11 @@ def make_folder(out: Path) -> None:
 
 def find_weights(weights: str | None) -> Path:
     """Return the model folder that --weights means, fetching it if it is a published model that is not here yet."""
+    from clipgen.cli.progress import downloads
     from clipgen.weights.resolve import resolve_weights
 
-    return resolve_weights(weights, log)
+    with downloads() as report:
+        return resolve_weights(weights, log, report)
 
 
 def load(weights: str | None, device: str | None, dtype: str | None) -> ClipGen:

@@ -13,7 +13,7 @@ from filelock import FileLock
 
 from clipgen.errors import WeightsError
 from clipgen.utils.text import expand_home
-from clipgen.weights.cache import Settings, fetch
+from clipgen.weights.cache import Report, Settings, fetch
 from clipgen.weights.catalog import CATALOG
 from clipgen.weights.convert import convert_checkpoints
 from clipgen.weights.hub import PREFIX, fetch_from_hub
@@ -27,7 +27,11 @@ SHIPPED = _PACKAGE / "_weights" if (_PACKAGE / "_weights").is_dir() else _PACKAG
 """Folder of the models beside the code: weights/ of a checkout, clipgen/_weights/ of an installed wheel."""
 
 
-def resolve_weights(weights: str | Path | None = None, log: Callable[[str], None] = lambda message: None) -> Path:
+def resolve_weights(
+    weights: str | Path | None = None,
+    log: Callable[[str], None] = lambda message: None,
+    report: Report = lambda file, done, total: None,
+) -> Path:
     """Return the model folder that `weights` means, fetching it first if it names a published model.
 
     Args:
@@ -35,6 +39,7 @@ def resolve_weights(weights: str | Path | None = None, log: Callable[[str], None
             "" means $CLIPGEN_WEIGHTS, or where that is not set the best model beside the code (`find_default`).
             A folder wins over a model of the same name.
         log: called with a line before something that takes long.
+        report: called with a file of a published model, the bytes that are there and its size, while it is fetched.
 
     Raises:
         ConfigError: ~ is used and there is no home folder, or the Hub address is malformed.
@@ -53,7 +58,7 @@ def resolve_weights(weights: str | Path | None = None, log: Callable[[str], None
         return SHIPPED / text
     entry = CATALOG.get(text)
     if entry is not None and entry.config is not None:
-        return _fetch_model(text, entry.config, log)
+        return _fetch_model(text, entry.config, log, report)
     names = ", ".join(sorted({"mini", *(name for name, entry in CATALOG.items() if entry.config)}))
     raise WeightsError(f"no weights in {folder}: no such folder, nor a model of that name; there is {names}")
 
@@ -75,13 +80,13 @@ def find_default() -> tuple[Path, str]:
     return SHIPPED / found[0], f"it is the only model in {SHIPPED}; `clipgen weights fetch coco` adds a larger one"
 
 
-def _fetch_model(name: str, config: str, log: Callable[[str], None]) -> Path:
+def _fetch_model(name: str, config: str, log: Callable[[str], None], report: Report) -> Path:
     """Fetch a published model into the cache and convert it there, unless that has happened before."""
     settings = Settings.from_environment()
     folder = settings.cache / "models" / name
     if (folder / MANIFEST).is_file():
         return folder
-    files = fetch(CATALOG[name], settings, log=log)
+    files = fetch(CATALOG[name], settings, report=report, log=log)
     folder.parent.mkdir(parents=True, exist_ok=True)
     with FileLock(folder.with_name(f"{name}.lock")):  # several containers may share a cache: the others wait
         if not (folder / MANIFEST).is_file():

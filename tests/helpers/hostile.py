@@ -269,7 +269,7 @@ def attack(target: Target, count: int) -> None:
     """Send `count` requests one after the other."""
     health = [HealthCheck.too_slow, HealthCheck.data_too_large, HealthCheck.large_base_example]
 
-    @settings(max_examples=count, deadline=None, derandomize=True, suppress_health_check=health)
+    @settings(max_examples=count, derandomize=True, suppress_health_check=health)
     @given(attacks(input_schema(), target.canary.address))
     def run(attack: Attack) -> None:
         target.send(attack)

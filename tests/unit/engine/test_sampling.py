@@ -30,7 +30,7 @@ def test_filter_keeps_the_same_tokens_as_the_original(golden: Path, name: str, t
 
 
 @given(st.integers(0, 200), st.floats(1e-6, 1.0), st.integers(0, 1000))
-@settings(max_examples=50, deadline=None)
+@settings(max_examples=50)
 def test_filter_keeps_the_most_likely_token(top_k: int, top_p: float, seed: int) -> None:
     logits = torch.randn(3, 96, generator=torch.Generator().manual_seed(seed)) * 5
     kept = filter_logits(logits, params(top_k=top_k, top_p=top_p))
@@ -80,7 +80,7 @@ def test_temperature_zero_is_greedy() -> None:
     ),
     st.integers(0, 1000),
 )
-@settings(max_examples=50, deadline=None)
+@settings(max_examples=50)
 def test_each_row_is_sampled_with_its_own_parameters(samplings: list[SamplingParams], seed: int) -> None:
     generator = torch.Generator().manual_seed(seed)
     logits = torch.randn(len(samplings), 96, generator=generator) * 3

@@ -40,7 +40,7 @@ def known(mean: Tensor, covariance: Tensor) -> Gaussian:
     return found
 
 
-@settings(max_examples=20, deadline=None)
+@settings(max_examples=20)
 @given(SEEDS, st.integers(20, 60), st.integers(20, 60))
 def test_frechet_distance_equals_that_of_torch_fidelity(seed: int, n: int, m: int) -> None:
     from torch_fidelity.metric_fid import fid_features_to_statistics, fid_statistics_to_metric

@@ -168,7 +168,7 @@ def test_missing_path_and_folder_are_refused(tmp_path: Path) -> None:
         load_image(tmp_path)
 
 
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=150)
 @given(st.sampled_from(["PNG", "JPEG", "WEBP", "GIF", "BMP", "TIFF"]), st.data())
 def test_damaged_bytes_are_read_or_refused_as_data_error(format: str, draw: st.DataObject) -> None:
     data = bytearray(encoded(photo(0, (24, 16)), format))

@@ -12,7 +12,7 @@ import time
 from collections.abc import Iterator
 
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from local_server import Answer, Server, serving
 
@@ -53,7 +53,6 @@ def test_output_of_encodebytes_and_the_base64_command_is_decoded() -> None:
         assert read_url("data:image/png;base64," + done.stdout.decode()) == data
 
 
-@settings(deadline=None)  # the first host name that is not ASCII loads tables
 @given(
     st.text(max_size=40), st.sampled_from(["", "data:", "data:;base64,", "http:", "https://", "file://", "HTTP://["])
 )

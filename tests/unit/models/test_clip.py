@@ -86,7 +86,7 @@ def test_control_tokens_in_a_prompt_are_dropped(prompt: str) -> None:
     assert tokenize([prompt], 77)[0].equal(tokenize(["a lemon"], 77)[0])
 
 
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=200)
 @given(st.text(st.characters(), max_size=200), st.integers(2, 77))
 def test_any_text_becomes_valid_tokens(prompt: str, context_length: int) -> None:
     tokens, truncated = tokenize([prompt], context_length)

@@ -60,7 +60,7 @@ def test_logits_equal_those_of_the_original_implementation(golden: Path) -> None
     torch.testing.assert_close(decode(gpt, tokens, embedding), logits, **CLOSE)
 
 
-@settings(max_examples=25, deadline=None)
+@settings(max_examples=25)
 @given(batch=st.integers(1, 5), length=st.integers(0, 8), seed=st.integers(0, 2**31))
 def test_cached_decoding_equals_the_full_pass(gpt: GPT, batch: int, length: int, seed: int) -> None:
     tokens, embedding = inputs(batch, length, seed)
@@ -82,7 +82,7 @@ def test_logits_of_a_row_do_not_depend_on_other_rows(gpt: GPT) -> None:
     torch.testing.assert_close(decode(gpt, tokens, embedding), alone, **CLOSE)
 
 
-@settings(max_examples=15, deadline=None)
+@settings(max_examples=15)
 @given(
     starts=st.lists(st.integers(0, 12), min_size=1, max_size=7),
     slots=st.integers(1, 4),

@@ -280,7 +280,7 @@ answers = st.builds(
 )
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(script=st.lists(answers, max_size=6), checked=st.booleans())
 def test_bytes_are_right_whatever_failures_came_before(script: list[Answer], checked: bool) -> None:
     """A cut without a length, or a false length, looks like the end; then the stated size decides."""

@@ -135,7 +135,7 @@ def test_truncated_file_is_named(folder: Path, name: str) -> None:
         load_model_dir(folder)
 
 
-@settings(max_examples=10, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=10, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(data=st.data())
 def test_one_flipped_bit_is_detected(folder: Path, data: st.DataObject) -> None:
     path = folder / data.draw(st.sampled_from(FILES))

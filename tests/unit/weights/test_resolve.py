@@ -128,7 +128,10 @@ def test_published_model_is_fetched_and_converted_once(
     files = tuple(File(path.name, part, "https://nowhere.invalid/x") for part, path in paths.items())
     monkeypatch.setitem(CATALOG, "tiny", PretrainedModel("tiny", "", "", "", files, config=hfailab.config))
     lines: list[str] = []
-    folder = resolve_weights("tiny", lines.append)
+    done: dict[str, tuple[int, int | None]] = {}
+    report = lambda file, size, total: done.update({file.name: (size, total)})  # noqa: E731
+    folder = resolve_weights("tiny", lines.append, report)
+    assert done == {path.name: (path.stat().st_size,) * 2 for path in paths.values()}
     assert folder == tmp_path / "cache" / "models" / "tiny" and any("converting tiny" in line for line in lines)
     assert ClipGen.from_pretrained(folder, device="cpu").config.name == "tiny"
     asked = len(mirror.requests)
