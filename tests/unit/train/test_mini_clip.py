@@ -129,4 +129,4 @@ def test_towers_load_as_an_openai_clip_with_one_embedding_space() -> None:
     with torch.no_grad():
         assert embed(model.visual, pixels).shape == encode_tokens(model, tokens).shape == (2, EMBED_DIM)
     weights = sum(tensor.numel() for tensor in model.state_dict().values())
-    assert 2 * weights < 24e6  # bytes in half precision
+    assert 2 * weights < 29e6  # bytes in half precision; 46.3 MB with VQGAN and GPT
