@@ -18,8 +18,8 @@ from clipgen.config import ModelConfig
 
 @pytest.fixture(scope="session")
 def weights(tiny_config: ModelConfig, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A tiny model that generates in a moment, yet in enough steps to be cancelled, and its example prompts."""
-    vqgan, gpt = replace(tiny_config.vqgan, image_size=64), replace(tiny_config.gpt, block_size=64)
+    """A tiny model and its example prompts. Its many steps take long enough for a busy browser to notice them."""
+    vqgan, gpt = replace(tiny_config.vqgan, image_size=128), replace(tiny_config.gpt, block_size=256)
     folder = write_tiny_weights(
         tmp_path_factory.mktemp("weights") / "small", replace(tiny_config, vqgan=vqgan, gpt=gpt)
     )

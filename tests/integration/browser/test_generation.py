@@ -29,7 +29,7 @@ def test_used_seed_gives_the_same_image_and_another_seed_another(page: Any) -> N
     assert generate(page).startswith("2 images")
     assert len(sources(page)) == 2
     receipt, image = selected_image(page)
-    assert image.size == (64, 64)
+    assert image.size == (128, 128)
     page.locator("#use-seed").click()
     status(page, "is set")
     assert generate(page).startswith("1 image")
