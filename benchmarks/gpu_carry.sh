@@ -1,19 +1,31 @@
 #!/usr/bin/env bash
-# One archive of what `benchmarks/gpu_check.py` needs on a machine without a network: the code, the mini weights, and wheels
-# of packages that bare PyTorch images lack. Usage: benchmarks/gpu_carry.sh OUT.tar.gz
-# There: tar xzf OUT.tar.gz && cd clipgen && pip install --no-index --no-deps wheels/*.whl && python benchmarks/gpu_check.py --out out
+# One archive of what a machine with a GPU but without a network needs: the code, and wheels of packages that bare PyTorch
+# images lack. Usage: benchmarks/gpu_carry.sh OUT.tar.gz [training]
+# Without `training` it is for the checks, with the mini weights:
+#   tar xzf OUT.tar.gz && cd clipgen && pip install --no-index --no-deps wheels/*.whl && python benchmarks/gpu_check.py --out out
+# With it for training the mini model, with the renders (`make renders`), WordNet and what was learned so far:
+#   ... && python -m train.mini.recipe --only gpt --minutes 9 --start train/mini/start --work work --wordnet wordnet
 set -euo pipefail
 root=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
-out=${1:?usage: benchmarks/gpu_carry.sh OUT.tar.gz}
+out=${1:?usage: benchmarks/gpu_carry.sh OUT.tar.gz [training]}
 work=$(mktemp -d)
 trap 'rm -rf "$work"' EXIT
-mkdir "$work/clipgen"
-git -C "$root" archive HEAD | tar x -C "$work/clipgen"
-rm -rf "$work/clipgen/docs" "$work/clipgen/tests/golden"/*vqgan_tiny.safetensors # no stage needs them
+tree=$work/clipgen
+mkdir "$tree"
+git -C "$root" archive HEAD | tar x -C "$tree"
+rm -rf "$tree/docs" "$tree/tests/golden"/*vqgan_tiny.safetensors # no stage needs them
+if [ "${2:-}" = training ]; then
+    rm -rf "$tree/tests" "$tree/weights/mini"/{gpt,vqgan,coverage}.safetensors
+    mkdir -p "$tree/data/emoji" "$tree/wordnet"
+    cp -r "$root/data/emoji/renders" "$tree/data/emoji/"
+    cp /usr/share/wordnet/{data,index}.noun "$tree/wordnet/"
+else
+    rm -rf "$tree/train/mini/start"
+fi
 python=${PYTHON:-$root/.venv/bin/python}
 pinned=$(sed -nE 's/^((clip-anytorch|omegaconf|ftfy|webdataset|lpips)==[^ ]+).*/\1/p' "$root"/requirements*.txt)
 # shellcheck disable=SC2086 # one argument per package
-"$python" -m pip wheel --quiet --no-deps --wheel-dir "$work/clipgen/wheels" $pinned braceexpand wcwidth
+"$python" -m pip wheel --quiet --no-deps --wheel-dir "$tree/wheels" $pinned braceexpand wcwidth
 tar czf "$out.tmp" -C "$work" clipgen
 mv "$out.tmp" "$out"
 size=$(($(stat -c %s "$out") / 1048576))

@@ -17,6 +17,7 @@ if __name__ == "__main__":
 
 import argparse
 import os
+import shutil
 import subprocess
 import sys
 from dataclasses import dataclass
@@ -28,6 +29,7 @@ from safetensors.torch import load_file
 from clipgen.weights.precision import pick_device, pick_precision
 from train.loop.checkpoint import save_tensors
 from train.loop.script import command, minutes
+from train.mini.text_tower import save_clip
 
 PARTS = ("image", "text", "vqgan", "gpt", "export")
 ROOT = Path(__file__).resolve().parents[2]
@@ -119,6 +121,19 @@ def _belongs(override: str, part: str) -> bool:
     return part in {"stage1": ("vqgan",), "stage2": ("gpt",)}.get(first, (first,))
 
 
+def unpack(start: Path, work: Path) -> None:
+    """Put carried weights where WORK has none, so that a part can stand on those before it."""
+    for name in (name for names in _WEIGHTS.values() for name in names):
+        carried, own = start / Path(name).name, work / name
+        if carried.is_file() and not own.exists():
+            own.parent.mkdir(parents=True, exist_ok=True)
+            shutil.copy(carried, own)
+    clip = work / "clip"
+    has_towers = all((clip / f"{name}.safetensors").is_file() for name in ("image", "text"))
+    if has_towers and not (clip / "clip.safetensors").exists():
+        save_clip(load_file(clip / "text.safetensors"), clip)
+
+
 def carry(part: str, work: Path) -> None:
     """Write a part's weights to WORK/weights in half precision."""
     (work / "weights").mkdir(parents=True, exist_ok=True)
@@ -144,6 +159,8 @@ def main() -> None:
     for name in ("work", "out", "wordnet", "start", "config"):
         if (path := getattr(args, name)) is not None:
             setattr(args, name, path.resolve())
+    if args.start:
+        unpack(args.start, args.work)
     for part in args.only or PARTS:
         line = part_command(part, args, machine)
         print(f"== {part}: {' '.join(line[1:])}", flush=True)

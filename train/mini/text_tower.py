@@ -15,6 +15,7 @@ if __name__ == "__main__":
     end_at_ctrl_c()  # until main() takes over
 
 import random
+from collections.abc import Mapping
 from dataclasses import asdict
 from pathlib import Path
 from typing import cast
@@ -148,16 +149,15 @@ def main() -> None:
             if done % config.save_every == 0 or done == config.steps or stopping:
                 if is_main:
                     save_tensors(average.state_dict(), args.out / "text.safetensors")
-                    save_clip(average, args.out)
+                    save_clip(average.state_dict(), args.out)
                 checkpoints.save(done)
             if stopping:
                 stop.leave(f"step {done} of {config.steps} is saved in {out}")
 
 
-def save_clip(text: OpenAIClip, out: Path) -> None:
-    """Put both towers into OUT/clip.safetensors, in half precision, under OpenAI's names."""
-    weights = dict(text.state_dict())
-    weights |= {f"visual.{name}": tensor for name, tensor in load_file(out / "image.safetensors").items()}
+def save_clip(text: Mapping[str, Tensor], out: Path) -> None:
+    """Put the text tower and OUT/image.safetensors into OUT/clip.safetensors, in halves, under OpenAI's names."""
+    weights = dict(text) | {f"visual.{name}": tensor for name, tensor in load_file(out / "image.safetensors").items()}
     halves = {name: tensor.half() if tensor.is_floating_point() else tensor for name, tensor in weights.items()}
     save_tensors(halves, out / "clip.safetensors")
 

@@ -18,7 +18,7 @@ from train.mini.attachments import ATTACHMENTS
 from train.mini.image_tower import init_tower
 from train.mini.labels import Heads
 from train.mini.objects import read_objects
-from train.mini.recipe import CONFIG, SHIPPED_CLIP, Machine, carry, part_command
+from train.mini.recipe import CONFIG, SHIPPED_CLIP, Machine, carry, part_command, unpack
 from train.mini.towers import EMBED_DIM, build_clip
 
 CPU = Machine("no", 0, False)
@@ -64,6 +64,19 @@ def test_carried_weights_start_a_part_that_has_no_checkpoint(tmp_path: Path) -> 
     assert not any("init=" in text for text in part_command("gpt", args, CPU))  # nothing of it was carried
     (work / "vqgan" / "checkpoints").mkdir()
     assert not any("init=" in text for text in part_command("vqgan", args, CPU))
+
+
+def test_carried_parts_are_there_for_the_next_part_and_never_replace_newer_ones(tmp_path: Path) -> None:
+    start, work = tmp_path / "carried", tmp_path / "w"
+    start.mkdir()
+    for name, value in (("image", 1.0), ("text", 2.0), ("vqgan", 3.0)):
+        save_file({name: torch.full((2,), value)}, start / f"{name}.safetensors")
+    (work / "vqgan").mkdir(parents=True)
+    save_file({"newer": torch.ones(1)}, work / "vqgan" / "vqgan.safetensors")
+    unpack(start, work)
+    clip = load_file(work / "clip" / "clip.safetensors")
+    assert clip.keys() == {"text", "visual.image"} and clip["visual.image"].tolist() == [1.0, 1.0]
+    assert load_file(work / "vqgan" / "vqgan.safetensors").keys() == {"newer"}
 
 
 def test_image_tower_starts_from_the_shipped_clip(tmp_path: Path) -> None:
