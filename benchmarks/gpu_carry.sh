@@ -15,7 +15,7 @@ mkdir "$tree"
 git -C "$root" archive HEAD | tar x -C "$tree"
 rm -rf "$tree/docs" "$tree/tests/golden"/*vqgan_tiny.safetensors # no stage needs them
 if [ "${2:-}" = training ]; then
-    rm -rf "$tree/tests" "$tree/weights/mini"/{gpt,vqgan,coverage}.safetensors
+    rm -rf "$tree/tests" "$tree/weights"
     mkdir -p "$tree/data/emoji" "$tree/wordnet"
     cp -r "$root/data/emoji/renders" "$tree/data/emoji/"
     cp /usr/share/wordnet/{data,index}.noun "$tree/wordnet/"
