@@ -12,6 +12,7 @@ import tarfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from local_server import wait_until
@@ -71,7 +72,8 @@ def test_receipt_in_a_shard_generates_the_same_image_again(run: Run, tiny_weight
     assert receipt.text == "prompt number 64" and receipt.seed == 7
     pipe = ClipGen.from_pretrained(tiny_weights, "cpu", "float32")
     redrawn = pipe.generate([receipt.request()])[0].images[0]
-    assert redrawn.tobytes() == Image.open(io.BytesIO(image)).tobytes()
+    stored = np.asarray(Image.open(io.BytesIO(image)), dtype=int)
+    assert abs(np.asarray(redrawn, dtype=int) - stored).max() <= 1, "other images were decoded beside it"
 
 
 def test_keys_in_shards_are_line_numbers_of_the_prompts(run: Run) -> None:

@@ -26,11 +26,12 @@ def build_accelerator(config: TrainConfig) -> Accelerator:
         ConfigError: the batch cannot be split equally, the precision is not possible here, or torchrun's variables or
             CLIPGEN_THREADS are wrong.
     """
-    Processes.from_environment().check_address()
+    processes = Processes.from_environment()
+    processes.check_address()
+    check_batch_split(config, processes.count)  # before they meet: each refuses by itself, and none waits for another
     torch.set_num_threads(thread_count(torch.get_num_threads()))
     # Unless told so, Accelerate does not join other processes on a CPU.
     accelerator = Accelerator(mixed_precision=choose_precision(config), cpu=not torch.accelerator.is_available())
-    check_batch_split(config, accelerator.num_processes)
     torch.manual_seed(config.seed)  # the same initial weights everywhere
     return accelerator
 

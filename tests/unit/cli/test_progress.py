@@ -41,7 +41,7 @@ def test_progress_in_a_log_has_no_control_characters(monkeypatch: pytest.MonkeyP
     monkeypatch.setattr(progress, "SECONDS", 0.2)
     monkeypatch.setenv("TERM", "dumb")
     lines = shown(monkeypatch, Console(file=io.StringIO(), force_terminal=terminal, width=30)).splitlines()
-    assert [line.split(",")[0] for line in lines[:-1]] == [f"{DOING}: 75%"]
+    assert lines[:-1] and all(re.match(rf"{DOING}: (25|50|75)%", line) for line in lines[:-1])
     assert re.fullmatch(r"drew 12 of 300 prompts in \d\.\d s", lines[-1])
     assert all(line.isprintable() for line in lines)
 

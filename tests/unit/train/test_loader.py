@@ -56,7 +56,11 @@ def test_finite_steps_give_the_same_batches_with_and_without_workers(folder: Pat
 
 @pytest.mark.usefixtures("impatient")
 @pytest.mark.parametrize(("trouble", "message"), [("hang", "no batch came"), ("kill", "worker process .* died")])
-def test_workers_that_hang_or_are_killed_end_training_with_one_line(folder: Path, trouble: str, message: str) -> None:
+def test_workers_that_hang_or_are_killed_end_training_with_one_line(
+    folder: Path, trouble: str, message: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    if trouble == "kill":
+        monkeypatch.setattr(loader, "MAX_WAIT", 60.0)  # on a busy machine a worker's death takes a while to be seen
     data = Troubled(folder, 16)
     data.trouble = trouble
     batches = loader.image_batches(data, keys, count(), workers=1)
