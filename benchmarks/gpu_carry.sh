@@ -4,7 +4,8 @@
 # Without `training` it is for the checks, with the mini weights:
 #   tar xzf OUT.tar.gz && cd clipgen && pip install --no-index --no-deps wheels/*.whl && python benchmarks/gpu_check.py --out out
 # With it for training the mini model, with the renders (`make renders`), WordNet and what was learned so far:
-#   ... && python -m train.mini.recipe --only gpt --minutes 9 --start train/mini/start --work work --wordnet wordnet
+#   ... && python -m train.mini.recipe --only text --minutes 2 --start train/mini/start --work work --wordnet wordnet
+# and then the same with `--only gpt --minutes 6`, which needs both towers.
 set -euo pipefail
 root=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
 out=${1:?usage: benchmarks/gpu_carry.sh OUT.tar.gz [training]}

@@ -56,8 +56,7 @@ from train.loop.stopping import Stop  # noqa: E402
 from train.losses.gan import Gan  # noqa: E402
 from train.losses.stage1 import Crop, LeCam, PatchDiscriminator, ReconstructionLoss  # noqa: E402
 
-WARM_UP = 2
-IMAGES = 64
+WARM_UP, IMAGES = 2, 64
 
 
 @dataclass(frozen=True)
@@ -101,9 +100,8 @@ class Stage1:
         self.reconstruction_loss.to(device)
         self.opt_g = torch.optim.Adam(self.vqgan.parameters(), c.lr)
         opt_d = torch.optim.Adam(discriminator.parameters(), c.disc_lr)
-        self.gan = Gan(
-            c, self.accelerator, self.vqgan, discriminator, opt_d, self.reconstruction_loss, LeCam().to(device)
-        )
+        losses = self.reconstruction_loss, LeCam().to(device)
+        self.gan = Gan(c, self.accelerator, self.vqgan, discriminator, opt_d, *losses)
         if recipe.channels_last:
             for module in (self.vqgan, discriminator, self.reconstruction_loss):
                 module.to(memory_format=torch.channels_last)  # type: ignore[call-overload]

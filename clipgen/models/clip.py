@@ -43,7 +43,8 @@ def find_openai_clip() -> Path:
         if (folder / "simple_tokenizer.py").is_file():
             return folder
     spec = find_spec("clip")
-    shadow = f"; {spec.origin} has its name but is something else" if spec and spec.origin else ""
+    places = [spec.origin, *(spec.submodule_search_locations or [])] if spec else []  # a folder may have no origin
+    shadow = next((f"; {place} has its name but is something else" for place in places if place), "")
     raise ConfigError(f"OpenAI's clip is not installed{shadow}. Run: pip install clip-anytorch")
 
 

@@ -257,15 +257,19 @@ def test_modules_load_without_pkg_resources_and_torchvision(root: Path) -> None:
     assert done.returncode == 0 and "49406" in done.stdout, done.stderr
 
 
+@pytest.mark.parametrize("shadow", ["clip.py", "clip"])
 def test_package_that_is_missing_is_named_with_the_file_that_shadows_it(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, shadow: str
 ) -> None:
     def not_installed(name: str) -> None:
         raise PackageNotFoundError(name)
 
     monkeypatch.setattr(clip_module, "distribution", not_installed)
-    monkeypatch.syspath_prepend(str(tmp_path))
+    monkeypatch.setattr(sys, "path", [str(tmp_path)])
     monkeypatch.delitem(sys.modules, "clip", raising=False)
-    (tmp_path / "clip.py").write_text("raise SystemExit('executed')")
-    with pytest.raises(ConfigError, match=rf"not installed; {tmp_path / 'clip.py'} has its name but is something else"):
+    if shadow == "clip":
+        (tmp_path / shadow).mkdir()
+    else:
+        (tmp_path / shadow).write_text("raise SystemExit('executed')")
+    with pytest.raises(ConfigError, match=rf"not installed; {tmp_path / shadow} has its name but is something else"):
         find_openai_clip()
