@@ -12,6 +12,7 @@ literal on one line, since Cog shows the quotes between two adjacent literals to
 from collections.abc import AsyncIterator
 from typing import Any
 
+import coglet
 from cog import BasePredictor, Input, Path, concurrent, streaming
 
 from clipgen.serving import PredictionService
@@ -23,7 +24,8 @@ class Predictor(BasePredictor):
 
     def setup(self) -> None:
         """Load the model and warm it up. Nothing is downloaded unless CLIPGEN_WEIGHTS names a published model."""
-        heed_ctrl_c()  # serve.py has it ignored, and Cog's worker then hangs for ten seconds now and then
+        if coglet.server.active:  # in Cog's worker, where Python's own handler never runs: it would hang for ten seconds
+            heed_ctrl_c()
         self.service = PredictionService.from_environment()
 
     def healthcheck(self) -> bool:

@@ -193,7 +193,8 @@ def main() -> None:
         print(f"note: no {SCHEMA} ({error.strerror}): bounds are checked by predict.py alone, nothing is streamed")
     print(f"http://{host}:{args.port}/predictions; Ctrl-C stops it", flush=True)
     # Ctrl-C reaches the server and, as they share the terminal, its worker. The server listens for it. Python, which
-    # would end in a traceback and hold the server up for ten seconds, is told not to; predict.py heeds it again.
+    # would end in a traceback and hold the server up for ten seconds, is told not to. The worker inherits that or not,
+    # as the server starts to listen before or after it starts the worker; predict.py sets it right.
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     environment = {
         "COG_MAX_CONCURRENCY": str(max_concurrency(source)),

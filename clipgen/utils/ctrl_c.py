@@ -14,7 +14,6 @@ def end_at_ctrl_c() -> None:
 
 
 def heed_ctrl_c() -> None:
-    """Let Ctrl-C end the process at once where the process that started it left it ignored. For the main thread."""
-    is_main = threading.current_thread() is threading.main_thread()
-    if is_main and signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
+    """Let Ctrl-C end the process at once, whether it was ignored or Python's to handle. For the main thread."""
+    if threading.current_thread() is threading.main_thread():
         signal.signal(signal.SIGINT, signal.SIG_DFL)

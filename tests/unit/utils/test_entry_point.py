@@ -6,10 +6,14 @@ import os
 import signal
 import subprocess
 import sys
+import threading
+import time
 from pathlib import Path
 
 import pytest
 from tracebacks import has_traceback
+
+from clipgen.utils.ctrl_c import heed_ctrl_c
 
 FULL = "cannot write: No space left on device; make room or write elsewhere"
 HEADER = """
@@ -149,3 +153,28 @@ def test_every_main_function_is_an_entry_point(path: Path) -> None:
     text = path.read_text(encoding="utf-8")
     assert "end_at_ctrl_c()" in text
     assert "\n@entry_point(" in text or "\n@command\n" in text or path.name == "__main__.py"
+
+
+@pytest.mark.parametrize("before", ["SIG_IGN", "SIG_DFL", "default_int_handler"])
+def test_worker_blocked_in_foreign_code_ends_at_ctrl_c_whatever_it_inherited(before: str) -> None:
+    # Cog's worker starts with SIGINT ignored or with Python's handler, which runs between two lines of Python only.
+    body = f"""
+import os, signal, threading
+from clipgen.utils.ctrl_c import heed_ctrl_c
+signal.signal(signal.SIGINT, signal.{before})
+heed_ctrl_c()
+threading.Timer(0.2, os.kill, (os.getpid(), signal.SIGINT)).start()
+__import__("ctypes").CDLL(None).sleep(30)
+"""
+    begun = time.monotonic()
+    done = run([sys.executable, "-c", body])
+    assert done.returncode == -signal.SIGINT and done.stderr == ""
+    assert time.monotonic() - begun < 20
+
+
+def test_thread_other_than_the_main_one_leaves_ctrl_c_alone() -> None:
+    before = signal.getsignal(signal.SIGINT)
+    thread = threading.Thread(target=heed_ctrl_c)
+    thread.start()
+    thread.join()
+    assert signal.getsignal(signal.SIGINT) == before
