@@ -1,4 +1,4 @@
-"""Facts -> pixels: the same facts and seed give the same image, composed in about a millisecond.
+"""Facts -> pixels: the same facts and seed give the same image, composed in a few milliseconds.
 
 A figure is a thing with what is on it: layers in the pixels of the thing's sprite. Figures are put in places of the
 frame, at random sizes and angles, on a ground, and the style is painted over all.
@@ -13,6 +13,7 @@ from pathlib import Path
 
 import cv2
 import numpy as np
+from numpy.typing import NDArray
 
 from train.mini import styles
 from train.mini.attachments import ATTACHMENTS, draw_variants
@@ -56,6 +57,24 @@ class Figure:
 
 
 @dataclass(frozen=True)
+class Cover:
+    """A layer in the frame: where it is, and premultiplied RGBA floats (height, width, 4) in [0, 1]."""
+
+    rows: slice
+    columns: slice
+    image: Floats
+
+    def blend(self, frame: Floats, alpha: Floats) -> None:
+        """Lay it over a frame (S, S, 3) and its alpha (S, S), in place."""
+        rest = 1 - self.image[..., 3:]
+        under, hidden = frame[self.rows, self.columns], alpha[self.rows, self.columns]
+        under *= rest
+        under += self.image[..., :3]
+        hidden *= rest[..., 0]
+        hidden += self.image[..., 3]
+
+
+@dataclass(frozen=True)
 class Slot:
     """A part of the frame for a figure, in [0, 1]: its centre and its size."""
 
@@ -71,7 +90,8 @@ class Composer:
     def __init__(self, renders: Path, size: int = 128) -> None:
         """Args: renders: the folder of STYLE/CODE.png that `train.mini.emoji` writes; size: side of the images, px."""
         self.renders, self.size = renders, size
-        self._sprite = lru_cache(maxsize=3072)(self._read_sprite)
+        self._render = lru_cache(maxsize=None)(self._read_render)
+        self._sprite = lru_cache(maxsize=4096)(self._make_sprite)
         self._bank = lru_cache(maxsize=None)(self._read_bank)
 
     def compose(self, facts: Facts, seed: int) -> Bytes:
@@ -92,15 +112,13 @@ class Composer:
         frame = np.ones_like(ground) if colourless else ground.copy()
         alpha = np.zeros(frame.shape[:2], np.float32)
         for cover in covers:
-            rest = 1 - cover[..., 3:]
-            frame = frame * rest + cover[..., :3]
-            alpha = alpha * rest[..., 0] + cover[..., 3]
+            cover.blend(frame, alpha)
         painted = _paint(facts.style, frame, alpha, ground[0, 0], rng)
         return (np.clip(painted, 0, 1) * 255 + 0.5).astype(np.uint8)
 
     def _figure(self, thing: Thing, base: str, rng: random.Random) -> Figure:
-        image, anchors = self._sprite(base, thing.object, thing.colour)
-        layers = [Layer(image, 1.0, 0.0, 0.0)]
+        anchors = self._render(base, thing.object)[1]
+        layers = [self._sprite(base, thing.object, thing.colour)]
         box = anchors.box
         if thing.attachment is not None:
             bank = self._bank(base, thing.attachment, thing.kind)
@@ -109,8 +127,8 @@ class Composer:
             box = _union(box, layer.box)
         return Figure(layers, box)
 
-    def _place(self, figure: Figure, slot: Slot, rng: random.Random) -> list[Floats]:
-        """The layers of a figure in the frame, premultiplied RGBA (size, size, 4)."""
+    def _place(self, figure: Figure, slot: Slot, rng: random.Random) -> list[Cover]:
+        """The layers of a figure in the frame."""
         left, top, right, bottom = figure.box
         turn, mirror = np.radians(rng.gauss(0, 6)), rng.choice((-1, 1))
         fit = min(slot.width / (right - left), slot.height / (bottom - top), slot.height / 90)
@@ -125,17 +143,32 @@ class Composer:
         covers = []
         for layer in figure.layers:
             move = np.hstack([linear * layer.scale, (linear @ [layer.left, layer.top] + shift)[:, None]])
-            image, smaller = layer.image, scale * layer.scale
-            if smaller < 0.6:  # halved first: nothing is skipped between its pixels
+            image = layer.image
+            if scale * layer.scale < 0.6:  # halved first: nothing is skipped between its pixels
                 image, move = _halved(image), move * [[2, 2, 1]]
-            moved = cv2.warpAffine(image, move.astype(np.float32), (self.size, self.size), flags=cv2.INTER_LINEAR)
-            covers.append(floats(moved) / np.float32(255))
+            covers.append(self._warp(image, move))
         return covers
 
-    def _read_sprite(self, base: str, name: str, colour: str | None) -> tuple[Bytes, Anchors]:
+    def _warp(self, image: Bytes, move: NDArray[np.float64]) -> Cover:
+        """A layer moved into the frame by an affine map (2, 3); only where it comes to lie."""
+        height, width = image.shape[:2]
+        corners = move @ np.array([[0, width, 0, width], [0, 0, height, height], [1, 1, 1, 1]])
+        first = np.clip(np.floor(corners.min(1)) - 1, 0, self.size - 1).astype(int)
+        last = np.clip(np.ceil(corners.max(1)) + 1, first + 1, self.size).astype(int)
+        move = np.hstack([move[:, :2], move[:, 2:] - first[:, None]]).astype(np.float32)
+        side = (int(last[0] - first[0]), int(last[1] - first[1]))
+        moved = floats(cv2.warpAffine(image, move, side, flags=cv2.INTER_LINEAR))
+        return Cover(slice(first[1], last[1]), slice(first[0], last[0]), moved * np.float32(1 / 255))
+
+    def _read_render(self, base: str, name: str) -> tuple[Bytes, Anchors]:
         image = load_render(self.renders, base, read_objects()[name].code)
-        anchors = find_anchors(image[..., 3])
-        return premultiply(recolour(image, colour) if colour else image), anchors
+        return image, find_anchors(image[..., 3])
+
+    def _make_sprite(self, base: str, name: str, colour: str | None) -> Layer:
+        image = self._render(base, name)[0]
+        left, top, width, height = cv2.boundingRect(image[..., 3])
+        image = np.ascontiguousarray(image[top : top + height, left : left + width])
+        return Layer(premultiply(recolour(image, colour) if colour else image), 1.0, left, top)
 
     def _read_bank(self, base: str, attachment: str, kind: tuple[str, str] | None) -> list[Bytes]:
         source = ATTACHMENTS[attachment].source
@@ -165,11 +198,12 @@ def _attach(image: Bytes, attachment: str, anchors: Anchors, rng: random.Random)
     return Layer(image, scale, x - scale * width / 2, y - scale * height / 2)
 
 
-def _set_apart(ground: Floats, covers: list[Floats]) -> Floats:
+def _set_apart(ground: Floats, covers: list[Cover]) -> Floats:
     """The ground a little darker or lighter where a figure of about its colour would be lost on it."""
-    behind = ground.mean((0, 1))
+    behind = np.array(cv2.mean(ground)[:3])
     for cover in covers:
-        colour = cover[..., :3].sum((0, 1)) / max(float(cover[..., 3].sum()), 1.0)
+        *total, area = cv2.sumElems(cover.image)
+        colour = np.array(total) / max(area, 1.0)
         if float(np.abs(colour - behind).max()) < _LEAST_CONTRAST:
             return floats(ground * 0.86 if behind.mean() > 0.35 else ground + 0.14 * (1 - ground))
     return ground

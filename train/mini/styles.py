@@ -14,6 +14,13 @@ import numpy as np
 from train.mini.colours import Floats, floats
 
 
+@lru_cache(maxsize=4)
+def _grid(size: int) -> tuple[Floats, Floats]:
+    """The y and the x of every pixel, (S, S) each."""
+    y, x = np.mgrid[:size, :size].astype(np.float32)
+    return y, x
+
+
 def _grey(frame: Floats) -> Floats:
     return floats(cv2.cvtColor(frame, cv2.COLOR_RGB2GRAY))
 
@@ -80,7 +87,7 @@ def oil_painting(frame: Floats, rng: random.Random) -> Floats:
     size = len(frame)
     strokes = _texture(size, rng, 4.2, 1.7, rng.choice((25, 65, 115, 155)))
     bend = 1.3 * strokes
-    y, x = np.mgrid[:size, :size].astype(np.float32)
+    y, x = _grid(size)
     moved = cv2.remap(frame, x + bend, y + bend, cv2.INTER_LINEAR, borderMode=cv2.BORDER_REFLECT)
     dabs = _kuwahara(floats(moved), 4)
     grey = _grey(dabs)[..., None]
@@ -93,7 +100,7 @@ def watercolor(frame: Floats, alpha: Floats, rng: random.Random) -> Floats:
     size = len(frame)
     blotches = _texture(size, rng, 9.0, 9.0)
     grain = _texture(size, rng, 1.0, 1.0)
-    y, x = np.mgrid[:size, :size].astype(np.float32)
+    y, x = _grid(size)
     bend = 1.6 * _texture(size, rng, 4.0, 4.0)
     soft = cv2.remap(frame, x + bend, y - bend, cv2.INTER_LINEAR, borderMode=cv2.BORDER_REFLECT)
     soft = cv2.blur(soft, (3, 3))
