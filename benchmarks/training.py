@@ -250,7 +250,7 @@ def measure_stage2(config: Config, source: str, steps: int, folder: Path, device
         del vqgan, clip
     batches: Iterator[tuple[Tensor, Tensor]] = read.batches(lambda s: [row for row, _ in keys(c.batch_size)(s)], 0, 0)
     gpt = GPT(config.model.gpt).to(device)
-    optimizers, ema = build_optimizers(gpt, c), MovingAverage(gpt, c.ema)
+    optimizers, ema = build_optimizers(gpt, c, precision), MovingAverage(gpt, c.ema)
 
     def step() -> None:
         tokens, condition = (t.to(device) for t in next(batches))

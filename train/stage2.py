@@ -119,12 +119,12 @@ def train(args: Namespace, config: Config) -> None:
         for copy in (gpt, cast(GPT, ema.module)):
             shard_model(copy, copy.blocks, device, accelerator.mixed_precision == "bf16")
         model: nn.Module = gpt
-        optimizers = build_optimizers(gpt, c)
+        optimizers = build_optimizers(gpt, c, accelerator.mixed_precision)
         sharded = ShardedState({"model": gpt, "average": ema}, optimizers[0])
     else:
         model, sharded = accelerator.prepare(gpt), None
-        scaled = accelerator.scaler is not None
-        optimizers = [accelerator.prepare(optimizer) for optimizer in build_optimizers(gpt, c, scaled)]
+        optimizers = build_optimizers(gpt, c, accelerator.mixed_precision)
+        optimizers = [accelerator.prepare(optimizer) for optimizer in optimizers]
         accelerator.register_for_checkpointing(ema)
     lowest, lr_factor = LowestLoss(), cosine_schedule(c)
     accelerator.register_for_checkpointing(lowest)

@@ -149,7 +149,7 @@ def test_sigterm_answers_waiting_clients_and_logs_lost_predictions(tmp_path: Pat
 
 
 def test_ctrl_c_stops_make_serve_at_once(root: Path, tiny_weights: Path, tmp_path: Path) -> None:
-    # 0.2 s; a worker that does not end with it is killed after ten. It inherits ignored Ctrl-C, or one start in four, as
+    # 0.2 s; a worker that does not end with it is killed after ten. It inherits ignored Ctrl-C or, in some starts, as
     # Cog's threads have it, Python's handler, and then hung.
     seconds = [stop_with_ctrl_c(root, tiny_weights, tmp_path / "log") for _ in range(3)]
     assert max(seconds) < 6, f"Cog waited {seconds} seconds for a worker that hangs"

@@ -300,11 +300,11 @@ def test_corrupted_tokens_come_from_other_images_at_the_same_position() -> None:
 
 def test_muon_takes_the_matrices_of_the_blocks_and_adamw_the_rest(tiny_config: ModelConfig) -> None:
     model = GPT(tiny_config.gpt)
-    muon, adamw = build_optimizers(model, Stage2Config(optimizer="muon"))
+    muon, adamw = build_optimizers(model, Stage2Config(optimizer="muon"), "no")
     names = {id(p): name for name, p in model.named_parameters()}
     by_muon, by_adamw = ([names[id(p)] for g in o.param_groups for p in g["params"]] for o in (muon, adamw))
     assert sorted(by_muon + by_adamw) == sorted(names.values())
     assert all(name.startswith("blocks.") and name.endswith("weight") for name in by_muon)
     assert {"tok_emb.weight", "head.weight", "cond_proj.weight"} <= set(by_adamw)
-    (adamw_alone,) = build_optimizers(model, Stage2Config())
+    (adamw_alone,) = build_optimizers(model, Stage2Config(), "no")
     assert sum(len(g["params"]) for g in adamw_alone.param_groups) == len(names)

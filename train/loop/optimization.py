@@ -18,6 +18,7 @@ from clipgen.errors import WeightsError
 from clipgen.weights.model_dir import check_shapes
 from clipgen.weights.tensor_file import load_tensors
 from train.config import Stage2Config, TrainConfig
+from train.loop.muon import Muon
 
 
 def load_model_weights(model: nn.Module, path: str | Path, prefix: str = "") -> None:
@@ -71,16 +72,15 @@ def cosine_schedule(config: TrainConfig) -> Callable[[int], float]:
     return factor
 
 
-def build_optimizers(model: nn.Module, config: Stage2Config, scaled: bool = False) -> list[torch.optim.Optimizer]:
-    """AdamW, or Muon for the matrices of the blocks and AdamW for the rest (Jordan et al. 2024).
-
-    Muon's updates are scaled to the size of AdamW's (Liu et al., arXiv 2502.16982), so one learning rate serves both.
+def build_optimizers(model: nn.Module, config: Stage2Config, precision: str) -> list[torch.optim.Optimizer]:
+    """AdamW, or Muon for the matrices of the blocks and AdamW for the rest; one learning rate serves both.
 
     Args:
-        scaled: whether a gradient scaler is used (fp16). It always calls the step of a fused optimizer, which then
-            skips overflows itself, so that Accelerate could not tell that a step was skipped.
+        precision: of the training here: "bf16", "fp16" or "no".
     """
-    fused = not scaled
+    # The scaler of fp16 always calls the step of a fused optimizer, which then skips overflows itself, so that
+    # Accelerate could not tell that a step was skipped.
+    fused = precision != "fp16"
     groups = weight_decay_groups(model, config.weight_decay)
     if config.optimizer == "adamw":
         return [torch.optim.AdamW(groups, config.lr, betas=(0.9, 0.95), fused=fused)]
@@ -88,7 +88,8 @@ def build_optimizers(model: nn.Module, config: Stage2Config, scaled: bool = Fals
     by_muon = set(map(id, matrices))
     for group in groups:
         group["params"] = [p for p in group["params"] if id(p) not in by_muon]
-    muon = torch.optim.Muon(matrices, config.lr, weight_decay=config.weight_decay, adjust_lr_fn="match_rms_adamw")
+    dtype = torch.bfloat16 if precision == "bf16" else torch.float32
+    muon = Muon(matrices, config.lr, config.weight_decay, dtype=dtype)
     return [muon, torch.optim.AdamW(groups, config.lr, betas=(0.9, 0.95), fused=fused)]
 
 
