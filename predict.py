@@ -24,9 +24,7 @@ class Predictor(BasePredictor):
 
     def setup(self) -> None:
         """Load the model and warm it up. Nothing is downloaded unless CLIPGEN_WEIGHTS names a published model."""
-        if (
-            coglet.server.active
-        ):  # in Cog's worker, where Python's own handler never runs: it would hang for ten seconds
+        if coglet.server.active:  # Cog's worker hangs for ten seconds where Python's own handler is in place
             heed_ctrl_c()
         self.service = PredictionService.from_environment()
 

@@ -15,12 +15,14 @@ if __name__ == "__main__":
 
     end_at_ctrl_c()  # until main() takes over
 
+from collections import deque
 from dataclasses import asdict
 from pathlib import Path
 
 import torch
 import torch.nn as nn
 from torch import Tensor
+from torch.optim.swa_utils import update_bn
 from torch.utils.data import DataLoader
 
 from clipgen.weights.tensor_file import load_tensors
@@ -33,7 +35,7 @@ from train.loop.optimization import MovingAverage, cosine_schedule, load_model_w
 from train.loop.script import command
 from train.loop.stopping import Stop
 from train.mini.labels import Heads, accuracy, heads_loss
-from train.mini.towers import EMBED_DIM, build_clip, embed, open_scenes, parse_tower
+from train.mini.towers import EMBED_DIM, build_clip, embed, normalise, open_scenes, parse_tower
 
 
 def init_tower(tower: nn.Module, heads: Heads, path: Path) -> None:
@@ -79,6 +81,7 @@ def main() -> None:
     held = [tensor.to(device) for tensor in scenes.batch(list(range(config.held_out)))]
     log = Logger(out, config.steps, config.batch_size, start) if is_main else None
     factor = cosine_schedule(config)
+    recent = deque[Tensor](maxlen=8)
 
     with Stop(args.minutes) as stop:
         for step, batch in zip(range(start, config.steps), batches, strict=True):
@@ -92,18 +95,23 @@ def main() -> None:
             accelerator.clip_grad_norm_(tower.parameters(), config.grad_clip)
             optimizer.step()
             ema.update_parameters(accelerator.unwrap_model(tower))
+            recent.append(pixels)
 
             done = step + 1
             stopping = stop.requested()
+            sampling = done % config.sample_every == 0 or done == config.steps
+            saving = done % config.save_every == 0 or done == config.steps or stopping
+            if is_main and (sampling or saving):
+                update_bn(map(normalise, recent), average)  # the average's activations are not those of any one step
             if log is not None and (done % config.log_every == 0 or done == config.steps):
                 line: dict[str, float | Tensor] = {"loss": loss.detach()}
                 check_finite(done, line)
-                if done % config.sample_every == 0 or done == config.steps:
+                if sampling:
                     with torch.no_grad():
                         found = torch.cat([embed(average, some) for some in held[0].split(128)])
                         line |= accuracy(accelerator.unwrap_model(heads)(found), held[1])
                 log.scalars(done, line)
-            if done % config.save_every == 0 or done == config.steps or stopping:
+            if saving:
                 if is_main:
                     save_tensors(average.state_dict(), args.out / "image.safetensors")
                     save_tensors(accelerator.unwrap_model(heads).state_dict(), args.out / "heads.safetensors")
