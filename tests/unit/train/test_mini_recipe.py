@@ -19,7 +19,7 @@ from train.mini.image_tower import init_tower
 from train.mini.labels import Heads
 from train.mini.objects import read_objects
 from train.mini.recipe import CONFIG, SHIPPED_CLIP, Machine, carry, part_command, unpack
-from train.mini.towers import EMBED_DIM, build_clip
+from train.mini.towers import EMBED_DIM, build_clip, embed, open_scenes
 
 CPU = Machine("no", 0, False)
 ROOT = Path(__file__).parents[3]
@@ -101,6 +101,21 @@ def data(tmp_path: Path) -> Path:
         for i, code in enumerate(codes):
             shutil.copy(RENDERS / style / looks[i % len(looks)].name, folder / f"{code}.png")
     return tmp_path / "data"
+
+
+def test_saved_image_tower_has_the_batch_statistics_of_its_averaged_weights(data: Path, tmp_path: Path) -> None:
+    settings = ["steps=6", "batch_size=32", "held_out=16", "lr=0.003", "warmup=1", "ema=0.9", "precision=no"]
+    line = [sys.executable, "-m", "train.mini.image_tower", "--data", str(data), "--out", str(tmp_path), *settings]
+    run = subprocess.run(line, cwd=ROOT, capture_output=True, text=True, timeout=600)
+    assert run.returncode == 0, run.stderr
+    tower = build_clip().visual
+    tower.load_state_dict(load_file(tmp_path / "image.safetensors"))
+    with torch.no_grad():
+        pixels, _ = open_scenes(str(data)).batch(list(range(300, 364)))
+        told = embed(tower.eval(), pixels)
+        measured = embed(tower.train(), pixels)
+    error = (told - measured).norm() / (measured - measured.mean(0)).norm()
+    assert error < 0.6  # 0.3; with the statistics of the last step 1.4
 
 
 @pytest.mark.slow
