@@ -63,7 +63,9 @@ class Block(nn.Module):
         rows, c = view.rows, x.shape[1]
         qkv = self.qkv(self.norm1(x))[:rows].view(rows, 3, self.n_head, c // self.n_head)
         y = view.attend(layer, qkv.to(view.dtype)).reshape(rows, c).to(x.dtype)
-        x = x + self.proj(F.pad(y, (0, 0, 0, len(x) - rows)))
+        if len(x) > rows:
+            y = F.pad(y, (0, 0, 0, len(x) - rows))
+        x = x + self.proj(y)
         return x + self.fc2(self.fc1(self.norm2(x), gelu=True))
 
     def _drop(self, x: Tensor) -> Tensor:

@@ -41,9 +41,8 @@ class KVCache:
         """A cache for `batch` sequences of full length; it belongs to the caller and can be used again."""
         head = config.n_embd // config.n_head
         fused = torch.device(device).type != "cpu" or can_fuse_attention(dtype, head)
-        length = -(-config.block_size // VECTOR) * VECTOR
-        size = length if fused else min(length, SEGMENT)
-        segments = -(-length // size)
+        segments = 1 if fused else -(-config.block_size // SEGMENT)
+        size = -(-config.block_size // (segments * VECTOR)) * VECTOR  # equal: the fewest are read in vain
         shape = (config.n_layer, 2, segments, batch, config.n_head, size, head)
         return cls(torch.zeros(shape, device=device, dtype=dtype).transpose(2, 3), fused)
 

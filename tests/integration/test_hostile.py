@@ -51,7 +51,7 @@ def attacked(weights: Path, folder: Path, schema: bool) -> Iterator[Target]:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("schema", "count"), [(False, 5000), (True, 1500)])
+@pytest.mark.parametrize(("schema", "count"), [(False, 2000), (True, 1000)])
 def test_thousands_of_hostile_requests_leave_nothing_behind(
     tiny_weights: Path, tmp_path: Path, schema: bool, count: int
 ) -> None:
@@ -66,7 +66,7 @@ def test_thousands_of_hostile_requests_leave_nothing_behind(
         print(
             f"\n{sum(target.answers.values())} answers {dict(target.answers)}, memory {memory:.0f} MB {grown:+.0f} MB"
         )
-        assert sum(target.answers.values()) >= count and target.answers["succeeded"] > 50
+        assert sum(target.answers.values()) >= count and target.answers["succeeded"] > 20
         assert target.files() == files and target.cog.processes() == processes
         assert target.draw() == before
         assert grown < GROWTH

@@ -103,6 +103,7 @@ def data(tmp_path: Path) -> Path:
     return tmp_path / "data"
 
 
+@pytest.mark.slow
 def test_saved_image_tower_has_the_batch_statistics_of_its_averaged_weights(data: Path, tmp_path: Path) -> None:
     settings = ["steps=6", "batch_size=32", "held_out=16", "lr=0.003", "warmup=1", "ema=0.9", "precision=no"]
     line = [sys.executable, "-m", "train.mini.image_tower", "--data", str(data), "--out", str(tmp_path), *settings]
