@@ -73,7 +73,7 @@ def lock_folder(folder: Path) -> Iterator[None]:
         lock.acquire()
     except Timeout:
         raise OutputError(f"{folder} is being written by {_describe_holder(holder)}; wait, or stop it") from None
-    except (OSError, NotImplementedError) as error:
+    except (OSError, NotImplementedError) as error:  # the latter where there are no file locks
         raise OutputError(f"{folder} cannot be locked: {getattr(error, 'strerror', None) or error}") from error
     try:
         write_text(holder, json.dumps(_this_process()))

@@ -11,7 +11,7 @@ from torch import Tensor
 
 _COEFFICIENTS = (3.4445, -4.7750, 2.0315)
 """Of Jordan's quintic: it brings singular values near 1 in few steps, not to 1."""
-_STEPS = 5
+_STEPS, _MOMENTUM = 5, 0.95
 
 
 def orthogonalise(matrices: Tensor, dtype: torch.dtype) -> Tensor:
@@ -33,16 +33,9 @@ class Muon(torch.optim.Optimizer):
     longer than the model's forward and backward pass. Updates have the size of AdamW's (Liu et al., arXiv 2502.16982).
     """
 
-    def __init__(
-        self,
-        params: Iterable[Tensor],
-        lr: float,
-        weight_decay: float = 0.1,
-        momentum: float = 0.95,
-        dtype: torch.dtype = torch.float32,
-    ) -> None:
+    def __init__(self, params: Iterable[Tensor], lr: float, weight_decay: float, dtype: torch.dtype) -> None:
         """Args: dtype: what the updates are made orthogonal in."""
-        super().__init__(params, {"lr": lr, "weight_decay": weight_decay, "momentum": momentum})
+        super().__init__(params, {"lr": lr, "weight_decay": weight_decay})
         self.dtype = dtype
 
     @torch.no_grad()
@@ -55,9 +48,12 @@ class Muon(torch.optim.Optimizer):
                     alike[p.shape].append(p)
             for shape, matrices in alike.items():
                 grads = [p.grad for p in matrices]
-                momenta = [self.state[p].setdefault("momentum_buffer", torch.zeros_like(p)) for p in matrices]
-                torch._foreach_lerp_(momenta, grads, 1 - group["momentum"])
-                updates = torch.stack(torch._foreach_lerp(grads, momenta, group["momentum"]))
+                for p in matrices:
+                    if not self.state[p]:
+                        self.state[p]["momentum_buffer"] = torch.zeros_like(p)
+                momenta = [self.state[p]["momentum_buffer"] for p in matrices]
+                torch._foreach_lerp_(momenta, grads, 1 - _MOMENTUM)
+                updates = torch.stack(torch._foreach_lerp(grads, momenta, _MOMENTUM))
                 updates = orthogonalise(updates, self.dtype).to(updates.dtype)
                 size = 0.2 * max(shape) ** 0.5
                 torch._foreach_mul_(matrices, 1 - group["lr"] * group["weight_decay"])

@@ -89,7 +89,7 @@ def build_optimizers(model: nn.Module, config: Stage2Config, precision: str) -> 
     for group in groups:
         group["params"] = [p for p in group["params"] if id(p) not in by_muon]
     dtype = torch.bfloat16 if precision == "bf16" else torch.float32
-    muon = Muon(matrices, config.lr, config.weight_decay, dtype=dtype)
+    muon = Muon(matrices, config.lr, config.weight_decay, dtype)
     return [muon, torch.optim.AdamW(groups, config.lr, betas=(0.9, 0.95), fused=fused)]
 
 
