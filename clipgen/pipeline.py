@@ -24,7 +24,7 @@ from clipgen.engine.image_decoder import ImageDecoder
 from clipgen.errors import ConfigError, RequestError, WeightsError
 from clipgen.images.pixels import from_pixels, to_clip, to_pixels, to_rgb
 from clipgen.job import Job, preview_interval, previewer
-from clipgen.models.clip import Clip, tokenize
+from clipgen.models.clip import Clip
 from clipgen.models.gpt import GPT
 from clipgen.models.vqgan import VQGAN
 from clipgen.outputs.metadata import receipts, weights_digest
@@ -307,7 +307,7 @@ class ClipGen:
         best, request = job.best(), job.request
         negative = [] if request.negative_prompt is None else parts_of(request.negative_prompt)
         texts = [part for part, _ in parts_of(request.prompt) + negative if isinstance(part, str)]
-        _, cut = tokenize(texts, self.clip.context_length)
+        _, cut = self.clip.tokenize(texts)
         output = GenerationOutput(
             images=from_pixels(torch.stack([image.pixels for _, image in best])),
             scores=[image.score for _, image in best],

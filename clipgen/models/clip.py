@@ -11,6 +11,7 @@ from collections.abc import Mapping, Sequence
 from functools import lru_cache
 from importlib.metadata import PackageNotFoundError, distribution
 from importlib.util import find_spec, module_from_spec, spec_from_file_location
+from itertools import islice
 from pathlib import Path
 from types import ModuleType
 from typing import TYPE_CHECKING
@@ -77,17 +78,35 @@ _SIZE_KEYS = ("input_resolution", "context_length", "vocab_size")
 _CHARACTERS_PER_TOKEN = 64
 
 
-@lru_cache(maxsize=1)
-def _bpe() -> SimpleTokenizer:
-    """OpenAI's byte-pair encoder, loaded once, on first use."""
-    return _load_module("simple_tokenizer").SimpleTokenizer()
+VOCAB_SIZE = 49_408
+"""Tokens of OpenAI's vocabulary: 512 bytes (within a word and at its end), 48,894 merges of them, start and end."""
+_MIN_VOCAB_SIZE = 514
 
 
-def tokenize(prompts: Sequence[str], context_length: int) -> tuple[Tensor, list[str]]:
+@lru_cache(maxsize=2)
+def _bpe(vocab_size: int) -> SimpleTokenizer:
+    """OpenAI's byte-pair encoder, loaded once, on first use.
+
+    A smaller vocabulary leaves out the rarest merges, which come last: rare words become more tokens.
+    """
+    bpe = _load_module("simple_tokenizer").SimpleTokenizer()
+    if vocab_size < len(bpe.encoder):
+        *common, start, end = bpe.encoder
+        bpe.encoder = {token: i for i, token in enumerate([*common[: vocab_size - 2], start, end])}
+        bpe.decoder = {i: token for token, i in bpe.encoder.items()}
+        bpe.bpe_ranks = dict(islice(bpe.bpe_ranks.items(), vocab_size - _MIN_VOCAB_SIZE))
+    return bpe
+
+
+def tokenize(prompts: Sequence[str], context_length: int, vocab_size: int = VOCAB_SIZE) -> tuple[Tensor, list[str]]:
     """Encode prompts as OpenAI's CLIP does: start token, lower-case byte-pair tokens, end token, zeros.
 
     CLIP reads the embedding at the end-of-text token, so a prompt that is too long keeps that token and loses its
     last words. A user cannot type control tokens: "<|endoftext|>" in a prompt is dropped.
+
+    Args:
+        context_length: L, tokens of a prompt including start and end.
+        vocab_size: rows of the token table, 514 to 49,408.
 
     Returns:
         int64 tokens (B, L), and for each prompt the text that was truncated ("" if everything fitted).
@@ -99,15 +118,16 @@ def tokenize(prompts: Sequence[str], context_length: int) -> tuple[Tensor, list[
         prompts = [prompts]
     if context_length < 2:
         raise WeightsError(f"context_length is {context_length}; it must be at least 2, for the start and end tokens")
-    start, end = _bpe().encoder["<|startoftext|>"], _bpe().encoder["<|endoftext|>"]
+    bpe = _bpe(vocab_size)
+    start, end = bpe.encoder["<|startoftext|>"], bpe.encoder["<|endoftext|>"]
     tokens = torch.zeros(len(prompts), context_length, dtype=torch.long)
     truncated = []
     for row, prompt in zip(tokens, prompts, strict=True):
         text, rest = _cut_text(prompt, context_length * _CHARACTERS_PER_TOKEN)
-        ids = [token for token in _bpe().encode(text) if token not in (start, end)]
+        ids = [token for token in bpe.encode(text) if token not in (start, end)]
         kept, tail = ids[: context_length - 2], ids[context_length - 2 :]
         row[: len(kept) + 2] = torch.tensor([start, *kept, end])
-        truncated.append(" ".join(filter(None, [_bpe().decode(tail).strip(), rest])))
+        truncated.append(" ".join(filter(None, [bpe.decode(tail).strip(), rest])))
     return tokens, truncated
 
 
@@ -149,7 +169,7 @@ class Clip(nn.Module):
             dtype: precision of the matrix products; LayerNorm and BatchNorm stay in float32.
 
         Raises:
-            WeightsError: missing, unexpected or wrongly shaped weights, or another vocabulary than OpenAI's.
+            WeightsError: missing, unexpected or wrongly shaped weights, or a larger vocabulary than OpenAI's.
         """
         weights = {name: tensor for name, tensor in state_dict.items() if name not in _SIZE_KEYS}
         # `build_model` reads the sizes and checks names and shapes, but it also initialises random weights and rounds
@@ -164,9 +184,9 @@ class Clip(nn.Module):
             raise WeightsError(
                 f"not the weights of an OpenAI CLIP ({reason}); check that the file is complete"
             ) from error
-        if model.vocab_size != len(_bpe().encoder):
+        if not _MIN_VOCAB_SIZE <= model.vocab_size <= VOCAB_SIZE:
             raise WeightsError(
-                f"token_embedding has {model.vocab_size} rows; OpenAI's tokens need {len(_bpe().encoder)}"
+                f"token_embedding has {model.vocab_size} rows; OpenAI's tokens need {_MIN_VOCAB_SIZE} to {VOCAB_SIZE}"
             )
         model.to(dtype)
         for module in model.modules():
@@ -188,9 +208,13 @@ class Clip(nn.Module):
         """Do nothing: the towers are frozen and stay in eval mode inside a model that is trained."""
         return self
 
+    def tokenize(self, prompts: Sequence[str]) -> tuple[Tensor, list[str]]:
+        """`tokenize` for this model: tokens (B, L), and the text of each prompt beyond its context."""
+        return tokenize(prompts, self.context_length, self.model.vocab_size)
+
     def encode_text(self, prompts: Sequence[str]) -> Tensor:
         """Embed prompts, float32 (B, D), unit norm; text beyond the context is ignored (`tokenize` returns it)."""
-        tokens, _ = tokenize(prompts, self.context_length)
+        tokens, _ = self.tokenize(prompts)
         if not len(tokens):
             return torch.empty(0, self.embed_dim, device=self.device)
         # The mask is causal and the embedding is read at the end token, so positions after the longest prompt have no

@@ -37,7 +37,16 @@ from train.loop.stopping import Stop
 from train.mini.describe import Words, describe
 from train.mini.labels import Heads, accuracy, heads_loss
 from train.mini.objects import read_objects
-from train.mini.towers import CONTEXT, EMBED_DIM, LabelledScenes, build_clip, embed, open_scenes, parse_tower
+from train.mini.towers import (
+    CONTEXT,
+    EMBED_DIM,
+    VOCAB_SIZE,
+    LabelledScenes,
+    build_clip,
+    embed,
+    open_scenes,
+    parse_tower,
+)
 from train.mini.wordnet import narrower_words
 
 POOL = 60_000
@@ -76,7 +85,7 @@ def describe_rows(scenes: LabelledScenes, rows: list[int], words: Words, seed: i
     """A sentence for each scene: tokens (B, L), and its labels (B, heads)."""
     rng = random.Random(seed)
     texts = [describe(scenes.scenes.facts(row), rng, words) for row in rows]
-    tokens, _ = tokenize(texts, CONTEXT)
+    tokens, _ = tokenize(texts, CONTEXT, VOCAB_SIZE)
     return tokens[:, : int(tokens.argmax(1).max()) + 1], torch.stack([scenes.labels(row) for row in rows])
 
 

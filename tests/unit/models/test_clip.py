@@ -106,6 +106,23 @@ def test_context_without_room_for_start_and_end_is_refused() -> None:
         tokenize(["a"], 1)
 
 
+@pytest.mark.parametrize("vocab_size", [514, 5_000, 49_407])
+@settings(max_examples=50)
+@given(prompt=st.text(max_size=100))
+def test_smaller_vocabulary_reads_the_same_text_in_as_many_tokens_or_more(vocab_size: int, prompt: str) -> None:
+    [few], _ = tokenize([prompt], 2_000, vocab_size)
+    [many], _ = tokenize([prompt], 2_000)
+    ids = few[: int(few.argmax()) + 1].tolist()
+    assert ids[0] == vocab_size - 2 and ids[-1] == vocab_size - 1 == few.max()
+    assert len(ids) >= int(many.argmax()) + 1
+    assert tokenize([prompt], 2, vocab_size)[1] == tokenize([prompt], 2)[1]  # all of it, decoded again
+
+
+def test_smaller_vocabulary_keeps_the_numbers_of_common_words() -> None:
+    [few], [many] = (tokenize(["a lemon with hair"], 77, size)[0][:, 1:5] for size in (20_000, 49_408))
+    assert few.equal(many)
+
+
 # --- towers ---
 
 
