@@ -18,7 +18,6 @@ if __name__ == "__main__":
 
     end_at_ctrl_c()  # until main() takes over
 
-import hashlib
 import json
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -39,7 +38,7 @@ from clipgen.models.vqgan import VQGAN
 from clipgen.utils.files import sha256, write_text
 from clipgen.weights.tensor_file import load_tensors
 from train.config import Config
-from train.data.images import Batch, Images, Key
+from train.data.images import Batch, Images, Key, PairedImages
 from train.loop.batches import build_accelerator, process_rows, to_device
 from train.loop.checkpoint import save_tensors
 from train.loop.loader import image_batches
@@ -65,7 +64,6 @@ class Encoders:
         views: crops of each image.
         seed: of the crops.
         origin: hashes of images and networks, and the settings of the crops, as written to index.json.
-        clip_data: images for CLIP in place of `data`, in the same order.
     """
 
     accelerator: Accelerator
@@ -75,7 +73,6 @@ class Encoders:
     views: int
     seed: int
     origin: Mapping[str, Any]
-    clip_data: Images | None = None
 
     @property
     def num_images(self) -> int:
@@ -99,7 +96,7 @@ class Encoders:
         """Tokens and embeddings, as from `read`, of each list of rows; worker processes decode the images ahead."""
         chunks = [rows[start : start + BATCH] for rows in parts for start in range(0, len(rows), BATCH)]
         images = image_batches(self.data, lambda chunk: self._keys(chunks[chunk]), range(len(chunks)), workers)
-        encoded = (self._encode(self._for_clip(batch, chunk)) for batch, chunk in zip(images, chunks, strict=True))
+        encoded = map(self._encode, images)
         for rows in parts:
             tokens, embeddings = zip(*islice(encoded, -(-len(rows) // BATCH)), strict=True)
             yield torch.cat(tokens), torch.cat(embeddings)
@@ -116,20 +113,6 @@ class Encoders:
         for batch in image_batches(self.data, keys, count(start), workers, stop):
             tokens, embeddings = (part.to(self.accelerator.device) for part in self._encode(batch))
             yield self.accelerator.gather(tokens).cpu(), self.accelerator.gather(embeddings).cpu()
-
-    def _for_clip(self, batch: Batch, rows: Rows) -> Batch:
-        """A batch with CLIP's pixels taken from `clip_data`, if there is one.
-
-        Raises:
-            DataError: an image cannot be read in one of the two folders. Replacing it by the next one, as `Images`
-                does, would pair tokens with the embedding of another image.
-        """
-        if self.clip_data is None:
-            return batch
-        clip_batch = self.clip_data.batch(self._keys(rows))
-        for name, reason in batch.failures + clip_batch.failures:
-            raise DataError(f"{name} cannot be read ({reason}); --seen needs every image in both folders: remove both")
-        return batch._replace(clip=clip_batch.clip)
 
     def _keys(self, rows: Rows) -> list[Key]:
         return [(row % len(self.data), self.seed + row // len(self.data)) for row in rows]
@@ -166,21 +149,11 @@ def load_encoders(
         WeightsError: weights are missing or cannot be read.
     """
     c, clip = config.stage2, load_clip(config.model.gpt, files["clip"])
-    size = 0 if seen else clip.image_size
-    images = Images(data, config.model.vqgan.image_size, c.min_scale, c.views > 1, size)
-    clip_images = Images(seen, clip.image_size, c.min_scale, c.views > 1, clip.image_size) if seen else None
-    if clip_images and _file_names(clip_images) != _file_names(images):
-        raise DataError(f"{seen} does not hold the same names as {data}; it needs an image for each of them")
+    sizes = config.model.vqgan.image_size, c.min_scale, c.views > 1, clip.image_size
+    images = PairedImages(data, seen, *sizes) if seen else Images(data, *sizes)
     settings = {"views": c.views, "min_scale": c.min_scale, "seed": c.seed}
-    fingerprint = images.source.fingerprint()
-    if clip_images:
-        fingerprint = hashlib.sha256(f"{fingerprint} {clip_images.source.fingerprint()}".encode()).hexdigest()
-    origin = {"images": fingerprint, "settings": settings} | hashes(files)
-    return Encoders(accelerator, images, vqgan, clip, c.views, c.seed, origin, clip_images)
-
-
-def _file_names(images: Images) -> list[str]:
-    return [Path(name).name for name in images.source.names]
+    origin = {"images": images.fingerprint(), "settings": settings} | hashes(files)
+    return Encoders(accelerator, images, vqgan, clip, c.views, c.seed, origin)
 
 
 def load_clip(config: GPTConfig, path: Path) -> Clip:

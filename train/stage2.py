@@ -5,8 +5,9 @@
 
     torchrun --nproc-per-node 8 train/stage2.py --config coco --data runs/encoded ...
 
---data is images, which are encoded to OUT/encoded first, or what train/encode.py wrote. After an interruption, the same
-command continues from the newest checkpoint. Writes
+--data is images, which are encoded to OUT/encoded first, or what train/encode.py wrote; --seen is other images of the
+same names, which CLIP embeds instead. After an interruption, the same command continues from the newest checkpoint.
+Writes
     OUT/gpt.safetensors            the moving average of the weights; gpt_best.safetensors at its lowest held-out loss
     OUT/scalars.csv, tensorboard   curves
     OUT/samples_*.png              held-out images, samples from their embeddings below
@@ -39,6 +40,7 @@ from torch.distributed.tensor import DTensor
 
 from clipgen.config import GPTConfig
 from clipgen.engine.batch import generate_tokens
+from clipgen.errors import DataError
 from clipgen.images.pixels import from_pixels, grid
 from clipgen.models.gpt import GPT, Block
 from clipgen.models.vqgan import VQGAN
@@ -85,7 +87,7 @@ from train.losses.embedding import EmbeddingLoss, clip_loss_rows
 @command
 def main() -> None:
     paths = {"vqgan": "folder of stage 1, with vqgan.safetensors", "clip": "CLIP weights, .safetensors"}
-    args, config = parse_args(__doc__ or "", paths, tracked=True)
+    args, config = parse_args(__doc__ or "", paths, {"seen": "images for CLIP, in place of --data"}, tracked=True)
     with lock_output(args.out):
         train(args, config)
 
@@ -102,7 +104,7 @@ def train(args: Namespace, config: Config) -> None:
     files = {"vqgan": args.vqgan / "vqgan.safetensors", "clip": args.clip}
     vqgan = load_vqgan(config.model.vqgan, files["vqgan"]).to(device)
     clip = load_clip(config.model.gpt, files["clip"]).to(device) if c.clip_weight or c.prompts else None
-    data = open_data(config, args.data, args.out, vqgan, files, accelerator, stop)
+    data = open_data(config, args.data, args.seen, args.out, vqgan, files, accelerator, stop)
     trained, held_out = split_held_out(data.num_images, c.held_out)
     rows = crop_rows(trained, data.num_images, data.views)
     neighbours = None
@@ -220,6 +222,7 @@ def train(args: Namespace, config: Config) -> None:
 def open_data(
     config: Config,
     data: str,
+    seen: str | None,
     out: Path,
     vqgan: VQGAN,
     files: Mapping[str, Path],
@@ -229,12 +232,14 @@ def open_data(
     """Open the tokens and embeddings of an encoded set, or of images, which are encoded to OUT/encoded first.
 
     Raises:
-        DataError: there are no images, or the set was encoded with other weights.
+        DataError: there are no images, the set was encoded with other weights, or `seen` is given for an encoded set.
     """
     if (Path(data) / "index.json").is_file():
+        if seen:
+            raise DataError(f"{data} is encoded already; give --seen {seen} to train/encode.py")
         check_origin(Path(data) / "index.json", hashes(files))
         return Encoded(Path(data))
-    encoders = load_encoders(config, data, vqgan, files, accelerator)
+    encoders = load_encoders(config, data, vqgan, files, accelerator, seen)
     if config.stage2.from_pixels:
         stop.wait_for_others()  # who may still be fetching shards
         return encoders

@@ -26,6 +26,6 @@ def draw_trained(rng: random.Random) -> Facts:
     return facts
 
 
-def scenes(count: str) -> Scenes:
+def scenes(count: str, layout_seed: int | None = None) -> Scenes:
     """A source of `count` scenes, for `--data scene_kit:scenes=COUNT`."""
-    return Scenes(RENDERS, draw, seed=3, count=int(count), size=64)
+    return Scenes(RENDERS, draw, seed=3, count=int(count), size=64, layout_seed=layout_seed)

@@ -7,6 +7,7 @@ nothing.
 
 from __future__ import annotations
 
+import hashlib
 import random
 from pathlib import Path
 from typing import NamedTuple
@@ -100,6 +101,52 @@ class Images(Dataset[Batch]):
     def batch(self, keys: list[Key]) -> Batch:
         """Several items as one batch."""
         return collate([self[key] for key in keys])
+
+    def fingerprint(self) -> str:
+        """SHA-256 of the images."""
+        return self.source.fingerprint()
+
+
+class PairedImages(Images):
+    """Images for the VQGAN, each with another one of the same name for CLIP: the same thing, in another layout."""
+
+    def __init__(
+        self, source: Source | str | Path, seen: Source | str | Path, size: int, min_scale: float, flip: bool, clip_size: int
+    ) -> None:
+        """Open both; `seen` is what CLIP sees, the rest as for `Images`.
+
+        Raises:
+            DataError: there are no images, or the two have different names.
+        """
+        super().__init__(source, size, min_scale, flip)
+        self.seen = Images(seen, clip_size, min_scale, flip, clip_size)
+        names, others = self.source.names, self.seen.source.names
+        if len(names) != len(others) or any(_file_name(a) != _file_name(b) for a, b in zip(names, others, strict=True)):
+            raise DataError(f"{seen} does not hold the same names as {source}; it needs an image for each of them")
+
+    @property
+    def item_bytes(self) -> int:
+        return super().item_bytes + self.seen.item_bytes
+
+    def __getitem__(self, key: Key) -> Batch:
+        """Both images of a key.
+
+        Raises:
+            DataError: one of them cannot be read. The next readable one in its place, as in `Images`, would pair tokens
+                with the embedding of another image.
+        """
+        item, other = super().__getitem__(key), self.seen[key]
+        for name, why in item.failures + other.failures:
+            raise DataError(f"{name} cannot be read ({why}); --seen needs every image in both folders: remove both")
+        return item._replace(clip=other.clip)
+
+    def fingerprint(self) -> str:
+        """SHA-256 of both sets."""
+        return hashlib.sha256(f"{super().fingerprint()} {self.seen.fingerprint()}".encode()).hexdigest()
+
+
+def _file_name(path: str) -> str:
+    return path.rpartition("/")[2]
 
 
 def reason(error: Exception) -> str:

@@ -51,7 +51,7 @@ class _Numbered(Sequence[str]):
 
 
 class Scenes:
-    """Numbered scenes (`clipgen.images.sources.Source`), each a pure function of its number and the source's seed."""
+    """Numbered scenes (`clipgen.images.sources.Source`), each a pure function of its number and the source's seeds."""
 
     def __init__(
         self,
@@ -60,11 +60,22 @@ class Scenes:
         seed: int = 0,
         count: int = SCENES,
         size: int = SIZE,
+        layout_seed: int | None = None,
     ) -> None:
-        """Args: the renders of `train.mini.emoji`, what draws facts, a seed, how many, the side of an image, px."""
+        """Open the renders.
+
+        Args:
+            renders: folder of them, as `train.mini.renders` writes it.
+            draw: draws the facts of a scene.
+            seed: of the facts.
+            count: number of scenes.
+            size: side of an image, px.
+            layout_seed: of places, sizes, angles and whatever else is not a fact; by default `seed`.
+        """
         self.names: Sequence[str] = _Numbered(count)
         self.unused = Counter[str]()
         self.draw, self.seed = draw, seed
+        self.layout_seed = seed if layout_seed is None else layout_seed
         self.composer = Composer(renders, size)
 
     def facts(self, index: int) -> Facts:
@@ -73,7 +84,7 @@ class Scenes:
 
     def image(self, index: int) -> Bytes:
         """A scene, RGB (size, size, 3)."""
-        return self.composer.compose(self.facts(index), hash((self.seed, index)))
+        return self.composer.compose(self.facts(index), hash((self.layout_seed, index)))
 
     def read(self, index: int) -> bytes:
         """A scene as a file, of the kind that is quickest to write and to read."""
@@ -96,3 +107,11 @@ def all_scenes(data: str) -> Scenes:
 def trained_scenes(data: str) -> Scenes:
     """Scenes without held-out combinations: what the GPT may see; data: as above."""
     return Scenes(Path(data) / "renders", draw_trained_facts, seed=2)
+
+
+def seen_scenes(data: str) -> Scenes:
+    """The scenes of `trained_scenes`, each in another layout: what CLIP sees of them; data: as above.
+
+    A sentence says what a scene shows and not where, so the GPT learns from embeddings that do not say it either.
+    """
+    return Scenes(Path(data) / "renders", draw_trained_facts, seed=2, layout_seed=3)

@@ -57,19 +57,23 @@ def test_only_missing_shards_are_encoded_again(flags, tmp_path: Path, monkeypatc
     assert torch.equal(some[0], everything[0][[41, 3, 20]]) and torch.equal(some[1], everything[1][[41, 3, 20]])
 
 
-def test_seen_images_give_the_embeddings_and_data_gives_the_tokens(
-    flags: list[object], images: Path, tmp_path: Path, monkeypatch, capsys: pytest.CaptureFixture[str]
-) -> None:
-    seen = tmp_path / "seen"
-    seen.mkdir()
-    names = sorted(images.rglob("*.png"))
-    for path in names:
-        Image.open(path).rotate(180).save(seen / path.name)
-    folders = [tmp_path / name for name in ("plain", "turned", "both")]
-    data = tmp_path / "data"  # without the file that cannot be read
-    data.mkdir()
-    for path in names:
+@pytest.fixture
+def turned(images: Path, tmp_path: Path) -> tuple[Path, Path]:
+    """Two folders of the same names, without the file that cannot be read: images, and the same upside down."""
+    data, seen = tmp_path / "data", tmp_path / "seen"
+    for folder in (data, seen):
+        folder.mkdir()
+    for path in images.rglob("*.png"):
         shutil.copy(path, data)
+        Image.open(path).rotate(180).save(seen / path.name)
+    return data, seen
+
+
+def test_seen_images_give_the_embeddings_and_data_gives_the_tokens(
+    flags: list[object], turned: tuple[Path, Path], tmp_path: Path, monkeypatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    folders = [tmp_path / name for name in ("plain", "turned", "both")]
+    (data, seen), name = turned, min(path.name for path in turned[0].iterdir())
     *flags, _ = flags
     run(encode, monkeypatch, *flags, data, "--out", folders[0])
     run(encode, monkeypatch, *flags, seen, "--out", folders[1])
@@ -83,10 +87,29 @@ def test_seen_images_give_the_embeddings_and_data_gives_the_tokens(
         assert stop.value.code == 2
         return capsys.readouterr().err
 
-    (seen / names[0].name).write_bytes(b"no image")
-    assert names[0].name in refused(tmp_path / "broken")
-    (seen / names[0].name).unlink()
+    (seen / name).write_bytes(b"no image")
+    assert name in refused(tmp_path / "broken")
+    (seen / name).unlink()
     assert "does not hold the same names" in refused(tmp_path / "fewer")
+
+
+def test_stage2_learns_the_same_from_seen_images_once_encoded_as_from_pixels(
+    flags: list[object], turned: tuple[Path, Path], tmp_path: Path, monkeypatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (data, seen), common = turned, ["stage2.neighbours=0"]
+    *flags, _ = flags
+    pixels = ["stage2.from_pixels=true", "stage2.workers=1"]
+    run(encode, monkeypatch, *flags, data, "--seen", seen, "--out", tmp_path / "set")
+    run(stage2, monkeypatch, *flags, tmp_path / "set", "--out", tmp_path / "once", *common)
+    run(stage2, monkeypatch, *flags, data, "--seen", seen, "--out", tmp_path / "pixels", *common, *pixels)
+    run(stage2, monkeypatch, *flags, data, "--out", tmp_path / "plain", *common, *pixels)
+    once, both, plain = (scalars(tmp_path / name) for name in ("once", "pixels", "plain"))
+    losses = [key for key in once if "loss" in key[1]]
+    assert losses and all(both[key] == pytest.approx(once[key], abs=1e-4) for key in losses)
+    assert any(plain[key] != pytest.approx(once[key], abs=1e-4) for key in losses)
+    with pytest.raises(SystemExit) as stop:
+        run(stage2, monkeypatch, *flags, tmp_path / "set", "--seen", seen, "--out", tmp_path / "again")
+    assert stop.value.code == 2 and "give --seen" in capsys.readouterr().err
 
 
 def test_interrupted_set_is_refused_until_it_is_completed(flags, tmp_path: Path, monkeypatch, capsys) -> None:

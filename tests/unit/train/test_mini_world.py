@@ -14,7 +14,7 @@ import cv2
 import numpy as np
 import pytest
 import torch
-from scene_kit import OBJECTS, RENDERS, draw, draw_trained
+from scene_kit import OBJECTS, RENDERS, draw, draw_trained, scenes
 
 from clipgen.errors import DataError
 from clipgen.images.sources import open_source
@@ -240,6 +240,13 @@ def test_source_of_scenes_is_read_like_a_folder() -> None:
     a, b = images.batch([(3, 0), (4, 0)]), Images("scene_kit:scenes=50", 64, flip=False).batch([(4, 0), (3, 0)])
     assert a.pixels.shape == (2, 3, 64, 64) and a.failures == []
     assert torch.equal(a.pixels, b.pixels.flip(0))
+
+
+def test_scenes_of_another_layout_seed_show_the_same_facts_in_other_places() -> None:
+    one, other = scenes("20"), scenes("20", layout_seed=9)
+    assert [one.facts(i) for i in range(20)] == [other.facts(i) for i in range(20)]
+    assert not any(np.array_equal(one.image(i), other.image(i)) for i in range(20))
+    assert one.fingerprint() != other.fingerprint()
 
 
 def test_scenes_of_the_gpt_contain_every_object() -> None:
