@@ -26,6 +26,7 @@ from pathlib import Path
 import torch
 from safetensors.torch import load_file
 
+from clipgen.utils.cpu import thread_count, usable_cores
 from clipgen.weights.precision import pick_device, pick_precision
 from train.loop.checkpoint import save_tensors
 from train.loop.script import command, minutes
@@ -60,20 +61,25 @@ class Machine:
         precision: of the products, as the configurations name it.
         workers: processes that compose scenes; 0 where there is no core to spare.
         has_gpu: whether there is one.
+        processes: that share a step of the VQGAN or the GPT.
     """
 
     precision: str
     workers: int
     has_gpu: bool
+    processes: int = 1
 
     @classmethod
     def here(cls) -> Machine:
         """This one."""
         device = pick_device(None)
         names = {torch.bfloat16: "bf16", torch.float16: "fp16", torch.float32: "no"}
-        cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+        cores = thread_count(usable_cores())
         has_gpu = device.type == "cuda"
-        return cls(names[pick_precision(None, device).compute], max(0, cores - 2) if has_gpu else 0, has_gpu)
+        precision = names[pick_precision(None, device).compute]
+        if has_gpu:
+            return cls(precision, max(0, cores - 2), has_gpu)
+        return cls(precision, 0, has_gpu, min(8, 1 << cores.bit_length() - 1))  # a power of two divides the batches
 
 
 def part_command(part: str, args: argparse.Namespace, machine: Machine) -> list[str]:
@@ -95,12 +101,14 @@ def part_command(part: str, args: argparse.Namespace, machine: Machine) -> list[
     scenes = f"train.mini.source:{{}}={data}"
     stage = ["--config", str(args.config), *budget, "--out", str(work / part)]
     clip = str(work / "clip" / "clip.safetensors")
+    launch = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(machine.processes)]
+    stage1, stage2 = ([*(launch if machine.processes > 1 else ()), f"train/stage{n}.py", *stage] for n in (1, 2))
     commands = {
         "image": ["-m", "train.mini.image_tower", *tower],
         "text": ["-m", "train.mini.text_tower", *tower],
-        "vqgan": ["train/stage1.py", *stage, "--data", scenes.format("all_scenes"), *settings],
+        "vqgan": [*stage1, "--data", scenes.format("all_scenes"), *settings],
         "gpt": [
-            *("train/stage2.py", *stage, "--data", scenes.format("trained_scenes")),
+            *(*stage2, "--data", scenes.format("trained_scenes"), "--seen", scenes.format("seen_scenes")),
             *("--vqgan", str(work / "vqgan"), "--clip", clip, *settings),
         ],
         "export": [

@@ -36,6 +36,23 @@ def test_vqgan_sees_all_scenes_and_gpt_those_not_held_out(tmp_path: Path) -> Non
     assert "train.mini.source:trained_scenes=d" in part_command("gpt", args, CPU)
 
 
+def test_gpt_sees_each_scene_in_another_layout_than_it_generates(tmp_path: Path) -> None:
+    line = part_command("gpt", arguments(tmp_path), CPU)
+    assert line[line.index("--seen") + 1] == "train.mini.source:seen_scenes=d"
+
+
+def test_cores_of_a_cpu_share_the_steps_of_vqgan_and_gpt(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    four = Machine("no", 0, False, processes=4)
+    for part in ("vqgan", "gpt"):
+        line = part_command(part, arguments(tmp_path), four)
+        assert line[line.index("--nproc-per-node") + 1] == "4"
+        assert "torch.distributed.run" not in part_command(part, arguments(tmp_path), CPU)
+    assert "torch.distributed.run" not in part_command("text", arguments(tmp_path), four)
+    for threads, processes in (("1", 1), ("3", 2), ("5", 4), ("64", 8)):
+        monkeypatch.setenv("CLIPGEN_THREADS", threads)
+        assert Machine.here().processes == (1 if Machine.here().has_gpu else processes)
+
+
 def test_overrides_reach_only_their_part(tmp_path: Path) -> None:
     args = arguments(tmp_path, overrides=["image.steps=5", "stage2.steps=7"], minutes=9.0)
     image, gpt, vqgan = (part_command(part, args, CPU) for part in ("image", "gpt", "vqgan"))
