@@ -147,7 +147,8 @@ torch.manual_seed(0)
 clip = load_model_dir(sys.argv[1])[1]["clip"]
 vqgan = VQGANConfig(image_size=32, patch=4, ch=32, ch_mult=[1], num_res_blocks=1, attn_resolutions=[], z_channels=32,
                     embed_dim=8, codebook_size=64)
-config = ModelConfig("wide", vqgan, GPTConfig(n_layer=16, n_head=4, n_embd=128, vocab_size=64, block_size=64, n_cond=32))
+gpt = GPTConfig(n_layer=16, n_head=4, n_embd=128, vocab_size=64, block_size=64, n_cond=32)
+config = ModelConfig("wide", vqgan, gpt)
 from clipgen.models.clip import Clip
 pipe = ClipGen(config, Clip.from_state_dict(clip), GPT(config.gpt).eval(), VQGAN(config.vqgan).eval())
 logging.basicConfig(format="%(message)s", stream=sys.stderr)
