@@ -3,9 +3,9 @@
     python -m train.mini.recipe --data data/emoji --work runs/mini --out weights/mine [--minutes 60]
     python -m train.mini.recipe --only gpt --minutes 9 ...
 
-Parts: image (CLIP's image tower), text (its text tower), vqgan, gpt, export. Each is a script that goes on where it
-stopped; --minutes is the budget of each part. After a part its weights are in WORK/weights in half precision, small
-enough to carry: on another machine --start DIR begins with these.
+Parts: image (CLIP's image tower), text (its text tower), vqgan, gpt, export, index. Each is a script; those that train
+go on where they stopped, and --minutes is the budget of each. After a part its weights are in WORK/weights in half
+precision, small enough to carry: on another machine --start DIR begins with these.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ from train.loop.checkpoint import save_tensors
 from train.loop.script import command, minutes
 from train.mini.text_tower import save_clip
 
-PARTS = ("image", "text", "vqgan", "gpt", "export")
+PARTS = ("image", "text", "vqgan", "gpt", "export", "index")
 ROOT = Path(__file__).resolve().parents[2]
 CONFIG = Path(__file__).with_name("mini3.yaml")
 SHIPPED_CLIP = ROOT / "weights" / "mini" / "clip.safetensors"
@@ -114,6 +114,11 @@ def part_command(part: str, args: argparse.Namespace, machine: Machine) -> list[
         "export": [
             *("-m", "train.export", "--config", str(args.config), "--clip", clip),
             *("--vqgan", str(work / "vqgan"), "--gpt", str(work / "gpt"), "--out", str(args.out)),
+        ],
+        "index": [
+            *("-m", "train.mini.scene_index", "--weights", str(args.out), "--data", data),
+            *("--wordnet", str(args.wordnet)),
+            *(f"--{text.removeprefix('index.')}" for text in args.overrides if _belongs(text, "index")),
         ],
     }
     return [sys.executable, *commands[part]]

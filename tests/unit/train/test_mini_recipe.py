@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import random
 import shutil
 import subprocess
 import sys
@@ -11,14 +12,18 @@ from pathlib import Path
 import pytest
 import torch
 from omegaconf import OmegaConf
+from PIL import Image
 from safetensors.torch import load_file, save_file
-from scene_kit import RENDERS
+from scene_kit import RENDERS, scenes
 
+from clipgen import ClipGen
 from train.mini.attachments import ATTACHMENTS
+from train.mini.describe import describe
 from train.mini.image_tower import init_tower
 from train.mini.labels import Heads
 from train.mini.objects import read_objects
 from train.mini.recipe import CONFIG, SHIPPED_CLIP, Machine, carry, part_command, unpack
+from train.mini.scene_index import add_scene_index
 from train.mini.towers import EMBED_DIM, build_clip, embed, open_scenes
 
 CPU = Machine("no", 0, False)
@@ -106,6 +111,16 @@ def test_image_tower_starts_from_the_shipped_clip(tmp_path: Path) -> None:
     assert torch.equal(heads.heads[0].weight, before)
 
 
+def test_index_of_scenes_finds_a_scene_by_its_embedding(tiny_weights: Path, tmp_path: Path) -> None:
+    weights, world = shutil.copytree(tiny_weights, tmp_path / "tiny"), scenes("100")
+    add_scene_index(weights, world, {}, 30)
+    pipe = ClipGen.from_pretrained(weights, dtype="float32")
+    match = pipe.query_index(Image.fromarray(world.image(7)))
+    assert match is not None and match.nearest[0][0].startswith("scene 7: ")
+    assert match.captions[0] == describe(world.facts(7), random.Random(7))
+    assert pipe.query_index("a lemon") is not None
+
+
 @pytest.fixture
 def data(tmp_path: Path) -> Path:
     """A data folder in which every object looks like one of four."""
@@ -151,7 +166,7 @@ def test_recipe_at_a_tiny_budget_makes_weights_that_generate(data: Path, tmp_pat
     for stage in ("stage1", "stage2"):
         small += [f"{stage}.{name}" for name in ("steps=2", "batch_size=4", "held_out=4", "sample_every=9")]
     recipe = [sys.executable, "-m", "train.mini.recipe", "--data", str(data), "--work", str(tmp_path / "work")]
-    recipe += ["--out", str(tmp_path / "weights"), "--wordnet", str(wordnet), *small]
+    recipe += ["--out", str(tmp_path / "weights"), "--wordnet", str(wordnet), *small, "index.scenes=20"]
     run = subprocess.run(recipe, cwd=ROOT, capture_output=True, text=True, timeout=1500)
     assert run.returncode == 0, run.stdout[-2000:] + run.stderr[-2000:]
     generate = [
