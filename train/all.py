@@ -5,8 +5,8 @@
 
 Runs check, stage 1, a round trip of the tokens, encode, stage 2, export, index, evaluate and the model card, each the
 script of that name, which writes into WORK. Finished steps are skipped and an interrupted one is resumed, so the same
-command always brings the training to its end. Sentences about such images (--prompts, at least 20) build the index that
-maps prompts to images, and are what is evaluated; without them there is no index, and images are evaluated.
+command always brings the training to its end. Sentences about such images (--prompts, at least 20) build the index for
+coverage, and are what is evaluated; without them there is no index, and variations of the images are evaluated.
 """
 
 from __future__ import annotations

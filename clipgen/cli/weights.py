@@ -80,7 +80,7 @@ def fetch(
 ) -> None:
     """Download files into the cache, check them, and convert those of a whole model.
 
-    A stopped download resumes. CLIPGEN_MIRROR names other servers to try first, CLIPGEN_OFFLINE=1 forbids any download.
+    A stopped download resumes. CLIPGEN_MIRROR names servers to use instead, CLIPGEN_OFFLINE=1 forbids any download.
     Prints the paths of the files or of the model.
     """
     from clipgen.weights.cache import fetch as fetch_files

@@ -30,7 +30,7 @@ from clipgen.weights.tensor_file import find_problem, load_tensors
 PARTS = ("clip", "vqgan", "gpt")
 FILES = ("config.yaml", *(f"{part}.safetensors" for part in PARTS))
 EXTRAS = ("coverage.safetensors",)
-"""Optional files; generation works without them, with other results."""
+"""Optional files; generation works without them unless the weights name a prior."""
 CARD = ("README.md", "samples.jpg")
 """The model card: copied along where it exists, not verified."""
 MANIFEST = "manifest.json"
