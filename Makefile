@@ -1,5 +1,5 @@
-# Needs python3, make and git. The first target that needs them creates .venv and installs into it; after that the stamps in
-# .venv make set-up free until a requirements file changes.
+# Needs python3, make and git. The first target that needs packages creates .venv and installs them; the stamps in .venv then
+# skip set-up until a requirements file changes.
 
 VENV := .venv
 BIN := $(VENV)/bin
@@ -18,7 +18,7 @@ help: ## this list
 
 # --- environment -----------------------------------------------------------------------------------------------------------
 
-# uv is quick, pip is everywhere: whatever keeps uv from working here, pip still has its turn.
+# uv is faster; pip is the fallback if uv is missing or fails.
 define install
 	@[ -x $(BIN)/uv ] && $(BIN)/uv pip install --quiet --python $(BIN)/python $(1) \
 		|| $(BIN)/python -m pip install --quiet --disable-pip-version-check $(1)
@@ -44,7 +44,7 @@ $(BIN)/python:
 $(VENV)/.run: requirements.txt pyproject.toml | $(BIN)/python
 	@echo "Installing requirements.txt into $(VENV) (PyTorch is large: minutes on a slow line) ..."
 	@$(BIN)/python -m pip --version >/dev/null 2>&1 || $(BIN)/python -m ensurepip
-	@$(BIN)/python -m pip install --quiet --disable-pip-version-check $(UV) || echo "No uv here: pip, then."
+	@$(BIN)/python -m pip install --quiet --disable-pip-version-check $(UV) || echo "uv is not available: using pip."
 	$(call install,-r requirements.txt)
 	$(call install,--no-deps -e .)
 	@touch $@
@@ -91,7 +91,7 @@ test-levels: $(VENV)/.dev ## the numeric tests under each lower instruction set 
 test-slow: $(VENV)/.dev ## the slow suite
 	@$(BIN)/python -m pytest $(PARALLEL) -m slow $(ARGS)
 
-# Debian's Chromium, where it is missing and may be installed; else the one Playwright finds, or a message.
+# Installs Debian's Chromium if it is missing and apt-get works, else Playwright's; prints a message if both fail.
 test-browser: $(VENV)/.dev $(VENV)/.app ## the web page, in Chromium
 	@command -v chromium >/dev/null || command -v chromium-browser >/dev/null || command -v google-chrome >/dev/null || { \
 		echo "No Chromium here: installing it ..."; \
@@ -113,7 +113,7 @@ format: $(VENV)/.dev ## apply ruff's fixes and formatting
 
 # --- measure and train -----------------------------------------------------------------------------------------------------
 
-gpu-check: $(VENV)/.dev ## what a GPU must show, in six minutes [ARGS="--device cpu"]: tables in runs/gpu-check
+gpu-check: $(VENV)/.dev ## checks and timings on a GPU, six minutes [ARGS="--device cpu"]: tables in runs/gpu-check
 	@$(BIN)/python benchmarks/gpu_check.py --out runs/gpu-check $(ARGS)
 
 bench: $(VENV)/.dev ## latency, throughput of the server, the mini model's quality (minutes)
@@ -129,14 +129,14 @@ emoji: $(VENV)/.dev ## the mini model's images: emoji art from npm, rendered to 
 	npm install --no-fund --no-audit --prefix data/npm $(EMOJI)
 	$(BIN)/python -m train.mini.emoji --npm data/npm/node_modules --out data/emoji
 
-renders: $(VENV)/.dev ## what scenes are composed of: emoji art from npm, rendered to data/emoji/renders; needs npm
+renders: $(VENV)/.dev ## the parts of scenes: emoji art from npm, rendered to data/emoji/renders; needs npm
 	npm install --no-fund --no-audit --prefix data/npm $(EMOJI)
 	$(BIN)/python -m train.mini.renders --npm data/npm/node_modules --out data/emoji
 
-scenes: renders ## a contact sheet of the mini model's world, outputs/scenes.png
+scenes: renders ## a contact sheet of the scenes of version 3, outputs/scenes.png
 	$(BIN)/python -m train.mini.sheet --data data/emoji --out outputs/scenes.png
 
-mini3: renders ## version 3 of the mini model, in the making, to weights/mine [MINUTES=60 a part]; needs WordNet
+mini3: renders ## train version 3 of the mini model, in development, to weights/mine [MINUTES=60 a part]; needs WordNet
 	$(BIN)/python -m train.mini.recipe --data data/emoji --out weights/mine $(if $(MINUTES),--minutes $(MINUTES)) $(ARGS)
 
 mini: emoji ## rebuild the mini model from its data (hours); run it again to resume; needs WordNet (wordnet-base)
