@@ -1,7 +1,7 @@
 """Typed configurations: what a model is and how it samples.
 
 Every section is a dataclass that OmegaConf checks for names and types and that checks its own values when it is
-built, so a bad configuration never gets as far as a tensor.
+built, so a bad configuration fails before any tensor is created.
 """
 
 from __future__ import annotations
@@ -42,7 +42,7 @@ def require_weights(config: object, *names: str, section: str = "") -> None:
 
 
 def require_choice(config: object, name: str, *allowed: str) -> None:
-    """Refuse what is none of the allowed words."""
+    """Refuse values other than the allowed words."""
     value = getattr(config, name)
     require(value in allowed, f"{name} is {value!r}; use {', '.join(allowed[:-1])} or {allowed[-1]}")
 
@@ -111,7 +111,7 @@ class GPTConfig:
     block_size: int = 256
     """Positions: the condition, then all tokens but the last one."""
     n_cond: int = 512
-    """Size of the condition: that of the CLIP embedding, D, unless a prior makes another one of it."""
+    """Size of the condition: that of the CLIP embedding, D, unless a prior changes it."""
     dropout: float = 0.0
 
     def __post_init__(self) -> None:
@@ -130,7 +130,7 @@ class ModelConfig:
     gpt: GPTConfig = field(default_factory=GPTConfig)
     sampling: SamplingParams = field(default_factory=SamplingParams)
     prior: str = ""
-    """What maps embeddings to conditions (`clipgen.weights.prior`); empty for plain CLIP-GEN."""
+    """Name of the map from embeddings to conditions (`clipgen.weights.prior`); empty for plain CLIP-GEN."""
 
     def __post_init__(self) -> None:
         require(
@@ -195,7 +195,7 @@ def load_model_config(path: Path) -> ModelConfig:
 
 
 def _name_prior(values: DictConfig, folder: Path) -> None:
-    """Bring a configuration from before `prior` up to date: an index beside it was a prior, `n_things` its slots."""
+    """Update a configuration from before `prior` existed: the index beside it was the prior, `n_things` its slots."""
     gpt = values.get("gpt")
     slots = gpt.pop("n_things", 1) if OmegaConf.is_dict(gpt) else 1
     if isinstance(slots, int) and slots > 1:

@@ -1,4 +1,4 @@
-"""One request on its way: its candidates so far, and how many more to generate within its budget."""
+"""State of one request during generation: its candidates so far, and the next ones within its budget."""
 
 from __future__ import annotations
 
@@ -15,12 +15,12 @@ from clipgen.request import GenerationRequest, SamplingParams
 from clipgen.weights.training_index import IndexMatch
 
 WAVE = 8
-"""Candidates generated and ranked before a request with a budget is asked whether it wants more."""
+"""Candidates generated and ranked between two checks of a request's budget."""
 
 
 @dataclass(eq=False)
 class Job:
-    """One request while it is generated."""
+    """One request during generation."""
 
     request: GenerationRequest
     seed: int
@@ -33,11 +33,11 @@ class Job:
     candidates: list[tuple[int, DecodedImage]] = field(default_factory=list)  # by seed
 
     def sequence(self, seed: int) -> ImageSequence:
-        """One of its candidates, for the engine."""
+        """A candidate's sequence for the engine."""
         return ImageSequence(self.condition, seed, self.params, self.prefix_tokens, self.negative_condition)
 
     def next_wave(self, start: float) -> range:
-        """The seeds to generate next: all at once without a budget, else a few at a time until it is used up or met."""
+        """The seeds to generate next: all without a budget, else a few until time is up or the target is met."""
         request, have = self.request, len(self.candidates)
         if request.target_score is None and request.seconds is None:
             return range(self.seed + have, self.seed + request.num_candidates)
@@ -50,7 +50,7 @@ class Job:
         return range(self.seed + have, self.seed + min(have + size, request.num_candidates))
 
     def best(self) -> list[tuple[int, DecodedImage]]:
-        """The best candidates so far, as many as are asked for."""
+        """The best candidates so far, at most the requested number."""
         return sorted(self.candidates, key=lambda candidate: -candidate[1].score)[: self.request.num_outputs]
 
 

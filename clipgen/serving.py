@@ -1,6 +1,6 @@
-"""Predictions for strangers: limits, images by URL, output files, metrics, and a log without prompts.
+"""Predictions for a public server: limits, images by URL, output files, metrics, and a log without prompts.
 
-It does not know which server is in front of it: `predict.py` declares the inputs to Cog and passes them on.
+Independent of the server: `predict.py` declares the inputs to Cog and passes them on.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ DEFAULT_PROMPT = "a red apple"
 """Drawn when a request has neither a prompt nor an image: a hosting page's Run button sends the defaults."""
 OUTPUT_FORMATS = ("png", "webp", "jpg")
 KEPT_FOLDERS = 32
-"""Predictions whose files are kept: the server sends them after a prediction has ended, and deletes none."""
+"""Predictions whose files are kept: the server sends files after a prediction has ended, and deletes none."""
 MAX_TRUNCATED = 2000
 """Characters of the prompt's unread end that are sent back."""
 Record = Callable[[str, Any], None]
@@ -45,8 +45,8 @@ Record = Callable[[str, Any], None]
 class PredictionInputs:
     """Inputs of one prediction, as JSON has them, checked when built.
 
-    The limits of a server that strangers share are checked here; `GenerationRequest` knows all other ranges. Cog's
-    server enforces bounds only where it has the schema, so every input is checked with and without it.
+    The limits of a public server are checked here, all other ranges by `GenerationRequest`. Cog's
+    server enforces bounds only if it has the schema, so every input is checked with and without it.
 
     Raises:
         RequestError: a value of the wrong type or out of its range.
@@ -71,7 +71,7 @@ class PredictionInputs:
     def __post_init__(self) -> None:
         for name in ("keep_rows", "num_outputs", "candidates", "top_k", "seed", "previews", "output_quality"):
             value = getattr(self, name)
-            if isinstance(value, float) and value.is_integer():  # JSON knows one kind of number
+            if isinstance(value, float) and value.is_integer():  # JSON has one type of number
                 setattr(self, name, int(value))
         for name in ("prompt", "negative_prompt"):
             if not isinstance(getattr(self, name), str):
@@ -90,11 +90,11 @@ class PredictionInputs:
         if self.keep_rows and self.image is None:
             raise RequestError("keep_rows", f"is {self.keep_rows}; it needs an image to keep them of")
         if self.image is not None and self.prompt == DEFAULT_PROMPT:
-            self.prompt = ""  # the client has named an image only
+            self.prompt = ""  # the client sent only an image
         self.to_request(None)  # check the settings before an image is fetched
 
     def to_request(self, image: Image.Image | None) -> GenerationRequest:
-        """The pipeline's request; `image` is what `image` names.
+        """The pipeline's request, with the decoded input image.
 
         An image alone is varied, with a prompt it is mixed, and with rows to keep the prompt describes what is below
         them.
@@ -126,13 +126,13 @@ class PredictionService:
         self.pipe = pipe
         self.threads = ThreadPoolExecutor(max_workers=16)  # 8 that run and those that were just cancelled
         self.decoding = threading.Lock()  # an image of 64 megapixels takes a gigabyte: one at a time
-        # Freed blocks of Pillow's usual 16 MB stay with the process: gigabytes, after some large images at once.
+        # The process keeps freed blocks of Pillow's usual 16 MB: gigabytes after some large images at once.
         Image.core.set_block_size(64 << 20)
         self.folders: deque[tempfile.TemporaryDirectory[str]] = deque(maxlen=KEPT_FOLDERS)
 
     @classmethod
     def from_environment(cls) -> PredictionService:
-        """Load what CLIPGEN_WEIGHTS, CLIPGEN_DEVICE and CLIPGEN_DTYPE name, and draw one image to warm up.
+        """Load the model as CLIPGEN_WEIGHTS, CLIPGEN_DEVICE and CLIPGEN_DTYPE say, and draw one image to warm up.
 
         Raises:
             ClipGenError: the weights or the device cannot be used.
@@ -192,7 +192,7 @@ class PredictionService:
         return result, self._write(result, inputs.output_format, inputs.output_quality)
 
     def _read(self, image: str | os.PathLike[str], is_cancelled: Callable[[], bool]) -> Image.Image:
-        """Decode an image from a URL, or from a file that the server has fetched: no request can name one."""
+        """Decode an image from a URL, or from a file that the server has fetched; requests cannot name files."""
         try:
             data = read_url(image, is_cancelled) if isinstance(image, str) else Path(image).read_bytes()
             with self.decoding:
@@ -208,7 +208,7 @@ class PredictionService:
             print(f"The prompt is too long: the model did not read its last {len(result.truncated)} characters.")
         if match := result.match:
             record("coverage", {**asdict(match), "nearest": [list(pair) for pair in match.nearest]})
-            if match.is_out_of_distribution:  # without a name: the log must not tell what was asked for
+            if match.is_out_of_distribution:  # without a name: the log must not reveal the prompt
                 print("This model has seen little like it: `coverage` in the metrics names the nearest it has seen.")
 
     def _write(self, result: GenerationOutput, output_format: str, output_quality: int) -> list[Path]:
@@ -222,7 +222,7 @@ class PredictionService:
 
 
 def log_event(event: str, started: float, private: dict[str, Any] | None = None, **facts: Any) -> None:
-    """Print one JSON line; `private` goes in only where CLIPGEN_LOG_PROMPTS is 1."""
+    """Print one JSON line, with `private` only if CLIPGEN_LOG_PROMPTS is 1."""
     facts = {name: round(value, 4) if isinstance(value, float) else value for name, value in facts.items()}
     if os.environ.get("CLIPGEN_LOG_PROMPTS") == "1":
         facts |= private or {}

@@ -27,7 +27,7 @@ HELP = {"help_option_names": ["-h", "--help"]}
 
 
 class Commands(TyperGroup):
-    """The group of all commands. It turns every error into one line, and knows the short form of `generate`."""
+    """The group of all commands. It reports every error in one line and accepts the short form of `generate`."""
 
     @entry_point(prefix="clipgen", stopped="stopped; the files named so far are complete")
     def main(self, args: Sequence[str] | None = None, *_: Any, **settings: Any) -> Any:
@@ -48,7 +48,7 @@ class Commands(TyperGroup):
 def expand(args: Sequence[str], commands: Iterable[str]) -> list[str]:
     """Put `generate` before arguments that begin with a prompt or with one of its options.
 
-    A single word that is no command is taken for a mistyped one, so that no mistake draws an image.
+    A single word that is not a command is treated as a mistyped one, so that a typo does not draw an image.
 
     Raises:
         ClipGenError: the first argument is such a word.
@@ -94,7 +94,7 @@ def root(
         bool, typer.Option("--version", callback=_show_version, is_eager=True, help="Show the version.")
     ] = False,
 ) -> None:
-    """Turn a prompt or an image into new images: CLIP understands, a GPT composes, a VQGAN paints.
+    """Generate images from a prompt or an image: CLIP encodes it, a GPT generates tokens, a VQGAN decodes them.
 
     `clipgen "a lemon"` is short for `clipgen generate "a lemon"`, also with options before or after the prompt.
     """

@@ -1,4 +1,4 @@
-"""One image on its way through the engine."""
+"""An image to generate, as the engine schedules it."""
 
 from __future__ import annotations
 

@@ -7,7 +7,7 @@ Three representations exist, and only this module converts between them:
 - CLIP input: float32 (B, 3, S, S), `(x - mean) / std` with OpenAI's per-channel mean and std.
 
 Image files are treated as hostile: only common formats are decoded, the size in the header is checked before any
-pixel is, and whatever goes wrong inside a decoder becomes a `DataError` that says what to do.
+pixel is decoded, and any error inside a decoder becomes a `DataError` that says what to do.
 """
 
 from __future__ import annotations
@@ -40,11 +40,11 @@ CLIP_STD = (0.26862954, 0.26130258, 0.27577711)
 MAX_MEGAPIXELS = 64
 READ_FORMATS = ("PNG", "JPEG", "WEBP", "GIF", "BMP", "TIFF")
 OPTIONAL_FORMATS = {"AVIF": ("pillow with AVIF", (".avif",)), "HEIF": ("pillow-heif", (".heic", ".heif"))}
-"""Formats that are read where a library is installed: its name, and the usual suffixes."""
+"""Formats that need an installed library: its name, and the usual suffixes."""
 SAVE_FORMATS = {"png": "PNG", "webp": "WEBP", "jpg": "JPEG", "jpeg": "JPEG"}
 PARAMETERS = "parameters"
 """Name of the text that Stable Diffusion web UIs read: a PNG text chunk, and UserComment in EXIF."""
-MAX_METADATA = 1_000_000  # characters of one value; ours have some hundred
+MAX_METADATA = 1_000_000  # characters of one value; clipgen writes a few hundred
 _ASCII, _UNICODE = b"ASCII\0\0\0", b"UNICODE\0"  # EXIF 2.3, 4.6.5: UserComment begins with its encoding
 _EXIF_BYTES = 65_000  # room for EXIF in a JPEG file: 64 KB less its own structure
 _TOO_LARGE = f"more than the {MAX_MEGAPIXELS} megapixels allowed; make it smaller, a few hundred pixels are enough"
@@ -90,7 +90,7 @@ def load_image(source: str | Path | bytes | BinaryIO) -> Image.Image:
     except IsADirectoryError:
         raise DataError(f"{name} is a folder; give the path of one image file") from None
     except PermissionError:
-        raise DataError(f"{name} may not be read; check its permissions") from None
+        raise DataError(f"{name} cannot be read; check its permissions") from None
     except (Image.DecompressionBombError, Image.DecompressionBombWarning):
         raise DataError(f"{name} has {_TOO_LARGE}") from None
     except Image.UnidentifiedImageError:
@@ -110,7 +110,7 @@ def read_metadata(path: str | Path) -> dict[str, str]:
     try:
         with Image.open(path, formats=[*dict.fromkeys(SAVE_FORMATS.values())]) as image:
             _check_size(image)
-            # A PNG's `text` would decode the pixels to look behind them; ours comes before them.
+            # A PNG's `text` would decode the pixels to find text after them; clipgen writes it before them.
             found = image.info if image.format == "PNG" else _read_exif(image)
     except FileNotFoundError:
         raise DataError(f"'{path}': no such file; check the path") from None
@@ -125,7 +125,7 @@ def read_metadata(path: str | Path) -> dict[str, str]:
 
 
 def _read_exif(image: Image.Image) -> dict[str, str]:
-    """The JSON object of names and texts in MakerNote, or in UserComment, where it was before; {} without one."""
+    """The JSON object of names and texts in MakerNote, or in UserComment, its earlier place; {} without one."""
     exif = image.getexif().get_ifd(ExifTags.IFD.Exif)
     for tag in (ExifTags.Base.MakerNote, ExifTags.Base.UserComment):
         data = exif.get(tag)
@@ -141,7 +141,7 @@ def _read_exif(image: Image.Image) -> dict[str, str]:
 
 
 def _check_size(image: Image.Image) -> None:
-    """Refuse by the size in the header, before decoding would allocate it."""
+    """Refuse an image that is too large by its header, before decoding allocates memory."""
     width, height = image.size
     if width * height > MAX_MEGAPIXELS * 1_000_000:
         raise DataError(f"the image has {width} x {height} pixels, {_TOO_LARGE}")
@@ -157,7 +157,7 @@ def _upright(image: Image.Image) -> Image.Image:
     """Apply the EXIF orientation; an image with damaged EXIF data is returned as it is."""
     try:
         return ImageOps.exif_transpose(image)
-    except Exception:  # parsing hostile EXIF can raise anything, too
+    except Exception:  # parsing hostile EXIF can raise any exception
         return image
 
 
@@ -198,7 +198,7 @@ def _square_bytes(images: Sequence[Image.Image], size: int) -> Tensor:
         # The size after the resize and the offset of the crop, rounded as torchvision rounds them ...
         new_width, new_height = size * width // shorter, size * height // shorter
         left, top = round((new_width - size) / 2), round((new_height - size) / 2)
-        # ... and what that crop covers in the original.
+        # ... and the area of the original that the crop covers.
         sx, sy = width / new_width, height / new_height
         box = (left * sx, top * sy, min((left + size) * sx, width), min((top + size) * sy, height))
         arrays.append(np.asarray(image.resize((size, size), Image.Resampling.BICUBIC, box=box)))
@@ -304,14 +304,14 @@ def save_image(
 
 
 def to_data_url(image: Image.Image) -> str:
-    """An image as a data: URL, in lossy WebP, for a look at it."""
+    """An image as a data: URL of a lossy WebP, for previews."""
     file = io.BytesIO()
     image.save(file, "WEBP", quality=80, method=0)
     return f"data:image/webp;base64,{base64.b64encode(file.getvalue()).decode()}"
 
 
 def _save_options(suffix: str, quality: int, metadata: Mapping[str, str]) -> dict[str, object]:
-    """PIL's keyword arguments for one format."""
+    """PIL's keyword arguments for saving in one format."""
     if suffix == "png":
         info = PngImagePlugin.PngInfo()
         for key, value in metadata.items():

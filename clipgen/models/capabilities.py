@@ -1,8 +1,8 @@
-"""What this CPU multiplies with, found by trying each operation once.
+"""Matrix products that this CPU supports, found by trying each operation once.
 
 Names of CPUs and instruction sets say little: PyTorch, oneDNN and FBGEMM each choose kernels in their own way, and
-ATEN_CPU_CAPABILITY or ONEDNN_MAX_CPU_ISA can hold them back. Nothing here is timed, because these answers decide how
-numbers are rounded: two runs on one machine must get the same ones.
+ATEN_CPU_CAPABILITY or ONEDNN_MAX_CPU_ISA can restrict them. Nothing here is timed, because the results decide how
+numbers are rounded: two runs on one machine must get the same results.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ import torch
 import torch.nn.functional as F
 
 HEAD_ROWS = (1, 2, 8, 33)
-"""Batches that attention is tried with."""
+"""Batch sizes that attention is tried with."""
 
 
 @contextmanager
@@ -30,7 +30,7 @@ def fbgemm() -> Iterator[None]:
 
 
 def can_prepack(dtype: torch.dtype) -> bool:
-    """Whether oneDNN multiplies with weights of this type that were laid out in advance."""
+    """Whether oneDNN multiplies with prepacked weights of this type."""
     return torch.backends.mkldnn.is_available() and bool(torch.backends.mkldnn.enabled) and _prepacks(dtype)
 
 
@@ -48,7 +48,7 @@ def _prepacks(dtype: torch.dtype) -> bool:
 
 
 def has_bfloat16() -> bool:
-    """Whether bfloat16 is fast: products with it are in hardware, and oneDNN uses them."""
+    """Whether bfloat16 is fast: the hardware has bfloat16 products, and oneDNN uses them."""
     found = torch.cpu.get_capabilities()
     return can_prepack(torch.bfloat16) and any(found.get(name) for name in ("avx512_bf16", "amx_bf16", "bf16"))
 
@@ -74,7 +74,7 @@ def has_half_products() -> bool:
 
 @cache
 def dot_product_bits() -> int | None:
-    """Bits that activations may have in FBGEMM's products with int8 weights; None where there are no such products.
+    """Bits that activations may have in FBGEMM's products with int8 weights; None without such products.
 
     8 with VNNI. Without, pairs of products are added in 16 bits, which overflow unless activations have 7.
     """
@@ -89,7 +89,7 @@ def dot_product_bits() -> int | None:
             packed = torch.ops.quantized.linear_prepack(weight, None)
         for bits in (8, 7):
             most = 2 ** (bits - 1) - 1
-            # All products at their largest: an overflow shows.
+            # All products at their largest, to detect overflow.
             found, expected = multiply(torch.ones(2, 64), 1 / most, most + 1, packed), torch.full((2, 8), 127.0 * 64)
             if torch.allclose(found, expected):
                 return bits
@@ -99,7 +99,7 @@ def dot_product_bits() -> int | None:
 
 
 def can_fuse_attention(dtype: torch.dtype, head: int) -> bool:
-    """Whether decoding attends with PyTorch's fused kernel rather than with plain products.
+    """Whether decoding uses PyTorch's fused attention kernel rather than plain products.
 
     On CPUs with AMX the kernel reads keys and values in bfloat16 2.5 times as fast; elsewhere it is no faster, and in
     bfloat16 five times slower. It must also give a row the same bits whatever the batch.
@@ -124,7 +124,7 @@ def _fused_rows_agree(dtype: torch.dtype, head: int, threads: int) -> bool:
 
 
 def cpu_dtypes() -> list[str]:
-    """Names of the precisions that a CPU can generate in at a bearable speed, the default first."""
+    """Names of the precisions that are reasonably fast on this CPU, the default first."""
     found = ["float32", "int8"]
     if has_half_products():
         found.insert(0, "float16")
@@ -134,7 +134,7 @@ def cpu_dtypes() -> list[str]:
 
 
 def instruction_set() -> str:
-    """The instructions that products run on here, as names: "AVX2", "AVX512-BF16", "AVX512 with AMX"."""
+    """Name of the instructions that products use here: "AVX2", "AVX512-BF16", "AVX512 with AMX"."""
     level = torch.backends.cpu.get_cpu_capability()
     if has_amx():
         return f"{level} with AMX"

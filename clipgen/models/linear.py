@@ -1,11 +1,11 @@
-"""The GPT's linear layers as decoding runs them: weights prepacked, or in fewer bytes.
+"""The GPT's linear layers for decoding: prepacked or quantised weights.
 
-A step of few rows does little but read weights, so on CPUs their size and layout decide its speed.
+A step with few rows is bound by reading weights, so on CPUs their size and layout decide its speed.
 
 int8: a scale per output, rounded to nearest (absmax). With FBGEMM each row of activations is rounded too, with a scale
-of its own: to 8 bits on CPUs with VNNI, to 7 on other x86. Elsewhere activations stay as they are.
+of its own: to 8 bits on CPUs with VNNI, to 7 on other x86. Elsewhere activations are not rounded.
 
-float16: CPUs have no such arithmetic, but FBGEMM widens the weights to float32 as it reads them. This is the default on
+float16: CPUs lack float16 arithmetic, but FBGEMM widens the weights to float32 as it reads them. This is the default on
 CPUs without bfloat16.
 
 Shapes: N out_features, K in_features, B rows.
@@ -26,7 +26,7 @@ from clipgen.models.capabilities import dot_product_bits, fbgemm
 REFERENCES = (64, 48, 32, 16, 8)
 """Row counts that others are compared with: the first one that gives equal rows equal results."""
 DISTINCT = 5
-"""Different rows that the comparison uses; coprime to the heights of kernels, so that each meets every place."""
+"""Distinct rows in the comparison; coprime to kernels' heights, so that each row takes every position."""
 
 
 class Linear(nn.Linear):
@@ -35,7 +35,7 @@ class Linear(nn.Linear):
     packed: Tensor | None = None
 
     def prepack(self) -> None:
-        """Lay the weight out as oneDNN multiplies it, once instead of at every call; the original is freed."""
+        """Pack the weight in oneDNN's layout once, instead of at every call, and free the original."""
         self.packed = torch.ops.mkldnn._reorder_linear_weight(self.weight.detach())
         self.weight = nn.Parameter(self.weight.new_empty(0), requires_grad=False)
 
@@ -72,7 +72,7 @@ class Int8Linear(nn.Module):
         self.in_features = linear.in_features
         codes, scale = round_weight(linear.weight)
         weight = linear.weight.detach()
-        # Empty: it carries device and precision.
+        # Empty, but with the device and precision.
         self.weight = nn.Parameter(weight.new_empty(0, dtype=compute), requires_grad=False)
         self.register_buffer("bias", linear.bias.detach().float())
         self.packed = None
@@ -88,7 +88,7 @@ class Int8Linear(nn.Module):
         if self.packed is None:
             y = torch._weight_int8pack_mm(x.contiguous(), self.codes, self.scale) + self.bias.to(x.dtype)
         else:
-            # Rows are brought to [-1, 1], so that one scale serves them all.
+            # Scale rows to [-1, 1], so that one scale fits all.
             reach = torch.linalg.vector_norm(x, torch.inf, dim=1, keepdim=True).clamp_(min=1e-12)
             y = torch.addcmul(self.bias, _multiply(x / reach, 1 / self.most, self.most + 1, self.packed), reach)
         return F.gelu(y) if gelu else y
@@ -132,15 +132,15 @@ def quantise_linears(model: nn.Module, weights: Literal["int8", "float16"], comp
 
 
 class RowCounts:
-    """How many rows to multiply at once, so that the result of a row depends on no other row, to the last bit.
+    """Row counts to pad a step to, so that each row's result is bit-identical whatever the other rows.
 
     Kernels for different numbers of rows sum in different orders: on an AVX2 CPU, FBGEMM rounds a single row
-    differently from the same row among three. So counts are found by trying, with the model's own weights, as they are
-    needed: the smallest at which rows come out as they do among `REFERENCES`. Steps are padded to it.
+    differently from the same row among three. So counts are found by trying, with the model's own weights, when they
+    are needed: the smallest count that gives the same rows as one of `REFERENCES`. Steps are padded to it.
 
     Args:
         layers: the layers that share a batch, on a CPU; their weights must not change any more.
-        least: fewest rows worth multiplying.
+        least: the smallest count to use.
     """
 
     def __init__(self, layers: Sequence[nn.Module], least: int = 1) -> None:
@@ -149,13 +149,13 @@ class RowCounts:
         self._references: dict[int, tuple[int, list[Tensor]] | None] = {}
 
     def pad(self, x: Tensor) -> Tensor:
-        """Append rows of zeros to (B, K), where that is needed for exact rows."""
+        """Append rows of zeros to (B, K), if that makes rows exact."""
         rows = self.at_least(len(x)) or len(x)
         return x if len(x) == rows else F.pad(x, (0, 0, 0, rows - len(x)))
 
     @torch.inference_mode()
     def at_least(self, rows: int) -> int | None:
-        """The number to multiply for `rows` rows; None where rows depend on each other whatever is tried."""
+        """The count to pad `rows` rows to; None if rows depend on each other at every count tried."""
         key = (rows, torch.get_num_threads())
         if key not in self._counts:
             self._counts[key] = self._find(rows)
@@ -178,7 +178,7 @@ class RowCounts:
         return None
 
     def _outputs(self, rows: int) -> list[Tensor] | None:
-        """What each layer makes of up to DISTINCT rows, repeated to `rows`; None where a repetition differs."""
+        """Each layer's outputs for up to DISTINCT rows, repeated to `rows`; None if repeated rows differ."""
         outputs = []
         for layer in self.layers:
             width, dtype = cast(int, layer.in_features), cast(Tensor, layer.weight).dtype

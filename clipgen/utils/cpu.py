@@ -1,4 +1,4 @@
-"""How much of the CPU this process may use, and how its threads wait. Works without PyTorch, and before it is imported.
+"""The CPU cores that this process may use, and how its threads wait. Needs no PyTorch and may run before its import.
 
 PyTorch's OpenMP (GNU libgomp) counts the cores of the process's affinity, but not a container's CPU quota: limited to 2
 CPUs on a host of 64 cores it would start 64 threads.
@@ -21,8 +21,8 @@ _WAITING = ("OMP_WAIT_POLICY", "GOMP_SPINCOUNT", "KMP_BLOCKTIME")
 def choose_wait_policy() -> None:
     """Let OpenMP threads sleep while they wait, unless the environment says otherwise. PyTorch reads it when imported.
 
-    By default they spin. Beside other programs a thread then spins away the time in which the thread it waits for
-    could run: images take 6 to 12 times as long.
+    By default they spin. On a busy machine a spinning thread takes time from the thread that it waits for: images
+    take 6 to 12 times as long.
     """
     if not any(name in os.environ for name in _WAITING):
         os.environ["OMP_WAIT_POLICY"] = "PASSIVE"
@@ -46,7 +46,7 @@ def cpu_quota(root: Path = CGROUPS, membership: Path = Path("/proc/self/cgroup")
 
 def _groups(root: Path, membership: Path) -> Iterator[Path]:
     """The folders of this process's CPU groups, up to the root of each hierarchy."""
-    yield from (root, root / "cpu", root / "cpu,cpuacct")  # as a container sees its own
+    yield from (root, root / "cpu", root / "cpu,cpuacct")  # a container's own group
     try:
         lines = membership.read_text().splitlines()
     except OSError:  # not Linux
@@ -74,12 +74,12 @@ def _limit(folder: Path) -> float | None:
 
 
 def thread_limit() -> int | None:
-    """Most threads to compute with; None leaves it to PyTorch, which follows OMP_NUM_THREADS and the affinity.
+    """Maximum number of compute threads; None leaves it to PyTorch, which uses OMP_NUM_THREADS and the affinity.
 
-    CLIPGEN_THREADS comes first, then OMP_NUM_THREADS (which torchrun sets to 1), then the CPU quota.
+    CLIPGEN_THREADS has precedence, then OMP_NUM_THREADS (which torchrun sets to 1), then the CPU quota.
 
     Raises:
-        ConfigError: CLIPGEN_THREADS is no number of threads.
+        ConfigError: CLIPGEN_THREADS is not a valid number of threads.
     """
     text = os.environ.get(VARIABLE, "")
     if text:
@@ -91,10 +91,10 @@ def thread_limit() -> int | None:
 
 
 def thread_count(default: int) -> int:
-    """Threads to compute with where PyTorch would use `default`: a quota only lowers it, CLIPGEN_THREADS decides.
+    """Number of compute threads, given PyTorch's `default`: a quota can lower it, CLIPGEN_THREADS overrides it.
 
     Raises:
-        ConfigError: CLIPGEN_THREADS is no number of threads.
+        ConfigError: CLIPGEN_THREADS is not a valid number of threads.
     """
     limit = thread_limit()
     return default if limit is None else limit if os.environ.get(VARIABLE) else min(limit, default)

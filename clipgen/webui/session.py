@@ -1,4 +1,4 @@
-"""Draws what the page's visitors ask for. Knows nothing of browsers or Gradio."""
+"""Generation for the page's visitors, independent of browsers and Gradio."""
 
 from __future__ import annotations
 
@@ -28,16 +28,16 @@ if TYPE_CHECKING:
     from clipgen.request import GenerationOutput
 
 MAX_RUNNING = 8
-"""Requests drawn at once, which the engine batches; further ones wait."""
+"""Concurrent requests, which the engine batches; further ones wait."""
 PREVIEWS = 4
-"""Unfinished images are shown so many times."""
+"""Number of times that unfinished images are shown."""
 PREVIEW_SIZE = 192
-"""Pixels of the largest images that a CPU decodes fast enough to show unfinished ones by default.
+"""Side in pixels up to which a CPU decodes images fast enough to show unfinished ones by default.
 
 Four previews of 4 images cost as much as decoding 16 images: with the mini model, a tenth of the best 4 of 16.
 """
 UPDATE_SECONDS = 0.25
-"""Between two reports of progress."""
+"""Time between two reports of progress."""
 EXAMPLES = "examples.txt"
 """File in a folder of weights: prompts that show what the model knows, one a line."""
 MAX_EXAMPLES = 8
@@ -59,34 +59,34 @@ class Files:
 
     images: list[Path]
     archive: Path
-    """All of them as a ZIP file."""
+    """All images as a ZIP file."""
 
 
 @dataclass(frozen=True)
 class Update:
-    """What changes on the page while a request is drawn."""
+    """A change on the page while a request is drawn."""
 
     note: str
     progress: float | None = None
-    """Share that is done, 0 to 1; None when it is over or unknown."""
+    """Completed share, 0 to 1; None when finished or unknown."""
     previews: list[Image.Image] | None = None
-    """Unfinished images; None leaves what is shown."""
+    """Unfinished images; None keeps the ones shown."""
     result: Result | None = None
-    """When it went well."""
+    """The result, if the request succeeded."""
     error: bool = False
-    """Whether it ended without a result."""
+    """Whether the request ended without a result."""
     ignored: bool = False
     """Whether the request was refused because another one of this visitor is being drawn."""
 
 
 class Session:
-    """A loaded model that draws for all visitors, one request at a time for each, and the folder of their files.
+    """A loaded model shared by all visitors, one request at a time for each, and the folder of their files.
 
     Call `close` when done.
     """
 
     def __init__(self, weights: Path, folder: Path, device: str | None = None, dtype: str | None = None) -> None:
-        """Load the model; `folder` is for the files that visitors are shown.
+        """Load the model; `folder` is for the files shown to visitors.
 
         Raises:
             WeightsError, ConfigError, RequestError: see `ClipGen.from_pretrained`.
@@ -96,7 +96,7 @@ class Session:
         self.weights = weights
         self.folder = folder
         self.running: dict[str, threading.Event] = {}
-        """By visitor: set the event to stop the request."""
+        """Visitor -> event that stops the visitor's request when set."""
 
     @property
     def rows(self) -> int:
@@ -119,9 +119,9 @@ class Session:
     def generate(
         self, form: Form, visitor: str = "", keep: Image.Image | None = None, keep_rows: float | None = 0
     ) -> Iterator[Update]:
-        """Draw a form's request. Yields progress and previews, and at last the result or the error.
+        """Draw a form's request. Yields progress and previews, and finally the result or the error.
 
-        The arguments are those of `Form.request`, and who asks, for `cancel`.
+        The arguments are those of `Form.request`, and the visitor, for `cancel`.
         """
         stop = threading.Event()
         if self.running.setdefault(visitor, stop) is not stop:
@@ -136,7 +136,7 @@ class Session:
                 yield update
                 if update.result or update.error:
                     return
-        finally:  # also when the visitor has gone
+        finally:  # also if the visitor has left
             stop.set()
             if self.running.get(visitor) is stop:
                 del self.running[visitor]
@@ -239,7 +239,7 @@ def _images(count: int) -> str:
 
 
 def describe_error(error: Exception) -> str:
-    """An error as a sentence for visitors. What none of them can change goes to the log instead."""
+    """An error as a sentence for visitors. Errors that visitors cannot fix are logged instead."""
     if isinstance(error, Cancelled):
         return "Cancelled."
     if isinstance(error, ClipGenError):

@@ -1,4 +1,4 @@
-"""Where the models run and how their numbers are rounded: what was asked for, or what suits the machine."""
+"""Device and precision of the models: as requested, or chosen for the machine."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ GPU_NODE = Path("/dev/nvidia0")
 
 @dataclass(frozen=True)
 class Precision:
-    """How numbers are rounded: `name` is the GPT's large weights', `compute` that of CLIP, the VQGAN and the cache."""
+    """Number formats: `name` for the GPT's large weights, `compute` for CLIP, the VQGAN and the cache."""
 
     name: str
     compute: torch.dtype
@@ -37,16 +37,16 @@ class Precision:
         """
         if DTYPES.get(self.name) == self.compute:
             return build_module(GPT, config, weights, device, self.compute).prepack()
-        # Rounded from as many bits as folders of weights have.
+        # Rounded from float16, whatever precision the weights are stored in.
         gpt = build_module(GPT, config, weights, device, torch.float16)
         return gpt.quantise(cast(Literal["int8", "float16"], self.name), self.compute)
 
 
 def pick_device(device: str | None) -> torch.device:
-    """The asked device, or the GPU where there is one, else the CPU, with a warning if there is a GPU all the same.
+    """The requested device, else a usable GPU, else the CPU, with a warning if there is an unusable GPU.
 
     Raises:
-        RequestError: no such device here.
+        RequestError: the device cannot be used here.
     """
     if device is None and torch.cuda.is_available():
         return torch.device("cuda")
@@ -65,7 +65,7 @@ def pick_device(device: str | None) -> torch.device:
 def explain_unusable_gpu() -> str:
     """Why CUDA does not start although this machine has an NVIDIA GPU, and what to do; "" if it starts or has none.
 
-    PyTorch then takes the CPU without a word. Most often the driver is too old: CUDA 13, which PyPI's PyTorch is built
+    PyTorch then silently falls back to the CPU. Usually the driver is too old: CUDA 13, which PyPI's PyTorch is built
     for, needs 580 or newer.
     """
     if not GPU_NODE.exists() or torch.cuda.is_available():
@@ -83,11 +83,11 @@ def explain_unusable_gpu() -> str:
 
 
 def pick_precision(name: str | None, device: torch.device) -> Precision:
-    """The asked precision, or the fastest that is safe.
+    """The requested precision, or the fastest safe one.
 
-    That is bfloat16 where the hardware has it (Ampere GPUs on, CPUs with AVX512-BF16 or AMX), else float16. On CPUs,
-    which have no float16 arithmetic, only the GPT's large weights become float16, or int8; all the rest is bfloat16
-    where the device has it, else float32 on CPUs and float16 on GPUs.
+    That is bfloat16 if the hardware supports it (GPUs from Ampere on, CPUs with AVX512-BF16 or AMX), else float16. On
+    CPUs, which lack float16 arithmetic, only the GPT's large weights become float16, or int8; everything else is
+    bfloat16 if the device supports it, else float32 on CPUs and float16 on GPUs.
 
     Raises:
         RequestError: an unknown name, or a precision that this device cannot or should not compute in.
@@ -108,7 +108,7 @@ def pick_precision(name: str | None, device: torch.device) -> Precision:
 
 
 def _fastest(device: torch.device) -> torch.dtype:
-    """The fastest arithmetic of a device that is safe."""
+    """The fastest safe arithmetic of a device."""
     if device.type == "cuda":
         return torch.bfloat16 if torch.cuda.get_device_capability(device)[0] >= 8 else torch.float16
     return torch.bfloat16 if device.type == "cpu" and has_bfloat16() else torch.float32

@@ -1,7 +1,7 @@
-"""Priors: what CLIP's embeddings become before the GPT is conditioned on them, where weights need that.
+"""Priors: maps from CLIP's embeddings to the GPT's condition, for weights that need one.
 
 Plain CLIP-GEN has none: the GPT is conditioned on the prompt's embedding itself. A folder of weights can name one in
-its config.yaml (`prior: training_index`). The core only knows the `Prior` interface; everything else is here.
+its config.yaml (`prior: training_index`). The core depends only on the `Prior` interface.
 """
 
 from __future__ import annotations
@@ -19,8 +19,8 @@ from clipgen.errors import WeightsError
 from clipgen.weights.model_dir import load_extra
 from clipgen.weights.training_index import FILE, TrainingIndex
 
-# Measured with the mini model: 0.6 % of 800 captions of one thing (of 200 bare names none) and 92 % of 300 "a ... and
-# a ..." with two random names are taken apart.
+# Measured with the mini model: 0.6 % of 800 captions of one thing (none of 200 bare names) and 92 % of 300 "a ... and
+# a ..." with two random names are split.
 SHARPNESS = 75
 """Inverse temperature of `IndexPrior.project`: a cosine larger by 0.01 weighs e^0.75 times as much."""
 PAIR_GAIN = 0.01
@@ -28,11 +28,11 @@ PAIR_GAIN = 0.01
 MAX_PAIR_COSINE = 0.38
 """Two things must differ by more than this: "an apple" is not about a red one and a green one."""
 NUM_CANDIDATES = 48
-"""The things most like the sentence, among which its two are searched."""
+"""Number of things most like the sentence that are searched for its two."""
 FIRST_BONUS = 0.02
-"""Added to the cosine of pairs that hold the likeliest thing: "a lemon with hair" is not a saxophone and a folder.
+"""Added to the cosine of pairs with the likeliest thing; else "a lemon with hair" gives a saxophone and a folder.
 
-Of 600 "a ... and a ..." with two random names the right two are found in 91.3 %, in 91.7 % without it.
+Of 600 "a ... and a ..." with two random names, 91.3 % give the right two; without it 91.7 %.
 """
 
 
@@ -54,11 +54,11 @@ class Prior(Protocol):
 
 
 class IndexPrior:
-    """Moves texts to the training images they are about: the GPT was trained on images' embeddings.
+    """Maps texts to embeddings of the training images they describe, as the GPT was trained on image embeddings.
 
     A text becomes the mean of the training images' embeddings, weighted by the softmax of their cosines with it (Li et
     al. 2023, "DeCap", arXiv 2303.03032, eq. 5, with sentences and images swapped). A text about two things becomes
-    two embeddings where the condition has room for them. Images stay as they are.
+    two embeddings if the condition has room for them. Image embeddings are kept.
     """
 
     def __init__(self, index: TrainingIndex, num_slots: int = 1, things: Tensor | None = None) -> None:
@@ -68,7 +68,7 @@ class IndexPrior:
         self.things = F.normalize(index.images[places] @ index.basis, dim=1)  # (K, D)
 
     def __call__(self, embeddings: Tensor, weights: Sequence[float], is_text: Sequence[bool]) -> Tensor:
-        """See `Prior`. Only a text that is all of the prompt can be about two things."""
+        """See `Prior`. Only a prompt that is a single text can be about two things."""
         slots = self.num_slots if len(embeddings) == 1 else 1
         total = embeddings.new_zeros(slots, embeddings.shape[1])
         for embedding, weight, text in zip(embeddings, weights, is_text, strict=True):
@@ -77,7 +77,7 @@ class IndexPrior:
         return F.pad(F.normalize(total, dim=1), (0, 0, 0, self.num_slots - slots)).flatten()
 
     def project(self, embedding: Tensor, num_things: int = 1) -> Tensor:
-        """The place of the training images that a text is about.
+        """Embedding of the training images that a text is about.
 
         Args:
             embedding: (D,) unit norm.
@@ -95,7 +95,7 @@ class IndexPrior:
         return (images[None] if pair is None else pair).to(embedding.device)
 
     def _find_pair(self, sentence: Tensor, min_cosine: Tensor) -> Tensor | None:
-        """The two things whose sum is most like a sentence, (2, D); None where its cosine is not above `min_cosine`."""
+        """The two things whose sum is most like a sentence, (2, D); None if its cosine is not above `min_cosine`."""
         things = self.things
         single, places = (things @ sentence).topk(min(NUM_CANDIDATES, len(things)))
         likeliest = things[places]
