@@ -1,7 +1,7 @@
-"""Evaluate a model: what it generates against its prompts and against real images, and what its VQGAN preserves.
+"""Evaluate a model: generated images against prompts and real images, and the VQGAN's reconstructions.
 
 Frechet distances are given as FID-k (Ramesh et al., arXiv 2102.12092): both sets are resized to the model's image size
-and blurred with radius k, so that k > 0 compares what a VQGAN can represent and ignores the details that it cannot.
+and blurred with radius k, so that k > 0 ignores details that a VQGAN cannot represent.
 """
 
 from __future__ import annotations
@@ -42,7 +42,7 @@ NAMES = {
 
 
 class FeatureStats:
-    """Statistics of one of the two sets that are compared: a Gaussian of its features for every blur radius."""
+    """Statistics of one of the two compared sets: a Gaussian of its features for every blur radius."""
 
     def __init__(self, extractor: Extractor) -> None:
         self.extract = extractor.run
@@ -59,17 +59,17 @@ class FeatureStats:
         return logits
 
     def share(self, processes: Processes) -> None:
-        """Become the statistics of all processes' images."""
+        """All-reduce the statistics over the processes, in place."""
         for gaussian in self.gaussians.values():
             gaussian.share(processes.add_up)
 
 
 @dataclass
 class _Evaluation:
-    """One evaluation, as far as this process takes part in it.
+    """This process's share of one evaluation.
 
     Networks run on the pipeline's compute thread, a batch at a time: two threads that compute slow each other down.
-    `generate` is called from this thread, since it waits for that one.
+    `generate` is called from the caller's thread, since it waits for the compute thread.
     """
 
     pipe: ClipGen
@@ -84,7 +84,7 @@ class _Evaluation:
     unreadable: list[str] = field(default_factory=list)
 
     def read(self, index: int) -> Image.Image | None:
-        """A reference image at the model's size; None, and noted, if it cannot be read."""
+        """A reference image at the model's size; None, with the failure recorded, if it cannot be read."""
         try:
             image = load_image(self.source.read(index))
         except (DataError, OSError) as error:
@@ -93,7 +93,7 @@ class _Evaluation:
         return from_pixels(to_pixels([image], self.pipe.config.vqgan.image_size))[0]
 
     def measure_reference(self) -> tuple[FeatureStats, list[int], dict[str, float | None]]:
-        """Measure the real images and their reconstructions: statistics, numbers of the readable ones, figures."""
+        """Measure the real images and their reconstructions: statistics, indices of the readable ones, figures."""
         extractor = self.extractor
         real, rebuilt = FeatureStats(extractor), Gaussian(extractor.size)
         readable: list[int] = []
@@ -128,7 +128,7 @@ class _Evaluation:
 
     @torch.inference_mode()
     def reconstruct(self, images: Sequence[Image.Image]) -> tuple[Tensor, list[Image.Image]]:
-        """Tokens (N, T) of images, and the images that the VQGAN decodes them to."""
+        """Tokens (N, T) of images, and the VQGAN's reconstructions."""
         pixels = to_pixels(images, self.pipe.config.vqgan.image_size).to(self.pipe.device, self.pipe.dtype)
         tokens = self.pipe.vqgan.encode_tokens(pixels)
         return tokens, from_pixels(self.pipe.vqgan.decode_tokens(tokens))
@@ -185,12 +185,12 @@ class _Evaluation:
         return stats, figures
 
     def part(self, prompt: str | int) -> Part:
-        """What the pipeline generates from."""
+        """The pipeline's input for a prompt."""
         if isinstance(prompt, str):
             return prompt
         image = self.read(prompt)
         if image is None:
-            raise DataError(f"{self.source.names[prompt]} was readable before and is not any more")
+            raise DataError(f"{self.source.names[prompt]} was readable before but no longer is")
         return image
 
 
@@ -206,7 +206,7 @@ def evaluate_model(
     processes: Processes | None = None,
     progress: Callable[[int], None] = lambda count: None,
 ) -> dict[str, Any]:
-    """Evaluate a model. All processes call this and get the figures that one process would get, up to rounding.
+    """Evaluate a model. All processes call this and get the same figures as a single process, up to rounding.
 
     Args:
         prompts: sentences to generate from; None generates a variation of every reference image, from its embedding.
@@ -223,7 +223,7 @@ def evaluate_model(
         RequestError: candidates or seed are out of range, or a captioner is given without sentences.
     """
     if prompts is None and captioner:
-        raise RequestError("captioner", "needs sentences to find likely; give --prompts")
+        raise RequestError("captioner", "needs sentences to score; give --prompts")
     GenerationRequest("a prompt", candidates=candidates, seed=seed)  # checks their ranges
     processes = processes or Processes()
     started = time.perf_counter()
@@ -280,24 +280,24 @@ def _left_out(run: _Evaluation, classes: str, prompts: Sequence[str] | None) -> 
     if not run.extractor.classes:
         found["inception_score"] = f"{run.extractor.kind} features have no classes"
     elif classes != "inception_score":
-        found["inception_score"] = f"only Inception's is called so; {classes} is that of {run.extractor.kind}"
+        found["inception_score"] = f"defined for Inception only; {classes} uses {run.extractor.kind} instead"
     if run.extractor.kind != "inception":
-        found["fid"] = f"only Inception's is called so; the distance here is between {run.extractor.kind} features"
+        found["fid"] = f"defined for Inception only; the distance here uses {run.extractor.kind} features instead"
     if run.lpips is None:
-        found["lpips"] = "VGG16 is not here; run: clipgen weights fetch vgg16"
+        found["lpips"] = "VGG16 is not downloaded; run: clipgen weights fetch vgg16"
     if run.captioner is None:
-        found["caption_score"] = "no captioner given" if prompts is not None else "there are no sentences"
+        found["caption_score"] = "no captioner was given" if prompts is not None else "no sentences were given"
     return found
 
 
 def _warnings(extractor: Extractor, distance: str, generated: int, real: int, among: int) -> list[str]:
-    """How the figures must not be read."""
+    """Caveats about the figures."""
     found = []
     few = min(generated, real)
     if few <= extractor.size:
         found.append(
             f"{few} images are too few for {extractor.size} features: {distance} is far too high and comparable "
-            f"only at the same numbers of images; use more than {extractor.size}, papers use 10,000 to 50,000"
+            f"only between equal numbers of images; use more than {extractor.size}, papers use 10,000 to 50,000"
         )
     if extractor.classes and generated < 5000:
         found.append(
@@ -306,7 +306,7 @@ def _warnings(extractor: Extractor, distance: str, generated: int, real: int, am
     if among < 100:
         found.append(f"R-precision among {among} different prompts is easier than the usual 100")
     found.append(
-        "CLIP score and R-precision use the model's own CLIP, which conditions and ranks: they are not independent"
+        "CLIP score and R-precision are not independent: they use the model's own CLIP, which conditions and ranks"
     )
     return found
 

@@ -1,7 +1,7 @@
 """The arithmetic of evaluation: Frechet distance, Inception Score, R-precision, CLIP score, PSNR.
 
 Statistics are accumulated in float64 and can be summed over processes, so figures do not depend on how images are
-shared out. No network is called here. Shapes: N images, F features, C classes, D embedding.
+distributed. Nothing here runs a network. Shapes: N images, F features, C classes, D embedding.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ class Gaussian:
         self.products += x.t() @ x
 
     def share(self, add_up: Sum) -> None:
-        """Become the statistics of all processes' images."""
+        """All-reduce the statistics over the processes, in place."""
         self.count, self.total, self.products = map(add_up, (self.count, self.total, self.products))
 
     @property
@@ -81,7 +81,7 @@ def r_precision(images: Tensor, prompts: Tensor, among: int = 100, seed: int = 0
         images: (N, D) unit norm; prompts: (N, D) unit norm, in the same order.
 
     Returns:
-        The share, and the number of prompts compared, which is lower if there are fewer different ones.
+        The share, and the number of prompts compared, which is below `among` if there are fewer different ones.
     """
     different, kinds = torch.unique(prompts.cpu().float(), dim=0, return_inverse=True)
     rivals = min(among, len(different)) - 1

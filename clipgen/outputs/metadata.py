@@ -1,7 +1,7 @@
-"""Receipts: the metadata in every written image that says how it was generated, so that it can be generated again.
+"""Receipts: metadata in every written image that says how it was generated, so that it can be generated again.
 
-A receipt is one JSON object under the name `clipgen` in the file's metadata. Files come from anywhere, so each field is
-checked before it is used: a receipt can ask for nothing that a user could not.
+A receipt is one JSON object under the name `clipgen` in the file's metadata. Files are untrusted, so each field is
+checked before it is used: a receipt allows nothing that a user's request would not.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ KEY = "clipgen"
 VERSION = 2  # version 1 had no negative prompt
 MAX_BYTES = 60_000  # of prompt and negative prompt in a file: a JPEG's EXIF holds 64 KB
 MAX_READ = 200_000  # characters of a receipt that are parsed
-MAX_TEXT, MAX_NAME = 5_000, 255  # characters of a text that are kept (CLIP reads 64 * 77 of them), and of a name
+MAX_TEXT, MAX_NAME = 5_000, 255  # characters kept of a text (CLIP reads 64 * 77 of them) and of a name
 
 
 def _whole(low: int, high: int) -> Callable[[Any], bool]:
@@ -149,7 +149,7 @@ class Receipt:
             DataError: there is no receipt, or it is damaged, of a later version, or asks for something impossible.
         """
         if KEY not in metadata:
-            raise DataError("there is no receipt in it; a copy that another program made may have lost it")
+            raise DataError("there is no receipt in it; another program may have removed it when copying the file")
         record = _parse(metadata[KEY])
         if isinstance(record, list):
             raise DataError(f"it holds {len(record)} images; give the file of one of them")
@@ -178,12 +178,12 @@ def _parse(text: str) -> Any:
     try:
         return json.loads(text, object_pairs_hook=_unique)
     except (ValueError, RecursionError) as error:
-        raise _damaged(f"no JSON ({error})") from None
+        raise _damaged(f"not valid JSON ({error})") from None
 
 
 def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     if len(dict(pairs)) != len(pairs):
-        raise ValueError("a name stands there twice")
+        raise ValueError("duplicate key")
     return dict(pairs)
 
 
@@ -195,21 +195,21 @@ def _rules(kind: type) -> dict[str, Callable[[Any], bool]]:
 
 
 def _check_receipt(record: Any) -> dict[str, Any]:
-    """The fields of a receipt of any version, out of any JSON value.
+    """Check any JSON value as a receipt of any version, and return its fields.
 
     Raises:
         DataError: it is damaged, of a later version, or asks for something impossible.
     """
     if not isinstance(record, dict):
-        raise _damaged("no JSON object")
+        raise _damaged("not a JSON object")
     record = dict(record)
     if "version" not in record:
         raise _damaged("the field 'version' is missing")
     version = record.pop("version")
     if type(version) is not int or version < 1:
-        raise _damaged(f"version is {_shown(version)}, which cannot be")
+        raise _damaged(f"version is {_shown(version)}; it must be a whole number from 1 to {VERSION}")
     if version > VERSION:
-        raise DataError(f"its receipt has the version {version}; this clipgen reads {VERSION}: upgrade it")
+        raise DataError(f"its receipt has version {version}; this clipgen reads up to {VERSION}: upgrade clipgen")
     if version == 1:
         record.setdefault("negative", [])
     _check_fields(record, Receipt, "")
@@ -217,14 +217,14 @@ def _check_receipt(record: Any) -> dict[str, Any]:
         for part in record[name]:
             _check_fields(part, PromptPart, f"{name}'s ")
             if bool(part["text"].strip()) == bool(part["image"]):
-                raise _damaged(f"a part of the {name} must be a text or an image, and one of them")
+                raise _damaged(f"each part of the {name} must be either a text or an image")
     if bool(record["keep"]) != bool(record["keep_rows"]):
-        raise _damaged("keep and keep_rows do not fit together")
+        raise _damaged("keep and keep_rows contradict each other")
     if record["negative"] and record["guidance"] <= 1:
-        raise _damaged("negative and guidance do not fit together")
+        raise _damaged("negative and guidance contradict each other")
     offset = record["image_seed"] - record["seed"]
     if not 0 <= offset < record["candidates"] or record["index"] >= record["num_outputs"]:
-        raise _damaged("seed, candidates and index do not fit together")
+        raise _damaged("seed, candidates and index contradict each other")
     return record
 
 
@@ -232,11 +232,11 @@ def _check_fields(record: Mapping[str, Any], kind: type, where: str) -> None:
     rules = _rules(kind)
     if record.keys() != rules.keys():
         odd = sorted(record.keys() ^ rules.keys(), key=str)[0]
-        state = "is missing" if odd in rules else "is not known here"
+        state = "is missing" if odd in rules else "is unknown"
         raise _damaged(f"the field {where}{odd[:50]!r} {state}")
     for name, is_valid in rules.items():
         if not is_valid(record[name]):
-            raise _damaged(f"{where}{name} is {_shown(record[name])}, which cannot be")
+            raise _damaged(f"{where}{name} is {_shown(record[name])}, which is not a valid value")
 
 
 def _damaged(reason: str) -> DataError:
@@ -291,7 +291,7 @@ def _store_part(part: Part, weight: float, limit: int) -> PromptPart:
 
 
 def _size_in_exif(value: Any) -> int:
-    """Bytes of JSON within JSON, as EXIF holds it."""
+    """Bytes of JSON nested in JSON, as stored in EXIF."""
     return len(json.dumps(json.dumps(value)))
 
 

@@ -27,16 +27,16 @@ from clipgen.errors import DownloadError
 CHUNK = 1 << 18
 """Bytes read at once, at most."""
 PROGRESS = 1 << 20
-"""New bytes after which earlier failures no longer count, so that a poor line succeeds in the end."""
+"""New bytes after which earlier failures no longer count, so that an unreliable connection succeeds in the end."""
 _TRANSIENT = {408, 425, 429, 500, 502, 503, 504}
 
 Report = Callable[[int, int | None], None]
-"""Called with the bytes received and the bytes in all (None while unknown)."""
+"""Called with the bytes received and the total (None while unknown)."""
 Log = Callable[[str], None]
 
 
 class _Broken(Exception):
-    """A failed attempt that is worth repeating."""
+    """A failed attempt that may be retried."""
 
     def __init__(self, message: str, wait: float = 0.0, restart: bool = False) -> None:
         super().__init__(message)
@@ -53,7 +53,7 @@ class RetryPolicy:
         min_rate: bytes per second; a lower average over `timeout` counts as a failure.
         attempts: failures in a row, without `PROGRESS` new bytes in between, after which it gives up.
         backoff: seconds before the second attempt; each further wait is twice as long.
-        max_wait: seconds; also caps what a server asks for with Retry-After.
+        max_wait: seconds; also limits a server's Retry-After.
         max_bytes: size limit of a file.
     """
 
@@ -103,10 +103,10 @@ def download(
     Args:
         url: http or https; redirects to anything else, or from https to http, are refused.
         path: the partial file, in an existing folder. It is kept for resuming when the download fails.
-        size: expected bytes, if known; a server that offers another number is refused.
-        checked: the caller will verify a hash of the whole, so the download may resume even if the server has no
+        size: expected bytes, if known; another size is refused.
+        checked: the caller will verify a hash of the file, so the download may resume even if the server has no
             validator (RFC 9110, section 13.1.5); without either it starts over.
-        report: called with the progress, which returns to 0 when the download has to start over.
+        report: called with the progress, which returns to 0 when the download starts over.
 
     Raises:
         DownloadError: it failed permanently or too often, or the disk is full.
@@ -207,7 +207,7 @@ def _open(url: str, headers: dict[str, str], timeout: float) -> Any:
     except DownloadError:
         raise
     except ValueError as error:
-        raise DownloadError(f"{url}, or where it redirects to, is no address ({error})") from error
+        raise DownloadError(f"{url}, or its redirect, is not a valid URL ({error})") from error
 
 
 def _reason(error: object) -> str:
@@ -217,22 +217,23 @@ def _reason(error: object) -> str:
 
 
 def _check_kind(url: str, response: Any) -> None:
-    """Refuse what a login page or a proxy sends in place of a file."""
+    """Refuse responses that are not the file, such as a login page's or a proxy's."""
     if response.status not in (HTTPStatus.OK, HTTPStatus.PARTIAL_CONTENT):
         raise DownloadError(f"{url} answered {response.status} {http.client.responses.get(response.status, '')}")
     if response.headers.get_content_type() == "text/html":
         raise DownloadError(f"{url} sent a web page instead of the file")
     if response.headers.get("Content-Encoding", "identity").lower() != "identity":
-        raise DownloadError(f"{url} sent the file encoded ({response.headers['Content-Encoding']!r}), unasked")
+        encoding = response.headers["Content-Encoding"]
+        raise DownloadError(f"{url} sent the file with the encoding {encoding!r}, which was not requested")
 
 
 def _extent(response: Any, have: int, origin: _Origin | None) -> tuple[int, int | None]:
     """Where in the file the response begins, and how long the whole file is, if the server says."""
     if response.status != HTTPStatus.PARTIAL_CONTENT:
-        return 0, response.length  # what is left of Content-Length, None without one
+        return 0, response.length  # the rest of Content-Length, or None
     match = re.fullmatch(r"bytes (\d{1,18})-\d{1,18}/(\d{1,18}|\*)", response.headers.get("Content-Range", "").strip())
     if not (have and match and int(match[1]) == have):
-        raise _Broken("sent another part of the file than was asked for", restart=True)
+        raise _Broken("sent a different range of the file than requested", restart=True)
     total, before = None if match[2] == "*" else int(match[2]), origin.total if origin else None
     if total is not None and (total <= have or before not in (None, total)):
         raise _Broken("has changed since the download began", restart=True)
@@ -240,7 +241,7 @@ def _extent(response: Any, have: int, origin: _Origin | None) -> tuple[int, int 
 
 
 def _validator(response: Any) -> str | None:
-    """What If-Range may carry: a strong ETag, else the date (RFC 9110, section 13.1.5)."""
+    """The value for If-Range: a strong ETag, else the date (RFC 9110, section 13.1.5)."""
     etag = response.headers.get("ETag", "")
     found = etag if re.fullmatch(r'"[\x21\x23-\x7e]{1,200}"', etag) else response.headers.get("Last-Modified", "")
     return found if re.fullmatch(r"[\x20-\x7e]{1,202}", found) else None

@@ -1,4 +1,4 @@
-"""Read .safetensors files. A file that is something else, or is cut off, is named together with the remedy."""
+"""Read .safetensors files. Errors name the file, what is wrong with it and the remedy."""
 
 from __future__ import annotations
 
@@ -24,17 +24,17 @@ _MAX_HEADER = 100_000_000  # bytes, the format's own limit
 
 @dataclass(frozen=True)
 class TensorInfo:
-    """A tensor as the header of a .safetensors file describes it; `dtype` in that format's words, such as "F16"."""
+    """A tensor's entry in the header of a .safetensors file; `dtype` is the format's name, such as "F16"."""
 
     shape: tuple[int, ...]
     dtype: str
 
 
 def load_tensors(path: str | Path) -> dict[str, Tensor]:
-    """Map the tensors of a .safetensors file; their pages are read when they are first used.
+    """Memory-map the tensors of a .safetensors file; their pages are read on first use.
 
     Raises:
-        WeightsError: there is no such file, or it is none, or is cut off.
+        WeightsError: the file does not exist, is not a .safetensors file, or is cut off.
     """
     with _explained(Path(path)):
         return load_file(path)
@@ -62,7 +62,7 @@ def _explained(path: Path) -> Iterator[None]:
 
 
 def find_problem(path: Path) -> str | None:
-    """What keeps `path` from being a file of weights of any format, with the remedy; None if nothing obvious does."""
+    """The reason why `path` cannot be a file of weights in any format, with the remedy; None if none is found."""
     if path.is_dir():
         files = sorted(path.glob("*.safetensors"))
         return f"is a folder; name a file{f', such as {files[0]}' if files else ''}"
@@ -79,12 +79,12 @@ def find_problem(path: Path) -> str | None:
 
 
 def _find_safetensors_problem(path: Path) -> str | None:
-    """By the format: 8 bytes with the header's length, the header in JSON, the tensors at the offsets it states."""
+    """Check the format: 8 bytes with the header's length, the header in JSON, tensors at the offsets it states."""
     size = path.stat().st_size
     with path.open("rb") as file:
         start = file.read(9)
         if start.startswith(_PYTORCH) and start[8:] != b"{":
-            return "is a PyTorch checkpoint; make .safetensors of it with `clipgen weights convert`"
+            return "is a PyTorch checkpoint; convert it to .safetensors with `clipgen weights convert`"
         length = int.from_bytes(start[:8], "little")
         if start[8:] != b"{" or length > _MAX_HEADER:
             return None

@@ -156,7 +156,7 @@ def test_unreachable_server_and_malformed_host_are_named(part: Path) -> None:
         taken.bind(("127.0.0.1", 0))
         with pytest.raises(DownloadError, match=r"cannot be reached \(Connection refused\); gave up"):
             download(f"http://127.0.0.1:{taken.getsockname()[1]}/file", part, policy=HASTY)
-    with pytest.raises(DownloadError, match="is no address"):
+    with pytest.raises(DownloadError, match="is not a valid URL"):
         download(f"http://{'a' * 64}.invalid/file", part, policy=HASTY)
 
 
@@ -253,7 +253,7 @@ def test_web_page_or_encoded_body_is_refused(server: Server, part: Path) -> None
     with pytest.raises(DownloadError, match="sent a web page instead of the file"):
         download(f"{server.address}/file", part, policy=HASTY)
     server.default = Answer(headers={"Content-Encoding": "gzip"})
-    with pytest.raises(DownloadError, match=r"encoded \('gzip'\), unasked"):
+    with pytest.raises(DownloadError, match="encoding 'gzip', which was not requested"):
         download(f"{server.address}/file", part, policy=HASTY)
     assert not part.exists()
 

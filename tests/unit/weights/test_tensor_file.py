@@ -49,7 +49,7 @@ def test_tensors_and_header_of_an_intact_file(file: Path) -> None:
 @pytest.mark.parametrize("legacy", [False, True])
 def test_pytorch_checkpoint_is_named_with_the_command_that_converts_it(tmp_path: Path, legacy: bool) -> None:
     torch.save({"a": torch.ones(3)}, tmp_path / "clip.pt", _use_new_zipfile_serialization=not legacy)
-    assert "is a PyTorch checkpoint; make .safetensors of it with `clipgen weights convert`" in refused(
+    assert "is a PyTorch checkpoint; convert it to .safetensors with `clipgen weights convert`" in refused(
         tmp_path / "clip.pt"
     )
 
