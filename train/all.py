@@ -53,7 +53,7 @@ WEIGHTS_STEPS = ("export", "index", "evaluate", "card")
 MIN_SENTENCES = 20
 """Fewest sentences that the index can be built from."""
 HASTY = RetryPolicy(timeout=10, attempts=2, backoff=0.5)
-"""For a download that there is a substitute for."""
+"""Retries of a download that has a fallback."""
 
 
 @dataclass(frozen=True)
@@ -114,13 +114,13 @@ def plan_steps(paths: Paths, config: Config, features: str, processes: int) -> d
 
 
 def check_inputs(paths: Paths, config: Config, processes: int) -> dict[str, Any]:
-    """Find within a minute what would end the training after days.
+    """Check inputs and settings up front that would otherwise fail late in the training.
 
     Returns:
-        What the training is made from, as JSON; with other inputs it cannot be resumed in the same folder.
+        Inputs and settings of the training, as JSON; with others it cannot be resumed in the same folder.
 
     Raises:
-        ConfigError: a file does not fit.
+        ConfigError: a file does not match the configuration.
         WeightsError: the CLIP is missing or is not .safetensors.
         DataError: there are no images.
         OutputError: outputs lie inside the data.
@@ -158,10 +158,10 @@ def check_inputs(paths: Paths, config: Config, processes: int) -> dict[str, Any]
 
 
 def choose_features(asked: str | None, before: str | None) -> str:
-    """Features to evaluate with: those asked for, those of the interrupted training, or the best that can be had.
+    """Features to evaluate with: as requested, as in the interrupted training, or the best available.
 
     Raises:
-        ConfigError: Inception is asked for and cannot be downloaded.
+        ConfigError: Inception is requested and cannot be downloaded.
     """
     features = asked or before or "inception"
     if features == "inception":
@@ -179,7 +179,7 @@ def begin(paths: Paths, config: Config, made_from: dict[str, Any]) -> None:
     """Claim the work folder for this training, or check that it belongs to it.
 
     Raises:
-        ConfigError: it belongs to another training, or the place for the weights is taken.
+        ConfigError: it belongs to another training, or the output folder exists.
     """
     settings = paths.work / "settings.json"
     if settings.is_file():
@@ -217,7 +217,7 @@ def run_step(name: str, arguments: Sequence[str]) -> None:
 
 
 def publish(weights: Path, out: Path) -> None:
-    """Move the complete folder of weights to its place, where it appears completely or not at all."""
+    """Move the complete folder of weights to its final path atomically."""
     out.parent.mkdir(parents=True, exist_ok=True)
     try:
         os.replace(weights, out)
@@ -244,7 +244,7 @@ def parse() -> tuple[Paths, Config, str | None, int]:
     parser.add_argument("--config", default="mini", help="mini, coco, imagenet, or the path of a .yaml file")
     parser.add_argument("--clip", type=Path, required=True, help="CLIP weights, .safetensors under OpenAI's names")
     parser.add_argument("--prompts", type=Path, help="sentences about such images, one per line, at least 20")
-    help_features = "what images are compared by at the end [default: inception, or what can be had offline]"
+    help_features = "features for the final evaluation [default: inception, or what is available offline]"
     parser.add_argument("--features", choices=KINDS, help=help_features)
     parser.add_argument("--processes", type=at_least(1), default=1, help="processes of this machine, such as its GPUs")
     parser.add_argument("--work", type=Path, help="folder for intermediate results [default: runs/NAME_OF_OUT]")

@@ -3,9 +3,8 @@
     python -m train.check photos --out runs/check
     python -m train.check "data/{000000..000127}.tar" --size 256
 
-Reads every image once and reports how many can be used, how large they are, which look alike, and which files were
-not used. With --out it also writes report.json, unreadable.txt, duplicates.txt and contact.png. The exit code is 1 if
-nothing can be trained on.
+Reads every image once and reports how many are usable, their sizes, near-duplicates, and unused files. With --out it
+also writes report.json, unreadable.txt, duplicates.txt and contact.png. The exit code is 1 if no image is usable.
 """
 
 from __future__ import annotations
@@ -45,7 +44,7 @@ SHEET = 100
 
 @dataclass(frozen=True)
 class CheckedImage:
-    """What the check found out about one image; `problem` is "" if it can be used."""
+    """Result of checking one image; `problem` is "" if it can be used."""
 
     name: str
     problem: str = ""
@@ -55,7 +54,7 @@ class CheckedImage:
 
 
 def dhash(image: Image.Image) -> int:
-    """64 bits: is each cell of a 9 x 8 grey thumbnail brighter than its left neighbour (difference hash)?"""
+    """64-bit difference hash: whether each cell of a 9 x 8 grey thumbnail is brighter than its left neighbour."""
     grey = np.asarray(image.convert("L").resize((9, 8), Image.Resampling.BOX), dtype=np.int16)
     return int.from_bytes(np.packbits(grey[:, 1:] > grey[:, :-1]).tobytes(), "big")
 
@@ -127,7 +126,7 @@ def _close(values: np.ndarray) -> Iterator[tuple[int, int]]:
 
 
 def summary(source: Source, images: Sequence[CheckedImage], groups: Sequence[Sequence[int]], size: int) -> list[str]:
-    """The report in plain words."""
+    """The lines of the report."""
     good = [p for p in images if not p.problem]
     bad = [p for p in images if p.problem]
     lines = [f"{len(images)} images: {len(good)} can be used, {len(bad)} cannot"]
@@ -135,20 +134,20 @@ def summary(source: Source, images: Sequence[CheckedImage], groups: Sequence[Seq
         lines.append(describe_unused(source))
     lines += [f"  {count} x {problem}" for problem, count in Counter(p.problem for p in bad).most_common(5)]
     if not good:
-        return [*lines, "Nothing can be trained on: there is no image that can be read."]
+        return [*lines, "Training is not possible: no image can be read."]
     sides = sorted(min(p.width, p.height) for p in good)
     lines.append(f"shorter side: {sides[0]} to {sides[-1]} px, half of them at least {sides[len(sides) // 2]} px")
     small = sum(side < size for side in sides)
     if small:
-        lines.append(f"{small} are smaller than {size} px and will be blown up: blurred images teach blur")
+        lines.append(f"{small} are smaller than {size} px and will be upscaled: the model will learn to blur")
     long = sum(max(p.width, p.height) > 2 * min(p.width, p.height) for p in good)
     if long:
-        lines.append(f"{long} are more than twice as long as wide: training sees a square of each")
+        lines.append(f"{long} have one side more than twice the other: training uses a square crop of each")
     again = sum(len(group) - 1 for group in groups)
     if again:
-        lines.append(f"{again} look like another one ({len(groups)} groups): seen more often, learned by heart sooner")
+        lines.append(f"{again} are near-duplicates of another ({len(groups)} groups): the model may memorise them")
     if len(good) < 1000:
-        lines.append(f"{len(good)} images are enough to try training out, not to make new images from")
+        lines.append(f"{len(good)} images are enough for a trial, but too few to generate new images from")
     return lines
 
 
@@ -164,7 +163,7 @@ def contact_sheet(source: Source, good: Sequence[int], side: int = 96) -> Image.
 
 
 def prepare_output(data: str, out: Path) -> None:
-    """Create the folder for the report before hours are spent on reading.
+    """Create the folder for the report, before the images are read.
 
     Raises:
         OutputError: it lies inside the data, where the contact sheet would become a training image.

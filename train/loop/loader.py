@@ -1,4 +1,4 @@
-"""Numbered images -> batches, decoded ahead by worker processes that are never waited for blindly."""
+"""Batches of numbered images, decoded ahead by worker processes, with checks for dead or stuck workers."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ SHARED_MEMORY = Path("/dev/shm")
 PREFETCH = 2
 """Batches that each worker prepares ahead."""
 POLL = 2.0
-"""Seconds after which a wait for a batch looks at the workers and at the stop flag."""
+"""Interval in seconds at which a wait for a batch checks the workers and the stop flag."""
 GRACE = 10.0
 """Seconds that a step may still wait for its batch after Ctrl-C or SIGTERM."""
 MAX_WAIT = 600.0
@@ -64,9 +64,9 @@ def image_batches(
     handler = signal.getsignal(signal.SIGCHLD)
     batches = iter(loader)
     if workers and threading.current_thread() is threading.main_thread():
-        signal.signal(signal.SIGCHLD, handler)  # torch's would raise a worker's death in the middle of a step
+        signal.signal(signal.SIGCHLD, handler)  # torch's handler would raise a worker's death in the middle of a step
     while (batch := _next_batch(batches, stop)) is not None:
-        data.failures |= batch.failures  # a worker's own are in its process
+        data.failures |= batch.failures  # a worker's failures are in its own process
         yield batch
 
 
@@ -89,7 +89,7 @@ def check_shared_memory(batch_bytes: int, workers: int) -> None:
 
 
 def ignore_signals(_: int) -> None:
-    """Leave Ctrl-C to the trainer, which needs its workers for the current step; SIGTERM ends a worker as usual."""
+    """Ignore Ctrl-C in a worker, which the trainer needs for the current step; SIGTERM ends it as usual."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, signal.SIG_DFL)
 
@@ -106,7 +106,7 @@ class _StepKeys(Sampler[list[Key]]):
 
 
 def _next_batch(batches: Iterator[Batch], stop: Stop | None) -> Batch | None:
-    """The next batch; None after the last one, or when `stop` was signalled and it does not come.
+    """The next batch; None after the last one, or if `stop` was signalled and it does not arrive.
 
     Raises:
         DataError: a worker died, or workers are stuck.
@@ -119,10 +119,10 @@ def _next_batch(batches: Iterator[Batch], stop: Stop | None) -> Batch | None:
         except ClipGenError as error:
             if not str(error).startswith("Caught "):
                 raise
-            message = str(error).strip().splitlines()[-1].partition(": ")[2]  # before it stands the worker's traceback
+            message = str(error).strip().splitlines()[-1].partition(": ")[2]  # without the worker's traceback
             raise type(error)(message) from error
         except (RuntimeError, EOFError, ConnectionError) as error:
-            # The latter two where a batch that a dead worker had ready cannot be had from it any more.
+            # The latter two occur if a dead worker's finished batch can no longer be fetched.
             if not isinstance(error, RuntimeError) or "exited unexpectedly" in str(error):
                 if stop is not None and stop.signal:
                     return None  # SIGTERM reached the whole process group

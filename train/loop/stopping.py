@@ -1,4 +1,4 @@
-"""Ctrl-C and SIGTERM let the current step finish and be saved."""
+"""On Ctrl-C or SIGTERM, finish the current step and save it."""
 
 from __future__ import annotations
 
@@ -19,10 +19,10 @@ _BUDGET = 1000
 
 
 class Stop:
-    """Context in which the first SIGINT or SIGTERM is only recorded; a second Ctrl-C of a lone process acts at once.
+    """Context that only records the first SIGINT or SIGTERM; in a single process, a second Ctrl-C interrupts at once.
 
-    The end of a budget of minutes is recorded in the same way. A signal reaches processes at different times, perhaps
-    only one of them, so they agree after every step.
+    The end of a budget of minutes is recorded in the same way. A signal may reach processes at different times, or
+    only one of them, so they synchronise after every step.
     """
 
     def __init__(self, minutes: float | None = None) -> None:
@@ -31,12 +31,12 @@ class Stop:
         self._minutes, self._deadline = minutes, None if minutes is None else time.monotonic() + 60 * minutes
         self._previous: dict[int, Any] = {}
         alone = not dist.is_initialized() or dist.get_world_size() == 1
-        # Gloo, whatever backend the training uses: agreeing must not wait for the accelerator, and NCCL gives up after
-        # ten minutes, in which no machine fetches its shards.
+        # Gloo, whatever backend the training uses: it does not wait for the accelerator, and NCCL times out after ten
+        # minutes, too short to fetch shards.
         self._group = None if alone else dist.new_group(backend="gloo", timeout=timedelta(days=7))
 
     def __enter__(self) -> Stop:
-        if threading.current_thread() is threading.main_thread():  # only there can handlers be set
+        if threading.current_thread() is threading.main_thread():  # handlers can be set only there
             self._previous = {s: signal.signal(s, self._record) for s in (signal.SIGINT, signal.SIGTERM)}
         return self
 
@@ -50,12 +50,12 @@ class Stop:
         self.signal = number
 
     def wait_for_others(self) -> None:
-        """Wait until all processes are here, however long the slowest one takes; signals are handled meanwhile."""
+        """Wait for all processes without a time limit; signals are handled in the meantime."""
         if self._group is not None:
             arrived = dist.barrier(self._group, async_op=True)
             while not arrived.is_completed():
                 time.sleep(0.05)
-            arrived.wait()  # raises if another process has gone
+            arrived.wait()  # raises if another process has ended
 
     def requested(self) -> bool:
         """Whether any process was asked to stop. All processes call this, once a step."""

@@ -1,6 +1,6 @@
 """Words for the mini CLIP: style names, background colours and sentence templates.
 
-Only the CLIP sees these; stages 1 and 2 stay language-free.
+Only CLIP is trained on these; stages 1 and 2 are language-free.
 """
 
 from __future__ import annotations
@@ -57,14 +57,14 @@ class Emoji:
 
 
 def article(noun: str) -> str:
-    """`noun` with the article people write before it: "a lemon", "an apple", "scissors"."""
+    """`noun` with its indefinite article: "a lemon", "an apple", "scissors"."""
     if noun.endswith("s") and not noun.endswith(("ss", "us")):
         return noun
     return f"{'an' if noun[:1].lower() in 'aeiou' else 'a'} {noun}"
 
 
 def plural(noun: str) -> str:
-    """More than one of it, by the rules alone: "lemons", "boxes", "cherries", "scissors"."""
+    """Plural of `noun` by the regular rules: "lemons", "boxes", "cherries", "scissors"."""
     if noun.endswith("s") and not noun.endswith(("ss", "us")):
         return noun
     if noun.endswith("y") and noun[-2:-1] not in "aeiou":
@@ -73,7 +73,7 @@ def plural(noun: str) -> str:
 
 
 def choose_noun(emoji: Emoji, rng: random.Random) -> str:
-    """One way to name the emoji: mostly its name, sometimes a keyword, sometimes both."""
+    """A noun for the emoji: mostly its name, sometimes a keyword, sometimes both."""
     roll = rng.random()
     if roll < 0.65 or not emoji.keywords:
         return emoji.name
@@ -82,7 +82,7 @@ def choose_noun(emoji: Emoji, rng: random.Random) -> str:
 
 
 def object_phrase(emoji: Emoji, rng: random.Random) -> str:
-    """The emoji in a sentence, mostly with its article."""
+    """A noun for the emoji, mostly with its article."""
     noun = choose_noun(emoji, rng)
     return article(noun) if rng.random() < 0.6 else noun
 
@@ -90,8 +90,8 @@ def object_phrase(emoji: Emoji, rng: random.Random) -> str:
 def caption(objects: list[Emoji], style: str, background: str, rng: random.Random) -> str:
     """A sentence for a picture of `objects` in `style` on a `background` colour.
 
-    Who says nothing else gets a glossy picture on white: that style is named half of the time, any other always, white
-    rarely, any other background always.
+    The default is a glossy picture on white: that style is named half of the time and white rarely, other styles and
+    backgrounds always.
     """
     if len(objects) == 1:
         phrase = object_phrase(objects[0], rng)

@@ -1,4 +1,4 @@
-"""What both towers of the mini CLIP share: its sizes, pictures as the image tower sees them, and retrieval."""
+"""Shared parts of the mini CLIP's towers: sizes, preprocessing of pictures, and retrieval."""
 
 from __future__ import annotations
 
@@ -20,12 +20,12 @@ CONTEXT = 32
 SIZE = 64
 """Side of the image tower's input, px."""
 SCALE = 20.0
-"""Of the cosines in the softmaxes."""
+"""Inverse temperature of the softmaxes over cosines."""
 
 
 @dataclass
 class TowerConfig(TrainConfig):
-    """One tower's training."""
+    """Settings of one tower's training."""
 
     batch_size: int = 128
     lr: float = 1e-3
@@ -39,7 +39,7 @@ class TowerConfig(TrainConfig):
 
 
 def build_mini_clip() -> OpenAIClip:
-    """OpenAI's CLIP with a ResNet: 7 M parameters of pictures, 11 M of words, mostly the table of 49,408 tokens.
+    """OpenAI's CLIP with a ResNet: 7 M parameters in the image tower, 11 M for text, mostly 49,408 token embeddings.
 
     On a CPU the ResNet trains three times as fast as a ViT of 6 layers, 192 wide, at patch 8.
     """
@@ -63,7 +63,7 @@ def read_codes(folder: Path) -> list[str]:
 
 
 def read_pixels(folder: Path) -> Tensor:
-    """All pictures of a split as the image tower will see them, uint8 (N, 3, SIZE, SIZE), in the metadata's order."""
+    """All pictures of a split at the image tower's size, uint8 (N, 3, SIZE, SIZE), in the metadata's order."""
     mean, std = clip_statistics()
     out = []
     for record in read_records(folder):
@@ -84,7 +84,7 @@ def normalise(pixels: Tensor) -> Tensor:
 
 
 def augment(pixels: Tensor, generator: torch.Generator) -> Tensor:
-    """Shift uint8 (B, 3, S, S) by up to 4 px at its edges' colour, and flip half of the batch."""
+    """Shift uint8 (B, 3, S, S) by up to 4 px with edge padding, and flip half of the batch."""
     side = pixels.shape[-1]
     padded = F.pad(pixels.float(), (4, 4, 4, 4), mode="replicate").to(torch.uint8)
     y, x = torch.randint(9, (2,), generator=generator).tolist()
@@ -101,7 +101,7 @@ def name_embeddings(emoji: list[Emoji], cache: Path) -> Tensor:
 
 
 def recall(texts: Tensor, images: Tensor, text_codes: list[str], image_codes: list[str]) -> dict[str, float]:
-    """Share of the pictures whose own name is found: for each picture's name, is it among the k nearest pictures?
+    """Text-to-image recall at k: share of the names whose own picture is among the k nearest pictures.
 
     Args:
         texts: unit norm (M, D), one per emoji; images: unit norm (N, D), of distinct emoji.

@@ -1,10 +1,10 @@
-"""The mini CLIP's text tower: sentences learn where their pictures are, then both towers become one file.
+"""Train the mini CLIP's text tower on the frozen image tower, and join both in one file.
 
     python train/mini/clip_text.py --data data/emoji --out runs/clip
 
-The image tower is frozen. A caption belongs where its picture is, of those that the GPT learns to draw: so a sentence
-can take a picture's place. Any other text belongs among the pictures of the names that the sentence encoder finds
-nearest to it and to its gloss in WordNet, so that "puppy" lands near dogs although nothing is named so.
+A caption's target is the embedding of its picture, among those that the GPT learns, so that a sentence can replace a
+picture. Any other text's target is a mixture of the pictures of the names that the sentence encoder finds
+nearest to it and to its gloss in WordNet, so that "puppy" lands near dogs although no emoji has that name.
 Writes OUT/clip.safetensors and prints retrieval of held-out pictures by name.
 """
 
@@ -49,26 +49,26 @@ from train.mini.clip_data import (
 from train.mini.words import emoji_words, picture_captions, read_emoji, read_records, read_wordnet, teacher_embeddings
 
 CAPTIONS = 6
-"""Captions of each picture."""
+"""Number of captions of each picture."""
 NEAREST = 8
-"""Names that a text which is no caption is a mixture of."""
+"""Number of names in the target mixture of a text that is not a caption."""
 KNOWN = 0.2
-"""Added to the cosine of a text and a name where the text is the name or one of its keywords."""
+"""Added to the cosine of a text and a name if the text is the name or one of its keywords."""
 MIX = {"captions": 0.4, "emoji": 0.25, "wordnet": 0.35}
 """Shares of a batch."""
 
 
 @dataclass
 class Texts:
-    """Sentences and what they mean. N texts, D embedding, C names.
+    """Sentences and their targets. N texts, D embedding, C names.
 
     Attributes:
         texts: the N sentences.
-        targets: where each belongs, (N, D) unit norm.
-        names: the names that each means, (N, NEAREST).
-        weights: how much it means each, (N, NEAREST) summing to 1.
-        shares: how often each is drawn, (N,).
-        places: where each name's picture is, (C, D) unit norm.
+        targets: target embedding of each, (N, D) unit norm.
+        names: the names nearest to each, (N, NEAREST).
+        weights: weights of these names, (N, NEAREST) summing to 1.
+        shares: sampling probability of each, (N,).
+        places: embedding of each name's picture, (C, D) unit norm.
     """
 
     texts: list[str]
@@ -80,7 +80,7 @@ class Texts:
 
 
 def build_texts(data: Path, out: Path, wordnet: Path, seed: int) -> Texts:
-    """All that the tower learns from."""
+    """Build the training data of the tower."""
     emoji, records = read_emoji(data), read_records(data / "seen")
     pictures = picture_embeddings(data / "seen", out)
     codes = sorted({code for r in records for code in r["objects"]})
@@ -115,7 +115,7 @@ def build_texts(data: Path, out: Path, wordnet: Path, seed: int) -> Texts:
 
 
 def known_names(words: list[str], owners: dict[str, list[str]], number: dict[str, int]) -> Tensor:
-    """What is added to the cosines of texts and names, (N, C): `KNOWN` where the emoji has the text, else nothing."""
+    """The addend to the cosines of texts and names, (N, C): `KNOWN` where the emoji has the text, else 0."""
     known = torch.zeros(len(words), len(number))
     for i, word in enumerate(words):
         known[i, [number[code] for code in owners.get(word, ()) if code in number]] = KNOWN
@@ -127,12 +127,12 @@ def nearest_names(
 ) -> tuple[Tensor, Tensor]:
     """The names that the sentence encoder finds nearest to each text, and their shares: (N, NEAREST) both.
 
-    Of rare words the encoder knows the spelling better than the sense (to it "dinghy" is like "troll"), so it reads
-    what they mean too, and the keywords beside the names.
+    For rare words the encoder goes by spelling ("dinghy" is near "troll"), so it also encodes their glosses, and the
+    keywords with the names.
 
     Args:
         meant: each text in more words.
-        known: what is added to the similarities, (N, C).
+        known: added to the similarities, (N, C).
     """
     names = name_embeddings(emoji, out / "teacher_names.safetensors")
     described = [f"{e.name}: {', '.join(e.keywords)}" for e in emoji]
@@ -144,10 +144,10 @@ def nearest_names(
 
 
 def name_places(records: list[dict], pictures: Tensor, number: dict[str, int]) -> Tensor:
-    """Each name's picture (C, D) of those (N, D): alone, on white, glossy, or in another style where it is not."""
+    """Embedding of each name's picture, (C, D) out of (N, D): alone, on white, glossy if available."""
     places = torch.zeros(len(number), pictures.shape[1])
     plain = [i for i, r in enumerate(records) if len(r["objects"]) == 1 and r["background"] == "white"]
-    for i in sorted(plain, key=lambda i: records[i]["style"] == "3d"):  # glossy ones last: they stay
+    for i in sorted(plain, key=lambda i: records[i]["style"] == "3d"):  # glossy ones last: they overwrite others
         places[number[records[i]["objects"][0]]] = pictures[i]
     return places
 
@@ -165,7 +165,7 @@ def picture_embeddings(folder: Path, out: Path) -> Tensor:
 def encode_tokens(model: OpenAIClip, tokens: Tensor) -> Tensor:
     """The text tower on tokens (B, L), L at most its context: unit-norm embeddings (B, D).
 
-    `CLIP.encode_text` asks the image tower for its precision, which is not there while the text tower trains alone.
+    `CLIP.encode_text` needs the image tower for its dtype, which is missing while the text tower trains alone.
     """
     length = tokens.shape[1]
     x = (model.token_embedding(tokens) + model.positional_embedding[:length]).permute(1, 0, 2)  # (L, B, C)
@@ -175,7 +175,7 @@ def encode_tokens(model: OpenAIClip, tokens: Tensor) -> Tensor:
 
 
 def join(data: Path, out: Path) -> None:
-    """Put both towers into one file of OpenAI's names and measure retrieval with it."""
+    """Join both towers in one file under OpenAI's names and measure retrieval with it."""
     weights = load_file(out / "text.safetensors")
     weights |= {f"visual.{k}": v for k, v in load_file(out / "image.safetensors").items()}
     save_tensors(weights, out / "clip.safetensors")
@@ -221,7 +221,7 @@ def main() -> None:
     log = Logger(out, config.steps, config.batch_size)
 
     for step in range(start, config.steps):
-        # Of a pool, the quarter whose lengths are alike makes a batch with little padding.
+        # A batch is a quarter of a pool with similar lengths, to reduce padding.
         generator = torch.Generator().manual_seed(config.seed * 1_000_003 + step)
         pool = torch.multinomial(data.shares, 4 * config.batch_size, replacement=True, generator=generator)
         pool = pool[lengths[pool].argsort()].view(4, config.batch_size)
@@ -230,10 +230,10 @@ def main() -> None:
             y = encode_tokens(tower, tokens[rows, : int(lengths[rows].max())].to(device))
         target = data.targets[rows].to(device)
         alignment = 1 - (y * target).sum(-1).mean()
-        # Against all names, not only the batch's: their pictures are frozen, so they cost nothing.
+        # Compare with all names, not only the batch's: their embeddings are frozen, so this is free.
         log_share = F.log_softmax(SCALE * y @ places.t(), dim=-1).gather(1, data.names[rows].to(device))
         naming = -(data.weights[rows].to(device) * log_share).sum(-1).mean()
-        # Relations between sentences, not only their places: styles and colours of one thing stay apart.
+        # Match similarities between sentences too, to keep styles and colours of one thing apart.
         relation = F.cross_entropy(SCALE * y @ target.t(), (SCALE * target @ target.t()).softmax(-1))
         optimizer.zero_grad()
         accelerator.backward(30 * alignment + naming + relation)

@@ -1,4 +1,4 @@
-"""Sentences for scenes, in the many ways people say one thing. Only the CLIP's training sees them."""
+"""Sentences for scenes, in varied wordings. Used only to train CLIP."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from train.mini.facts import PLACES, Facts, Thing
 from train.mini.objects import read_objects
 
 Words = Mapping[str, Sequence[str]]
-"""Object -> words for it, or for some kind of it."""
+"""Object -> words for it or for kinds of it."""
 NO_WORDS: Words = {}
 
 STYLES: dict[str, tuple[str, ...]] = {
@@ -60,7 +60,7 @@ _RELATIONS: dict[str, tuple[str, ...]] = {
     "on": ("{a} on {b}", "{a} on top of {b}", "{a} standing on {b}", "{a} sitting on {b}"),
 }
 _BESIDE = ("{a} next to {b}", "{a} beside {b}", "{a} and {b}", "{a} with {b}", "{a} by the side of {b}")
-"""Said of two things side by side, whichever is on the left."""
+"""Templates for two things side by side, in either order."""
 _NUMBERS: dict[int, tuple[str, ...]] = {
     2: ("two {}", "2 {}", "a pair of {}"),
     3: ("three {}", "3 {}", "a group of three {}"),
@@ -87,7 +87,7 @@ _ATTACHED: dict[str, tuple[str, ...]] = {
     "wings": ("wings", "angel wings"),
 }
 _GROWN = ("hair", "face", "horns", "moustache", "beard", "wings")
-"""Attachments that things have; the others they wear, but for the cigarette."""
+"""Attachments that things have; the others are worn, except the cigarette."""
 _ADJECTIVES = {
     "hair": "hairy",
     "face": "smiling",
@@ -103,10 +103,10 @@ _NATURAL_HAIR = ("brown", "black", "blond", "red")
 
 
 def describe(facts: Facts, rng: random.Random, words: Words = NO_WORDS) -> str:
-    """A sentence that says what a scene shows.
+    """A sentence that describes a scene.
 
-    What is usual goes without saying: who names no style gets 3D, who names no ground gets white. Everything else is
-    always said, but for the cut of hair and its usual colours.
+    The default style, 3D, and the default ground, white, are mostly left out. Everything else is always mentioned,
+    except the cut of hair and its usual colours.
 
     Args:
         words: more words for objects, such as those of WordNet (`train.mini.wordnet`).
@@ -157,7 +157,7 @@ def _one(thing: Thing, rng: random.Random, words: Words) -> str:
 
 
 def _parts(thing: Thing, rng: random.Random, words: Words) -> tuple[str, str, str]:
-    """What is said before the name, the name, and what is said after it."""
+    """The words before the name, the name, and the words after it."""
     names = read_objects()[thing.object].names
     name = names[0] if rng.random() < 0.7 else rng.choice(names)
     if (others := words.get(thing.object)) and rng.random() < 0.35:
@@ -175,7 +175,7 @@ def _parts(thing: Thing, rng: random.Random, words: Words) -> tuple[str, str, st
 
 
 def _attachment(attachment: str, kind: tuple[str, str] | None, rng: random.Random) -> tuple[str, str]:
-    """Either an adjective with a space behind it, or what is said after the name."""
+    """Either an adjective with a trailing space, or the words after the name."""
     said = rng.choice(_ATTACHED[attachment]) if rng.random() < 0.5 else _ATTACHED[attachment][0]
     adjective = _ADJECTIVES.get(attachment)
     if kind is not None:

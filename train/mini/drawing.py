@@ -1,7 +1,7 @@
-"""What emoji do not have: hair, faces, glasses, moustaches and the like, drawn large and thick.
+"""Attachments that emoji lack: hair, faces, glasses, moustaches and the like, drawn large and thick.
 
-Every function draws one variant on a square of CANVAS px, RGBA. Thickness follows from where they end up: a token of
-the tokenizer is 8 px wide, and a thing's face about 50, so a line must be 25 of CANVAS px to be seen.
+Every function draws one variant on a square of CANVAS px, RGBA. The final size sets the line width: a token of
+the tokenizer is 8 px wide, and a thing's face about 50, so a line must be 25 of CANVAS px wide to be visible.
 """
 
 from __future__ import annotations
@@ -129,7 +129,7 @@ def face(rng: random.Random) -> Bytes:
 
 
 def glasses(rng: random.Random) -> Bytes:
-    """Thick round or square frames, with glass."""
+    """Glasses with thick round or square frames."""
     canvas, ink = _canvas(), (*rng.choice(((25, 25, 28), (120, 60, 25))), 255)
     is_round = rng.random() < 0.6
     cv2.line(canvas, (130, 150), (190, 150), ink, 24, cv2.LINE_AA)
@@ -146,7 +146,7 @@ def glasses(rng: random.Random) -> Bytes:
 
 
 def sunglasses(rng: random.Random) -> Bytes:
-    """Black lenses that meet in the middle."""
+    """Sunglasses with black lenses that meet in the middle."""
     canvas = _canvas()
     cv2.rectangle(canvas, (6, 112), (314, 138), (18, 18, 20, 255), -1, cv2.LINE_AA)
     for side in (-1, 1):
@@ -158,7 +158,7 @@ def sunglasses(rng: random.Random) -> Bytes:
 
 
 def moustache(rng: random.Random) -> Bytes:
-    """A handlebar."""
+    """A handlebar moustache."""
     canvas, rgb = _canvas(), rng.choice(((38, 28, 26), (100, 58, 30)))
     t = np.linspace(0, 1, 24)
     middle = 158 - 30 * np.sin(t * np.pi) + 62 * t - 120 * np.maximum(0, t - 0.55) ** 1.5
@@ -171,7 +171,7 @@ def moustache(rng: random.Random) -> Bytes:
 
 
 def beard(rng: random.Random) -> Bytes:
-    """A full one, open at the mouth."""
+    """A full beard, open at the mouth."""
     canvas, rgb = _canvas(), rng.choice(((110, 66, 36), (60, 46, 42), (225, 222, 218)))
     cv2.ellipse(canvas, (160, 110), (140, 175), 0, 0, 180, _shade(rgb, 1.0), -1, cv2.LINE_AA)
     cv2.ellipse(canvas, (160, 110), (104, 62), 0, 0, 180, (0, 0, 0, 0), -1)
@@ -182,7 +182,7 @@ def beard(rng: random.Random) -> Bytes:
 
 
 def cigarette(rng: random.Random) -> Bytes:
-    """A thick one with a filter, embers and smoke, that points down to the right of the mouth."""
+    """A thick cigarette with filter, embers and smoke, pointing down to the right of the mouth."""
     canvas = _canvas()
     a, b, c, d = (26, 190), (100, 206), (236, 236), (272, 244)
     for start, end, ink in ((a, b, (225, 140, 55)), (b, c, (250, 250, 250)), (c, d, (245, 70, 20))):
@@ -196,7 +196,7 @@ def cigarette(rng: random.Random) -> Bytes:
 
 
 def wings(rng: random.Random) -> Bytes:
-    """An angel's, of five feathers a side."""
+    """Angel wings of five feathers on each side."""
     canvas = _canvas()
     for side in (-1, 1):
         for i in range(5):
@@ -223,7 +223,7 @@ def party_hat(rng: random.Random) -> Bytes:
 
 
 def cowboy_hat(rng: random.Random) -> Bytes:
-    """A brown one with a wide brim."""
+    """A brown cowboy hat with a wide brim."""
     canvas, rgb = _canvas(), (150, 95, 50)
     _polygon(canvas, [(86, 200), (100, 84), (130, 62), (160, 84), (190, 62), (220, 84), (234, 200)], _shade(rgb, 1.1))
     cv2.line(canvas, (88, 184), (232, 184), (70, 35, 20, 255), 30, cv2.LINE_AA)
@@ -254,7 +254,7 @@ def santa_hat(rng: random.Random) -> Bytes:
 
 
 def horns(rng: random.Random) -> Bytes:
-    """A devil's, red."""
+    """Red devil horns."""
     canvas = _canvas()
     for side in (-1, 1):
         outer = [(160 + side * x, y) for x, y in ((48, 240), (110, 236), (148, 170), (142, 60), (112, 140), (70, 190))]

@@ -1,4 +1,4 @@
-"""What a scene shows: its facts, and which combinations of them no GPT ever sees."""
+"""The facts of a scene, and the combinations of them that are held out from every GPT."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ COLOURLESS = ("sketch", "line art")
 """Styles in which things have no colour."""
 RELATIONS = ("left of", "right of", "above", "below", "on")
 PLACES = ("beach", "meadow", "desert", "snow", "sea", "sky", "night sky", "city")
-"""Grounds that are no plain colour."""
+"""Grounds other than plain colours."""
 
 
 @dataclass(frozen=True)
@@ -20,7 +20,7 @@ class Thing:
 
     Attributes:
         object: its name in objects.txt.
-        colour: one of COLOURS that it was given, None for its own.
+        colour: one of COLOURS, None for its natural colour.
         attachment: one of ATTACHMENTS, None for nothing.
         kind: cut and colour of hair, None for other attachments.
     """
@@ -33,14 +33,14 @@ class Thing:
 
 @dataclass(frozen=True)
 class Facts:
-    """All that there is to say of a scene.
+    """Complete description of a scene.
 
     Attributes:
-        things: one, or two that differ.
-        count: how often a single thing is there, 1 to 3.
-        relation: how the first of two things stands to the second, one of RELATIONS.
+        things: one, or two different ones.
+        count: copies of a single thing, 1 to 3.
+        relation: position of the first of two things relative to the second, one of RELATIONS.
         ground: one of GROUND_COLOURS or of PLACES.
-        second_ground: the colour at the bottom, where the ground is a gradient.
+        second_ground: the colour at the bottom, if the ground is a gradient.
         style: one of STYLES.
     """
 
@@ -59,12 +59,12 @@ ALWAYS_HELD_OUT = {
     ("apple", "blue"),
     ("lemon", "blue"),
 }
-"""Combinations of the project's own examples."""
+"""Combinations in the project's own examples."""
 
 
 @cache
 def _share(*names: str) -> float:
-    """A number in [0, 1) that belongs to these names for ever."""
+    """A fixed hash of names as a number in [0, 1)."""
     digest = hashlib.sha256("|".join(("clipgen mini 3", *names)).encode()).digest()
     return int.from_bytes(digest[:8], "big") / 2**64
 
@@ -80,12 +80,12 @@ def held_out_colour(thing: str, colour: str) -> bool:
 
 
 def held_out_pair(first: str, second: str) -> bool:
-    """Whether two objects together are held out, in whatever order: a fifth of all."""
+    """Whether a pair of objects, in either order, is held out: a fifth of all."""
     return _share("pair", *sorted((first, second))) < 1 / 5
 
 
 def is_held_out(facts: Facts) -> bool:
-    """Whether a scene shows a combination that no GPT may see."""
+    """Whether a scene shows a held-out combination."""
     for thing in facts.things:
         if thing.attachment and held_out_attachment(thing.object, thing.attachment):
             return True

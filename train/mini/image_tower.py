@@ -1,11 +1,11 @@
-"""The image tower of the mini CLIP: it learns to tell what scenes show.
+"""Train the image tower of the mini CLIP to recognise the facts of scenes.
 
     python -m train.mini.image_tower --data data/emoji --out runs/clip [--minutes 9] [batch_size=256 ...]
 
-Linear heads read the facts of scenes from the embedding, which so holds all of them. `train/mini/text_tower.py` then
-teaches sentences where their scenes are. Stopped by Ctrl-C, SIGTERM or its minutes, the same command goes on.
-Writes OUT/image.safetensors and OUT/heads.safetensors; init=FILE starts from these, from another machine, or from the
-image tower of a whole CLIP, such as weights/mini/clip.safetensors: it knows the objects already.
+Linear heads predict the facts of scenes from the embedding, so that it encodes all of them. `train/mini/text_tower.py`
+then maps sentences to the embeddings of their scenes. After Ctrl-C, SIGTERM or --minutes, the same command resumes.
+Writes OUT/image.safetensors and OUT/heads.safetensors; init=FILE starts from these, as copied from another machine, or
+from the image tower of a whole CLIP, such as weights/mini/clip.safetensors, which already recognises the objects.
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ from train.mini.towers import EMBED_DIM, build_clip, embed, normalise, open_scen
 
 
 def init_tower(tower: nn.Module, heads: Heads, path: Path) -> None:
-    """Load the tower and its heads, or the tower alone where the file is a whole CLIP.
+    """Load the tower and its heads, or the tower alone if the file is a whole CLIP.
 
     Raises:
         WeightsError: the file is missing, is not .safetensors, or does not fit.
@@ -74,7 +74,7 @@ def main() -> None:
     checkpoints = Checkpoints(accelerator, out, config.keep, {"batch_size": config.batch_size}, asdict(config))
     start = checkpoints.load()
     part = process_rows(accelerator, config.batch_size)
-    # The first scenes are measured with, and never trained on.
+    # The first scenes are for validation only.
     firsts = [config.held_out + step * config.batch_size for step in range(start, config.steps)]
     rows = [list(range(first, first + config.batch_size))[part] for first in firsts]
     batches = DataLoader(scenes, batch_sampler=rows, num_workers=config.workers, worker_init_fn=ignore_signals)
@@ -102,7 +102,7 @@ def main() -> None:
             sampling = done % config.sample_every == 0 or done == config.steps
             saving = done % config.save_every == 0 or done == config.steps or stopping
             if is_main and (sampling or saving):
-                update_bn(map(normalise, recent), average)  # the average's activations are not those of any one step
+                update_bn(map(normalise, recent), average)  # averaged weights have activation statistics of their own
             if log is not None and (done % config.log_every == 0 or done == config.steps):
                 line: dict[str, float | Tensor] = {"loss": loss.detach()}
                 check_finite(done, line)

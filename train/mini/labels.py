@@ -1,4 +1,4 @@
-"""Facts as numbers, and the heads that read them from an embedding while the CLIP is trained."""
+"""Facts as class labels, and the heads that predict them from an embedding while CLIP is trained."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from train.mini.facts import COLOURLESS, PLACES, RELATIONS, STYLES, Facts, Thing
 from train.mini.objects import read_objects
 
 UNKNOWN = -100
-"""The label of what a scene does not show; it counts for nothing (torch's `ignore_index`)."""
+"""Label for facts that a scene does not have; ignored in the loss (torch's `ignore_index`)."""
 _LAYOUTS = ("1", "2", "3", *RELATIONS)
 _VALUES: dict[str, tuple[str | None, ...]] = {
     "object": tuple(read_objects()),
@@ -31,20 +31,20 @@ _VALUES: dict[str, tuple[str | None, ...]] = {
 }
 _NUMBERS = {name: {value: i for i, value in enumerate(values)} for name, values in _VALUES.items()}
 _WEIGHTS = {"object": 1.0, "second object": 1.0, "attachment": 1.0, "color": 0.5, "layout": 0.5}
-"""Of the heads' losses; the others' are 0.3."""
+"""Weights of the heads' losses; 0.3 for the others."""
 NAMES = tuple(_VALUES)
-"""Of the heads, in the order of the labels."""
+"""Names of the heads, in the order of the labels."""
 SCALE = 20.0
-"""Of an embedding before the heads."""
+"""Factor of an embedding before the heads."""
 
 
 def values(name: str) -> tuple[str | None, ...]:
-    """What a head can say, by number."""
+    """The classes of a head, by number."""
     return _VALUES[name]
 
 
 def label(facts: Facts) -> list[int]:
-    """A number for each head."""
+    """Class label for each head."""
     first, second = facts.things[0], facts.things[1] if len(facts.things) > 1 else None
     said: dict[str, str | None] = {
         "object": first.object,
@@ -68,7 +68,7 @@ def _hair(thing: Thing, style: str) -> dict[str, str | None]:
 
 
 class Heads(nn.Module):
-    """Linear readings of an embedding: of each head as many logits as it has values."""
+    """Linear classifiers of an embedding, one for each fact."""
 
     def __init__(self, embed_dim: int) -> None:
         super().__init__()
@@ -91,9 +91,9 @@ def heads_loss(logits: list[Tensor], labels: Tensor) -> Tensor:
 
 @torch.no_grad()
 def accuracy(logits: list[Tensor], labels: Tensor) -> dict[str, float]:
-    """Share of the scenes that show something of which each head says what it is.
+    """Accuracy of each head over the scenes that have its fact.
 
-    Of attachments only those scenes count that have one: most have none, which is easy.
+    Facts that can be absent, such as attachments, count only where present: most scenes have none, which is easy.
     """
     found = {}
     for i, (name, row) in enumerate(zip(NAMES, logits, strict=True)):

@@ -1,4 +1,4 @@
-"""Emoji renders as sprites, and where a sprite has its head and its face."""
+"""Emoji renders as sprites, and the positions of their heads and faces."""
 
 from __future__ import annotations
 
@@ -12,44 +12,44 @@ from clipgen.errors import DataError
 from train.mini.colours import Bytes
 
 SIDE = 160
-"""Of a sprite, px."""
+"""Side of a sprite, px."""
 
 
 def load_render(renders: Path, style: str, code: str) -> Bytes:
     """One render of `train.mini.emoji`, RGBA (SIDE, SIDE, 4).
 
     Raises:
-        DataError: it is not there.
+        DataError: the render does not exist or has another size.
     """
     path = renders / style / f"{code}.png"
     image = cv2.imread(str(path), cv2.IMREAD_UNCHANGED) if path.is_file() else None
     if image is None or image.shape != (SIDE, SIDE, 4):
-        raise DataError(f"{path} is no render of {SIDE} x {SIDE} px; `make renders` makes them all")
+        raise DataError(f"{path} is not a render of {SIDE} x {SIDE} px; run `make renders` to create all of them")
     return cv2.cvtColor(image, cv2.COLOR_BGRA2RGBA).astype(np.uint8)
 
 
 def premultiply(image: Bytes) -> Bytes:
-    """RGBA (H, W, 4) with colours times alpha: what can be scaled and blended. Bytes, as thousands are kept."""
+    """Premultiply alpha, RGBA (H, W, 4), for scaling and blending. Stays in bytes, as thousands are kept."""
     shares = cv2.cvtColor(image[..., 3], cv2.COLOR_GRAY2RGB)
     colours = cv2.multiply(np.ascontiguousarray(image[..., :3]), shares, scale=1 / 255)
     return cv2.merge([colours, image[..., 3]]).astype(np.uint8, copy=False)
 
 
 def trim(image: Bytes) -> Bytes:
-    """Without its transparent margins."""
+    """Crop transparent margins."""
     ys, xs = np.nonzero(image[..., 3] > 20)
     return np.ascontiguousarray(image[ys.min() : ys.max() + 1, xs.min() : xs.max() + 1])
 
 
 @dataclass(frozen=True)
 class Anchors:
-    """Where things are put on a sprite, in its pixels.
+    """Positions for attachments on a sprite, in its pixels.
 
     Attributes:
-        box: what is not transparent: left, top, right, bottom.
-        face: the centre of the widest round place, rather high up.
-        radius: of that place.
-        top: where the head ends above the face.
+        box: bounding box of the opaque area: left, top, right, bottom.
+        face: centre of the largest inscribed circle, preferably in the upper half.
+        radius: radius of that circle.
+        top: upper end of the head.
     """
 
     box: tuple[float, float, float, float]
@@ -59,17 +59,17 @@ class Anchors:
 
 
 def find_anchors(alpha: Bytes) -> Anchors:
-    """The anchors of a sprite by its outline alone, alpha (H, W): the largest circle that fits in it is its face."""
+    """Find the anchors of a sprite from its outline, alpha (H, W): the largest inscribed circle is the face."""
     inside = (alpha > 128).astype(np.uint8)
     ys, xs = np.nonzero(inside)
     left, right, top, bottom = xs.min(), xs.max(), ys.min(), ys.max()
     distance = cv2.distanceTransform(np.pad(inside, 1), cv2.DIST_L2, 5)[1:-1, 1:-1]
     y, x = np.ogrid[: alpha.shape[0], : alpha.shape[1]]
-    # Of places of about one size, the one in the middle and a little above.
+    # Of circles of similar size, prefer the one in the middle and slightly above.
     liked = distance - 0.03 * np.abs(y - (top + 0.42 * (bottom - top))) - 0.03 * np.abs(x - (left + right) / 2)
     cy, cx = np.unravel_index(int(liked.argmax()), distance.shape)
     radius = float(np.clip(distance[cy, cx], 30, 58))
     columns = range(max(0, int(cx - radius / 3)), min(alpha.shape[1], int(cx + radius / 3) + 1))
     tops = [int(np.argmax(inside[:, c])) for c in columns if inside[:, c].any()]
-    head = max(float(np.median(tops)), cy - 1.5 * radius)  # a stalk or a funnel is no head
+    head = max(float(np.median(tops)), cy - 1.5 * radius)  # excludes stalks and funnels
     return Anchors((float(left), float(top), float(right), float(bottom)), (float(cx), float(cy)), radius, head)

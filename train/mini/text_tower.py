@@ -1,10 +1,10 @@
-"""The text tower of the mini CLIP: sentences learn where their scenes are, then both towers become one file.
+"""Train the text tower of the mini CLIP on the frozen image tower, and join both in one file.
 
     python -m train.mini.text_tower --data data/emoji --out runs/clip [--wordnet DIR] [--minutes 9] [steps=500 ...]
 
-The image tower of `train/mini/image_tower.py` and its heads are frozen. A sentence belongs where the scenes are that it
-fits: a scene's embedding is its target, and the heads must read the scene's facts from it. Each time a scene is seen it
-is described in other words, some of them from WordNet. Writes OUT/clip.safetensors, an ordinary checkpoint of CLIP.
+The image tower of `train/mini/image_tower.py` and its heads are frozen. A sentence's target is the embedding of the
+scene that it describes, and the heads must predict the scene's facts from it. Each time, a scene is described in
+different words, some of them from WordNet. Writes OUT/clip.safetensors, an ordinary CLIP checkpoint.
 """
 
 from __future__ import annotations
@@ -50,7 +50,7 @@ from train.mini.towers import (
 from train.mini.wordnet import narrower_words
 
 POOL = 60_000
-"""Scenes that are looked at once, and described again and again."""
+"""Scenes that are embedded once and described many times."""
 _ALIGNMENT, _READING = 5.0, 0.3
 """Weights of the distance to the scene's embedding, and of the heads' loss."""
 
@@ -58,7 +58,7 @@ _ALIGNMENT, _READING = 5.0, 0.3
 def encode_tokens(model: OpenAIClip, tokens: Tensor) -> Tensor:
     """The text tower on tokens (B, L), L at most its context: unit-norm embeddings (B, D).
 
-    `CLIP.encode_text` asks the image tower for its precision, which is not there while the text tower trains alone.
+    `CLIP.encode_text` needs the image tower for its dtype, which is missing while the text tower trains alone.
     """
     length = tokens.shape[1]
     x = (model.token_embedding(tokens) + model.positional_embedding[:length]).permute(1, 0, 2)  # (L, B, C)
@@ -73,7 +73,7 @@ def embed_pool(tower: nn.Module, scenes: LabelledScenes, count: int, cache: Path
     if cache.is_file() and len(kept := load_file(cache)["embeddings"]) == count:
         return kept.float()
     parts = []
-    for first in track(range(0, count, 128), f"looking at {count} scenes"):
+    for first in track(range(0, count, 128), f"embedding {count} scenes"):
         pixels, _ = scenes.batch(list(range(first, min(count, first + 128))))
         parts.append(embed(tower, pixels.to(device)).cpu())
     found = torch.cat(parts)
@@ -165,7 +165,7 @@ def main() -> None:
 
 
 def save_clip(text: Mapping[str, Tensor], out: Path) -> None:
-    """Put the text tower and OUT/image.safetensors into OUT/clip.safetensors, in halves, under OpenAI's names."""
+    """Join the text tower and OUT/image.safetensors in OUT/clip.safetensors, in float16, under OpenAI's names."""
     weights = dict(text) | {f"visual.{name}": tensor for name, tensor in load_file(out / "image.safetensors").items()}
     halves = {name: tensor.half() if tensor.is_floating_point() else tensor for name, tensor in weights.items()}
     save_tensors(halves, out / "clip.safetensors")

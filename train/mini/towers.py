@@ -1,4 +1,4 @@
-"""The CLIP of the mini model's third version: OpenAI's architecture, small, and how its towers are trained."""
+"""The CLIP of the mini model's third version: OpenAI's architecture at a small size, and its training settings."""
 
 from __future__ import annotations
 
@@ -24,14 +24,14 @@ from train.mini.source import Scenes, all_scenes
 EMBED_DIM = 384
 CONTEXT = 32
 VOCAB_SIZE = 16_384
-"""Of OpenAI's tokens, the commonest: the table of all 49,408 would be half of the CLIP."""
+"""The most common of OpenAI's 49,408 tokens; embeddings of all would be half of CLIP's parameters."""
 SIZE = 64
 """Side of the image tower's input, px."""
 
 
 @dataclass
 class TowerConfig(TrainConfig):
-    """One tower's training."""
+    """Settings of one tower's training."""
 
     steps: int = 8000
     batch_size: int = 64
@@ -45,7 +45,7 @@ class TowerConfig(TrainConfig):
 
 
 def build_clip() -> OpenAIClip:
-    """7 M parameters of images, 3 M of words, of which 2 M are the token table."""
+    """An untrained CLIP: 7 M parameters in the image tower, 3 M for text, 2 M of them token embeddings."""
     return OpenAIClip(
         embed_dim=EMBED_DIM,
         image_resolution=SIZE,
@@ -61,12 +61,12 @@ def build_clip() -> OpenAIClip:
 
 
 def parse_tower(doc: str, **defaults: object) -> tuple[argparse.Namespace, TowerConfig]:
-    """The flags of a tower's script, and its settings, with overrides such as steps=500."""
+    """Parse the command line of a tower's script, with overrides of its settings such as steps=500."""
     parser = argparse.ArgumentParser(description=doc, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--data", default="data/emoji", help="the folder that `make renders` fills")
+    parser.add_argument("--data", default="data/emoji", help="the folder that `make renders` writes to")
     parser.add_argument("--out", type=Path, default=Path("runs/clip"), help="folder of both towers")
     parser.add_argument("--wordnet", type=Path, default=Path("/usr/share/wordnet"), help="WordNet's database")
-    parser.add_argument("--minutes", type=minutes, help="stop, saved, after so long; the same command goes on")
+    parser.add_argument("--minutes", type=minutes, help="save and stop after this time; the same command resumes")
     parser.add_argument("overrides", nargs="*", help="changes to the settings, such as steps=500")
     args = parser.parse_intermixed_args()
     pairs = dict(text.partition("=")[::2] for text in args.overrides)
@@ -77,7 +77,7 @@ def parse_tower(doc: str, **defaults: object) -> tuple[argparse.Namespace, Tower
 
 
 class LabelledScenes(Dataset[tuple[Tensor, Tensor]]):
-    """Scenes by number, as the image tower sees them, with their labels."""
+    """Scenes by number, at the image tower's size, with their labels."""
 
     def __init__(self, scenes: Scenes) -> None:
         self.scenes = scenes
@@ -86,23 +86,23 @@ class LabelledScenes(Dataset[tuple[Tensor, Tensor]]):
         return len(self.scenes.names)
 
     def __getitem__(self, index: int) -> tuple[Tensor, Tensor]:
-        """Pixels uint8 (3, SIZE, SIZE), and a number for each head."""
+        """Pixels uint8 (3, SIZE, SIZE), and a class label for each head."""
         image = cv2.resize(self.scenes.image(index), (SIZE, SIZE), interpolation=cv2.INTER_AREA)
         pixels = torch.from_numpy(image).permute(2, 0, 1).contiguous()
         return pixels, self.labels(index)
 
     def labels(self, index: int) -> Tensor:
-        """A number for each head, (heads,)."""
+        """Class label for each head, (heads,)."""
         return torch.tensor(label(self.scenes.facts(index)))
 
     def batch(self, rows: list[int]) -> tuple[Tensor, Tensor]:
-        """Several of them: (B, 3, SIZE, SIZE) and (B, heads)."""
+        """Pixels and labels of several scenes: (B, 3, SIZE, SIZE) and (B, heads)."""
         pixels, labels = zip(*(self[row] for row in rows), strict=True)
         return torch.stack(pixels), torch.stack(labels)
 
 
 def open_scenes(data: str) -> LabelledScenes:
-    """Scenes of all combinations: CLIP may see them, as one that was pretrained on everything has."""
+    """Scenes of all combinations; like a large pretrained CLIP, this one is not limited to a subset."""
     return LabelledScenes(all_scenes(data))
 
 
