@@ -139,4 +139,4 @@ def _lines(
         then, now = (printable(value[:12] + "..." if name == "weights" else value) for value in (then, now))
         yield f"  {names.get(name, name)}: {then} then, {now} now"
     if not same and not changed:
-        yield "  nothing recorded in the receipt has changed, so its pixels were edited, or rounding differed, as with another number of threads"
+        yield "  nothing recorded in the receipt has changed: its pixels were edited, or another CPU rounded"

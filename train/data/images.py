@@ -1,7 +1,7 @@
 """Numbered images -> batches, in an order that depends on the seed alone.
 
-`ResumableSampler.keys` assigns an image and a crop seed to every position of the training. Batch k is positions k * B to
-(k + 1) * B - 1, of which every process takes its part, so the numbers of processes, workers and interruptions change
+`ResumableSampler.keys` assigns an image and a crop seed to every position of the training. Batch k is positions k * B
+to (k + 1) * B - 1, of which every process takes its part, so the numbers of processes, workers and interruptions change
 nothing.
 """
 
@@ -111,7 +111,13 @@ class PairedImages(Images):
     """Images for the VQGAN, each with another one of the same name for CLIP: the same thing, in another layout."""
 
     def __init__(
-        self, source: Source | str | Path, seen: Source | str | Path, size: int, min_scale: float, flip: bool, clip_size: int
+        self,
+        source: Source | str | Path,
+        seen: Source | str | Path,
+        size: int,
+        min_scale: float,
+        flip: bool,
+        clip_size: int,
     ) -> None:
         """Open both; `seen` is what CLIP sees, the rest as for `Images`.
 

@@ -14,13 +14,13 @@ from PIL import Image
 from receipt_kit import RECEIPT, parse
 
 from clipgen import ClipGen, GenerationOutput, GenerationRequest, __version__
-from clipgen.utils.text import is_blank
 from clipgen.errors import DataError
 from clipgen.images.pixels import load_image, read_metadata, save_image
 from clipgen.models.capabilities import cpu_dtypes
 from clipgen.outputs.metadata import KEY, MAX_TEXT, PromptPart, Receipt, image_digest, receipts, together
 from clipgen.outputs.metadata import weights_digest as digest
 from clipgen.request import MAX_PARTS, MAX_SEED, SAMPLING, SamplingParams
+from clipgen.utils.text import is_blank
 
 FORMATS = ("png", "webp", "jpg")
 
@@ -72,8 +72,8 @@ TEXTS = st.text(st.characters(codec=None), min_size=1, max_size=200).filter(lamb
 @given(st.lists(st.tuples(TEXTS, st.floats(-100, 100)), min_size=1, max_size=MAX_PARTS), st.integers(0, MAX_SEED))
 def test_any_request_is_restored_from_its_receipt(parts: list[tuple[str, float]], seed: int) -> None:
     """Lone surrogates, quotes and control characters too."""
-    written = replace(RECEIPT, 
-        prompt=tuple(PromptPart(weight, text) for text, weight in parts), seed=seed, image_seed=seed + 3
+    written = replace(
+        RECEIPT, prompt=tuple(PromptPart(weight, text) for text, weight in parts), seed=seed, image_seed=seed + 3
     )
     found = Receipt.from_metadata(written.to_metadata())
     assert found == written

@@ -13,10 +13,9 @@ from hypothesis import strategies as st
 from PIL import ExifTags, Image, PngImagePlugin
 from receipt_kit import RECEIPT, as_json, parse
 
-from clipgen import ClipGen
 from clipgen.errors import DataError
 from clipgen.images.pixels import save_image
-from clipgen.outputs.metadata import KEY, PromptPart, Receipt, receipts
+from clipgen.outputs.metadata import KEY, PromptPart, Receipt
 from clipgen.request import MAX_CANDIDATES
 
 FORMATS = ("png", "webp", "jpg")

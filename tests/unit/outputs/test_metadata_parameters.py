@@ -6,17 +6,14 @@ import json
 import re
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 import pytest
 from PIL import ExifTags, Image
-from receipt_kit import RECEIPT, as_json, parse
+from receipt_kit import RECEIPT
 
 from clipgen import ClipGen
-from clipgen.errors import DataError
 from clipgen.images.pixels import save_image
-from clipgen.outputs.metadata import KEY, PromptPart, Receipt, receipts
-from clipgen.request import MAX_CANDIDATES
+from clipgen.outputs.metadata import PromptPart, Receipt, receipts
 
 FORMATS = ("png", "webp", "jpg")
 
