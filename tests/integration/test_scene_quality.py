@@ -8,13 +8,25 @@ from pathlib import Path
 import pytest
 import torch
 from PIL import Image
-from scene_judge import Verdict, is_right, load_judge, stands_as_said
+from scene_judge import SceneJudge, Verdict, is_right, load_judge, stands_as_said
 from scene_kit import RENDERS, draw, scenes
-from scene_prompts import KINDS, draw_prompts
-from scene_quality import COPY_SIDE, Drawn, differences, near_copies, nearest_psnr, small, summarise
+from scene_prompts import KINDS, ScenePrompt, draw_prompts
+from scene_quality import (
+    COPY_SIDE,
+    Drawn,
+    ceiling,
+    differences,
+    near_copies,
+    nearest_psnr,
+    small,
+    summarise,
+    to_markdown,
+)
 
+from clipgen import ClipGen
 from train.mini.facts import Facts, Thing, is_held_out
 from train.mini.labels import NAMES, UNKNOWN, label, values
+from train.mini.scene import Composer
 from train.mini.source import Scenes
 
 WORDS = {"dog": ("beagle",), "house": ("old manor",)}
@@ -86,6 +98,20 @@ def test_training_scene_is_a_near_copy_and_noise_is_not() -> None:
     assert small([itself]).shape == (1, 3 * COPY_SIDE**2)
     flat = torch.zeros(1, 4)
     assert nearest_psnr(flat, [torch.ones(2, 4), torch.full((1, 4), 0.1)]).item() == pytest.approx(20, abs=1e-3)
+
+
+def test_ceiling_judges_real_scenes_of_the_prompts_before_and_after_the_tokenizer(tiny_weights: Path) -> None:
+    one = Facts((Thing("lemon"),), "3d", "white")
+    prompts = [ScenePrompt(kind, "", PAIR if kind.startswith("pair") else one) for kind in KINDS for _ in range(2)]
+    pipe = ClipGen.from_pretrained(tiny_weights, dtype="float32")
+    found = ceiling(SceneJudge().eval(), pipe.vqgan, Composer(RENDERS, 64), prompts)
+    assert list(found) == list(KINDS)
+    assert all(0 <= row["tokenizer"] <= 1 and 0 <= row["real"] <= 1 and row["psnr"] > 0 for row in found.values())
+    kinds = {kind: {"prompts": 2, "images": 0.5, "best": 1.0, "differences": 0.1} for kind in KINDS}
+    report = {"split": "test", "kinds": kinds, "ceiling": found, "scenes": 40, "near_copies": 0.25}
+    lines = to_markdown(report).splitlines()
+    assert len({line.count("|") for line in lines if line.startswith("|")}) == 1
+    assert lines[-1] == "Near copies among 40 composed scenes: 25%."
 
 
 @pytest.mark.slow
