@@ -10,7 +10,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import numpy as np
@@ -37,19 +37,29 @@ ROWS = 256
 _BATCH = 32
 
 
+PARTS = {
+    "left": (0.0, 0.25, 0.5, 0.75),
+    "right": (0.5, 0.25, 1.0, 0.75),
+    "upper": (0.25, 0.0, 0.75, 0.5),
+    "lower": (0.25, 0.5, 0.75, 1.0),
+}
+"""Left, top, right and bottom of the places of two objects, as fractions of the image."""
+PLACES = {
+    "left of": ("left", "right"),
+    "right of": ("right", "left"),
+    "above": ("upper", "lower"),
+    "below": ("lower", "upper"),
+    "on": ("upper", "lower"),
+}
+"""Relation -> places of its first and its second object."""
+
+
 @dataclass(frozen=True)
 class Verdict:
-    """Verdict on an image: the most likely value of each head."""
+    """Verdict on an image: the most likely value of each head, and for pairs the object in each of `PARTS`."""
 
     said: dict[str, str | None]
-
-    def objects(self) -> set[str | None]:
-        """Names of the objects in the image."""
-        return {self.said["object"], self.said["second object"]} if self.is_pair() else {self.said["object"]}
-
-    def is_pair(self) -> bool:
-        """Whether there are two different objects."""
-        return self.said["layout"] not in ("1", "2", "3")
+    parts: dict[str, str | None] = field(default_factory=dict)
 
 
 class SceneJudge(nn.Module):
@@ -82,6 +92,14 @@ class SceneJudge(nn.Module):
         """Features (N, DIM), normalised and scaled as if of unit norm -> logits of each head."""
         return self.heads(self.norm(features) / DIM**0.5)
 
+    def judge_pairs(self, images: Sequence[Image.Image]) -> list[Verdict]:
+        """Verdicts on images of two objects, each of which is looked at alone in its part of the image."""
+        looks = [self.judge([crop(image, box) for image in images]) for box in PARTS.values()]
+        parts = [
+            dict(zip(PARTS, (look.said["object"] for look in row), strict=True)) for row in zip(*looks, strict=True)
+        ]
+        return [replace(verdict, parts=part) for verdict, part in zip(self.judge(images), parts, strict=True)]
+
     @torch.inference_mode()
     def judge(self, images: Sequence[Image.Image]) -> list[Verdict]:
         """Verdicts on images."""
@@ -90,10 +108,19 @@ class SceneJudge(nn.Module):
         return [Verdict({name: values(name)[i] for name, i in zip(NAMES, row, strict=True)}) for row in numbers]
 
 
+def crop(image: Image.Image, box: tuple[float, float, float, float]) -> Image.Image:
+    """A part of an image; the box is in fractions of its sides."""
+    left, top, right, bottom = (
+        round(edge * side) for edge, side in zip(box, (image.width, image.height) * 2, strict=True)
+    )
+    return image.crop((left, top, right, bottom))
+
+
 def is_right(verdict: Verdict, facts: Facts, kind: str) -> bool:
     """Whether an image shows what a prompt of a kind asks for.
 
-    For colours, attachments and counts the object must be right as well; styles and grounds are judged alone.
+    For colours, attachments and counts the object must be right as well; styles and grounds are judged alone. Pairs
+    need the verdict of `judge_pairs`, and may stand side by side or one above the other.
     """
     said, thing = verdict.said, facts.things[0]
     if kind == "style":
@@ -101,7 +128,8 @@ def is_right(verdict: Verdict, facts: Facts, kind: str) -> bool:
     if kind == "ground":
         return said["ground"] == facts.ground
     if kind.startswith("pair"):
-        return verdict.is_pair() and verdict.objects() == {thing.object for thing in facts.things}
+        objects, parts = {thing.object for thing in facts.things}, verdict.parts
+        return objects in ({parts["left"], parts["right"]}, {parts["upper"], parts["lower"]})
     right = said["object"] == thing.object
     if kind.startswith("color"):
         right = right and said["color"] == thing.colour
@@ -113,11 +141,8 @@ def is_right(verdict: Verdict, facts: Facts, kind: str) -> bool:
 
 
 def stands_as_said(verdict: Verdict, facts: Facts) -> bool:
-    """Whether two objects, both present, are placed as the prompt says."""
-    mirrored = {"left of": "right of", "right of": "left of", "above": "below", "below": "above"}
-    first = verdict.said["object"] == facts.things[0].object
-    said = verdict.said["layout"] or ""
-    return said == facts.relation if first else mirrored.get(said) == facts.relation
+    """Whether each of two objects is where the prompt says."""
+    return [verdict.parts[place] for place in PLACES[facts.relation or ""]] == [thing.object for thing in facts.things]
 
 
 def load_judge(scenes: Scenes, cache: Path, count: int = SCENES, epochs: int = 20) -> SceneJudge:

@@ -93,6 +93,11 @@ def near_copies(images: Sequence[Image.Image], scenes: Scenes, count: int) -> fl
     return float((nearest_psnr(small(images), batches) >= NEAR_COPY).float().mean())
 
 
+def look(judge: SceneJudge, images: Sequence[Image.Image], kind: str) -> list[Verdict]:
+    """The judge's verdicts on images of a kind of prompt."""
+    return judge.judge_pairs(images) if kind.startswith("pair") else judge.judge(images)
+
+
 def ceiling(
     judge: SceneJudge, vqgan: VQGAN, composer: Composer, prompts: Sequence[ScenePrompt]
 ) -> dict[str, dict[str, float]]:
@@ -106,7 +111,8 @@ def ceiling(
             rebuilt = torch.cat([vqgan(part)[0] for part in pixels.split(16)]).clamp(-1, 1)
         rows[kind] = {"psnr": float(psnr(rebuilt, pixels, 2).mean())}
         for name, images in (("real", real), ("tokenizer", from_pixels(rebuilt))):
-            right = [is_right(v, p.facts, kind) for v, p in zip(judge.judge(images), some, strict=True)]
+            verdicts = look(judge, images, kind)
+            right = [is_right(v, p.facts, kind) for v, p in zip(verdicts, some, strict=True)]
             rows[kind][name] = float(np.mean(right))
     return rows
 
@@ -118,7 +124,7 @@ def draw(pipe: ClipGen, judge: SceneJudge, prompts: Sequence[ScenePrompt]) -> li
         some = prompts[start : start + 4]
         results = pipe.generate([GenerationRequest(p.text, OUTPUTS, CANDIDATES, seed=SEED) for p in some])
         found += [
-            Drawn(prompt, result.images, judge.judge(result.images))
+            Drawn(prompt, result.images, look(judge, result.images, prompt.kind))
             for prompt, result in zip(some, results, strict=True)
         ]
     return found
@@ -199,7 +205,8 @@ def main() -> None:
         "near_copies": near_copies(images, trained_scenes(str(args.data)), args.copies),
         "scenes": args.copies,
         "prompts": [
-            {"kind": d.prompt.kind, "text": d.prompt.text, "seen": [v.said for v in d.verdicts]} for d in drawn
+            {"kind": d.prompt.kind, "text": d.prompt.text, "seen": [v.said | v.parts for v in d.verdicts]}
+            for d in drawn
         ],
     }
     save_image(grid(images, columns=2 * OUTPUTS), args.out / "grid.png")

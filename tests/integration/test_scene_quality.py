@@ -5,10 +5,11 @@ from __future__ import annotations
 from dataclasses import replace
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from PIL import Image
-from scene_judge import SceneJudge, Verdict, is_right, load_judge, stands_as_said
+from scene_judge import PARTS, PLACES, SceneJudge, Verdict, crop, is_right, load_judge, stands_as_said
 from scene_kit import RENDERS, draw, scenes
 from scene_prompts import KINDS, ScenePrompt, draw_prompts
 from scene_quality import (
@@ -24,7 +25,7 @@ from scene_quality import (
 )
 
 from clipgen import ClipGen
-from train.mini.facts import Facts, Thing, is_held_out
+from train.mini.facts import RELATIONS, Facts, Thing, is_held_out
 from train.mini.labels import NAMES, UNKNOWN, label, values
 from train.mini.scene import Composer
 from train.mini.source import Scenes
@@ -66,20 +67,42 @@ def test_checked_facts_depend_on_the_kind_of_prompt() -> None:
     assert is_right(verdict(three), three, "count") and not is_right(verdict(three, layout="2"), three, "count")
 
 
-def test_pair_is_recognised_in_either_order_and_its_relation_in_one() -> None:
-    swapped = replace(PAIR, things=PAIR.things[::-1])
-    seen = [verdict(PAIR), verdict(swapped), verdict(replace(swapped, relation="right of"))]
-    assert all(is_right(v, PAIR, "pair trained") for v in seen)
-    assert [stands_as_said(v, PAIR) for v in seen] == [True, False, True]
-    assert not is_right(verdict(PAIR, second_object="cat"), PAIR, "pair trained")
-    assert not is_right(verdict(replace(PAIR, things=PAIR.things[:1], relation=None)), PAIR, "pair trained")
+def pair_verdict(**parts: str) -> Verdict:
+    """A verdict on a pair: an owl wherever nothing else is said."""
+    return replace(verdict(PAIR), parts=dict.fromkeys(PARTS, "owl") | parts)
+
+
+def test_pair_is_recognised_in_either_order_and_direction_and_stands_as_said_in_one() -> None:
+    beside, swapped = pair_verdict(left="dog", right="lemon"), pair_verdict(left="lemon", right="dog")
+    stacked = pair_verdict(upper="dog", lower="lemon")
+    assert all(is_right(v, PAIR, "pair trained") for v in (beside, swapped, stacked))
+    assert [stands_as_said(v, PAIR) for v in (beside, swapped, stacked)] == [True, False, False]
+    expected = {"left of": beside, "right of": swapped, "above": stacked, "on": stacked}
+    for relation in RELATIONS:
+        below = pair_verdict(upper="lemon", lower="dog")
+        assert stands_as_said(expected.get(relation, below), replace(PAIR, relation=relation)), relation
+    for wrong in (
+        pair_verdict(left="dog"),
+        pair_verdict(left="dog", lower="lemon"),
+        pair_verdict(left="dog", right="dog"),
+    ):
+        assert not is_right(wrong, PAIR, "pair trained")
+
+
+def test_each_object_of_a_pair_lies_in_its_part_of_the_image() -> None:
+    composer = Composer(RENDERS)
+    for relation, places in PLACES.items():
+        image = Image.fromarray(composer.compose(replace(PAIR, relation=relation), 0))
+        covered = {part: (np.asarray(crop(image, box)).min(2) < 235).mean() for part, box in PARTS.items()}
+        assert set(sorted(covered, key=lambda part: covered[part])[-2:]) == set(places), (relation, covered)
 
 
 def test_summary_counts_images_best_images_and_placed_pairs() -> None:
     prompt = next(p for p in draw_prompts("test", 1, WORDS) if p.kind == "pair trained")
     images = [Image.new("RGB", (8, 8), colour) for colour in ("black", "white")]
-    wrong = verdict(prompt.facts, object="poo")
-    rows = summarise([Drawn(prompt, images, [verdict(prompt.facts), wrong])])
+    names = [thing.object for thing in prompt.facts.things]
+    right = pair_verdict(**dict(zip(PLACES[prompt.facts.relation or ""], names, strict=True)))
+    rows = summarise([Drawn(prompt, images, [right, pair_verdict()])])
     expected = {"prompts": 1, "images": 0.5, "best": 1.0, "differences": 1.0, "as_said": 1.0}
     assert rows == {"pair trained": expected}
 
