@@ -87,7 +87,7 @@ def diagnose(weights: str | Path | None, device: str | None = None, dtype: str |
         yield Finding("weights", "wrong", str(error))
         return
     count = sum(tensor.numel() for part in (pipe.clip, pipe.gpt, pipe.vqgan) for tensor in part.state_dict().values())
-    size = f"{pipe.config.name}, {count / 1e6:.1f} M numbers, as its manifest says"
+    size = f"{pipe.config.name}, {count / 1e6:.1f} M parameters, files as in the manifest"
     yield Finding("weights", "ok", f"{folder}: {size}; used because {reason}")
     yield check_training_index(folder)
     yield check_device(pipe)
