@@ -73,7 +73,7 @@ def save_model_dir(
             save_file(stored, temporary / f"{part}.safetensors")
             # safetensors makes files that only their owner can read; a server often runs as another user.
             shutil.copymode(temporary / "config.yaml", temporary / f"{part}.safetensors")
-        files = {file: _fingerprint(temporary / file) for file in FILES}
+        files = {file: fingerprint(temporary / file) for file in FILES}
         manifest = json.dumps({"version": VERSION, "files": files}, indent=2)
         (temporary / MANIFEST).write_text(manifest + "\n", encoding="utf-8")
         for file in (*FILES, MANIFEST):
@@ -167,25 +167,6 @@ def read_manifest(path: Path) -> dict[str, dict[str, Any]]:
     return entries
 
 
-def add_extra(folder: str | Path, file: str, tensors: Mapping[str, Tensor]) -> Path:
-    """Add one of `EXTRAS` to a model folder and its manifest. A later `save_model_dir` drops it from the manifest.
-
-    Raises:
-        WeightsError: the folder has no manifest.
-    """
-    folder = Path(folder)
-    manifest = read_manifest(folder / MANIFEST)
-    with tempfile.TemporaryDirectory(prefix=".saving-", dir=folder) as name:
-        temporary = Path(name)
-        save_file({key: tensor.contiguous() for key, tensor in tensors.items()}, temporary / file)
-        shutil.copymode(folder / MANIFEST, temporary / file)
-        text = json.dumps({"version": VERSION, "files": manifest | {file: _fingerprint(temporary / file)}}, indent=2)
-        (temporary / MANIFEST).write_text(text + "\n", encoding="utf-8")
-        os.replace(temporary / file, folder / file)
-        os.replace(temporary / MANIFEST, folder / MANIFEST)
-    return folder / file
-
-
 def load_extra(folder: str | Path, file: str) -> dict[str, Tensor] | None:
     """Load one of `EXTRAS`; None if the folder's manifest does not list it.
 
@@ -223,7 +204,8 @@ def copy_model_dir(source: Path, target: Path) -> Path:
     return target
 
 
-def _fingerprint(path: Path) -> dict[str, Any]:
+def fingerprint(path: Path) -> dict[str, Any]:
+    """What a manifest says of a file: its "size" in bytes and its "sha256"."""
     return {"size": path.stat().st_size, "sha256": sha256(path)}
 
 

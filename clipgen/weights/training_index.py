@@ -11,11 +11,9 @@ from __future__ import annotations
 
 import json
 import zlib
-from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-import torch
 import torch.nn.functional as F
 from torch import Tensor
 
@@ -23,10 +21,6 @@ from clipgen.errors import WeightsError
 from clipgen.weights.model_dir import load_extra
 
 FILE = "coverage.safetensors"
-RANK = 128
-"""Directions of the embeddings that are kept: 128 of 384 hold 99.3 % of the mini model's training images."""
-MAX_IMAGES = 18_000
-"""Images in the index, spread evenly over larger sets."""
 NUM_NEAREST = 5
 NUM_SHOWN = 3
 """Nearest images that fit into a line."""
@@ -114,41 +108,4 @@ class TrainingIndex:
 
     def cosines(self, embeddings: Tensor) -> Tensor:
         """Cosines (B, N) of embeddings (B, D) of any length with all images; parts outside the basis count as 0."""
-        return _cosines(embeddings, self.basis, self.images)
-
-
-def _cosines(embeddings: Tensor, basis: Tensor, images: Tensor) -> Tensor:
-    return F.normalize(embeddings, dim=1) @ basis.t() @ images.t()
-
-
-def build_index(images: Tensor, names: Sequence[str], texts: Tensor) -> dict[str, Tensor]:
-    """Compute the tensors of an index.
-
-    Args:
-        images: (N, D) unit norm, embeddings of the training images.
-        names: N of them.
-        texts: (M, D) unit norm, sentences such as users write about such images. One half measures the gap, the other
-            half how near such sentences are.
-    """
-    kept = torch.linspace(0, len(images) - 1, min(len(images), MAX_IMAGES)).long()
-    images, names = images[kept], [names[i] for i in kept.tolist()]
-    *_, directions = torch.linalg.svd(images, full_matrices=False)
-    basis = directions[:RANK].half()
-    inside = images @ basis.float().t()
-    scale = (inside.abs().amax(dim=1) / 127).clamp(min=1e-8)
-    codes = (inside / scale[:, None]).round().to(torch.int8)
-    stored = codes.float() * scale[:, None]
-    for_gap, for_distance = texts[::2], texts[1::2]
-    nearest = (for_gap @ images.t()).argmax(dim=1)
-    gap = (for_gap - images[nearest]).mean(dim=0)
-    cosines = _cosines(for_distance - gap, basis.float(), stored)
-    measured = cosines.topk(min(NUM_NEAREST, len(images))).values.mean(dim=1)
-    packed = zlib.compress(json.dumps(list(names), ensure_ascii=False).encode(), 9)
-    return {
-        "basis": basis,
-        "images": codes,
-        "scale": scale.half(),
-        "gap": gap,
-        "held": measured.sort().values,
-        "names": torch.frombuffer(bytearray(packed), dtype=torch.uint8),
-    }
+        return F.normalize(embeddings, dim=1) @ self.basis.t() @ self.images.t()

@@ -18,8 +18,9 @@ from PIL import Image
 from clipgen.engine.image_decoder import ImageDecoder
 from clipgen.outputs.metadata import Receipt
 from clipgen.serving import KEPT_FOLDERS
-from clipgen.weights.training_index import TrainingIndex, build_index
+from clipgen.weights.training_index import TrainingIndex
 from predict import Predictor
+from train.mini.coverage import build_index
 
 PARAMETERS = {n: p for n, p in inspect.signature(Predictor.predict).parameters.items() if n != "self"}
 

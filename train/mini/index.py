@@ -28,10 +28,10 @@ from clipgen.images.sources import open_source
 from clipgen.models.clip import Clip
 from clipgen.utils.entry_point import entry_point
 from clipgen.utils.text import expand_home, printable, read_lines
-from clipgen.weights.model_dir import add_extra, load_model_dir
-from clipgen.weights.training_index import FILE, build_index
+from clipgen.weights.model_dir import load_model_dir
 from train.encode import Encoded
 from train.mini.captions import Emoji, caption
+from train.mini.coverage import build_index, write_index
 
 SENTENCES = 800
 
@@ -69,7 +69,7 @@ def add_index(weights: Path, encoded: Path, data: str | Path, prompts: Path | No
         if file.name not in several and not any(line.startswith(f"{file}: ") for line in lines)
     ]
     index = build_index(_unit(embeddings[rows]), [names[i] for i in rows], texts.clone())
-    return add_extra(weights, FILE, index)
+    return write_index(weights, index)
 
 
 def _unit(embeddings: Tensor) -> Tensor:

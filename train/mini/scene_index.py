@@ -23,8 +23,8 @@ from clipgen.images.pixels import to_clip
 from clipgen.models.clip import Clip
 from clipgen.utils.arguments import at_least
 from clipgen.utils.entry_point import entry_point
-from clipgen.weights.model_dir import add_extra, load_model_dir
-from clipgen.weights.training_index import FILE, build_index
+from clipgen.weights.model_dir import load_model_dir
+from train.mini.coverage import build_index, write_index
 from train.mini.describe import Words, describe
 from train.mini.objects import read_objects
 from train.mini.source import Scenes, trained_scenes
@@ -55,7 +55,7 @@ def add_scene_index(weights: Path, scenes: Scenes, words: Words, count: int = SC
     with torch.inference_mode():
         texts = [clip.encode_text(sentences[i : i + _BATCH]) for i in range(0, len(sentences), _BATCH)]
         images = _embed(clip, scenes, count)
-    return add_extra(weights, FILE, build_index(images.clone(), names, torch.cat(texts).clone()))
+    return write_index(weights, build_index(images.clone(), names, torch.cat(texts).clone()))
 
 
 def _embed(clip: Clip, scenes: Scenes, count: int) -> Tensor:

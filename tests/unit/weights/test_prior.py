@@ -15,9 +15,10 @@ from torch import Tensor
 from clipgen import ClipGen, GenerationRequest
 from clipgen.config import load_model_config
 from clipgen.errors import WeightsError
-from clipgen.weights.model_dir import add_extra, load_model_dir, save_model_dir
+from clipgen.weights.model_dir import load_model_dir, save_model_dir
 from clipgen.weights.prior import IndexPrior
-from clipgen.weights.training_index import FILE, TrainingIndex, build_index
+from clipgen.weights.training_index import TrainingIndex
+from train.mini.coverage import build_index, write_index
 
 
 def random_images(count: int, d: int = 32) -> Tensor:
@@ -103,7 +104,7 @@ def test_two_embeddings_reach_the_gpt_concatenated(tiny_weights: Path, tmp_path:
     aside = F.normalize(images[0] - (images[0] @ text) * text, dim=0)
     images[0], images[1] = 0.8 * text + 0.6 * aside, 0.6 * text - 0.8 * aside
     tensors = build_index(images, [str(i) for i in range(40)], images[:30])
-    add_extra(folder, FILE, tensors | {"things": torch.tensor([0, 1, 5])})
+    write_index(folder, tensors | {"things": torch.tensor([0, 1, 5])})
     pipe = ClipGen.from_pretrained(folder, device="cpu", dtype="float32")
     condition = pipe.condition("a b").unflatten(0, (2, 32))
     assert (condition * images[:2]).sum(1).min() > 0.99

@@ -5,23 +5,21 @@ from __future__ import annotations
 import json
 import re
 import shutil
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 import torch
 import torch.nn.functional as F
 from PIL import Image
-from safetensors.torch import save_file
 from torch import Tensor
 from typer.testing import CliRunner
 
 from clipgen import ClipGen
 from clipgen.cli.main import app
 from clipgen.errors import WeightsError
-from clipgen.weights.model_dir import add_extra, load_extra, load_model_dir, save_model_dir
-from clipgen.weights.training_index import FILE, MAX_IMAGES, IndexMatch, TrainingIndex, build_index
+from clipgen.weights.model_dir import load_extra, load_model_dir, save_model_dir
+from clipgen.weights.training_index import FILE, IndexMatch, TrainingIndex
+from train.mini.coverage import build_index, write_index
 
 D = 64
 
@@ -75,18 +73,12 @@ def test_index_measures_the_modality_gap(world: tuple[Tensor, Tensor, Tensor], i
     assert F.cosine_similarity(index.gap, gap, dim=0) > 0.8
 
 
-def test_index_of_a_large_set_is_thinned_evenly() -> None:
-    count = MAX_IMAGES + 100
-    made = TrainingIndex(build_index(points(count, 3), [str(i) for i in range(count)], points(40, 4)))
-    assert len(made.names) == MAX_IMAGES and made.names[0] == "0" and made.names[-1] == str(count - 1)
-
-
 @pytest.fixture
 def folder(tiny_weights: Path, tmp_path: Path) -> Path:
     """The tiny model with an index of 40 images."""
     copy = shutil.copytree(tiny_weights, tmp_path / "tiny")
     images = F.normalize(torch.randn(40, 32, generator=torch.Generator().manual_seed(0)), dim=1)
-    add_extra(copy, FILE, build_index(images, [f"{i}.png" for i in range(40)], images[:30]))
+    write_index(copy, build_index(images, [f"{i}.png" for i in range(40)], images[:30]))
     return copy
 
 
@@ -126,7 +118,7 @@ def test_index_that_does_not_fit_is_refused(folder: Path, change: str) -> None:
         )
     else:
         tensors[change] = tensors[change][: 0 if change == "held" else 3]
-    add_extra(folder, FILE, tensors)
+    write_index(folder, tensors)
     with pytest.raises(WeightsError, match="not an index"):
         TrainingIndex.load(folder)
 
@@ -168,28 +160,3 @@ def test_modality_gap_is_subtracted_for_texts_but_not_for_images(folder: Path) -
     assert pipe.query_index("a") == pipe.index.query(pipe.embed("a"), text_share=1)
     mixed = [("a", 1.0), (image, -3.0)]
     assert pipe.query_index(mixed) == pipe.index.query(pipe.embed(mixed), text_share=0.25)
-
-
-def test_index_script_writes_an_index_with_captions(root: Path, tiny_weights: Path, tmp_path: Path) -> None:
-    weights = shutil.copytree(tiny_weights, tmp_path / "tiny")
-    data = tmp_path / "emoji" / "stage2"
-    data.mkdir(parents=True)
-    with (data / "metadata.jsonl").open("w") as file:
-        for i in range(24):
-            Image.new("RGB", (8, 8), (i, 0, 0)).save(data / f"{i:02}.png")
-            objects = {22: ["1f34b", "1f34b"], 23: ["1f436", "1f34b"]}.get(i, ["1f34b"])
-            row = {"file_name": f"{i:02}.png", "objects": objects, "style": "line", "background": "red"}
-            file.write(json.dumps(row) + "\n")
-    lemon = {"code": "1f34b", "name": "lemon", "keywords": ["citrus"], "group": 4}
-    (data.parent / "emoji.jsonl").write_text(json.dumps(lemon) + "\n")
-    embeddings = F.normalize(torch.randn(48, 32, generator=torch.Generator().manual_seed(0)), dim=1)  # 2 views
-    save_file({"embeddings": embeddings.half()}, tmp_path / "encoded.safetensors")
-    command = [sys.executable, "-m", "train.mini.index", "--weights", weights, "--data", data, "--encoded"]
-    done = subprocess.run([*command, tmp_path / "encoded.safetensors"], cwd=root, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
-    found = TrainingIndex.load(weights)
-    assert found is not None and found.names[3] == "03.png: lemon, line on red"
-    assert len(found.names) == 22, "images of two objects are left out"
-    (data / "00.png").unlink()
-    wrong = subprocess.run([*command, tmp_path / "encoded.safetensors"], cwd=root, capture_output=True, text=True)
-    assert wrong.returncode == 2 and "not the same set" in wrong.stderr
