@@ -25,12 +25,12 @@ from clipgen.errors import DataError, DownloadError
 from clipgen.images.sources import open_source
 from clipgen.models.vqgan import VQGAN
 from clipgen.utils.download import RetryPolicy
-from clipgen.utils.files import lock_folder
 from train import all as everything
 from train import roundtrip
 from train.config import load_config
 from train.loop.checkpoint import save_tensors
 from train.loop.health import TrainingError
+from train.loop.lock import lock_folder
 
 SENTENCES = "".join(f"a {colour} {shape}\n" for colour in ("red", "green", "blue", "white") for shape in "abcdef")
 

@@ -15,9 +15,10 @@ from accelerate.utils import gather_object
 
 from clipgen.images.search import check_output
 from clipgen.utils.entry_point import entry_point
-from clipgen.utils.files import lock_folder, write_text
+from clipgen.utils.files import write_text
 from clipgen.utils.text import printable, read_lines
 from train.config import Config, load_config
+from train.loop.lock import lock_folder
 from train.loop.logger import TRACKERS, check_tracker
 
 
