@@ -29,8 +29,8 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from clipgen.utils.arguments import at_least
 from clipgen.utils.entry_point import entry_point
+from train.loop.arguments import at_least
 
 ROOT = Path(__file__).resolve().parent.parent
 GOLDEN = ROOT / "tests" / "golden"

@@ -37,9 +37,9 @@ from clipgen.images.pixels import from_pixels, grid, save_image, to_pixels
 from clipgen.models.vqgan import VQGAN
 from clipgen.pipeline import ClipGen
 from clipgen.request import GenerationRequest
-from clipgen.utils.arguments import at_least
 from clipgen.utils.entry_point import entry_point
 from clipgen.utils.files import write_text
+from train.loop.arguments import at_least
 from train.mini.objects import read_objects
 from train.mini.sampling import draw_facts
 from train.mini.scene import Composer

@@ -36,7 +36,6 @@ from clipgen.errors import ConfigError, DownloadError
 from clipgen.evaluation.features import KINDS
 from clipgen.images.search import check_output
 from clipgen.images.sources import open_source
-from clipgen.utils.arguments import at_least
 from clipgen.utils.download import PATIENT, RetryPolicy
 from clipgen.utils.files import sha256, write_text
 from clipgen.utils.text import read_lines
@@ -44,6 +43,7 @@ from clipgen.weights.cache import Settings, fetch
 from clipgen.weights.catalog import CATALOG
 from clipgen.weights.tensor_file import read_header
 from train.config import Config, load_config
+from train.loop.arguments import at_least
 from train.loop.lock import lock_folder
 from train.loop.script import command
 

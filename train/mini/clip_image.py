@@ -25,7 +25,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.optim.lr_scheduler import LambdaLR
 
-from clipgen.utils.arguments import at_least
+from train.loop.arguments import at_least
 from train.loop.batches import build_accelerator
 from train.loop.checkpoint import Checkpoints, save_tensors
 from train.loop.health import check_finite

@@ -27,7 +27,7 @@ from torch import Tensor
 from torch.optim.lr_scheduler import LambdaLR
 
 from clipgen.models.clip import Clip, OpenAIClip, tokenize
-from clipgen.utils.arguments import at_least
+from train.loop.arguments import at_least
 from train.loop.batches import build_accelerator
 from train.loop.checkpoint import Checkpoints, save_tensors
 from train.loop.health import check_finite

@@ -36,8 +36,8 @@ from PIL import Image
 from rich.console import Console
 from rich.progress import track
 
-from clipgen.utils.arguments import at_least
 from clipgen.utils.entry_point import entry_point
+from train.loop.arguments import at_least
 from train.mini.captions import COLOURS, STYLES, Emoji
 
 RENDER_SIZE = 160

@@ -21,9 +21,9 @@ from torch import Tensor
 
 from clipgen.images.pixels import to_clip
 from clipgen.models.clip import Clip
-from clipgen.utils.arguments import at_least
 from clipgen.utils.entry_point import entry_point
 from clipgen.weights.model_dir import load_model_dir
+from train.loop.arguments import at_least
 from train.mini.coverage import build_index, write_index
 from train.mini.describe import Words, describe
 from train.mini.objects import read_objects

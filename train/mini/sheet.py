@@ -17,8 +17,8 @@ from pathlib import Path
 import cv2
 import numpy as np
 
-from clipgen.utils.arguments import at_least
 from clipgen.utils.entry_point import entry_point
+from train.loop.arguments import at_least
 from train.mini.attachments import ATTACHMENTS, can_have, kinds_of
 from train.mini.colours import COLOURS, Bytes
 from train.mini.describe import describe

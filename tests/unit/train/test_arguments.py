@@ -11,7 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from tracebacks import has_traceback
 
-from clipgen.utils.arguments import at_least
+from train.loop.arguments import at_least
 
 
 @given(st.integers(), st.integers(0, 10))
