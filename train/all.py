@@ -34,7 +34,6 @@ from omegaconf import OmegaConf
 
 from clipgen.errors import ConfigError, DownloadError
 from clipgen.evaluation.features import KINDS
-from clipgen.images.search import check_output
 from clipgen.images.sources import open_source
 from clipgen.utils.download import PATIENT, RetryPolicy
 from clipgen.utils.files import sha256, write_text
@@ -45,7 +44,7 @@ from clipgen.weights.tensor_file import read_header
 from train.config import Config, load_config
 from train.loop.arguments import at_least
 from train.loop.lock import lock_folder
-from train.loop.script import command
+from train.loop.script import check_output, command
 
 MAX_EVALUATED = 5000
 """Real images to compare with, and without sentences also images to generate."""

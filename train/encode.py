@@ -32,7 +32,6 @@ from torch import Tensor
 
 from clipgen.config import GPTConfig, VQGANConfig
 from clipgen.errors import DataError
-from clipgen.images.search import check_output
 from clipgen.models.clip import Clip
 from clipgen.models.vqgan import VQGAN
 from clipgen.utils.files import sha256, write_text
@@ -43,7 +42,7 @@ from train.loop.batches import build_accelerator, process_rows, to_device
 from train.loop.checkpoint import save_tensors
 from train.loop.loader import image_batches
 from train.loop.optimization import load_model_weights
-from train.loop.script import command, lock_output, parse_args, report_failures
+from train.loop.script import check_output, command, lock_output, parse_args, report_failures
 from train.loop.stopping import Stop
 
 ROWS = 4096

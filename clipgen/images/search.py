@@ -4,15 +4,13 @@ from __future__ import annotations
 
 import glob
 import os
-import re
 from collections import Counter
 from collections.abc import Iterable, Sequence
-from pathlib import Path
 from urllib.parse import urlsplit
 
 from webdataset.shardlists import expand_urls
 
-from clipgen.errors import DataError, OutputError
+from clipgen.errors import DataError
 from clipgen.utils.text import expand_home
 
 
@@ -42,25 +40,6 @@ def expand_pattern(text: str) -> list[str]:
     if not found:
         raise DataError(f"{text} matches no file; check the pattern")
     return found
-
-
-def check_output(data: str, out: Path) -> None:
-    """Check that `out` is not searched for data by what `--data` names, now or when the training is resumed.
-
-    Raises:
-        OutputError: `out` lies where `data` is searched.
-    """
-    pattern = re.search(r"[*?\[{]", data)
-    if data.endswith(".tar") or is_remote(data):
-        return  # these name their files
-    folder = expand_home(os.path.dirname(data[: pattern.start()]) or "." if pattern else data)
-    if not folder.is_dir() or (folder / "index.json").is_file():  # the latter is an encoded set, read by name
-        return
-    if out.resolve().is_relative_to(folder.resolve()):
-        raise OutputError(
-            f"--out {out} lies inside the data, {folder}, so that the images written there would be read as data; "
-            "give an --out elsewhere"
-        )
 
 
 def walk(root: str, unused: Counter[str]) -> list[str]:

@@ -8,8 +8,7 @@ from pathlib import Path
 import pytest
 
 from clipgen.errors import OutputError
-from clipgen.images.search import check_output
-from train.loop.script import lock_output
+from train.loop.script import check_output, lock_output
 
 
 @pytest.fixture
