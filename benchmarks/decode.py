@@ -33,12 +33,12 @@ import torch  # noqa: E402
 from roofline import describe, floor_seconds, in_words, random_weights, read_bandwidth  # noqa: E402
 
 from clipgen.config import GPTConfig  # noqa: E402
-from clipgen.engine.batch import generate_tokens  # noqa: E402
 from clipgen.models.capabilities import cpu_dtypes, has_bfloat16  # noqa: E402
 from clipgen.models.gpt import GPT  # noqa: E402
 from clipgen.request import SamplingParams  # noqa: E402
 from clipgen.utils.entry_point import entry_point  # noqa: E402
 from train.config import load_config  # noqa: E402
+from train.loop.samples import generate_tokens  # noqa: E402
 
 SAMPLING = SamplingParams(temperature=1.0, top_k=500, top_p=0.95)
 UNCACHED_ROWS = 8

@@ -39,7 +39,6 @@ from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor
 
 from clipgen.config import GPTConfig
-from clipgen.engine.batch import generate_tokens
 from clipgen.errors import DataError
 from clipgen.images.pixels import from_pixels, grid
 from clipgen.models.gpt import GPT, Block
@@ -78,6 +77,7 @@ from train.loop.optimization import (
     init_weights,
     set_lr,
 )
+from train.loop.samples import generate_tokens
 from train.loop.script import command, lock_output, parse_args, report_failures
 from train.loop.sharding import ShardedState, full_state_dict, shard_model
 from train.loop.stopping import Stop

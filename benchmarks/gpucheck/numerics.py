@@ -11,7 +11,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from clipgen.engine.batch import Batch, generate_tokens
+from clipgen.engine.batch import Batch
 from clipgen.engine.engine import Engine
 from clipgen.engine.sequence import Sequence
 from clipgen.models.gpt import GPT
@@ -21,6 +21,7 @@ from clipgen.request import SamplingParams
 from clipgen.weights.model_dir import load_model_dir
 from gpucheck.models import seconds, sequences
 from gpucheck.report import Bench, Figure
+from train.loop.samples import generate_tokens
 
 HALF_MAX = 65_504.0
 PROMPTS = ("a lemon", "a red heart", "a cat", "sketch of a dog")

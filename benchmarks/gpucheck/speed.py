@@ -7,12 +7,12 @@ from collections.abc import Iterator
 import torch
 from roofline import step_bytes, step_flops
 
-from clipgen.engine.batch import generate_tokens
 from clipgen.engine.engine import Engine
 from clipgen.models.gpt import GPT
 from clipgen.request import GenerationRequest
 from gpucheck.models import PARAMS, preset, random_gpt, random_pipeline, seconds, sequences, wait
 from gpucheck.report import Bench, Figure
+from train.loop.samples import generate_tokens
 
 T4_BYTES, T4_FLOPS = 320e9 * 0.75, 65e12 * 0.5
 """What a T4 reads and multiplies in float16 a second: NVIDIA's figures, times what kernels usually reach of them."""

@@ -22,7 +22,6 @@ from clipgen.engine.cuda_graphs import CUDAGraphRunner
 from clipgen.engine.sampling import SamplingTensors, draw_uniforms, guide, sample
 from clipgen.engine.sequence import Sequence
 from clipgen.models.gpt import GPT
-from clipgen.request import SamplingParams
 
 POSITION_BLOCK, TOP_K_BLOCK = 16, 64
 
@@ -140,25 +139,6 @@ class Batch:
 
     def _to_device(self, values: list[int]) -> Tensor:
         return torch.tensor(values, dtype=torch.long).to(self.device)
-
-
-@torch.inference_mode()
-def generate_tokens(gpt: GPT, conditions: Tensor, seeds: Iterable[int], params: SamplingParams) -> Tensor:
-    """Generate one image of tokens per row in one batch, for training's samples and for benchmarks.
-
-    Args:
-        conditions: (B, D).
-        seeds: B of them.
-
-    Returns:
-        (B, T) int64 on the GPT's device.
-    """
-    sequences = [Sequence(condition, seed, params) for condition, seed in zip(conditions, seeds, strict=True)]
-    batch = Batch(gpt)
-    batch.add(sequences, max_rows=2 * len(sequences))
-    for _ in range(batch.length if sequences else 0):
-        batch.step()
-    return batch.tokens
 
 
 def _round_up(count: int, multiple: int) -> int:

@@ -11,13 +11,14 @@ import torch
 from engine_kit import GUIDED, SAMPLINGS, SMALL, alone, make_sequences, together, uncached
 from torch import Tensor
 
-from clipgen.engine.batch import Batch, generate_tokens
+from clipgen.engine.batch import Batch
 from clipgen.engine.sampling import sample
 from clipgen.models.capabilities import cpu_dtypes
 from clipgen.models.gpt import GPT
 from clipgen.request import SamplingParams
 from clipgen.weights.model_dir import build_module, load_model_dir
 from clipgen.weights.precision import pick_precision
+from train.loop.samples import generate_tokens
 
 
 @pytest.mark.parametrize("params", SAMPLINGS)

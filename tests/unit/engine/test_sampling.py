@@ -12,10 +12,10 @@ from hypothesis import strategies as st
 from safetensors.torch import load_file
 
 from clipgen.config import GPTConfig
-from clipgen.engine.batch import generate_tokens
 from clipgen.engine.sampling import SamplingTensors, draw_uniforms, filter_logits, guide, sample
 from clipgen.models.gpt import GPT
 from clipgen.request import SamplingParams
+from train.loop.samples import generate_tokens
 
 
 def params(*samplings: SamplingParams, vocab_size: int = 96, **changes: float) -> SamplingTensors:

@@ -11,12 +11,12 @@ from safetensors.torch import load_file
 from torch import nn
 
 from clipgen.config import ModelConfig, load_model_config
-from clipgen.engine.batch import generate_tokens
 from clipgen.images.pixels import clip_from_pixels
 from clipgen.models.clip import Clip
 from clipgen.models.gpt import GPT
 from clipgen.models.vqgan import VQGAN
 from train.loop.optimization import load_model_weights
+from train.loop.samples import generate_tokens
 from train.losses.embedding import EmbeddingLoss
 
 
