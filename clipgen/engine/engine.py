@@ -55,37 +55,12 @@ class Engine:
         self.max_num_rows = 2 * max_num_seqs * (FAIR_SHARE + 1) // FAIR_SHARE
         self._compute = compute or ComputeThread()
         self._changed = threading.Condition()  # guards the scheduler and what follows
-        self._scheduler = Scheduler()
-        self._is_closed = False
+        self.scheduler = Scheduler()
+        self.is_closed = False
         self._is_active = False  # whether a round is queued or running
         # Only used on the compute thread. Graphs are captured now, while nothing else uses the device.
-        self._graphs: CUDAGraphRunner | None = self._compute.run(self._build_graphs)
-        self._batch = Batch(gpt, self._graphs)
-
-    @property
-    def num_requests(self) -> int:
-        """Calls of `generate` that are not finished."""
-        return len(self._scheduler.groups)
-
-    @property
-    def num_waiting(self) -> int:
-        """Sequences that wait for a row."""
-        return self._scheduler.num_waiting
-
-    @property
-    def is_closed(self) -> bool:
-        """Whether new calls are refused."""
-        return self._is_closed
-
-    @property
-    def uses_graphs(self) -> bool:
-        """Whether steps are replayed from CUDA graphs."""
-        return self._graphs is not None
-
-    @property
-    def cache_bytes(self) -> int:
-        """Memory of the key/value cache; 0 while idle, unless CUDA graphs keep theirs."""
-        return self._batch.cache.data.nbytes
+        self.graphs: CUDAGraphRunner | None = self._compute.run(self._build_graphs)
+        self.batch = Batch(gpt, self.graphs)
 
     def generate(
         self,
@@ -136,12 +111,12 @@ class Engine:
             How many finished, and how many did not.
         """
         with self._changed:
-            self._is_closed = True
-            groups = list(self._scheduler.groups)
-            self._changed.wait_for(lambda: not self._scheduler.groups, seconds)
-            for group in self._scheduler.groups:
+            self.is_closed = True
+            groups = list(self.scheduler.groups)
+            self._changed.wait_for(lambda: not self.scheduler.groups, seconds)
+            for group in self.scheduler.groups:
                 group.error = group.error or UnavailableError("the engine was closed meanwhile; send the request again")
-            self._changed.wait_for(lambda: not self._scheduler.groups)
+            self._changed.wait_for(lambda: not self.scheduler.groups)
         failed = sum(group.error is not None for group in groups)
         if groups:
             log.info("closed: %d calls finished, %d did not", len(groups) - failed, failed)
@@ -149,11 +124,11 @@ class Engine:
 
     def _submit(self, group: RequestGroup) -> None:
         with self._changed:
-            if self._is_closed:
+            if self.is_closed:
                 raise UnavailableError("the engine is closed and generates nothing more")
-            if (waiting := self._scheduler.num_waiting) >= MAX_WAITING:
+            if (waiting := self.scheduler.num_waiting) >= MAX_WAITING:
                 raise UnavailableError(f"{waiting} images are waiting already; try again in a moment")
-            self._scheduler.groups.append(group)
+            self.scheduler.groups.append(group)
             if not self._is_active:
                 self._is_active = True
                 self._compute.submit(self._round)
@@ -169,9 +144,9 @@ class Engine:
                 self._recover(*failure)
         except Exception as error:  # the device is gone: nobody may wait for it
             log.exception("the engine could not recover")
-            self._end_with_error(list(self._scheduler.groups), EngineError(f"the engine failed: {first_line(error)}"))
+            self._end_with_error(list(self.scheduler.groups), EngineError(f"the engine failed: {first_line(error)}"))
         with self._changed:
-            self._is_active = bool(self._scheduler.groups)
+            self._is_active = bool(self.scheduler.groups)
             if self._is_active:
                 self._compute.submit(self._round)
 
@@ -186,39 +161,39 @@ class Engine:
 
     def _step(self) -> None:
         """Drop cancelled groups, admit sequences, decode a token of each, hand over what is finished."""
-        groups = list(self._scheduler.groups)
+        groups = list(self.scheduler.groups)
         for group in groups:
             group.check_cancelled()
         self._end({group for group in groups if group.error is not None})
         with self._changed:
-            if not self._scheduler.running:
+            if not self.scheduler.running:
                 self._set_limits()
-            admitted = self._scheduler.schedule()
-        self._batch.add(admitted, self._scheduler.max_num_rows)
-        if not self._batch.sequences:
+            admitted = self.scheduler.schedule()
+        self.batch.add(admitted, self.scheduler.max_num_rows)
+        if not self.batch.sequences:
             return
-        self._batch.step()
+        self.batch.step()
         self._report()
-        finished = self._batch.finished()
+        finished = self.batch.finished()
         if not finished:
             return
-        bad = {self._scheduler.running[seq] for seq in self._batch.non_finite(finished)}
+        bad = {self.scheduler.running[seq] for seq in self.batch.non_finite(finished)}
         for group in bad:
             group.error = EngineError("the GPT's logits are not finite: damaged weights, or an overflow of this dtype")
         with self._changed:
-            ended = {self._scheduler.finish(seq, tokens) for seq, tokens in finished.items()}
-        self._batch.remove(set(finished))
+            ended = {self.scheduler.finish(seq, tokens) for seq, tokens in finished.items()}
+        self.batch.remove(set(finished))
         self._end(bad | {group for group in ended if group.is_finished})
 
     def _set_limits(self) -> None:
         """Before the first of several sequences: as many rows as fit into the memory that is free now."""
-        rows = self._graphs.max_num_rows if self._graphs else self._fitting_rows()
-        self._scheduler.max_num_rows = rows
-        self._scheduler.max_num_seqs = self._scheduler.max_num_seqs or rows
+        rows = self.graphs.max_num_rows if self.graphs else self._fitting_rows()
+        self.scheduler.max_num_rows = rows
+        self.scheduler.max_num_seqs = self.scheduler.max_num_seqs or rows
 
     def _fitting_rows(self) -> int:
         weight = self.gpt.head.weight
-        row = token_bytes(self.gpt.config, self._batch.cache.data.dtype, guided=False)
+        row = token_bytes(self.gpt.config, self.batch.cache.data.dtype, guided=False)
         return max(2, max_batch_size(row, weight.device, self.max_num_rows))
 
     def _build_graphs(self) -> CUDAGraphRunner | None:
@@ -228,9 +203,9 @@ class Engine:
 
     def _report(self) -> None:
         """Tell each group its progress and, where asked for, its tokens so far."""
-        length, running = self._batch.length, self._scheduler.running
+        length, running = self.batch.length, self.scheduler.running
         done: Counter[RequestGroup] = Counter()
-        for seq, count in zip(self._batch.sequences, self._batch.num_tokens, strict=True):
+        for seq, count in zip(self.batch.sequences, self.batch.num_tokens, strict=True):
             done[running[seq]] += count
         for group, count in done.items():
             group.num_steps += 1
@@ -242,7 +217,7 @@ class Engine:
 
     def _snapshot(self, group: RequestGroup) -> Tensor:
         """All tokens of a group so far, (n, T), -1 where there is none yet."""
-        batch = self._batch
+        batch = self.batch
         running = dict(
             zip(batch.sequences, zip(batch.tokens.cpu(), batch.num_tokens, strict=True), strict=True),
         )
@@ -260,28 +235,28 @@ class Engine:
         if not groups:
             return
         with self._changed:
-            dropped = self._scheduler.remove(groups)
-            is_idle = not self._scheduler.groups
+            dropped = self.scheduler.remove(groups)
+            is_idle = not self.scheduler.groups
             if is_idle:
-                self._scheduler.max_num_seqs = 0  # measured anew for the next request
+                self.scheduler.max_num_seqs = 0  # measured anew for the next request
             self._changed.notify_all()
         for group in groups:
             group.updates.put(None)
         if is_idle:  # give the cache back
-            self._batch = Batch(self.gpt, self._graphs)
+            self.batch = Batch(self.gpt, self.graphs)
         else:
-            self._batch.remove(set(dropped) & set(self._batch.sequences))
+            self.batch.remove(set(dropped) & set(self.batch.sequences))
 
     def _recover(self, reason: str, cause: BaseException | None) -> None:
         """After a failed step: its groups fail, or, when memory ran out, all unfinished sequences start again."""
         with self._changed:
-            count = len(self._scheduler.running)
-            groups = set(self._scheduler.running.values()) or set(self._scheduler.groups)
-            self._scheduler.restart()
-        self._batch = Batch(self.gpt, self._graphs)
+            count = len(self.scheduler.running)
+            groups = set(self.scheduler.running.values()) or set(self.scheduler.groups)
+            self.scheduler.restart()
+        self.batch = Batch(self.gpt, self.graphs)
         if cause is None:
             try:
-                self._scheduler.max_num_seqs = halve(count, "decoding tokens", reason)
+                self.scheduler.max_num_seqs = halve(count, "decoding tokens", reason)
             except InsufficientMemoryError as error:
                 self._end_with_error(groups, error)
         else:

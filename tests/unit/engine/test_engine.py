@@ -99,7 +99,7 @@ def test_small_request_starts_at_once_beside_a_large_one(gpt: GPT, gate: Gate) -
         gate.let(3)
         assert len(gate.steps[-1]) == 16  # four fifths of 20 places
         one = pool.submit(engine.generate, make_sequences(1, first=1000))
-        until(lambda: engine.num_requests == 2)
+        until(lambda: len(engine.scheduler.groups) == 2)
         gate.let(2)
         assert 1000 in gate.steps[-1]
         gate.let(SMALL.block_size)
@@ -116,7 +116,7 @@ def test_waiting_requests_start_in_order_of_arrival(gpt: GPT, gate: Gate) -> Non
         futures = []
         for i in range(4):
             futures.append(pool.submit(engine.generate, make_sequences(1, first=i)))
-            until(lambda i=i: engine.num_requests == i + 1)
+            until(lambda i=i: len(engine.scheduler.groups) == i + 1)
         gate.open()
         for future in futures:
             future.result(30)
@@ -130,7 +130,7 @@ def test_cancelled_request_frees_its_rows_before_the_next_step(gpt: GPT, gate: G
     with ThreadPoolExecutor() as pool:
         stopped = pool.submit(engine.generate, make_sequences(5), is_cancelled=stop.is_set)
         going = pool.submit(engine.generate, make_sequences(2, first=50))
-        until(lambda: engine.num_requests == 2)
+        until(lambda: len(engine.scheduler.groups) == 2)
         gate.let(4)
         assert len(gate.steps[-1]) in (5, 7)
         stop.set()
@@ -147,7 +147,7 @@ def test_waiting_request_can_be_cancelled(gpt: GPT, gate: Gate) -> None:
     engine = Engine(gpt, max_num_seqs=1)
     with ThreadPoolExecutor() as pool:
         first = pool.submit(engine.generate, make_sequences(1))
-        until(lambda: engine.num_requests)
+        until(lambda: engine.scheduler.groups)
         gate.let(1)
         second = pool.submit(engine.generate, make_sequences(1), is_cancelled=lambda: True)
         gate.let(1)
@@ -163,7 +163,7 @@ def test_full_queue_refuses_and_names_its_length(gpt: GPT, gate: Gate, monkeypat
     engine = Engine(gpt, max_num_seqs=1)
     with ThreadPoolExecutor() as pool:
         first = pool.submit(engine.generate, make_sequences(5, SAMPLINGS[1]))
-        until(lambda: engine.num_requests and engine.num_waiting == 3)
+        until(lambda: engine.scheduler.num_waiting == 3)
         with pytest.raises(UnavailableError, match=r"\d images are waiting .* try again"):
             engine.generate(make_sequences(1))
         gate.open()
@@ -210,7 +210,7 @@ def test_failing_callback_fails_only_its_own_call(engine: Engine, gpt: GPT, name
         with pytest.raises(LookupError, match="my callback"):
             engine.generate(make_sequences(1), **{name: broken}, every=2)  # type: ignore[arg-type]
         assert torch.equal(other.result(30).tokens[0], alone(gpt, make_sequences(1, first=5)[0]))
-    until(lambda: not engine.num_requests)
+    until(lambda: not engine.scheduler.groups)
 
 
 def test_on_tokens_receives_snapshots_in_the_callers_thread(gpt: GPT) -> None:
@@ -237,8 +237,8 @@ def test_on_tokens_receives_snapshots_in_the_callers_thread(gpt: GPT) -> None:
 def test_idle_engine_holds_neither_cache_nor_threads(engine: Engine) -> None:
     threads = threading.active_count()
     engine.generate(make_sequences(3))
-    until(lambda: engine.cache_bytes == 0)
-    assert engine.num_requests == 0
+    until(lambda: engine.batch.cache.data.nbytes == 0)
+    assert not engine.scheduler.groups
     assert threading.active_count() <= threads  # threads of earlier tests may have ended meanwhile
 
 
@@ -246,7 +246,7 @@ def test_close_waits_for_running_and_waiting_requests(gpt: GPT, gate: Gate, capl
     engine = Engine(gpt, max_num_seqs=1)
     with ThreadPoolExecutor() as pool, caplog.at_level(logging.INFO):
         calls = [pool.submit(engine.generate, make_sequences(1)) for _ in range(2)]
-        until(lambda: engine.num_requests == 2)
+        until(lambda: len(engine.scheduler.groups) == 2)
         closing = pool.submit(engine.close)
         until(lambda: engine.is_closed)
         with pytest.raises(UnavailableError):
@@ -261,7 +261,7 @@ def test_close_after_timeout_fails_unfinished_requests(gpt: GPT, gate: Gate) -> 
     engine = Engine(gpt)
     with ThreadPoolExecutor() as pool:
         call = pool.submit(engine.generate, make_sequences(1))
-        until(lambda: engine.num_requests)
+        until(lambda: engine.scheduler.groups)
         closing = pool.submit(engine.close, 0)
         until(lambda: engine.is_closed)
         time.sleep(0.05)  # close(0) marks the call as failed right after closing
