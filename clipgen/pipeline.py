@@ -245,9 +245,9 @@ class ClipGen:
         seconds["total"] = time.perf_counter() - start
         return self.compute.run(lambda: [self._output(job, seconds) for job in jobs])
 
-    def close(self, seconds: float | None = None) -> tuple[int, int]:
+    def close(self) -> None:
         """Generate nothing more; see `Engine.close`."""
-        return self.engine.close(seconds)
+        self.engine.close()
 
     # --- on the compute thread ---
 

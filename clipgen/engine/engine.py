@@ -104,23 +104,11 @@ class Engine:
         tokens = torch.stack([group.tokens[seq] for seq in own])
         return EngineOutput(tokens, group.started - group.submitted)
 
-    def close(self, seconds: float | None = None) -> tuple[int, int]:
-        """Refuse new calls and wait for the running ones; after `seconds` the rest fail with UnavailableError.
-
-        Returns:
-            How many finished, and how many did not.
-        """
+    def close(self) -> None:
+        """Refuse new calls and wait for the running ones."""
         with self._changed:
             self.is_closed = True
-            groups = list(self.scheduler.groups)
-            self._changed.wait_for(lambda: not self.scheduler.groups, seconds)
-            for group in self.scheduler.groups:
-                group.error = group.error or UnavailableError("the engine was closed meanwhile; send the request again")
             self._changed.wait_for(lambda: not self.scheduler.groups)
-        failed = sum(group.error is not None for group in groups)
-        if groups:
-            log.info("closed: %d calls finished, %d did not", len(groups) - failed, failed)
-        return len(groups) - failed, failed
 
     def _submit(self, group: RequestGroup) -> None:
         with self._changed:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Iterator
 
 import pytest
@@ -20,4 +21,7 @@ def gpt() -> GPT:
 def engine(gpt: GPT) -> Iterator[Engine]:
     engine = Engine(gpt)
     yield engine
-    engine.close(0)
+    closing = threading.Thread(target=engine.close, daemon=True)
+    closing.start()
+    closing.join(60)
+    assert not closing.is_alive(), "a call still runs"

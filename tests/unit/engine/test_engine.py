@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -242,31 +241,16 @@ def test_idle_engine_holds_neither_cache_nor_threads(engine: Engine) -> None:
     assert threading.active_count() <= threads  # threads of earlier tests may have ended meanwhile
 
 
-def test_close_waits_for_running_and_waiting_requests(gpt: GPT, gate: Gate, caplog: pytest.LogCaptureFixture) -> None:
+def test_close_waits_for_running_and_waiting_requests(gpt: GPT, gate: Gate) -> None:
     engine = Engine(gpt, max_num_seqs=1)
-    with ThreadPoolExecutor() as pool, caplog.at_level(logging.INFO):
+    with ThreadPoolExecutor() as pool:
         calls = [pool.submit(engine.generate, make_sequences(1)) for _ in range(2)]
         until(lambda: len(engine.scheduler.groups) == 2)
         closing = pool.submit(engine.close)
         until(lambda: engine.is_closed)
         with pytest.raises(UnavailableError):
             engine.generate(make_sequences(1))
+        assert not closing.done()
         gate.open()
-        assert closing.result(30) == (2, 0)
+        closing.result(30)
         assert all(len(call.result(30).tokens) == 1 for call in calls)
-    assert "2 calls finished, 0 did not" in caplog.text
-
-
-def test_close_after_timeout_fails_unfinished_requests(gpt: GPT, gate: Gate) -> None:
-    engine = Engine(gpt)
-    with ThreadPoolExecutor() as pool:
-        call = pool.submit(engine.generate, make_sequences(1))
-        until(lambda: engine.scheduler.groups)
-        closing = pool.submit(engine.close, 0)
-        until(lambda: engine.is_closed)
-        time.sleep(0.05)  # close(0) marks the call as failed right after closing
-        gate.open()
-        assert closing.result(30) == (0, 1)
-        with pytest.raises(UnavailableError, match="closed"):
-            call.result(30)
-    assert engine.close() == (0, 0)
