@@ -12,9 +12,8 @@ import tempfile
 import time
 from collections.abc import Sequence
 from contextlib import suppress
-from enum import StrEnum
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 from rich.console import Console
@@ -27,14 +26,6 @@ if TYPE_CHECKING:
     from clipgen.request import GenerationOutput
 
 console = Console(stderr=True, highlight=False)
-
-
-class Format(StrEnum):
-    """File formats."""
-
-    png = "png"
-    webp = "webp"
-    jpg = "jpg"
 
 
 def log(message: str) -> None:
@@ -74,7 +65,7 @@ Seed = Annotated[
     option(HOW, "The same seed and settings give the same images.", "--seed", "-s", model="a new one, printed"),
 ]
 Out = Annotated[Path, option(FILES, "Folder for the images.", "--out", "-o", file_okay=False, callback=check_out)]
-FileFormat = Annotated[Format, option(FILES, "File format.")]
+FileFormat = Annotated[Literal["png", "webp", "jpg"], option(FILES, "File format.")]
 Json = Annotated[bool, option(FILES, "Print one JSON object.", "--json")]
 Quiet = Annotated[
     bool,

@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 import json
-from enum import StrEnum
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 import typer
 
@@ -28,15 +27,6 @@ from clipgen.cli.progress import progress
 
 EXAMPLE = "Example: clipgen evaluate --prompts prompts.txt --reference photos --features clip"
 MEASURE = "What to measure with"
-
-
-class Features(StrEnum):
-    """Networks whose features images are compared by."""
-
-    inception = "inception"
-    clip = "clip"
-    efficientnet = "efficientnet"
-
 
 _REFERENCE = option(
     MEASURE, "Real images: a folder, a .txt list, or .tar shards such as 'data/{000..127}.tar'.", show_default=False
@@ -61,7 +51,7 @@ def evaluate(
     reference: Annotated[str, _REFERENCE],
     prompts: Annotated[Path | None, _PROMPTS] = None,
     limit: Annotated[int | None, _LIMIT] = None,
-    features: Annotated[Features, _FEATURES] = Features.inception,
+    features: Annotated[Literal["inception", "clip", "efficientnet"], _FEATURES] = "inception",
     captioner: Annotated[Path | None, _CAPTIONER] = None,
     candidates: Annotated[int, _CANDIDATES] = 1,
     seed: Annotated[int, option(HOW, "The same seed draws the same images.", "--seed", "-s")] = 0,
@@ -90,7 +80,7 @@ def evaluate(
 
     folder = find_weights(weights)
     pipe = ClipGen.from_pretrained(folder, processes.device(device), dtype)
-    extractor = build_extractor(features.value, pipe.clip, folder / "clip.safetensors", log)
+    extractor = build_extractor(features, pipe.clip, folder / "clip.safetensors", log)
     lpips = build_lpips(fetched("vgg16", log), pipe.device) if is_here("vgg16") else None
     reader = Captioner(captioner, pipe.device) if captioner else None
     count = len(source.names) + (len(source.names) if texts is None else len(texts))

@@ -19,7 +19,6 @@ from clipgen.cli.common import (
     Device,
     Dtype,
     FileFormat,
-    Format,
     Out,
     Quiet,
     Seed,
@@ -123,7 +122,7 @@ def generate(
     seed: Seed = None,
     out: Out = Path("outputs"),
     shards: Annotated[Path | None, _SHARDS] = None,
-    format: FileFormat = Format.png,
+    format: FileFormat = "png",
     previews: Annotated[int, _PREVIEWS] = 0,
     as_json: Annotated[bool, _JSON] = False,
     quiet: Quiet = False,
@@ -162,7 +161,7 @@ def generate(
         for number, text in texts.items()
     }
     if shards is not None:
-        _write_shards(shards, requests, seed, format.value, as_json, (weights, device, dtype))
+        _write_shards(shards, requests, seed, format, as_json, (weights, device, dtype))
         return
     from clipgen.utils.distributed import Processes
 
@@ -175,7 +174,7 @@ def generate(
         if result.truncated:
             warn(f"the prompt is too long for the model, which did not read this part: {result.truncated}")
         stem = free_stem(out, text or (image.stem if image else ""), result.seed)
-        files, sheet = _write(result, stem, format.value)
+        files, sheet = _write(result, stem, format)
         if result.match and result.match.is_out_of_distribution:
             warn(result.match.warning(repr(text or "the image")))
         _show(text, result, files, sheet, as_json)

@@ -15,7 +15,6 @@ from clipgen.cli.common import (
     Device,
     Dtype,
     FileFormat,
-    Format,
     Json,
     Out,
     Quiet,
@@ -56,7 +55,7 @@ def sheet(
     candidates: Annotated[int, _CANDIDATES] = 1,
     seed: Seed = None,
     out: Out = Path("outputs"),
-    format: FileFormat = Format.png,
+    format: FileFormat = "png",
     as_json: Json = False,
     quiet: Quiet = False,
     weights: Weights = None,
@@ -93,7 +92,7 @@ def sheet(
     image = labelled_grid([result.images[0] for result in results], columns, rows[0] if rows else [""], title)
     stem = free_stem(out, prompt, results[0].seed)
     records = [result.receipts[0] for result in results]
-    file = save_image(image, stem.with_name(f"{stem.name}-sheet.{format.value}"), metadata=together(records))
+    file = save_image(image, stem.with_name(f"{stem.name}-sheet.{format}"), metadata=together(records))
     show_figure(file, results, printable(prompt), {"prompt": prompt, "axes": varying}, as_json)
 
 
