@@ -227,12 +227,12 @@ def _write_shards(
         log(f"process {processes.rank + 1} of {processes.count}: all of its shards are in {folder}")
         return
     pipe = ClipGen.from_pretrained(weights, processes.device(device), dtype)
-    for shard in todo:
+    for path, those in todo.items():
         started = time.perf_counter()
-        count = write_shard(pipe, shard, requests, suffix, warn)
+        count = write_shard(pipe, path, those, suffix, warn)
         seconds = round(time.perf_counter() - started, 3)
-        record = {"shard": str(shard.path), "prompts": len(shard.prompts), "pictures": count, "seconds": seconds}
-        print(json.dumps(record) if as_json else f"{shard.path}: {count} images, {seconds:.1f} s", flush=True)
+        record = {"shard": str(path), "prompts": len(those), "pictures": count, "seconds": seconds}
+        print(json.dumps(record) if as_json else f"{path}: {count} images, {seconds:.1f} s", flush=True)
 
 
 def _number_texts(prompts: Sequence[str] | None, file: Path | None, image: Path | None) -> dict[int, str]:

@@ -16,7 +16,7 @@ import os
 import shutil
 import tarfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, fields, replace
+from dataclasses import fields, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -39,16 +39,6 @@ INDEX = "index.json"
 
 Requests = Mapping[int, GenerationRequest]
 """Requests by number, in ascending order. Numbers of blank lines in a prompt file are missing."""
-
-
-@dataclass(frozen=True)
-class Shard:
-    """One shard to generate."""
-
-    number: int
-    path: Path
-    prompts: Sequence[int]
-    """Numbers of its prompts."""
 
 
 def claim(
@@ -85,36 +75,36 @@ def claim(
     return {number: replace(request, seed=before["seed"]) for number, request in requests.items()}
 
 
-def missing_shards(folder: Path, requests: Requests, rank: int, count: int) -> list[Shard]:
-    """The shards that process `rank` of `count` still has to generate."""
-    numbers: dict[int, list[int]] = {}
-    for prompt in requests:
-        numbers.setdefault(prompt // PROMPTS, []).append(prompt)
-    shards = [Shard(n, folder / f"{n:06d}.tar", prompts) for n, prompts in numbers.items() if n % count == rank]
-    return [shard for shard in shards if not shard.path.is_file()]
+def missing_shards(folder: Path, requests: Requests, rank: int, count: int) -> dict[Path, Requests]:
+    """The shards that process `rank` of `count` still has to generate, and the requests of each."""
+    shards: dict[int, dict[int, GenerationRequest]] = {}
+    for number, request in requests.items():
+        shards.setdefault(number // PROMPTS, {})[number] = request
+    own = {folder / f"{n:06d}.tar": those for n, those in shards.items() if n % count == rank}
+    return {path: those for path, those in own.items() if not path.is_file()}
 
 
 def write_shard(
-    pipe: ClipGen, shard: Shard, requests: Requests, suffix: str, log: Callable[[str], None] = lambda message: None
+    pipe: ClipGen, path: Path, requests: Requests, suffix: str, log: Callable[[str], None] = lambda message: None
 ) -> int:
-    """Generate one shard; it gets its name when it is complete. Returns the number of images in it.
+    """Generate the shard of some requests; it gets its name when it is complete. Returns the number of images in it.
 
     Raises:
         OutputError: it cannot be written.
     """
-    work, packed = (shard.path.with_name(f".{shard.number:06d}{end}") for end in ("", ".tmp"))
+    work, packed = (path.with_name(f".{path.stem}{end}") for end in ("", ".tmp"))
     shutil.rmtree(work, ignore_errors=True)
     try:
         work.mkdir()
         try:
-            files = list(_generate(pipe, {n: requests[n] for n in shard.prompts}, suffix, work, log))
+            files = list(_generate(pipe, requests, suffix, work, log))
             _pack(files, packed)
         finally:
             shutil.rmtree(work, ignore_errors=True)
-        os.replace(packed, shard.path)  # last: whenever it is killed, a finished shard leaves nothing beside it
+        os.replace(packed, path)  # last: whenever it is killed, a finished shard leaves nothing beside it
     except OSError as error:
         packed.unlink(missing_ok=True)
-        raise OutputError(f"{shard.path} cannot be written: {error.strerror or error}") from error
+        raise OutputError(f"{path} cannot be written: {error.strerror or error}") from error
     return len(files) // 2
 
 
