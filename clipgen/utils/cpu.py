@@ -73,10 +73,10 @@ def _limit(folder: Path) -> float | None:
         return None
 
 
-def thread_limit() -> int | None:
-    """Maximum number of compute threads; None leaves it to PyTorch, which uses OMP_NUM_THREADS and the affinity.
+def thread_count(default: int) -> int:
+    """Number of compute threads, given PyTorch's `default`, which follows OMP_NUM_THREADS and the affinity.
 
-    CLIPGEN_THREADS has precedence, then OMP_NUM_THREADS (which torchrun sets to 1), then the CPU quota.
+    CLIPGEN_THREADS has precedence, then OMP_NUM_THREADS (which torchrun sets to 1); else the CPU quota can lower it.
 
     Raises:
         ConfigError: CLIPGEN_THREADS is not a valid number of threads.
@@ -87,14 +87,4 @@ def thread_limit() -> int | None:
             raise ConfigError(f"{VARIABLE} is {text!r}; use a number of threads from 1 to 1024, or unset it")
         return int(text)
     quota = None if os.environ.get("OMP_NUM_THREADS") else cpu_quota()
-    return None if quota is None else max(1, math.ceil(quota))
-
-
-def thread_count(default: int) -> int:
-    """Number of compute threads, given PyTorch's `default`: a quota can lower it, CLIPGEN_THREADS overrides it.
-
-    Raises:
-        ConfigError: CLIPGEN_THREADS is not a valid number of threads.
-    """
-    limit = thread_limit()
-    return default if limit is None else limit if os.environ.get(VARIABLE) else min(limit, default)
+    return default if quota is None else min(max(1, math.ceil(quota)), default)
