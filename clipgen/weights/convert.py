@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from clipgen.config import GPTConfig, ModelConfig, VQGANConfig, load_preset
-from clipgen.errors import ConfigError, WeightsError
+from clipgen.errors import WeightsError
 from clipgen.models.clip import Clip
 from clipgen.models.gpt import GPT
 from clipgen.models.meta_init import meta_init
@@ -73,13 +73,11 @@ def convert_checkpoints(clip: Path, vqgan: Path, gpt: Path, out: Path, config: s
         `out`.
 
     Raises:
+        ConfigError: no such configuration, or a value in it is wrong.
         WeightsError: a file cannot be read; a tensor is missing, unknown or of another shape; or the three files do
             not belong together. Nothing is written then.
     """
-    try:
-        model = load_preset(config)
-    except ConfigError as error:
-        raise WeightsError(str(error)) from error
+    model = load_preset(config)
     parts = convert_parts({"clip": clip, "vqgan": vqgan, "gpt": gpt}, model)
     embed_dim = parts["clip"]["text_projection"].shape[1]
     if embed_dim != model.gpt.n_cond:

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 
 from clipgen.config import ModelConfig, load_model_config
-from clipgen.errors import ConfigError, WeightsError
+from clipgen.errors import WeightsError
 from clipgen.utils.memory import HEADROOM, MAX_DECODE_BATCH, MAX_NUM_SEQS, pixel_bytes, token_bytes
 from clipgen.weights.model_dir import DTYPES, PARTS
 from clipgen.weights.tensor_file import read_header
@@ -32,15 +32,13 @@ def describe_model_dir(folder: str | Path) -> dict[str, Any]:
         "gpus" (by dtype: the GPUs that can hold it, and how many candidates at a time).
 
     Raises:
-        WeightsError: a file is missing or cannot be read.
+        WeightsError: a file of tensors is missing or cannot be read.
+        ConfigError: the same of the configuration, or it cannot work.
     """
     folder = Path(folder)
     if not folder.is_dir():
         raise WeightsError(f"no weights in {folder}: no such folder")
-    try:
-        config = load_model_config(folder / "config.yaml")
-    except ConfigError as error:
-        raise WeightsError(str(error)) from error
+    config = load_model_config(folder / "config.yaml")
     parts = {part: _describe_file(folder / f"{part}.safetensors") for part in PARTS}
     parameters = sum(part["parameters"] for part in parts.values())
     memory = {name: _memory_needed(config, parameters, dtype) for name, dtype in DTYPES.items()}

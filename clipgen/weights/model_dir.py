@@ -22,7 +22,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from clipgen.config import ModelConfig, load_model_config
-from clipgen.errors import ConfigError, OutputError, WeightsError
+from clipgen.errors import OutputError, WeightsError
 from clipgen.models.meta_init import meta_init
 from clipgen.utils.files import sha256
 from clipgen.weights.tensor_file import find_problem, load_tensors
@@ -99,13 +99,11 @@ def load_model_dir(folder: str | Path) -> tuple[ModelConfig, dict[str, dict[str,
 
     Raises:
         WeightsError: a file is missing, differs from the manifest, or does not fit the others.
+        ConfigError: the folder's configuration cannot work.
     """
     folder = Path(folder)
     verify_model_dir(folder)
-    try:
-        config = load_model_config(folder / "config.yaml")
-    except ConfigError as error:
-        raise WeightsError(str(error)) from error
+    config = load_model_config(folder / "config.yaml")
     parts = {part: load_tensors(folder / f"{part}.safetensors") for part in PARTS}
     projection = parts["clip"].get("text_projection")
     width = 0 if projection is None else projection.shape[-1]

@@ -44,7 +44,7 @@ def add_index(weights: Path, encoded: Path, data: str | Path, prompts: Path | No
 
     Raises:
         DataError: pictures and embeddings do not belong together, or there are no sentences.
-        WeightsError: the folder of weights cannot be used.
+        WeightsError, ConfigError: the folder of weights cannot be used.
     """
     _, parts = load_model_dir(weights)
     clip = Clip.from_state_dict(parts["clip"])

@@ -45,7 +45,7 @@ def add_scene_index(weights: Path, scenes: Scenes, words: Words, count: int = SC
         words: more words for objects, as for `describe`.
 
     Raises:
-        WeightsError: the folder of weights cannot be used.
+        WeightsError, ConfigError: the folder of weights cannot be used.
     """
     _, parts = load_model_dir(weights)
     clip = Clip.from_state_dict(parts["clip"])

@@ -22,7 +22,7 @@ from torch import Tensor
 
 from clipgen import ClipGen
 from clipgen.config import GPTConfig, ModelConfig, VQGANConfig
-from clipgen.errors import WeightsError
+from clipgen.errors import ConfigError, WeightsError
 from clipgen.models.capabilities import cpu_dtypes
 from clipgen.models.clip import Clip
 from clipgen.models.gpt import GPT
@@ -227,7 +227,7 @@ def test_bfloat16_pixels_and_embeddings_stay_close_to_float32(golden: Path, hfai
 def test_missing_file_or_configuration_is_named_and_nothing_is_written(hfailab: Source, tmp_path: Path) -> None:
     with pytest.raises(WeightsError, match="nowhere cannot be read: it does not exist"):
         convert_checkpoints(tmp_path / "nowhere", hfailab.vqgan, hfailab.gpt, tmp_path / "out", hfailab.config)
-    with pytest.raises(WeightsError, match="no configuration 'cocoa'"):
+    with pytest.raises(ConfigError, match="no configuration 'cocoa'"):
         convert_checkpoints(hfailab.clip, hfailab.vqgan, hfailab.gpt, tmp_path / "out", "cocoa")
     assert not (tmp_path / "out").exists()
 
