@@ -89,7 +89,7 @@ def diagnose(weights: str | Path | None, device: str | None = None, dtype: str |
     count = sum(tensor.numel() for part in (pipe.clip, pipe.gpt, pipe.vqgan) for tensor in part.state_dict().values())
     size = f"{pipe.config.name}, {count / 1e6:.1f} M parameters, files as in the manifest"
     yield Finding("weights", "ok", f"{folder}: {size}; used because {reason}")
-    yield check_training_index(folder)
+    yield check_training_index(pipe)
     yield check_device(pipe)
     yield time_images(lambda: pipe("a lemon", seed=0))
 
@@ -159,17 +159,11 @@ def check_threads() -> Finding:
     return Finding("threads", "ok", f"{text}; idle ones sleep ({describe_waiting()})")
 
 
-def check_training_index(weights: Path) -> Finding:
-    """Check that the index of training images can be read, if the weights have one."""
-    from clipgen.weights.training_index import TrainingIndex
-
-    try:
-        index = TrainingIndex.load(weights)
-    except ValueError as error:
-        return Finding("coverage", "wrong", str(error))
-    if index is None:
+def check_training_index(pipe: ClipGen) -> Finding:
+    """Name the number of training images in the index, if the weights have one."""
+    if pipe.index is None:
         return Finding("coverage", "ok", "these weights have no index of training images to compare prompts with")
-    return Finding("coverage", "ok", f"an index of {len(index.names)} training images")
+    return Finding("coverage", "ok", f"an index of {len(pipe.index.names)} training images")
 
 
 def check_device(pipe: ClipGen) -> Finding:
