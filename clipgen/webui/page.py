@@ -87,7 +87,7 @@ class Page:
                 "Start from this image", interactive=False, elem_id="use-image", size="md", min_width=140
             )
         with gr.Row(equal_height=True):
-            rows = self.session.rows
+            rows = self.session.pipe.config.vqgan.grid
             self.keep_rows = gr.Slider(
                 *(1, rows - 1, rows // 2), step=1, precision=0, label=f"Rows to keep of {rows}", min_width=200
             )

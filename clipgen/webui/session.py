@@ -98,11 +98,6 @@ class Session:
         self.running: dict[str, threading.Event] = {}
         """Visitor -> event that stops the visitor's request when set."""
 
-    @property
-    def rows(self) -> int:
-        """Rows of tokens in an image."""
-        return self.pipe.config.vqgan.grid
-
     def default_form(self) -> Form:
         """The form of a fresh page: the best 4 of 16, the model's own sampling, and previews where they are cheap."""
         is_cheap = self.pipe.device.type != "cpu" or self.pipe.config.vqgan.image_size <= PREVIEW_SIZE

@@ -113,7 +113,7 @@ def test_kept_rows_are_in_the_receipt_and_too_many_are_refused(session: Session)
     first = drawn(session, LEMON)
     result = drawn(session, replace(LEMON, seed=99), keep=first.images[0], keep_rows=2)
     assert result.receipts[0].keep_rows == 2
-    refused = last(session.generate(LEMON, keep=first.images[0], keep_rows=session.rows))
+    refused = last(session.generate(LEMON, keep=first.images[0], keep_rows=session.pipe.config.vqgan.grid))
     assert refused.error and "keep_rows" in refused.note
 
 
