@@ -16,7 +16,7 @@ if __name__ == "__main__":
 import argparse
 from pathlib import Path
 
-import torch
+from torch import Tensor
 
 from clipgen.utils.entry_point import entry_point
 from clipgen.weights.model_dir import save_model_dir
@@ -42,7 +42,7 @@ def main() -> None:
             parser.error(f"{file} is missing; train the {part} first")
     try:
         config = load_config(args.config).model
-        save_model_dir(args.out, config, {part: load_tensors(file) for part, file in files.items()}, torch.float16)
+        save_model_dir(args.out, config, {part: _in_half(load_tensors(file)) for part, file in files.items()})
         if args.data:
             shards, file = args.gpt / "encoded", args.gpt / "encoded.safetensors"
             add_index(args.out, file if file.is_file() else shards, args.data, args.prompts)
@@ -50,6 +50,11 @@ def main() -> None:
         parser.error(str(error))
     size = sum(file.stat().st_size for file in args.out.glob("*.safetensors"))
     print(f"{args.out}: {size / 1e6:.1f} MB")
+
+
+def _in_half(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Floating-point tensors in float16, others unchanged."""
+    return {name: tensor.half() if tensor.is_floating_point() else tensor for name, tensor in tensors.items()}
 
 
 if __name__ == "__main__":

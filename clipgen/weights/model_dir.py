@@ -44,22 +44,14 @@ Config = TypeVar("Config")
 Model = TypeVar("Model", bound=nn.Module)
 
 
-def save_model_dir(
-    folder: str | Path,
-    config: ModelConfig,
-    parts: Mapping[str, Mapping[str, Tensor]],
-    dtype: torch.dtype | None = None,
-) -> Path:
+def save_model_dir(folder: str | Path, config: ModelConfig, parts: Mapping[str, Mapping[str, Tensor]]) -> Path:
     """Write a model folder that `load_model_dir` accepts; other files in it stay.
 
     All files are complete before the first is renamed to its place, and the manifest comes last. So a folder whose
     writing was interrupted is refused, never loaded by halves.
 
-    Args:
-        dtype: type that floating-point tensors are stored in; None keeps theirs.
-
     Raises:
-        WeightsError: a part is missing or unknown, or a tensor holds NaN or infinity (or would, in `dtype`).
+        WeightsError: a part is missing or unknown, or a tensor holds NaN or infinity.
     """
     if set(parts) != set(PARTS):
         raise WeightsError(f"the parts are {_names(parts)}; give exactly {_names(PARTS)}")
@@ -69,7 +61,7 @@ def save_model_dir(
         temporary = Path(name)
         OmegaConf.save(OmegaConf.structured(config), temporary / "config.yaml")
         for part, weights in parts.items():
-            stored = {key: _storable(part, key, tensor, dtype) for key, tensor in weights.items()}
+            stored = {key: _storable(part, key, tensor) for key, tensor in weights.items()}
             save_file(stored, temporary / f"{part}.safetensors")
             # safetensors makes files that only their owner can read; a server often runs as another user.
             shutil.copymode(temporary / "config.yaml", temporary / f"{part}.safetensors")
@@ -81,12 +73,10 @@ def save_model_dir(
     return folder
 
 
-def _storable(part: str, name: str, tensor: Tensor, dtype: torch.dtype | None) -> Tensor:
+def _storable(part: str, name: str, tensor: Tensor) -> Tensor:
     tensor = tensor.detach().cpu()
-    if tensor.is_floating_point():
-        tensor = tensor.to(dtype or tensor.dtype)
-        if not tensor.isfinite().all():
-            raise WeightsError(f"{part}: {name} holds NaN or infinity as {tensor.dtype}; nothing was saved")
+    if tensor.is_floating_point() and not tensor.isfinite().all():
+        raise WeightsError(f"{part}: {name} holds NaN or infinity as {tensor.dtype}; nothing was saved")
     return tensor.contiguous()
 
 

@@ -68,6 +68,8 @@ def test_exported_weights_generate_images(
 ) -> None:
     parts = ["--clip", tiny_weights / "clip.safetensors", "--vqgan", trained / "vqgan", "--gpt", trained / "gpt"]
     run(export, monkeypatch, "--config", config, *parts, "--out", tmp_path / "weights")
+    stored, gpt = (load_file(folder / "gpt.safetensors") for folder in (tmp_path / "weights", trained / "gpt"))
+    assert all(torch.equal(stored[name], tensor.half()) for name, tensor in gpt.items())
     result = ClipGen.from_pretrained(tmp_path / "weights", device="cpu")("a lemon", num_outputs=2, seed=0)
     assert [image.size for image in result.images] == [(32, 32)] * 2
 
