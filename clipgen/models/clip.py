@@ -70,9 +70,6 @@ if TYPE_CHECKING:
 else:
     OpenAIClip = openai_model.CLIP
 
-# Entries of OpenAI's released checkpoints that are sizes, not weights.
-_SIZE_KEYS = ("input_resolution", "context_length", "vocab_size")
-
 # The longest token of the vocabulary is 32 bytes; allowing for spaces, text beyond this many characters per position
 # cannot fit. BPE takes quadratic time on one endless word, so that text is not encoded at all.
 _CHARACTERS_PER_TOKEN = 64
@@ -171,13 +168,12 @@ class Clip(nn.Module):
         Raises:
             WeightsError: missing, unexpected or wrongly shaped weights, or a larger vocabulary than OpenAI's.
         """
-        weights = {name: tensor for name, tensor in state_dict.items() if name not in _SIZE_KEYS}
         # `build_model` reads the sizes and checks names and shapes, but it also initialises random weights and rounds
         # to float16. On the meta device it does the former, and there is nothing to initialise or round.
         try:
             with meta_init():
                 model = openai_model.build_model(
-                    {name: torch.empty_like(t, device="meta") for name, t in weights.items()}
+                    {name: torch.empty_like(t, device="meta") for name, t in state_dict.items()}
                 )
         except (LookupError, AssertionError, ArithmeticError, RuntimeError, TypeError) as error:
             reason = f"{type(error).__name__}: {error}"
@@ -192,7 +188,7 @@ class Clip(nn.Module):
         for module in model.modules():
             if isinstance(module, (openai_model.LayerNorm, nn.BatchNorm2d)):
                 module.float()
-        placed = {name: weights[name].to(device, like.dtype, copy=True) for name, like in model.state_dict().items()}
+        placed = {name: state_dict[name].to(device, like.dtype, copy=True) for name, like in model.state_dict().items()}
         model.load_state_dict(placed, assign=True)
         mask = torch.full((model.context_length, model.context_length), float("-inf"), device=device).triu(1)
         for block in model.transformer.resblocks:  # not a buffer, so still on the meta device
