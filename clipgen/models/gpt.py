@@ -135,18 +135,16 @@ class GPT(nn.Module):
         return self
 
     def quantise(self, weights: Literal["int8", "float16"], cache: torch.dtype) -> GPT:
-        """Replace the large weights by smaller ones, in place; after that the model can only decode.
+        """Replace the large weights by smaller ones, in place; after that the model can only decode, on a CPU.
 
         Args:
             weights: "int8", or "float16", which needs a CPU with FBGEMM (`capabilities.has_half_products`).
-            cache: type of keys and values, and on a GPU of everything else that is not quantised. On a CPU that is
-                float32, in which the products return their sums.
+            cache: type of keys and values. Everything else that is not quantised becomes float32, in which the products
+                return their sums.
         """
-        on_cpu = self.head.weight.device.type == "cpu"
-        quantise_linears(self, weights, torch.float32 if on_cpu else cache)
+        quantise_linears(self, weights)
         self.quantised, self.cache_dtype = weights, cache
-        if on_cpu:
-            self._count_rows(1)
+        self._count_rows(1)
         return self
 
     def _count_rows(self, least: int) -> None:

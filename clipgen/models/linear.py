@@ -61,32 +61,31 @@ _multiply = torch.ops.quantized.linear_with_input_q_dq_qweight_dq_output_fp32.de
 
 
 class Int8Linear(nn.Module):
-    """A `Linear` with int8 weights."""
+    """A `Linear` of a CPU with int8 weights."""
 
     codes: Tensor
     scale: Tensor
     bias: Tensor
 
-    def __init__(self, linear: Linear, compute: torch.dtype) -> None:
+    def __init__(self, linear: Linear) -> None:
         super().__init__()
         self.in_features = linear.in_features
         codes, scale = round_weight(linear.weight)
-        weight = linear.weight.detach()
         # Empty, but with the device and precision.
-        self.weight = nn.Parameter(weight.new_empty(0, dtype=compute), requires_grad=False)
+        self.weight = nn.Parameter(torch.empty(0), requires_grad=False)
         self.register_buffer("bias", linear.bias.detach().float())
         self.packed = None
-        bits = dot_product_bits() if weight.device.type == "cpu" else None
+        bits = dot_product_bits()
         if bits is not None:
             self.packed, self.most = _prepack_int8(codes, scale), 2 ** (bits - 1) - 1
         else:
             self.register_buffer("codes", codes)
-            self.register_buffer("scale", scale.to(compute))
+            self.register_buffer("scale", scale)
 
     def forward(self, x: Tensor, gelu: bool = False) -> Tensor:
         """x W' + b, then exact GELU if asked; (B, K) -> (B, N)."""
         if self.packed is None:
-            y = torch._weight_int8pack_mm(x.contiguous(), self.codes, self.scale) + self.bias.to(x.dtype)
+            y = torch._weight_int8pack_mm(x.contiguous(), self.codes, self.scale) + self.bias
         else:
             # Scale rows to [-1, 1], so that one scale fits all.
             reach = torch.linalg.vector_norm(x, torch.inf, dim=1, keepdim=True).clamp_(min=1e-12)
@@ -97,10 +96,10 @@ class Int8Linear(nn.Module):
 class HalfLinear(nn.Module):
     """A `Linear` of a CPU with float16 weights and float32 sums."""
 
-    def __init__(self, linear: Linear, compute: torch.dtype) -> None:
+    def __init__(self, linear: Linear) -> None:
         super().__init__()
         self.in_features = linear.in_features
-        self.weight = nn.Parameter(linear.weight.new_empty(0, dtype=compute), requires_grad=False)
+        self.weight = nn.Parameter(torch.empty(0), requires_grad=False)
         with fbgemm():
             self.packed = torch.ops.quantized.linear_prepack_fp16(
                 linear.weight.detach().float(), linear.bias.detach().float()
@@ -119,16 +118,16 @@ def _prepack_int8(codes: Tensor, scale: Tensor) -> torch.ScriptObject:
         return torch.ops.quantized.linear_prepack(weight, None)
 
 
-def quantise_linears(model: nn.Module, weights: Literal["int8", "float16"], compute: torch.dtype) -> None:
-    """Replace every `Linear` of a model in place and bring its other parameters to `compute`."""
+def quantise_linears(model: nn.Module, weights: Literal["int8", "float16"]) -> None:
+    """Replace every `Linear` of a model on a CPU in place and bring its other parameters to float32."""
     kind: type[Int8Linear | HalfLinear] = Int8Linear if weights == "int8" else HalfLinear
     for module in [m for m in model.modules() if not isinstance(m, Linear)]:
         for name, child in list(module.named_children()):
             if isinstance(child, Linear):
-                setattr(module, name, kind(child, compute))
+                setattr(module, name, kind(child))
         if not isinstance(module, kind):
             for parameter in module.parameters(recurse=False):
-                parameter.data = parameter.data.to(compute)
+                parameter.data = parameter.data.float()
 
 
 class RowCounts:

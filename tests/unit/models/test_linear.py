@@ -69,7 +69,7 @@ def test_int8_dot_products_do_not_overflow() -> None:
     layer = Linear(256, 8).requires_grad_(False)
     layer.weight.fill_(1)
     x = torch.ones(3, 256)
-    torch.testing.assert_close(Int8Linear(layer, torch.float32)(x), layer(x), rtol=1e-5, atol=0)
+    torch.testing.assert_close(Int8Linear(layer)(x), layer(x), rtol=1e-5, atol=0)
 
 
 @needs_half
@@ -84,10 +84,8 @@ def test_weights_exact_in_float16_give_the_same_products() -> None:
     layer = Linear(96, 40).requires_grad_(False)
     layer.weight.copy_(layer.weight.half())
     x = torch.randn(5, 96)
-    torch.testing.assert_close(HalfLinear(layer, torch.float32)(x), layer(x), atol=1e-6, rtol=1e-5)
-    torch.testing.assert_close(
-        HalfLinear(layer, torch.float32)(x, gelu=True), layer(x, gelu=True), atol=1e-6, rtol=1e-5
-    )
+    torch.testing.assert_close(HalfLinear(layer)(x), layer(x), atol=1e-6, rtol=1e-5)
+    torch.testing.assert_close(HalfLinear(layer)(x, gelu=True), layer(x, gelu=True), atol=1e-6, rtol=1e-5)
 
 
 def layer_of(kind: str) -> Linear | Int8Linear | HalfLinear:
@@ -97,7 +95,7 @@ def layer_of(kind: str) -> Linear | Int8Linear | HalfLinear:
         if can_prepack(torch.float32):
             layer.prepack()
         return layer
-    return Int8Linear(layer, torch.float32) if kind == "int8" else HalfLinear(layer, torch.float32)
+    return Int8Linear(layer) if kind == "int8" else HalfLinear(layer)
 
 
 @pytest.mark.numeric
