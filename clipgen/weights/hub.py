@@ -41,7 +41,7 @@ def fetch_from_hub(address: str, settings: Settings, log: Callable[[str], None])
         log(f"fetching {address} (commit {commit[:10]})")
     for name in names:
         _fetch_file(match["repo"], commit, name, settings)
-    verify_model_dir(folder, names)
+    verify_model_dir(folder)
     return folder
 
 

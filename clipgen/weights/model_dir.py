@@ -106,8 +106,8 @@ def load_model_dir(folder: str | Path) -> tuple[ModelConfig, dict[str, dict[str,
     return config, parts
 
 
-def verify_model_dir(folder: Path, files: Iterable[str] = FILES) -> None:
-    """Compare files of a model folder with its manifest: first all sizes, which is cheap, then all hashes.
+def verify_model_dir(folder: Path) -> None:
+    """Compare the files of a model folder with its manifest: first all sizes, which is cheap, then all hashes.
 
     Raises:
         WeightsError: a file is missing or differs.
@@ -115,16 +115,16 @@ def verify_model_dir(folder: Path, files: Iterable[str] = FILES) -> None:
     if not folder.is_dir():
         raise WeightsError(f"no weights in {folder}: no such folder; give one that holds {_names((*FILES, MANIFEST))}")
     manifest = read_manifest(folder / MANIFEST)
-    for file in files:
+    for file, about in manifest.items():
         path = folder / file
         if not path.is_file():
             raise WeightsError(f"{path} is missing; {_FETCH_AGAIN}")
-        size, expected = path.stat().st_size, manifest[file]["size"]
+        size, expected = path.stat().st_size, about["size"]
         if size != expected:
             problem = find_problem(path) or "is incomplete or another file"
             raise WeightsError(f"{path} has {size:,} bytes; {expected:,} were expected. It {problem}; {_FETCH_AGAIN}")
-    for file in files:
-        found, expected = sha256(folder / file), manifest[file]["sha256"]
+    for file, about in manifest.items():
+        found, expected = sha256(folder / file), about["sha256"]
         if found != expected:
             raise WeightsError(
                 f"{folder / file} is damaged or was changed: its SHA-256 is {found}, {MANIFEST} says {expected}; "
@@ -156,15 +156,14 @@ def read_manifest(path: Path) -> dict[str, dict[str, Any]]:
 
 
 def load_extra(folder: str | Path, file: str) -> dict[str, Tensor] | None:
-    """Load one of `EXTRAS`; None if the folder's manifest does not list it.
+    """Load one of `EXTRAS` of a verified folder; None if its manifest does not list it.
 
     Raises:
-        WeightsError: the file is missing or differs from the manifest.
+        WeightsError: the file is missing or cannot be read.
     """
     folder = Path(folder)
     if file not in read_manifest(folder / MANIFEST):
         return None
-    verify_model_dir(folder, [file])
     return load_tensors(folder / file)
 
 
@@ -175,8 +174,8 @@ def copy_model_dir(source: Path, target: Path) -> Path:
         WeightsError: a file of `source` is missing or differs from the manifest.
         OutputError: `target` cannot be written.
     """
+    verify_model_dir(source)
     files = tuple(read_manifest(source / MANIFEST))
-    verify_model_dir(source, files)
     card = [file for file in CARD if (source / file).is_file()]
     try:
         target.mkdir(parents=True, exist_ok=True)

@@ -235,6 +235,17 @@ def test_verify_names_a_damaged_file(run: Run, tiny_weights: Path, tmp_path: Pat
     assert "manifest.json is missing" in mistake(run("verify", damaged))
 
 
+def test_verify_names_a_damaged_or_missing_index(run: Run, root: Path, tmp_path: Path) -> None:
+    damaged = Path(shutil.copytree(root / "weights" / "mini", tmp_path / "damaged"))
+    assert run("verify", damaged).exit_code == 0
+    data = bytearray((damaged / "coverage.safetensors").read_bytes())
+    data[-1] ^= 1
+    (damaged / "coverage.safetensors").write_bytes(data)
+    assert "coverage.safetensors is damaged" in mistake(run("verify", damaged))
+    (damaged / "coverage.safetensors").unlink()
+    assert "coverage.safetensors is missing" in mistake(run("verify", damaged))
+
+
 def test_info_shows_configuration_parameters_and_memory(run: Run, tiny_weights: Path) -> None:
     facts = json.loads(run("info", tiny_weights, "--json").stdout)
     assert facts["name"] == "tiny" and facts["config"]["gpt"]["n_layer"] == 2
