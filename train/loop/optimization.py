@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -15,6 +15,7 @@ from torch.optim.swa_utils import AveragedModel
 from torch.utils.checkpoint import checkpoint
 
 from clipgen.errors import WeightsError
+from clipgen.models.gpt import GPT
 from clipgen.weights.model_dir import check_shapes
 from clipgen.weights.tensor_file import load_tensors
 from train.config import Stage2Config, TrainConfig
@@ -30,6 +31,15 @@ def load_model_weights(model: nn.Module, path: str | Path, prefix: str = "") -> 
     weights = {
         name.removeprefix(prefix): tensor for name, tensor in load_tensors(path).items() if name.startswith(prefix)
     }
+    fill(model, weights, path)
+
+
+def fill(model: nn.Module, weights: Mapping[str, Tensor], path: str | Path) -> None:
+    """Load weights, which come from `path`, into a model.
+
+    Raises:
+        WeightsError: they do not fit.
+    """
     expected = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
     try:
         check_shapes(expected, weights, type(model).__name__)
@@ -39,9 +49,27 @@ def load_model_weights(model: nn.Module, path: str | Path, prefix: str = "") -> 
 
 
 def init_weights(model: nn.Module, config: TrainConfig) -> None:
-    """Start from the weights in `config.init`, if set, instead of random ones; raises as `load_model_weights` does."""
+    """Start from the weights in `config.init`, if set, instead of random ones; raises as `load_model_weights` does.
+
+    Of a GPT with fewer blocks the blocks are repeated: a shallow one trains faster, and its stack goes on from there
+    (Du et al. 2024, "Stacking Your Transformers", arXiv 2405.15319).
+    """
     if config.init:
-        load_model_weights(model, config.init)
+        weights = load_tensors(config.init)
+        fill(model, stack_blocks(weights, model.config.n_layer) if isinstance(model, GPT) else weights, config.init)
+
+
+def stack_blocks(weights: Mapping[str, Tensor], n_layer: int) -> dict[str, Tensor]:
+    """A GPT's weights with its blocks repeated, in order, up to `n_layer`; unchanged if `n_layer` is no multiple."""
+    blocks = [name for name in weights if name.startswith("blocks.")]
+    count = len({name.split(".")[1] for name in blocks})
+    stacked = dict(weights)
+    for layer in range(count, n_layer if count and n_layer % count == 0 else 0):
+        for name in blocks:
+            _, source, rest = name.split(".", 2)
+            if int(source) == layer % count:
+                stacked[f"blocks.{layer}.{rest}"] = weights[name]
+    return stacked
 
 
 def enable_recompute(model: nn.Module, kinds: tuple[type[nn.Module], ...]) -> None:

@@ -6,23 +6,46 @@ import copy
 from collections.abc import Iterator
 from contextlib import nullcontext
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import torch
 import torch.nn.functional as F
 from accelerate import Accelerator
 from accelerate.state import AcceleratorState
-from torch import nn
+from safetensors.torch import save_file
+from torch import Tensor, nn
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 from clipgen.config import ModelConfig
+from clipgen.errors import WeightsError
 from clipgen.models.gpt import GPT
 from clipgen.models.vqgan import VQGAN
 from train import stage2
 from train.config import Stage1Config, Stage2Config
-from train.loop.optimization import MovingAverage, build_optimizers
+from train.loop.optimization import MovingAverage, build_optimizers, init_weights
 from train.losses import gan
 from train.losses.stage1 import LeCam, PatchDiscriminator, ReconstructionLoss
+
+
+def test_gpt_starts_from_the_repeated_blocks_of_a_shallower_one(tiny_config: ModelConfig, tmp_path: Path) -> None:
+    two, six = (GPT(replace(tiny_config.gpt, n_layer=n)) for n in (2, 6))
+    save_file(two.state_dict(), tmp_path / "two.safetensors")
+    init_weights(six, Stage2Config(init=str(tmp_path / "two.safetensors")))
+    for i, block in enumerate(six.blocks):
+        assert same_tensors(block.state_dict(), two.blocks[i % 2].state_dict())
+    assert torch.equal(six.head.weight, two.head.weight)
+
+
+def test_gpt_of_a_number_of_blocks_that_no_repetition_gives_is_refused(tiny_config: ModelConfig, tmp_path) -> None:
+    two, three = (GPT(replace(tiny_config.gpt, n_layer=n)) for n in (2, 3))
+    save_file(two.state_dict(), tmp_path / "two.safetensors")
+    with pytest.raises(WeightsError, match=r"two\.safetensors: .*blocks\.2"):
+        init_weights(three, Stage2Config(init=str(tmp_path / "two.safetensors")))
+
+
+def same_tensors(a: dict[str, Tensor], b: dict[str, Tensor]) -> bool:
+    return a.keys() == b.keys() and all(torch.equal(a[name], b[name]) for name in a)
 
 
 def test_moving_average_equals_that_of_torch_exactly() -> None:
