@@ -83,7 +83,7 @@ class Paths:
 
 def plan_steps(paths: Paths, config: Config, features: str, processes: int) -> dict[str, list[str]]:
     """The steps in order: name -> arguments of Python."""
-    many = ["-m", "torch.distributed.run", "--nproc-per-node", str(processes)] if processes > 1 else []
+    many = ["-m", "train.loop.launch", "--nproc-per-node", str(processes)] if processes > 1 else []
     images = ["--config", str(paths.config), "--data", paths.data]
     vqgan, gpt, encoded = (str(paths.work / name) for name in ("vqgan", "gpt", "encoded"))
     frozen = ["--vqgan", vqgan, "--clip", str(paths.clip)]

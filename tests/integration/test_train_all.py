@@ -167,7 +167,7 @@ def test_plan_without_prompts_and_from_pixels_skips_index_and_encode(flags: list
     config = load_config(tmp_path / "tiny.yaml", ["stage2.from_pixels=true", "stage2.neighbours=0"])
     found = everything.plan_steps(paths, config, "clip", 2)
     assert list(found) == ["check", "stage 1", "round trip", "stage 2", "export", "evaluate", "card"]
-    assert found["stage 1"][:5] == ["-m", "torch.distributed.run", "--nproc-per-node", "2", "-m"]
+    assert found["stage 1"][:5] == ["-m", "train.loop.launch", "--nproc-per-node", "2", "-m"]
     assert "images" in found["stage 2"] and not any("--prompts" in arguments for arguments in found.values())
 
 

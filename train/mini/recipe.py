@@ -101,7 +101,7 @@ def part_command(part: str, args: argparse.Namespace, machine: Machine) -> list[
     scenes = f"train.mini.source:{{}}={data}"
     stage = ["--config", str(args.config), *budget, "--out", str(work / part)]
     clip = str(work / "clip" / "clip.safetensors")
-    launch = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(machine.processes)]
+    launch = ["-m", "train.loop.launch", "--nproc-per-node", str(machine.processes)]
     stage1, stage2 = ([*(launch if machine.processes > 1 else ()), f"train/stage{n}.py", *stage] for n in (1, 2))
     commands = {
         "image": ["-m", "train.mini.image_tower", *tower],

@@ -51,8 +51,8 @@ def test_cores_of_a_cpu_share_the_steps_of_vqgan_and_gpt(tmp_path: Path, monkeyp
     for part in ("vqgan", "gpt"):
         line = part_command(part, arguments(tmp_path), four)
         assert line[line.index("--nproc-per-node") + 1] == "4"
-        assert "torch.distributed.run" not in part_command(part, arguments(tmp_path), CPU)
-    assert "torch.distributed.run" not in part_command("text", arguments(tmp_path), four)
+        assert "train.loop.launch" not in part_command(part, arguments(tmp_path), CPU)
+    assert "train.loop.launch" not in part_command("text", arguments(tmp_path), four)
     for threads, processes in (("1", 1), ("3", 2), ("5", 4), ("64", 8)):
         monkeypatch.setenv("CLIPGEN_THREADS", threads)
         assert Machine.here().processes == (1 if Machine.here().has_gpu else processes)
