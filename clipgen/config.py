@@ -112,8 +112,6 @@ class GPTConfig:
     """Positions: the condition, then all tokens but the last one."""
     n_cond: int = 512
     """Size of the condition: that of the CLIP embedding, D, unless a prior changes it."""
-    cond_everywhere: bool = False
-    """Add the condition to the input of every position, besides giving it at position 0."""
     dropout: float = 0.0
 
     def __post_init__(self) -> None:

@@ -39,7 +39,6 @@ class Batch:
         self.rows: list[tuple[Sequence, bool]] = []  # the sequence of each row, and whether it is its uncond row
         self.cache = gpt.allocate(0) if graphs is None else graphs.cache
         self.x = torch.empty(0, config.n_embd, device=weight.device, dtype=weight.dtype)  # next input of each row
-        self.offsets = torch.zeros_like(self.x)  # of each row, what its condition adds to every input
         self.tokens = torch.empty(0, self.length, dtype=torch.long, device=weight.device)
         self.uniforms = torch.empty(0, self.length, device=weight.device)
         self.is_finite = torch.empty(0, dtype=torch.bool, device=weight.device)  # no NaN or infinity in its logits
@@ -51,11 +50,7 @@ class Batch:
         added = [(seq, False) for seq in sequences] + [(seq, True) for seq in sequences if seq.num_rows == 2]
         self._grow_cache(len(self.rows) + len(added), max_rows)
         conditions = torch.stack([seq.uncond if is_uncond else seq.condition for seq, is_uncond in added]).to(self.x)
-        inputs, offsets = self.gpt.embed_condition(conditions), self.gpt.condition_offset(conditions)
-        if offsets is not None:
-            self.offsets = torch.cat([self.offsets[: len(self.rows)], offsets])
-            inputs = inputs + offsets
-        self.x = torch.cat([self.x[: len(self.rows)], inputs])
+        self.x = torch.cat([self.x[: len(self.rows)], self.gpt.embed_condition(conditions)])
         tokens = torch.zeros(len(sequences), self.length, dtype=torch.long, device=self.device)
         for row, seq in zip(tokens, sequences, strict=True):
             if seq.prefix_tokens is not None:
@@ -80,10 +75,7 @@ class Batch:
             if row != source:
                 self.cache.data[:, :, row] = self.cache.data[:, :, source]
         self.rows = [self.rows[row] for row in order]
-        rows = self._to_device(order)
-        self.x = self.x[rows]
-        if self.gpt.cond_add is not None:
-            self.offsets = self.offsets[rows]
+        self.x = self.x[self._to_device(order)]
         keep = [i for i, seq in enumerate(self.sequences) if seq not in sequences]
         self.sequences = [self.sequences[i] for i in keep]
         self.num_tokens = [self.num_tokens[i] for i in keep]
@@ -107,8 +99,6 @@ class Batch:
             token = torch.where(self.positions < self.prefix_lengths, given, token)
         self.tokens.scatter_(1, position, token[:, None])
         self.x = self.gpt.tok_emb(token[self.row_to_seq])
-        if self.gpt.cond_add is not None:
-            self.x = self.x + self.offsets
         self.positions += 1
         self.num_tokens = [count + 1 for count in self.num_tokens]
 

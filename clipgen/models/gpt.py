@@ -1,7 +1,6 @@
 """GPT: a CLIP embedding to VQGAN tokens, one by one (Wang et al., "CLIP-GEN", arXiv 2203.00386).
 
 Position 0 holds the projected embedding, position t the token t - 1; the logits at position t are those of token t.
-With `cond_everywhere` another projection of the embedding is added to every position.
 Shapes: B batch, T tokens of an image (= block_size), V codebook size, D embedding, C n_embd.
 """
 
@@ -90,7 +89,6 @@ class GPT(nn.Module):
         self.tok_emb = nn.Embedding(config.vocab_size, config.n_embd)
         self.pos_emb = nn.Parameter(torch.zeros(1, config.block_size, config.n_embd))
         self.cond_proj = nn.Linear(config.n_cond, config.n_embd)
-        self.cond_add = nn.Linear(config.n_cond, config.n_embd, bias=False) if config.cond_everywhere else None
         self.blocks = nn.ModuleList(Block(config) for _ in range(config.n_layer))
         self.norm = nn.LayerNorm(config.n_embd)
         self.head = Linear(config.n_embd, config.vocab_size)
@@ -107,8 +105,6 @@ class GPT(nn.Module):
                 nn.init.zeros_(parameter)
         # A unit-norm embedding has entries of about 1/sqrt(D): bring the condition to the size of the tokens.
         nn.init.normal_(self.cond_proj.weight, std=0.5)
-        if self.cond_add is not None:  # starts as the plain model, and learns from there how much to add
-            nn.init.zeros_(self.cond_add.weight)
 
     def forward(self, tokens: Tensor, embedding: Tensor) -> Tensor:
         """Logits of every position at once, for training and as the reference of the cached path.
@@ -121,8 +117,6 @@ class GPT(nn.Module):
             (B, L + 1, V): row t are the logits of token t.
         """
         x = torch.cat([self.cond_proj(embedding)[:, None], self.tok_emb(tokens)], dim=1)
-        if self.cond_add is not None:
-            x = x + self.cond_add(embedding)[:, None]
         x = x + self.pos_emb[:, : x.shape[1]]
         for block in self.blocks:
             x = block(x)
@@ -158,7 +152,7 @@ class GPT(nn.Module):
         blocks = self.blocks if self.head.weight.dtype == torch.bfloat16 else self.blocks[:1]
         layers = [m for b in cast(Iterable[Block], blocks) for m in (b.qkv, b.proj, b.fc1, b.fc2)]
         self.row_counts = RowCounts([*layers, self.head], least)
-        self.condition_row_counts = RowCounts([layer for layer in (self.cond_proj, self.cond_add) if layer is not None])
+        self.condition_row_counts = RowCounts([self.cond_proj])
 
     def allocate(self, rows: int) -> KVCache:
         """A cache for this many sequences, on the model's device."""
@@ -166,23 +160,15 @@ class GPT(nn.Module):
         return KVCache.allocate(self.config, rows, weight.device, self.cache_dtype or weight.dtype)
 
     def embed_condition(self, embedding: Tensor) -> Tensor:
-        """The inputs at position 0, (B, C), of conditions (B, D), without `condition_offset`."""
+        """The inputs at position 0, (B, C), of conditions (B, D)."""
         counts = self.condition_row_counts
         return self.cond_proj(counts.pad(embedding) if counts else embedding)[: len(embedding)]
-
-    def condition_offset(self, embedding: Tensor) -> Tensor | None:
-        """What conditions (B, D) add to the input of every position, (B, C); None without `cond_everywhere`."""
-        if self.cond_add is None:
-            return None
-        counts = self.condition_row_counts
-        return self.cond_add(counts.pad(embedding) if counts else embedding)[: len(embedding)]
 
     def decode_step(self, x: Tensor, positions: Tensor, cache: KVCache, max_position: int | None = None) -> Tensor:
         """Decode one position of every row; each row has its own, so rows can join and leave between steps.
 
         Args:
-            x: (B, C), `embed_condition(embedding)` at position 0, `tok_emb(previous token)` at later ones, both plus
-                `condition_offset(embedding)` if that is not None.
+            x: (B, C), `embed_condition(embedding)` at position 0, `tok_emb(previous token)` at later ones.
             positions: (B,) int64 on the device, from 0 to T - 1.
             cache: of at least B rows; the first B are used, and what they held before is not seen.
             max_position: the largest position + 1, or more, up to T, which None means. The host knows it, so a step

@@ -27,8 +27,6 @@ def sharp_gpt(config: GPTConfig = SMALL) -> GPT:
         gpt = GPT(config).eval()
     with torch.no_grad():
         gpt.head.weight.mul_(20)
-        if gpt.cond_add is not None:  # starts at zero
-            gpt.cond_add.weight.normal_(generator=torch.Generator().manual_seed(1))
     return gpt
 
 

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from engine_kit import GUIDED, SAMPLINGS, SMALL, alone, make_sequences, sharp_gpt, together, uncached
+from engine_kit import GUIDED, SAMPLINGS, SMALL, alone, make_sequences, together, uncached
 from torch import Tensor
 
 from clipgen.engine.batch import Batch
@@ -26,26 +26,6 @@ def test_batch_generates_the_tokens_of_uncached_forward_passes(gpt: GPT, params:
     sequences = make_sequences(5, params)
     expected = torch.stack([uncached(gpt, seq) for seq in sequences])
     assert torch.equal(torch.stack(together(gpt, [(0, sequences)])), expected)
-
-
-@pytest.mark.parametrize("params", SAMPLINGS)
-def test_condition_at_every_position_gives_the_tokens_of_uncached_forward_passes(params: SamplingParams) -> None:
-    gpt = sharp_gpt(replace(SMALL, cond_everywhere=True))
-    sequences = make_sequences(5, params)
-    expected = torch.stack([uncached(gpt, seq) for seq in sequences])
-    # Rows move when earlier sequences leave, and new ones take their places.
-    found = together(gpt, [(0, sequences[:2]), (7, sequences[2:4]), (21, sequences[4:])])
-    assert torch.equal(torch.stack(found), expected)
-    with torch.no_grad():
-        gpt.cond_add.weight.zero_()
-    assert not torch.equal(torch.stack([uncached(gpt, seq) for seq in sequences]), expected)
-
-
-def test_gpt_that_does_not_add_the_condition_yet_is_the_plain_one() -> None:
-    plain, everywhere = (GPT(replace(SMALL, cond_everywhere=everywhere)).eval() for everywhere in (False, True))
-    everywhere.load_state_dict(plain.state_dict() | {"cond_add.weight": everywhere.cond_add.weight})
-    tokens, condition = torch.arange(38).view(2, 19), torch.randn(2, SMALL.n_cond)
-    assert torch.equal(plain(tokens, condition), everywhere(tokens, condition))
 
 
 def test_generate_tokens_equals_each_sequence_alone(gpt: GPT) -> None:
