@@ -139,7 +139,7 @@ scenes: renders ## a contact sheet of the scenes of version 3, outputs/scenes.pn
 mini3: renders ## train version 3 of the mini model, in development, to weights/mine [MINUTES=60 a part]; needs WordNet
 	$(BIN)/python -m train.mini.recipe --data data/emoji --out weights/mine $(if $(MINUTES),--minutes $(MINUTES)) $(ARGS)
 
-mini: emoji ## rebuild the mini model from its data (hours); run it again to resume; needs WordNet (wordnet-base)
+mini: emoji ## train on version 2's images, one embedding as the condition (hours); run it again to resume; needs WordNet (wordnet-base)
 	$(BIN)/python train/mini/clip_image.py --data data/emoji --out runs/clip
 	$(BIN)/python train/mini/clip_text.py --data data/emoji --out runs/clip
 	$(BIN)/python train/stage1.py --config mini --data data/emoji/train --out runs/vqgan

@@ -38,6 +38,7 @@ from clipgen.request import GenerationRequest
 from clipgen.request import Prompt as PromptInput
 from clipgen.utils.entry_point import entry_point
 from clipgen.utils.files import write_text
+from clipgen.weights.prior import IndexPrior
 from train.config import load_config
 from train.mini.words import read_records
 
@@ -146,11 +147,11 @@ def measure(
         guidances: values for sentences besides the model's own.
     """
     pipe = ClipGen.from_pretrained(folder / "weights")
-    index, found, default = pipe.index, {}, pipe.config.sampling.guidance
+    found, default = {}, pipe.config.sampling.guidance
     sentences: list[PromptInput] = [prompt.text for prompt in prompts]
     images: list[PromptInput] = [load_image(next(files[c] for c in p.groups[0] if c in files)) for p in prompts]
     for source in SOURCES:
-        pipe.index = index if source == "index" else None
+        pipe.prior = IndexPrior(pipe.index) if source == "index" else None
         inputs = images if source == "images" else sentences
         values = {default} if source == "images" else {default, *guidances}
         found[source] = {f"{g:g}": recognition_rate(pipe, judge, gallery, prompts, inputs, g) for g in sorted(values)}

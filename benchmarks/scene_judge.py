@@ -44,7 +44,7 @@ PARTS = {
     "lower": (0.25, 0.5, 0.75, 1.0),
 }
 """Left, top, right and bottom of the places of two objects, as fractions of the image."""
-PLACES = {
+POSITIONS = {
     "left of": ("left", "right"),
     "right of": ("right", "left"),
     "above": ("upper", "lower"),
@@ -142,7 +142,9 @@ def is_right(verdict: Verdict, facts: Facts, kind: str) -> bool:
 
 def stands_as_said(verdict: Verdict, facts: Facts) -> bool:
     """Whether each of two objects is where the prompt says."""
-    return [verdict.parts[place] for place in PLACES[facts.relation or ""]] == [thing.object for thing in facts.things]
+    return [verdict.parts[place] for place in POSITIONS[facts.relation or ""]] == [
+        thing.object for thing in facts.things
+    ]
 
 
 def load_judge(scenes: Scenes, cache: Path, count: int = SCENES, epochs: int = 20) -> SceneJudge:

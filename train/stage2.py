@@ -24,7 +24,7 @@ if __name__ == "__main__":
 from argparse import Namespace
 from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager
-from dataclasses import asdict, replace
+from dataclasses import asdict
 from functools import partial
 from pathlib import Path
 from typing import cast
@@ -33,17 +33,14 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 from accelerate import Accelerator
-from PIL import Image
 from torch import Tensor
 from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor
 
 from clipgen.config import GPTConfig
 from clipgen.errors import DataError
-from clipgen.images.pixels import from_pixels, grid
 from clipgen.models.gpt import GPT, Block
 from clipgen.models.vqgan import VQGAN
-from clipgen.request import SamplingParams
 from train.config import Config
 from train.data.images import ResumableSampler
 from train.encode import (
@@ -77,7 +74,7 @@ from train.loop.optimization import (
     init_weights,
     set_lr,
 )
-from train.loop.samples import generate_tokens
+from train.loop.samples import sample, sample_grid, token_grid
 from train.loop.script import command, lock_output, parse_args, report_failures
 from train.loop.sharding import ShardedState, full_state_dict, shard_model
 from train.loop.stopping import Stop
@@ -329,24 +326,6 @@ def validate_gpt(
             logits = gpt(t[:, :-1], e)
         total += F.cross_entropy(logits.float().flatten(0, 1), t.flatten()).item() * len(t)
     return {"held_loss": total / len(tokens)}
-
-
-@torch.no_grad()
-def sample_grid(gpt: GPT, vqgan: VQGAN, tokens: Tensor, embeddings: Tensor, sampling: SamplingParams) -> Image.Image:
-    """Images of tokens (N, T), eight in a row, and below them samples from their embeddings (N, C)."""
-    samples = sample(gpt, embeddings, replace(sampling, guidance=1.0))
-    return token_grid(vqgan, torch.cat([tokens, samples]), columns=min(8, len(tokens)))
-
-
-def sample(gpt: GPT, embeddings: Tensor, sampling: SamplingParams) -> Tensor:
-    """Sample tokens (N, T), one image per condition (N, C)."""
-    return generate_tokens(gpt, embeddings, list(range(len(embeddings))), sampling).clone()
-
-
-@torch.no_grad()
-def token_grid(vqgan: VQGAN, tokens: Tensor, columns: int = 8) -> Image.Image:
-    """Decode tokens (N, T) into a grid of images."""
-    return grid(from_pixels(vqgan.decode_tokens(tokens)), columns)
 
 
 if __name__ == "__main__":

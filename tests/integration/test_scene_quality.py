@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
-from scene_judge import PARTS, PLACES, SceneJudge, Verdict, crop, is_right, load_judge, stands_as_said
+from scene_judge import PARTS, POSITIONS, SceneJudge, Verdict, crop, is_right, load_judge, stands_as_said
 from scene_kit import RENDERS, draw, scenes
 from scene_prompts import KINDS, ScenePrompt, draw_prompts
 from scene_quality import (
@@ -91,7 +91,7 @@ def test_pair_is_recognised_in_either_order_and_direction_and_stands_as_said_in_
 
 def test_each_object_of_a_pair_lies_in_its_part_of_the_image() -> None:
     composer = Composer(RENDERS)
-    for relation, places in PLACES.items():
+    for relation, places in POSITIONS.items():
         image = Image.fromarray(composer.compose(replace(PAIR, relation=relation), 0))
         covered = {part: (np.asarray(crop(image, box)).min(2) < 235).mean() for part, box in PARTS.items()}
         assert set(sorted(covered, key=lambda part: covered[part])[-2:]) == set(places), (relation, covered)
@@ -101,7 +101,7 @@ def test_summary_counts_images_best_images_and_placed_pairs() -> None:
     prompt = next(p for p in draw_prompts("test", 1, WORDS) if p.kind == "pair trained")
     images = [Image.new("RGB", (8, 8), colour) for colour in ("black", "white")]
     names = [thing.object for thing in prompt.facts.things]
-    right = pair_verdict(**dict(zip(PLACES[prompt.facts.relation or ""], names, strict=True)))
+    right = pair_verdict(**dict(zip(POSITIONS[prompt.facts.relation or ""], names, strict=True)))
     rows = summarise([Drawn(prompt, images, [right, pair_verdict()])])
     expected = {"prompts": 1, "images": 0.5, "best": 1.0, "differences": 1.0, "as_said": 1.0}
     assert rows == {"pair trained": expected}

@@ -20,6 +20,7 @@ from clipgen.request import SamplingParams
 from train import export, stage1, stage2
 from train.config import Stage2Config
 from train.loop.optimization import build_optimizers
+from train.loop.samples import sample
 from train.losses import gan
 from train.stage2 import corrupt, interpolate, nearest_neighbours, perturb
 
@@ -205,7 +206,7 @@ def test_sharded_average_is_gathered_only_to_generate_samples(
 
 def test_samples_longer_than_256_tokens_are_generated() -> None:
     gpt = GPT(GPTConfig(n_layer=1, n_head=1, n_embd=8, vocab_size=8, block_size=300, n_cond=4)).eval()
-    tokens = stage2.sample(gpt, F.normalize(torch.ones(2, 4), dim=1), SamplingParams(top_k=0, guidance=2.0))
+    tokens = sample(gpt, F.normalize(torch.ones(2, 4), dim=1), SamplingParams(top_k=0, guidance=2.0))
     assert tokens.shape == (2, 300) and tokens.min() >= 0 and tokens.max() < 8
 
 

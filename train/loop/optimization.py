@@ -51,8 +51,8 @@ def fill(model: nn.Module, weights: Mapping[str, Tensor], path: str | Path) -> N
 def init_weights(model: nn.Module, config: TrainConfig) -> None:
     """Start from the weights in `config.init`, if set, instead of random ones; raises as `load_model_weights` does.
 
-    Of a GPT with fewer blocks the blocks are repeated: a shallow one trains faster, and its stack goes on from there
-    (Du et al. 2024, "Stacking Your Transformers", arXiv 2405.15319).
+    If the weights are a GPT's with fewer blocks, these are repeated, so that a shallow GPT can be trained first, whose
+    steps cost less (Du et al. 2024, "Stacking Your Transformers", arXiv 2405.15319).
     """
     if config.init:
         weights = load_tensors(config.init)
@@ -61,14 +61,13 @@ def init_weights(model: nn.Module, config: TrainConfig) -> None:
 
 def stack_blocks(weights: Mapping[str, Tensor], n_layer: int) -> dict[str, Tensor]:
     """A GPT's weights with its blocks repeated, in order, up to `n_layer`; unchanged if `n_layer` is no multiple."""
-    blocks = [name for name in weights if name.startswith("blocks.")]
-    count = len({name.split(".")[1] for name in blocks})
     stacked = dict(weights)
-    for layer in range(count, n_layer if count and n_layer % count == 0 else 0):
-        for name in blocks:
-            _, source, rest = name.split(".", 2)
-            if int(source) == layer % count:
-                stacked[f"blocks.{layer}.{rest}"] = weights[name]
+    blocks = [name.split(".", 2) for name in weights if name.startswith("blocks.")]
+    count = len({block for _, block, _ in blocks})
+    if count and n_layer % count == 0:
+        for _, block, rest in blocks:
+            for layer in range(int(block), n_layer, count):
+                stacked[f"blocks.{layer}.{rest}"] = weights[f"blocks.{block}.{rest}"]
     return stacked
 
 

@@ -12,6 +12,7 @@ import hashlib
 import random
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
+from functools import lru_cache
 from pathlib import Path
 from typing import overload
 
@@ -50,6 +51,12 @@ class _Numbered(Sequence[str]):
         return (f"scene {i}" for i in self._rows)
 
 
+@lru_cache(maxsize=4)
+def _composer(renders: Path, size: int) -> Composer:
+    """A composer that the sources of a process share: its sprites are read and recoloured once."""
+    return Composer(renders, size)
+
+
 class Scenes:
     """Numbered scenes (`clipgen.images.sources.Source`), each a pure function of its number and the source's seeds."""
 
@@ -76,7 +83,7 @@ class Scenes:
         self.unused = Counter[str]()
         self.draw, self.seed = draw, seed
         self.layout_seed = seed if layout_seed is None else layout_seed
-        self.composer = Composer(renders, size)
+        self.composer = _composer(renders, size)
 
     def facts(self, index: int) -> Facts:
         """What a scene shows."""

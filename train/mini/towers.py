@@ -24,7 +24,7 @@ from train.mini.source import Scenes, all_scenes
 EMBED_DIM = 384
 CONTEXT = 32
 VOCAB_SIZE = 16_384
-"""The most common of OpenAI's 49,408 tokens; embeddings of all would be half of CLIP's parameters."""
+"""The most common of OpenAI's 49,408 tokens; embeddings of all would be nearly half of CLIP's parameters."""
 SIZE = 64
 """Side of the image tower's input, px."""
 
