@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import os
+import signal
 from pathlib import Path
 
+if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:  # as a job in the background: programs under test would ignore it
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 if "PYTEST_XDIST_WORKER" in os.environ:  # before PyTorch is imported: as many workers as cores, a thread each
     os.environ.setdefault("OMP_NUM_THREADS", "1")
 

@@ -4,7 +4,8 @@
     python -m train.check "data/{000000..000127}.tar" --size 256
 
 Reads every image once and reports how many are usable, their sizes, near-duplicates, and unused files. With --out it
-also writes report.json, unreadable.txt, duplicates.txt and contact.png. The exit code is 1 if no image is usable.
+also writes report.json, unreadable.txt, duplicates.txt and contact.png. The exit code is 1 if no image is usable, 2 if
+there are none.
 """
 
 from __future__ import annotations
@@ -199,11 +200,7 @@ def main() -> None:
     for name in ("size", "workers"):
         if getattr(args, name) < 1:
             parser.error(f"--{name} is {getattr(args, name)}; it must be at least 1")
-    try:
-        source = open_source(args.data)
-    except DataError as error:
-        print(f"error: {printable(str(error))}")
-        raise SystemExit(1) from error
+    source = open_source(args.data)
     if args.out:
         prepare_output(args.data, args.out)
     images = examine_all(source, args.workers)

@@ -11,7 +11,8 @@ import random
 import resource
 import socket
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import suppress
 from multiprocessing.process import BaseProcess
 from pathlib import Path
 
@@ -113,9 +114,15 @@ def _main(script: str, arguments: list[str], log: str, environment: dict[str, st
         code = stop.code
     # A Gloo thread that frees a tensor during shutdown aborts the process, once in some dozens of trainings. PyTorch's
     # state of a sharded model keeps idle Gloo threads; so does an error, whose exit code is not 0 anyway.
-    left = [path.parent.name for path in Path("/proc/self/task").glob("*/comm") if "gloo" in path.read_text()]
+    left = [name for name in _thread_names() if "gloo" in name]
     assert not left or code == 2 or "stage2.parallel=fsdp" in arguments, f"Gloo threads {left} are still running"
     sys.exit(code)
+
+
+def _thread_names() -> Iterator[str]:
+    for path in Path("/proc/self/task").glob("*/comm"):
+        with suppress(OSError):  # the thread has ended meanwhile
+            yield path.read_text()
 
 
 def finish(process: BaseProcess, seconds: float = 300) -> int:

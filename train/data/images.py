@@ -29,7 +29,7 @@ class Batch(NamedTuple):
     """Pixels of images for both networks, and the images that could not be read."""
 
     pixels: Tensor
-    """(B, 3, S, S) in [-1, 1]."""
+    """(B, 3, S, S) in [-1, 1]; (B, 0) when they were not asked for."""
     clip: Tensor
     """(B, 3, s, s) with CLIP's own preprocessing; (B, 0) when it was not asked for."""
     failures: list[tuple[str, str]]
@@ -52,7 +52,7 @@ class Images(Dataset[Batch]):
 
         Args:
             source: the images, or the folder, list or shards that hold them.
-            size: side of the pixels, px.
+            size: side of the VQGAN's pixels, px; 0 for none.
             min_scale: smallest side of a crop, as a fraction of the image's shorter side; 1 does not crop.
             flip: whether to flip half of the images.
             clip_size: side of CLIP's pixels, px; 0 for none.
@@ -81,8 +81,9 @@ class Images(Dataset[Batch]):
             try:
                 if name not in self.failures:
                     crop = self.augment(load_image(self.source.read(position)), random.Random(seed))
+                    pixels = to_pixels([crop], self.size) if self.size else torch.empty(1, 0)
                     clip = to_clip([crop], self.clip_size) if self.clip_size else torch.empty(1, 0)
-                    return Batch(to_pixels([crop], self.size), clip, failures)
+                    return Batch(pixels, clip, failures)
             except (DataError, OSError) as error:
                 self.failures[name] = reason(error)
             failures.append((name, self.failures[name]))
@@ -125,7 +126,7 @@ class PairedImages(Images):
             DataError: there are no images, or the two have different names.
         """
         super().__init__(source, size, min_scale, flip)
-        self.seen = Images(seen, clip_size, min_scale, flip, clip_size)
+        self.seen = Images(seen, 0, min_scale, flip, clip_size)
         names, others = self.source.names, self.seen.source.names
         if len(names) != len(others) or any(_file_name(a) != _file_name(b) for a, b in zip(names, others, strict=True)):
             raise DataError(f"{seen} does not hold the same names as {source}; it needs an image for each of them")

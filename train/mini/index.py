@@ -28,7 +28,8 @@ from clipgen.images.sources import open_source
 from clipgen.models.clip import Clip
 from clipgen.utils.entry_point import entry_point
 from clipgen.utils.text import expand_home, printable, read_lines
-from clipgen.weights.model_dir import load_model_dir
+from clipgen.weights.model_dir import MANIFEST, read_manifest
+from clipgen.weights.tensor_file import load_tensors
 from train.encode import Encoded
 from train.mini.captions import Emoji, caption
 from train.mini.coverage import build_index, write_index
@@ -44,10 +45,10 @@ def add_index(weights: Path, encoded: Path, data: str | Path, prompts: Path | No
 
     Raises:
         DataError: pictures and embeddings do not belong together, or there are no sentences.
-        WeightsError, ConfigError: the folder of weights cannot be used.
+        WeightsError: the folder of weights has no manifest, or its CLIP cannot be read.
     """
-    _, parts = load_model_dir(weights)
-    clip = Clip.from_state_dict(parts["clip"])
+    read_manifest(weights / MANIFEST)  # fails before the work, not after it; an old index may be damaged
+    clip = Clip.from_state_dict(load_tensors(weights / "clip.safetensors"))
     files, data = [Path(name) for name in open_source(data).names], expand_home(data)
     embeddings = load_file(encoded)["embeddings"].float() if encoded.is_file() else Encoded(encoded).embeddings()
     if len(embeddings) % len(files):

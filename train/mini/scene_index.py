@@ -22,7 +22,8 @@ from torch import Tensor
 from clipgen.images.pixels import to_clip
 from clipgen.models.clip import Clip
 from clipgen.utils.entry_point import entry_point
-from clipgen.weights.model_dir import load_model_dir
+from clipgen.weights.model_dir import MANIFEST, read_manifest
+from clipgen.weights.tensor_file import load_tensors
 from train.loop.arguments import at_least
 from train.mini.coverage import build_index, write_index
 from train.mini.describe import Words, describe
@@ -45,10 +46,10 @@ def add_scene_index(weights: Path, scenes: Scenes, words: Words, count: int = SC
         words: more words for objects, as for `describe`.
 
     Raises:
-        WeightsError, ConfigError: the folder of weights cannot be used.
+        WeightsError: the folder of weights has no manifest, or its CLIP cannot be read.
     """
-    _, parts = load_model_dir(weights)
-    clip = Clip.from_state_dict(parts["clip"])
+    read_manifest(weights / MANIFEST)  # fails before the work, not after it; an old index may be damaged
+    clip = Clip.from_state_dict(load_tensors(weights / "clip.safetensors"))
     others = range(count, count + SENTENCES)
     sentences = [describe(scenes.facts(i), random.Random(i), words) for i in others]
     names = [f"scene {i}: {describe(scenes.facts(i), random.Random(i))}" for i in range(count)]

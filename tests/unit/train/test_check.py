@@ -90,15 +90,21 @@ def test_numbers_below_one_are_refused(flag: str, nasty: Path, monkeypatch: pyte
     assert stop.value.code == 2
 
 
-@pytest.mark.parametrize("content", [None, b"broken"])
-def test_check_without_a_usable_image_exits_with_1(
-    content: bytes | None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+def test_check_of_unreadable_images_exits_with_1(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    if content:
-        (tmp_path / "a.png").write_bytes(content)
+    (tmp_path / "a.png").write_bytes(b"broken")
     assert run_check(monkeypatch, tmp_path) == 1
-    said = capsys.readouterr().out
-    assert ("no image can be read" if content else "holds no image") in said
+    assert "no image can be read" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("name", ["", "missing"])
+def test_check_of_a_folder_without_images_is_one_line_on_stderr_and_exit_code_2(
+    name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert run_check(monkeypatch, tmp_path / name) == 2
+    out, err = capsys.readouterr()
+    assert not out and err.startswith("error: ") and err.count("\n") == 1
 
 
 @given(st.lists(st.integers(0, 2**64 - 1), max_size=8), st.randoms(use_true_random=False))

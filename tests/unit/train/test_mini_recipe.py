@@ -17,6 +17,8 @@ from safetensors.torch import load_file, save_file
 from scene_kit import RENDERS, scenes
 
 from clipgen import ClipGen
+from clipgen.errors import WeightsError
+from clipgen.weights.model_dir import load_model_dir
 from train.mini.attachments import ATTACHMENTS
 from train.mini.describe import describe
 from train.mini.image_tower import init_tower
@@ -119,6 +121,16 @@ def test_index_of_scenes_finds_a_scene_by_its_embedding(tiny_weights: Path, tmp_
     assert match is not None and match.nearest[0][0].startswith("scene 7: ")
     assert match.captions[0] == describe(world.facts(7), random.Random(7))
     assert pipe.query_index("a lemon") is not None
+
+
+def test_damaged_index_can_be_built_again_in_its_place(tiny_weights: Path, tmp_path: Path) -> None:
+    weights, world = shutil.copytree(tiny_weights, tmp_path / "tiny"), scenes("100")
+    path = add_scene_index(weights, world, {}, 30)
+    path.write_bytes(b"damaged")
+    with pytest.raises(WeightsError, match="coverage"):
+        load_model_dir(weights)
+    add_scene_index(weights, world, {}, 30)
+    load_model_dir(weights)
 
 
 @pytest.fixture
