@@ -9,7 +9,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -108,8 +108,11 @@ class CogServer:
 
     def memory(self) -> float:
         """Memory of all its processes, megabytes."""
-        pages = (int(Path(f"/proc/{pid}/statm").read_text().split()[1]) for pid in self.processes())
-        return sum(pages) * os.sysconf("SC_PAGE_SIZE") / 2**20
+        pages = 0
+        for pid in self.processes():
+            with suppress(OSError):  # it has ended meanwhile
+                pages += int(Path(f"/proc/{pid}/statm").read_text().split()[1])
+        return pages * os.sysconf("SC_PAGE_SIZE") / 2**20
 
 
 @contextmanager
@@ -133,5 +136,8 @@ def input_schema() -> dict[str, Any]:
 
 
 def _children(pid: int) -> list[int]:
-    found = [int(child) for task in Path(f"/proc/{pid}/task").glob("*/children") for child in task.read_text().split()]
+    found: list[int] = []
+    for task in Path(f"/proc/{pid}/task").glob("*/children"):
+        with suppress(OSError):  # the thread has ended meanwhile
+            found += map(int, task.read_text().split())
     return found + [grandchild for child in found for grandchild in _children(child)]

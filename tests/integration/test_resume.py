@@ -192,7 +192,7 @@ def test_all_processes_stop_when_one_gets_a_signal(trainings: dict[str, Training
 
 @pytest.mark.slow
 @pytest.mark.parametrize("name", ["stage1", "stage2"])
-def test_training_killed_twenty_times_ends_with_the_same_weights(
+def test_training_killed_ten_times_ends_with_the_same_weights(
     name: str, trainings: dict[str, Training], whole: Path, tmp_path: Path
 ) -> None:
     training, out, rng = trainings[name], tmp_path / name, random.Random(name)
@@ -200,7 +200,7 @@ def test_training_killed_twenty_times_ends_with_the_same_weights(
     training.finish(tmp_path / "timed", f"{name}.save_every=1")
     seconds = time.monotonic() - began
     kills = saving = ends = 0
-    while kills < 20:
+    while kills < 10:
         process = training.start(out, f"{name}.save_every=1")
         if kills % 2:  # at a random moment
             process.join(rng.uniform(0.1, 0.9) * seconds)
@@ -220,7 +220,7 @@ def test_training_killed_twenty_times_ends_with_the_same_weights(
             assert same_weights(out / training.weights, whole / name / training.weights)
             shutil.rmtree(out)
             ends += 1
-            assert ends < 40
+            assert ends < 20
     training.finish(out)
-    assert saving >= 5, "some kills must interrupt a save"
+    assert saving >= 2, "some kills must interrupt a save"
     assert same_weights(out / training.weights, whole / name / training.weights)

@@ -282,8 +282,8 @@ def test_hostile_requests_are_refused_by_name(bare: CogServer) -> None:
         before, files, processes = target.draw(), target.files(), bare.processes()
         for data in traps():
             target.send(Attack(json.dumps({"input": {"image": url(data)}}).encode(), frozenset({"image"})))
-        attack(target, 60)  # test_hostile.py sends thousands
+        attack(target, 25)  # test_hostile.py sends hundreds
         assert not canary.requests, "the server fetched from its own machine"
-    assert target.answers["failed"] > 30 and target.answers["400"] > 0, target.answers
+    assert target.answers["failed"] > 10 and target.answers["400"] > 0, target.answers
     assert target.files() == files and bare.processes() == processes
     assert target.draw() == before
