@@ -43,9 +43,12 @@ class Block(nn.Module):
         super().__init__()
         c = config.n_embd
         self.n_head = config.n_head
-        self.dropout = config.dropout
+        self.dropout, self.qk_norm = config.dropout, config.qk_norm
         self.norm1 = nn.LayerNorm(c)
         self.qkv = Linear(c, 3 * c)
+        head = c // config.n_head
+        self.norm_q = nn.RMSNorm(head, eps=1e-6) if config.qk_norm else nn.Identity()
+        self.norm_k = nn.RMSNorm(head, eps=1e-6) if config.qk_norm else nn.Identity()
         self.proj = Linear(c, c)
         self.norm2 = nn.LayerNorm(c)
         self.fc1 = Linear(c, 4 * c)
@@ -54,7 +57,7 @@ class Block(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """All positions (B, L, C), causally."""
         q, k, v = rearrange(self.qkv(self.norm1(x)), "b l (n h head) -> n b h l head", n=3, h=self.n_head)
-        y = rearrange(causal_attention(q, k, v), "b h l head -> b l (h head)")
+        y = rearrange(causal_attention(self.norm_q(q), self.norm_k(k), v), "b h l head -> b l (h head)")
         x = x + self._drop(self.proj(y))
         return x + self._drop(self.fc2(self._drop(F.gelu(self.fc1(self.norm2(x))))))
 
@@ -62,6 +65,9 @@ class Block(nn.Module):
         """One position of each row, (B, C); rows beyond those of the view are padding."""
         rows, c = view.rows, x.shape[1]
         qkv = self.qkv(self.norm1(x))[:rows].view(rows, 3, self.n_head, c // self.n_head)
+        if self.qk_norm:
+            q, k, v = qkv.unbind(1)
+            qkv = torch.stack([self.norm_q(q), self.norm_k(k), v], dim=1)
         y = view.attend(layer, qkv.to(view.dtype)).reshape(rows, c).to(x.dtype)
         if len(x) > rows:
             y = F.pad(y, (0, 0, 0, len(x) - rows))

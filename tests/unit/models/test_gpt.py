@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -34,11 +35,11 @@ def short_segments(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("clipgen.models.kv_cache.SEGMENT", 16)
 
 
-@pytest.fixture(scope="module")
-def gpt() -> GPT:
+@pytest.fixture(scope="module", params=[False, True], ids=["as published", "qk_norm"])
+def gpt(request: pytest.FixtureRequest) -> GPT:
     """A GPT with random weights, large enough for logits to differ."""
     torch.manual_seed(0)
-    gpt = GPT(SMALL)
+    gpt = GPT(replace(SMALL, qk_norm=request.param))
     for parameter in gpt.parameters():
         torch.nn.init.normal_(parameter, std=0.3)
     return gpt.eval().requires_grad_(False)
@@ -236,6 +237,20 @@ def test_condition_affects_every_position(gpt: GPT) -> None:
     tokens, embedding = inputs(1, 8)
     differs = (gpt(tokens, embedding) - gpt(tokens, torch.zeros_like(embedding))).abs().amax(-1)[0] > 1e-6
     assert differs.all()
+
+
+def test_length_of_queries_and_keys_does_not_matter_with_qk_norm() -> None:
+    torch.manual_seed(0)
+    plain, normed = (GPT(replace(SMALL, qk_norm=flag)).eval() for flag in (False, True))
+    with torch.no_grad():
+        for gpt, changes in ((plain, True), (normed, False)):
+            for block in gpt.blocks:
+                torch.nn.init.normal_(block.qkv.weight, std=0.3)
+                torch.nn.init.normal_(block.proj.weight, std=0.3)
+            before = gpt(*inputs(2, 8))
+            for block in gpt.blocks:
+                block.qkv.weight[: 2 * SMALL.n_embd] *= 3
+            assert torch.allclose(gpt(*inputs(2, 8)), before, atol=1e-4) != changes
 
 
 def test_new_model_predicts_a_uniform_distribution() -> None:
