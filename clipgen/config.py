@@ -114,7 +114,7 @@ class GPTConfig:
     """Size of the condition: that of the CLIP embedding, D, unless a prior changes it."""
     dropout: float = 0.0
     qk_norm: bool = False
-    """Normalise queries and keys (Henry et al., arXiv 2010.04245): attention learns faster; off as published."""
+    """Normalise queries and keys (Henry et al., arXiv 2010.04245), with a gain for each channel; off as published."""
 
     def __post_init__(self) -> None:
         sizes = ("n_layer", "n_head", "n_embd", "vocab_size", "block_size", "n_cond")
