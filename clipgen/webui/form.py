@@ -12,15 +12,13 @@ from PIL import Image
 from clipgen.errors import RequestError
 from clipgen.images.pixels import load_image
 from clipgen.outputs.metadata import Receipt
-from clipgen.request import SAMPLING, GenerationRequest, Part, new_seed
+from clipgen.request import SAMPLING, GenerationRequest, Part, new_seed, shown
 from clipgen.utils.text import is_blank
 
 MAX_OUTPUTS = 8
 MAX_CANDIDATES = 64
 MAX_PROMPT = 2000
 """Characters."""
-MAX_LINK = 20_000
-"""Characters of a link's settings: two prompts in which every character takes nine, with room to spare."""
 
 
 @dataclass(frozen=True)
@@ -84,7 +82,7 @@ class Form:
     def _whole(self, field: str, largest: int) -> int:
         value = self._number(field)
         if not 1 <= value <= largest:
-            raise RequestError(field, f"is {value:g}; on this page it must be from 1 to {largest}")
+            raise RequestError(field, f"is {shown(value)}; on this page it must be from 1 to {largest}")
         return int(value)
 
 
@@ -113,8 +111,6 @@ def from_link(fragment: str, default: Form) -> Form:
     Raises:
         RequestError: a setting is unknown, no number where one is needed, or out of its range.
     """
-    if len(fragment) > MAX_LINK:
-        raise RequestError("link", f"has {len(fragment)} characters; it must have at most {MAX_LINK}")
     given = dict(parse_qsl(fragment.removeprefix("#"), keep_blank_values=True))
     if unknown := [name for name in given if name not in LINKED]:
         raise RequestError("link", f"holds {unknown[0][:40]!r}, which is no setting; copy the link again")

@@ -13,11 +13,10 @@ from typing import Any
 import gradio as gr
 from PIL import Image
 
-from clipgen.errors import ClipGenError
 from clipgen.images.pixels import load_image
 from clipgen.webui.form import MAX_CANDIDATES, MAX_OUTPUTS, MAX_PROMPT, Form, from_link, read_receipt
 from clipgen.webui.gallery import history_strip, history_value, image_gallery, preview_value, result_value
-from clipgen.webui.session import MAX_RUNNING, Result, Session, Update, describe_error
+from clipgen.webui.session import MAX_RUNNING, Files, Result, Session, Update, describe_error
 
 HISTORY = 20
 """Results of a visitor that are kept, in memory."""
@@ -147,7 +146,8 @@ class Page:
         results += [self.go, self.stop, *self.examples, *self.on_result]
         silent: dict[str, Any] = {"api_visibility": "private", "show_progress": "hidden"}
         quick: dict[str, Any] = {"concurrency_limit": None, **silent}
-        drawing: dict[str, Any] = {"concurrency_limit": MAX_RUNNING, "trigger_mode": "once", **silent}
+        limit = {"concurrency_id": "drawing", "concurrency_limit": MAX_RUNNING}  # of all these buttons together
+        drawing: dict[str, Any] = {**limit, "trigger_mode": "once", **silent}
         gr.on([self.go.click, self.prompt.submit], self.on_generate, {*form, *shown}, results, **drawing)
         self.redraw.click(self.on_redraw, {*form, *shown, self.keep_rows}, results, **drawing)
         for button in self.examples:
@@ -255,7 +255,12 @@ class Page:
 
     def _value(self, result: Result, before: Any) -> dict[str, Any]:
         is_open = isinstance(before, dict) and before.get("open") is True
-        return result_value(result, self.session.write(result), self.session.weights.name, is_open)
+        return result_value(result, self._write(result), self.session.weights.name, is_open)
+
+    def _write(self, result: Result) -> Files:
+        files = self.session.write(result)
+        self.images.temp_files.update(map(str, (*files.images, files.archive)))  # Gradio deletes them in time
+        return files
 
     def on_recall(self, data: dict[Any, Any], event: gr.EventData) -> dict[Any, Any]:
         """Show an earlier result and its form."""
@@ -279,7 +284,7 @@ class Page:
     def on_use_image(self, data: dict[Any, Any]) -> dict[Any, Any]:
         """Make the selected image the one to start from."""
         result, index = self._selected(data)
-        file = str(self.session.write(result).images[index])
+        file = str(self._write(result).images[index])
         note = _status("The image is set to start from: change the prompt or its weight, and generate.")
         return self.on_image(file) | {self.image: file, self.start: gr.update(open=True), self.status: note}
 
@@ -310,8 +315,8 @@ class Page:
             return {self.status: gr.skip()}
         try:
             form = from_link(fragment or "", self.session.default_form())
-        except ClipGenError as error:
-            return {self.status: _status(str(error), is_error=True)}
+        except Exception as error:
+            return {self.status: _status(describe_error(error), is_error=True)}
         return self._filled(form) | {self.status: _status("The settings of the link are filled in.")}
 
     def _form(self, data: dict[Any, Any]) -> Form:

@@ -16,11 +16,12 @@ from typing import TYPE_CHECKING
 
 from PIL import Image
 
-from clipgen.errors import Cancelled, ClipGenError
+from clipgen.errors import Cancelled, ClipGenError, DataError
 from clipgen.images.pixels import save_image
 from clipgen.outputs.metadata import Receipt
 from clipgen.outputs.naming import free_stem
 from clipgen.pipeline import ClipGen
+from clipgen.utils.text import read_lines
 from clipgen.webui.form import Form
 from clipgen.weights.training_index import NUM_SHOWN
 
@@ -106,10 +107,10 @@ class Session:
     def examples(self) -> list[str]:
         """Prompts that the weights' `examples.txt` suggests; [] when there is none."""
         try:
-            lines = (self.weights / EXAMPLES).read_text(encoding="utf-8").split("\n")
-        except (OSError, UnicodeDecodeError):
+            lines = read_lines(self.weights / EXAMPLES)
+        except DataError:
             return []
-        return [line.strip() for line in lines if line.strip()][:MAX_EXAMPLES]
+        return [line for line in lines if line][:MAX_EXAMPLES]
 
     def generate(
         self, form: Form, visitor: str = "", keep: Image.Image | None = None, keep_rows: float | None = 0
@@ -133,20 +134,17 @@ class Session:
                     return
         finally:  # also if the visitor has left
             stop.set()
-            if self.running.get(visitor) is stop:
-                del self.running[visitor]
+            del self.running[visitor]
 
-    def cancel(self, visitor: str) -> bool:
-        """Stop a visitor's request, which ends within one decoding step. Returns whether there was one."""
-        stop = self.running.get(visitor)
-        if stop is not None:
+    def cancel(self, visitor: str) -> None:
+        """Stop a visitor's request, if there is one; it ends within one decoding step."""
+        if stop := self.running.get(visitor):
             stop.set()
-        return stop is not None
 
     def close(self) -> None:
         """Stop all requests and accept no more."""
-        for visitor in list(self.running):
-            self.cancel(visitor)
+        for stop in list(self.running.values()):
+            stop.set()
         self.pipe.close()
 
     def _run(

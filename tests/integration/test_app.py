@@ -9,6 +9,7 @@ import zipfile
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -89,6 +90,21 @@ def test_written_images_carry_receipts_and_are_all_in_the_archive(session: Sessi
         }
 
 
+def test_files_shown_to_visitors_are_deleted_by_gradio(session: Session) -> None:
+    routes = pytest.importorskip("gradio.route_utils", reason="the page needs Gradio: `make app` installs it")
+    from clipgen.webui.page import Page
+
+    page, result = Page(session), drawn(session, LEMON)
+    before = set(session.folder.rglob("*.*"))
+    shown = page.on_recall({page.images: None, page.history: [result]}, SimpleNamespace(id=result.id))[page.images]
+    used = page.on_use_image({page.images: shown | {"selected": 1}, page.history: [result]})[page.image]
+    assert Path(used).is_file() and len(set(session.folder.rglob("*.*")) - before) == 6, "twice two images and a ZIP"
+    routes.delete_files_created_by_app(page.blocks, age=3600)
+    assert Path(used).is_file()
+    routes.delete_files_created_by_app(page.blocks, age=None)
+    assert set(session.folder.rglob("*.*")) == before
+
+
 def test_result_written_twice_is_two_sets_of_files(session: Session) -> None:
     result = drawn(session, LEMON)
     one, two = session.write(result), session.write(result)
@@ -164,10 +180,10 @@ def test_cancel_stops_only_that_visitor_s_request(session: Session) -> None:
     long = replace(LEMON, num_outputs=8, candidates=64)
     mine, theirs = session.generate(long, "me"), session.generate(replace(LEMON, seed=1), "they")
     next(mine), next(theirs)
-    assert session.cancel("me")
+    session.cancel("me")
     assert last(mine) == Update("Cancelled.", error=True)
     assert last(theirs).result is not None
-    assert not session.cancel("me") and not session.cancel("nobody")
+    session.cancel("me"), session.cancel("nobody")  # nothing to stop
 
 
 def test_second_request_of_a_visitor_is_ignored_while_the_first_runs(session: Session) -> None:

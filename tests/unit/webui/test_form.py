@@ -12,7 +12,7 @@ from receipt_kit import RECEIPT
 from clipgen.errors import DataError, RequestError
 from clipgen.images.pixels import save_image
 from clipgen.outputs.metadata import PromptPart, Receipt
-from clipgen.webui.form import LINKED, Form, from_link, read_receipt, settings_of, to_link
+from clipgen.webui.form import LINKED, MAX_PROMPT, Form, from_link, read_receipt, settings_of, to_link
 
 LEMON = Form(prompt="a lemon", num_outputs=2, candidates=3, random_seed=False, seed=7)
 
@@ -68,6 +68,12 @@ def test_link_of_an_image_restores_its_settings() -> None:
     assert form.image_weight == 2.0, "links leave other fields as they are"
 
 
+def test_link_holds_the_longest_prompts_in_any_script() -> None:
+    form = Form(prompt="🍋" * MAX_PROMPT, negative_prompt="レ" * MAX_PROMPT, guidance=2.0)
+    link = to_link({"prompt": form.prompt, "negative_prompt": form.negative_prompt, "guidance": 2.0})
+    assert from_link(link, Form()) == form
+
+
 def test_link_holds_every_setting_of_the_form_but_files_and_the_page_s_own() -> None:
     assert set(asdict(Form())) - set(LINKED) == {"image", "image_weight", "random_seed", "previews"}
 
@@ -86,7 +92,9 @@ def test_link_without_seed_keeps_the_random_seed() -> None:
         ("prompt=x&top_k=nan", "top_k is 'nan'"),
         ("prompt=x&candidates=1000", "candidates is 1000; on this page"),
         ("prompt=" + "x" * 2001, "prompt has 2001 characters"),
-        ("prompt=" + "x" * 20_000, "link has 20007 characters"),
+        ("prompt=" + "x" * 20_000, "prompt has 20000 characters"),
+        ("num_outputs=" + "9" * 400, r"num_outputs is 9{100}\.\.\.; on this page"),
+        ("num_outputs=" + "9" * 5000, "num_outputs is '9{40}'; it must be a number"),
     ],
 )
 def test_hostile_link_is_refused(link: str, message: str) -> None:
