@@ -9,15 +9,17 @@ from __future__ import annotations
 
 import argparse
 import ast
-import ipaddress
 import json
 import os
 import signal
-import socket
 import sys
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
+
+from clipgen.errors import UnavailableError
+from clipgen.utils.files import write_text
+from clipgen.utils.listening import usable_address
 
 HERE = Path(__file__).parent
 SCHEMA = Path(".cog") / "openapi_schema.json"  # where Cog's server looks for it, relative to its working folder
@@ -29,7 +31,7 @@ TYPES: dict[str, JSON] = {
     "float": {"type": "number"},
     "Path": {"type": "string", "format": "uri"},
 }
-KEYWORDS = {"ge": "minimum", "le": "maximum", "accept": "x-cog-accept", "description": "description"}
+KEYWORDS = {"ge": "minimum", "le": "maximum", "accept": "x-cog-accept"}
 
 
 def predict_function(source: str) -> ast.AsyncFunctionDef:
@@ -148,29 +150,6 @@ def _paths(predict: JSON) -> JSON:
     }
 
 
-def write_schema(folder: Path, source: str) -> None:
-    """Write the document where Cog's server looks for it, whole or not at all."""
-    path = folder / SCHEMA
-    path.parent.mkdir(exist_ok=True)
-    temporary = path.with_suffix(f".{os.getpid()}.tmp")
-    temporary.write_text(json.dumps(openapi(source)))
-    temporary.replace(path)
-
-
-def find_address(host: str, port: int) -> str:
-    """The numeric address of a host, which is all that Cog's server takes; IPv6 in brackets.
-
-    Raises:
-        OSError: no such host, or its port cannot be listened on.
-    """
-    family, _, _, _, address = socket.getaddrinfo(host.strip("[]"), port, type=socket.SOCK_STREAM)[0]
-    with socket.socket(family, socket.SOCK_STREAM) as trial:
-        trial.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)  # as the server: a port just left is free
-        trial.bind(address)
-        trial.listen()
-    return f"[{address[0]}]" if ipaddress.ip_address(str(address[0])).version == 6 else str(address[0])
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--host", default="127.0.0.1", help="name or address to listen on; there is no password")
@@ -181,14 +160,15 @@ def main() -> None:
     if find_spec("cog") is None:
         parser.error("Cog is not installed; run: pip install -r requirements.txt")
     try:
-        host = find_address(args.host, args.port)
-    except OSError as error:
-        reason = error.strerror or str(error)
-        parser.error(f"cannot listen on {args.host} port {args.port} ({reason}); choose another HOST or PORT")
+        address, _ = usable_address(args.host, args.port)
+    except UnavailableError as error:
+        parser.error(str(error))
+    host = f"[{address}]" if ":" in address else address  # Cog's server takes no names
     os.chdir(HERE)
     source = Path("predict.py").read_text(encoding="utf-8")
     try:
-        write_schema(Path(), source)
+        SCHEMA.parent.mkdir(exist_ok=True)
+        write_text(SCHEMA, json.dumps(openapi(source)))
     except OSError as error:  # a read-only folder
         print(f"note: no {SCHEMA} ({error.strerror}): bounds are checked by predict.py alone, nothing is streamed")
     print(f"http://{host}:{args.port}/predictions; Ctrl-C stops it", flush=True)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 import signal
-import socket
 import sys
 import tempfile
 from contextlib import closing
@@ -14,6 +13,7 @@ import gradio as gr
 from starlette.middleware import Middleware
 
 from clipgen.errors import UnavailableError
+from clipgen.utils.listening import usable_address
 from clipgen.webui.middleware import LocalFilesOnly
 from clipgen.webui.page import Page
 from clipgen.webui.session import Session
@@ -29,7 +29,7 @@ def serve(weights: Path, host: str, port: int, device: str | None, dtype: str | 
         WeightsError, ConfigError, RequestError: see `ClipGen.from_pretrained`.
     """
     signal.signal(signal.SIGTERM, signal.default_int_handler)
-    port = usable_port(host, port)  # before the model is loaded, which takes a while
+    _, port = usable_address(host, port)  # before the model is loaded, which takes a while
     with tempfile.TemporaryDirectory(prefix="clipgen-app-") as folder:
         os.environ |= {"GRADIO_TEMP_DIR": folder, "GRADIO_ANALYTICS_ENABLED": "False", "HF_HUB_OFFLINE": "1"}
         with closing(Session(weights, Path(folder), device, dtype)) as session:
@@ -44,7 +44,6 @@ def launch(page: Page, host: str, port: int) -> str:
     Raises:
         UnavailableError: nothing can listen on this host and port.
     """
-    port = usable_port(host, port)
     os.environ.pop("GRADIO_ALLOWED_PATHS", None)  # it would serve more folders than the page's own
     theme = gr.themes.Default(
         primary_hue="amber",
@@ -73,24 +72,3 @@ def launch(page: Page, host: str, port: int) -> str:
     except OSError as error:
         raise UnavailableError(f"cannot listen on {host}, port {port} ({error}); give another with --port") from None
     return page.blocks.local_url
-
-
-def usable_port(host: str, port: int) -> int:
-    """Check that a host and port can be listened on. Returns the port, a free one for 0.
-
-    Raises:
-        UnavailableError: they cannot; the message names the reason.
-    """
-    try:
-        family, kind, protocol, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
-        with socket.socket(family, kind, protocol) as probe:
-            if os.name == "posix":  # on Windows this would let two servers share the port
-                probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-            probe.bind(address)
-            return probe.getsockname()[1]
-    except OSError as error:
-        raise UnavailableError(
-            f"cannot listen on {host}, port {port}: {error.strerror or error}; give another --host or --port"
-        ) from None
-    except UnicodeError:
-        raise UnavailableError(f"{host!r} is no host name; give another --host") from None

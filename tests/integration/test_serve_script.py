@@ -19,7 +19,7 @@ from tracebacks import has_traceback
 
 from clipgen.serving import DEFAULT_PROMPT, OUTPUT_FORMATS
 from predict import Predictor
-from serve import find_address, max_concurrency, openapi, predict_function
+from serve import max_concurrency, openapi, predict_function
 
 FIELDS = {name: p.default for name, p in inspect.signature(Predictor.predict).parameters.items() if name != "self"}
 
@@ -104,7 +104,7 @@ def test_port_in_use_is_one_line(root: Path) -> None:
     with listening("127.0.0.1") as port:
         done = make_serve(root, "127.0.0.1", port)
     assert done.returncode and not has_traceback(done.stderr)
-    assert f"error: cannot listen on 127.0.0.1 port {port} (Address already in use)" in done.stderr
+    assert f"error: cannot listen on 127.0.0.1, port {port}: Address already in use" in re.sub(r"\s+", " ", done.stderr)
 
 
 @pytest.mark.parametrize(
@@ -112,6 +112,7 @@ def test_port_in_use_is_one_line(root: Path) -> None:
     [
         ("no-such-host.invalid", 5000, "cannot listen on no-such-host.invalid"),
         ("203.0.113.9", 5000, "cannot listen on 203.0.113.9"),
+        ("x..y", 5000, "this is no host name"),
         ("127.0.0.1", "http", "--port"),
         ("127.0.0.1", 70000, "--port is 70000; it must be from 1 to 65535"),
     ],
@@ -120,12 +121,3 @@ def test_wrong_host_or_port_is_one_line(root: Path, host: str, port: object, wor
     done = make_serve(root, host, port)
     assert done.returncode and not has_traceback(done.stderr)
     assert words in re.sub(r"\s+", " ", done.stderr)
-
-
-def test_host_names_become_numeric_addresses_with_brackets_around_ipv6() -> None:
-    with listening("127.0.0.1") as port:
-        pass
-    assert find_address("127.0.0.1", port) == "127.0.0.1"
-    assert find_address("localhost", port) in ("127.0.0.1", "[::1]")
-    if socket.has_ipv6:
-        assert find_address("::1", port) == find_address("[::1]", port) == "[::1]"
