@@ -23,7 +23,8 @@ from clipgen.engine.sequence import Sequence
 from clipgen.errors import Cancelled, EngineError, InsufficientMemoryError, UnavailableError
 from clipgen.models.gpt import GPT
 from clipgen.utils.compute_thread import ComputeThread
-from clipgen.utils.memory import MAX_NUM_SEQS, first_line, halve, is_out_of_memory, max_batch_size, token_bytes
+from clipgen.utils.memory import MAX_NUM_SEQS, halve, is_out_of_memory, max_batch_size, token_bytes
+from clipgen.utils.text import first_line
 
 MAX_WAITING = 1024
 """Sequences that may wait for a row before further calls are refused."""
@@ -133,10 +134,11 @@ class Engine:
         except Exception as error:  # the device is gone: nobody may wait for it
             log.exception("the engine could not recover")
             self._end_with_error(list(self.scheduler.groups), EngineError(f"the engine failed: {first_line(error)}"))
-        with self._changed:
-            self._is_active = bool(self.scheduler.groups)
-            if self._is_active:
-                self._compute.submit(self._round)
+        finally:
+            with self._changed:
+                self._is_active = bool(self.scheduler.groups)
+                if self._is_active:
+                    self._compute.submit(self._round)
 
     def _try_step(self) -> tuple[str, BaseException | None] | None:
         """Run one step. Returns None, or the reason of a failure and its cause, None for a lack of memory."""
@@ -154,7 +156,7 @@ class Engine:
             group.check_cancelled()
         self._end({group for group in groups if group.error is not None})
         with self._changed:
-            if not self.scheduler.running:
+            if not self.scheduler.max_num_rows:
                 self._set_limits()
             admitted = self.scheduler.schedule()
         self.batch.add(admitted, self.scheduler.max_num_rows)
@@ -174,20 +176,18 @@ class Engine:
         self._end(bad | {group for group in ended if group.is_finished})
 
     def _set_limits(self) -> None:
-        """Before the first of several sequences: as many rows as fit into the memory that is free now."""
+        """While no cache is held: as many rows as fit into the memory that is free now."""
         rows = self.graphs.max_num_rows if self.graphs else self._fitting_rows()
         self.scheduler.max_num_rows = rows
         self.scheduler.max_num_seqs = self.scheduler.max_num_seqs or rows
 
-    def _fitting_rows(self) -> int:
-        weight = self.gpt.head.weight
-        row = token_bytes(self.gpt.config, self.batch.cache.data.dtype, guided=False)
-        return max(2, max_batch_size(row, weight.device, self.max_num_rows))
+    def _fitting_rows(self, share: int = 1) -> int:
+        """Rows of a cache that takes 1 / share of the memory that may be planned with."""
+        row = token_bytes(self.gpt.config, self.gpt.allocate(0).data.dtype, guided=False)
+        return max(2, max_batch_size(share * row, self.gpt.head.weight.device, self.max_num_rows))
 
     def _build_graphs(self) -> CUDAGraphRunner | None:
-        # The graphs keep their cache, so it gets half of the memory that would be taken otherwise.
-        row = token_bytes(self.gpt.config, self.gpt.allocate(0).data.dtype, guided=False)
-        return build_graphs(self.gpt, max(2, max_batch_size(2 * row, self.gpt.head.weight.device, self.max_num_rows)))
+        return build_graphs(self.gpt, self._fitting_rows(share=2))  # half: the graphs keep their cache
 
     def _report(self) -> None:
         """Tell each group its progress and, where asked for, its tokens so far."""
@@ -226,14 +226,14 @@ class Engine:
             dropped = self.scheduler.remove(groups)
             is_idle = not self.scheduler.groups
             if is_idle:
-                self.scheduler.max_num_seqs = 0  # measured anew for the next request
+                self.scheduler.max_num_rows = self.scheduler.max_num_seqs = 0  # measured anew for the next request
             self._changed.notify_all()
         for group in groups:
             group.updates.put(None)
         if is_idle:  # give the cache back
             self.batch = Batch(self.gpt, self.graphs)
         else:
-            self.batch.remove(set(dropped) & set(self.batch.sequences))
+            self.batch.remove(set(dropped))
 
     def _recover(self, reason: str, cause: BaseException | None) -> None:
         """After a failed step: its groups fail, or, when memory ran out, all unfinished sequences start again."""
@@ -241,6 +241,7 @@ class Engine:
             count = len(self.scheduler.running)
             groups = set(self.scheduler.running.values()) or set(self.scheduler.groups)
             self.scheduler.restart()
+            self.scheduler.max_num_rows = 0
         self.batch = Batch(self.gpt, self.graphs)
         if cause is None:
             try:

@@ -94,17 +94,23 @@ class ImageDecoder:
         filled = rearrange(tokens.clamp(min=0), "n (h w) -> n h w", h=grid).clone()
         for image, rows in zip(filled, complete, strict=True):
             image[rows:] = image[max(rows - 1, 0)]  # the decoder looks across the border
-        pixels = self.vqgan.decode_tokens(rearrange(filled, "n h w -> n (h w)").to(self.clip.device))
-        pixels = pixels.float().clamp(-1, 1).cpu()
+        flat = rearrange(filled, "n h w -> n (h w)").to(self.clip.device)
+        pixels = torch.cat(list(in_batches(self._decode_rows, list(flat), self._batch_size(), "decoding previews")))
         side = self.vqgan.config.image_size // grid
         for image, rows in zip(pixels, complete, strict=True):
             image[:, rows * side :] = 0
         return from_pixels(pixels)
 
+    def _decode_rows(self, rows: Sequence[Tensor]) -> Tensor:
+        return self.vqgan.decode_tokens(torch.stack(list(rows))).float().clamp(-1, 1).cpu()
+
+    def _batch_size(self) -> int:
+        weight = self.vqgan.post_quant_conv.weight
+        return max_batch_size(pixel_bytes(self.vqgan.config, weight.dtype), weight.device, MAX_DECODE_BATCH)
+
     def _decode_waiting(self) -> None:
         """Decode one batch of the items that have waited longest, whoever submitted them."""
-        weight = self.vqgan.post_quant_conv.weight
-        size = max_batch_size(pixel_bytes(self.vqgan.config, weight.dtype), weight.device, MAX_DECODE_BATCH)
+        size = self._batch_size()
         items: list[_Item] = []
         while self._waiting and len(items) < size:
             item = self._waiting.popleft()

@@ -95,8 +95,9 @@ class Scheduler:
         admitted: list[Sequence] = []
         free = self.max_num_rows - self.num_rows
         for group in self.groups:
-            while group.waiting and free >= group.waiting[0].num_rows and group.num_rows < FAIR_SHARE * free:
-                if len(self.running) == self.max_num_seqs:
+            while group.waiting and group.num_rows < FAIR_SHARE * free:
+                # A guided sequence waits for its second row: the first one is kept free for it.
+                if len(self.running) == self.max_num_seqs or free < group.waiting[0].num_rows:
                     return admitted
                 seq = group.waiting.popleft()
                 free -= seq.num_rows

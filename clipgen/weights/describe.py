@@ -14,7 +14,8 @@ import torch
 from clipgen.config import ModelConfig, load_model_config
 from clipgen.errors import WeightsError
 from clipgen.utils.memory import HEADROOM, MAX_DECODE_BATCH, MAX_NUM_SEQS, pixel_bytes, token_bytes
-from clipgen.weights.model_dir import DTYPES, PARTS
+from clipgen.weights.model_dir import PARTS
+from clipgen.weights.precision import DTYPES
 from clipgen.weights.tensor_file import read_header
 
 GPUS = {"T4": 15.0, "RTX 3060": 12.0, "L4": 22.5, "A10G": 22.5, "A100 40GB": 39.5, "A100 80GB": 79.2, "H100": 79.6}
@@ -63,7 +64,7 @@ def _memory_needed(config: ModelConfig, parameters: int, dtype: torch.dtype) -> 
     guided = config.sampling.guidance != 1
     tokens, pixels = token_bytes(config.gpt, dtype, guided), pixel_bytes(config.vqgan, dtype)
     weights = parameters * dtype.itemsize
-    # All tokens are generated before the first image is decoded, so the two never add up.
+    # On a CPU the cache is given back before the first image is decoded, so the two do not add up.
     peak = weights + max(MAX_NUM_SEQS * tokens, MAX_DECODE_BATCH * pixels)
     return {
         "weights": weights,
@@ -74,13 +75,14 @@ def _memory_needed(config: ModelConfig, parameters: int, dtype: torch.dtype) -> 
 
 
 def _fitting_gpus(dtype: str, needed: Mapping[str, int]) -> list[str]:
-    """GPUs that hold the weights and at least one image, by the pipeline's own planning."""
+    """GPUs that hold the weights and at least one image, planned as the engine does: half of the room is its cache."""
     fitting = []
     for gpu, size in GPUS.items():
         if dtype == "bfloat16" and gpu == "T4":
             continue  # Turing has no bfloat16 arithmetic
         free = (size - CUDA_CONTEXT) * 2**30 - needed["weights"]
-        candidates = min(MAX_NUM_SEQS, int(free * HEADROOM) // needed["tokens_per_candidate"])
-        if candidates >= 1 and free * HEADROOM >= needed["pixels_per_picture"]:
+        room = int(free * HEADROOM / 2)
+        candidates = min(MAX_NUM_SEQS, room // needed["tokens_per_candidate"])
+        if candidates >= 1 and room >= needed["pixels_per_picture"]:
             fitting.append(f"{gpu} ({candidates} candidates at a time)")
     return fitting

@@ -19,6 +19,9 @@ from clipgen.engine.batch import Batch
 from clipgen.engine.engine import Engine
 from clipgen.errors import Cancelled, UnavailableError
 from clipgen.models.gpt import GPT
+from clipgen.request import SamplingParams
+from clipgen.utils import memory
+from clipgen.utils.memory import HEADROOM, token_bytes
 
 # --- many callers ---
 
@@ -254,3 +257,16 @@ def test_close_waits_for_running_and_waiting_requests(gpt: GPT, gate: Gate) -> N
         gate.open()
         closing.result(30)
         assert all(len(call.result(30).tokens) == 1 for call in calls)
+
+
+def test_sequences_that_wait_get_as_many_rows_as_those_before_them(
+    gpt: GPT, gate: Gate, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The cache stays allocated from one wave to the next: it must not count as taken."""
+    engine = Engine(gpt)
+    room = 8 * token_bytes(SMALL, torch.float32, guided=False) / HEADROOM
+    monkeypatch.setattr(memory, "free_bytes", lambda device: int(room) + 1 - engine.batch.cache.data.nbytes)
+    gate.open()
+    engine.generate(make_sequences(20, SamplingParams(guidance=1.0)))
+    engine.close()
+    assert [len(seeds) for seeds in gate.steps[:: SMALL.block_size]] == [7, 7, 6]  # 7 of 8 rows for one request

@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from typing import Any
 
 import pytest
@@ -119,4 +120,21 @@ def test_failing_recovery_fails_the_request_instead_of_hanging(
     with pytest.raises(EngineError, match="the device is gone"):
         engine.generate(make_sequences(1))
     monkeypatch.undo()
+    assert len(engine.generate(make_sequences(1)).tokens) == 1
+
+
+def test_recovery_that_fails_twice_leaves_an_engine_that_answers(
+    gpt: GPT, engine: Engine, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    fail_steps(monkeypatch, Broken("boom"), lambda batch: True)
+
+    def gone(*_: object) -> None:
+        raise RuntimeError("CUDA error: the device is gone")
+
+    monkeypatch.setattr("clipgen.engine.engine.Batch", gone)
+    with pytest.raises(EngineError):
+        engine.generate(make_sequences(1))
+    monkeypatch.undo()
+    with suppress(EngineError):  # one more may fail; none may hang
+        engine.generate(make_sequences(1))
     assert len(engine.generate(make_sequences(1)).tokens) == 1

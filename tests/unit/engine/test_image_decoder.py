@@ -6,6 +6,7 @@ import logging
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
@@ -14,6 +15,8 @@ from clipgen.engine.image_decoder import ImageDecoder
 from clipgen.errors import Cancelled, EngineError
 from clipgen.models.clip import Clip
 from clipgen.models.vqgan import VQGAN
+from clipgen.utils import memory
+from clipgen.utils.memory import HEADROOM, pixel_bytes
 from clipgen.weights.model_dir import load_model_dir
 
 
@@ -41,6 +44,22 @@ def test_images_that_overflow_in_float16_are_decoded_in_float32(
         found = ImageDecoder(vqgan.half(), clip).decode(TOKENS, EMBEDDINGS)
     assert "decoded in float32" in caplog.text
     assert all((a.pixels - b.pixels).abs().mean() < 0.02 for a, b in zip(exact, found, strict=True))
+
+
+def test_previews_are_decoded_in_batches_that_fit_into_memory(
+    parts: tuple[VQGAN, Clip], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    vqgan, clip = parts
+    tokens = torch.arange(40)[:, None].expand(40, 16)
+    together = ImageDecoder(vqgan, clip).preview(tokens)
+    sizes: list[int] = []
+    decode = vqgan.decode_tokens
+    monkeypatch.setattr(vqgan, "decode_tokens", lambda part: sizes.append(len(part)) or decode(part))
+    room = 3 * pixel_bytes(vqgan.config, torch.float32) / HEADROOM
+    monkeypatch.setattr(memory, "free_bytes", lambda device: int(room) + 1)
+    for image, other in zip(ImageDecoder(vqgan, clip).preview(tokens), together, strict=True):
+        assert np.abs(np.asarray(image, dtype=int) - np.asarray(other)).max() <= 1, "up to rounding"
+    assert max(sizes) == 3 and sum(sizes) == 40
 
 
 def test_damaged_weights_give_an_error_instead_of_grey_images(parts: tuple[VQGAN, Clip]) -> None:
