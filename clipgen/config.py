@@ -15,8 +15,9 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 from yaml import YAMLError
 
-from clipgen.errors import ClipGenError, ConfigError
+from clipgen.errors import ConfigError
 from clipgen.request import SamplingParams
+from clipgen.utils.text import first_line
 
 CONFIGS = Path(__file__).parent / "configs"
 
@@ -153,10 +154,10 @@ def build(kind: type, values: Any, origin: str) -> Any:
     """
     try:
         return OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(kind), values))
-    except (OmegaConfBaseException, ClipGenError, TypeError) as error:
+    except (OmegaConfBaseException, ValueError, TypeError) as error:
         field = getattr(error, "full_key", None)  # OmegaConf's errors know which value they are about
         where = f"{origin}: {field}" if field else origin
-        raise ConfigError(f"{where}: {str(error).splitlines()[0]}") from error
+        raise ConfigError(f"{where}: {first_line(error)}") from error
 
 
 def find_config(name: str | Path) -> Path:
@@ -176,10 +177,13 @@ def load_preset(name: str | Path) -> ModelConfig:
     """Read the model section of `configs/NAME.yaml` or of another .yaml file.
 
     Raises:
-        ConfigError: no such configuration, or a value in it is wrong.
+        ConfigError: no such configuration, no such section in it, or a value in it is wrong.
     """
     path = find_config(name)
-    return build(ModelConfig, read_yaml(path).get("model", {}), str(path))
+    values = read_yaml(path)
+    if "model" not in values:
+        raise ConfigError(f"{path}: there is no section `model:`; see {CONFIGS / 'mini.yaml'}")
+    return build(ModelConfig, values["model"], str(path))
 
 
 def load_model_config(path: Path) -> ModelConfig:
@@ -214,4 +218,4 @@ def read_yaml(path: Path, overrides: list[str] | None = None) -> Any:
     try:
         return OmegaConf.merge(OmegaConf.load(path), OmegaConf.from_dotlist(overrides or []))
     except (OmegaConfBaseException, YAMLError, ValueError, TypeError) as error:
-        raise ConfigError(f"{path}: {str(error).splitlines()[0]}") from error
+        raise ConfigError(f"{path}: {first_line(error)}") from error

@@ -12,7 +12,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from omegaconf import OmegaConf
 
-from clipgen.config import GPTConfig, ModelConfig, VQGANConfig, load_model_config
+from clipgen.config import GPTConfig, ModelConfig, VQGANConfig, load_model_config, load_preset
 from clipgen.errors import ConfigError, RequestError
 from clipgen.request import SamplingParams
 from train.config import Config, Stage1Config, Stage2Config, TrainConfig, load_config
@@ -142,8 +142,9 @@ def test_unknown_configuration_is_refused_with_the_list_of_names(name: str) -> N
 def test_file_that_is_no_configuration_is_refused_by_name(text: str, tmp_path: Path) -> None:
     path = tmp_path / "broken.yaml"
     path.write_text(text)
-    with pytest.raises(ConfigError, match=r"broken\.yaml: "):
-        load_config(path)
+    for load in (load_config, load_preset):
+        with pytest.raises(ConfigError, match=r"broken\.yaml: "):
+            load(path)
 
 
 def test_weights_without_a_configuration_are_refused(tmp_path: Path) -> None:
