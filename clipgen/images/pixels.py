@@ -38,13 +38,13 @@ CLIP_MEAN = (0.48145466, 0.4578275, 0.40821073)
 CLIP_STD = (0.26862954, 0.26130258, 0.27577711)
 
 MAX_MEGAPIXELS = 64
+_MAX_EXIF = 1_000_000  # bytes of a note; clipgen writes a few hundred
 READ_FORMATS = ("PNG", "JPEG", "WEBP", "GIF", "BMP", "TIFF")
 OPTIONAL_FORMATS = {"AVIF": ("pillow with AVIF", (".avif",)), "HEIF": ("pillow-heif", (".heic", ".heif"))}
 """Formats that need an installed library: its name, and the usual suffixes."""
 SAVE_FORMATS = {"png": "PNG", "webp": "WEBP", "jpg": "JPEG", "jpeg": "JPEG"}
 PARAMETERS = "parameters"
 """Name of the text that Stable Diffusion web UIs read: a PNG text chunk, and UserComment in EXIF."""
-MAX_METADATA = 1_000_000  # characters of one value; clipgen writes a few hundred
 _ASCII, _UNICODE = b"ASCII\0\0\0", b"UNICODE\0"  # EXIF 2.3, 4.6.5: UserComment begins with its encoding
 _EXIF_BYTES = 65_000  # room for EXIF in a JPEG file: 64 KB less its own structure
 _TOO_LARGE = f"more than the {MAX_MEGAPIXELS} megapixels allowed; make it smaller, a few hundred pixels are enough"
@@ -105,7 +105,7 @@ def read_metadata(path: str | Path) -> dict[str, str]:
     """The metadata that `save_image` embedded in a file; {} when there is none. No pixel is decoded.
 
     Raises:
-        DataError: the file is missing, damaged, not a PNG, WebP or JPEG, or a value is longer than `MAX_METADATA`.
+        DataError: the file is missing, damaged, or not a PNG, WebP or JPEG.
     """
     try:
         with Image.open(path, formats=[*dict.fromkeys(SAVE_FORMATS.values())]) as image:
@@ -118,10 +118,7 @@ def read_metadata(path: str | Path) -> dict[str, str]:
         raise DataError(f"'{path}' is not an image in one of the formats {', '.join(SAVE_FORMATS)}") from None
     except Exception as error:  # as in `load_image`
         raise DataError(f"'{path}' cannot be read ({error})") from error
-    metadata = {str(key): str(value) for key, value in found.items() if isinstance(value, str)}
-    if any(len(value) > MAX_METADATA for value in metadata.values()):
-        raise DataError(f"'{path}' has metadata of more than {MAX_METADATA:,} characters; clipgen did not write it")
-    return metadata
+    return {str(key): value for key, value in found.items() if isinstance(value, str)}
 
 
 def _read_exif(image: Image.Image) -> dict[str, str]:
@@ -129,7 +126,7 @@ def _read_exif(image: Image.Image) -> dict[str, str]:
     exif = image.getexif().get_ifd(ExifTags.IFD.Exif)
     for tag in (ExifTags.Base.MakerNote, ExifTags.Base.UserComment):
         data = exif.get(tag)
-        if not isinstance(data, bytes) or not data.startswith(_ASCII) or len(data) > MAX_METADATA:
+        if not isinstance(data, bytes) or not data.startswith(_ASCII) or len(data) > _MAX_EXIF:
             continue
         try:
             found = json.loads(data.removeprefix(_ASCII).decode("ascii"))

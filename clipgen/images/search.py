@@ -6,9 +6,8 @@ import glob
 import os
 from collections import Counter
 from collections.abc import Iterable, Sequence
-from urllib.parse import urlsplit
 
-from webdataset.shardlists import expand_urls
+from braceexpand import braceexpand
 
 from clipgen.errors import DataError
 from clipgen.utils.text import expand_home
@@ -16,7 +15,7 @@ from clipgen.utils.text import expand_home
 
 def is_remote(path: str) -> bool:
     """Whether this is an http:// or https:// URL."""
-    return urlsplit(path).scheme in ("http", "https") if "://" in path else False
+    return path.lower().startswith(("http://", "https://"))
 
 
 def is_hidden(name: str) -> bool:
@@ -30,7 +29,7 @@ def expand_pattern(text: str) -> list[str]:
     if os.path.lexists(path):
         return [path]
     try:
-        names = expand_urls(path)
+        names = list(braceexpand(path))
     except ValueError as error:
         raise DataError(f"{text}: {error}; braces are written like {{000000..000127}}") from None
     found = []
@@ -43,7 +42,7 @@ def expand_pattern(text: str) -> list[str]:
 
 
 def walk(root: str, unused: Counter[str]) -> list[str]:
-    """Every visible file below a folder, in order of its path; linked folders come after the others, each once."""
+    """Every visible file below a folder, in order of its path. A folder that several links lead to is searched once."""
     files: list[str] = []
     real_root = os.path.realpath(root)
     folders, links, searched = [root], list[str](), set[str]()

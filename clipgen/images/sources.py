@@ -19,16 +19,16 @@ from functools import cache
 from itertools import takewhile
 from pathlib import Path
 from typing import Protocol
-from urllib.parse import urlsplit
 
 from filelock import FileLock
 from PIL import Image
+from rich.console import Console
 from rich.progress import track
 
 from clipgen.errors import DataError, DownloadError
 from clipgen.images.pixels import OPTIONAL_FORMATS, read_formats
 from clipgen.images.search import drop_companions, expand_pattern, is_hidden, is_remote, walk
-from clipgen.utils.download import download
+from clipgen.utils.download import discard, download
 from clipgen.utils.paths import cache_dir
 from clipgen.utils.text import expand_home, read_lines
 
@@ -69,10 +69,10 @@ class _Entry:
 class ImageFiles:
     """Images that are files, or members of uncompressed tar files."""
 
-    def __init__(self, entries: Sequence[_Entry], unused: Counter[str] | None = None) -> None:
+    def __init__(self, entries: Sequence[_Entry], unused: Counter[str]) -> None:
         self._entries = entries
         self.names: Sequence[str] = [entry.name for entry in entries]
-        self.unused = unused or Counter()
+        self.unused = unused
 
     def read(self, index: int) -> bytes:
         entry = self._entries[index]
@@ -242,7 +242,8 @@ class _Collector:
         """Every image; remote shards are downloaded first."""
         entries = [_Entry(path, path) for path in self.images]
         remote = any(map(is_remote, self.shards))
-        shards = track(self.shards, f"fetching {len(self.shards)} shards") if remote else self.shards
+        title, console = f"fetching {len(self.shards)} shards", Console(stderr=True)
+        shards = track(self.shards, title, console=console) if remote else self.shards
         for shard in shards:
             entries += _index_shard(shard, str(_fetch(shard)) if is_remote(shard) else shard, self.unused)
         return entries
@@ -287,7 +288,7 @@ def _fetch(url: str) -> Path:
     Raises:
         DataError: it cannot be downloaded.
     """
-    name = f"{hashlib.sha256(url.encode()).hexdigest()[:16]}-{Path(urlsplit(url).path).name}"
+    name = f"{hashlib.sha256(url.encode()).hexdigest()[:16]}-{Path(url.partition('?')[0]).name}"
     path = cache_dir() / "shards" / name
     if path.is_file():
         return path
@@ -300,5 +301,5 @@ def _fetch(url: str) -> Path:
             except DownloadError as error:
                 raise DataError(f"shard {url}: {error}") from error
             os.replace(part, path)
-            part.with_name(f"{part.name}.json").unlink(missing_ok=True)
+            discard(part)
     return path

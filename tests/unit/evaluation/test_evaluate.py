@@ -139,7 +139,7 @@ def test_mistake_in_evaluate_is_one_line(run: Run, images: Path, arguments: tupl
     assert not has_traceback(result.stderr)
 
 
-@pytest.mark.parametrize("package", ["webdataset.shardlists", "efficientnet_lite_pytorch"])
+@pytest.mark.parametrize("package", ["braceexpand", "efficientnet_lite_pytorch"])
 def test_missing_package_is_named(package: str, run: Run, images: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     for module in ("clipgen.images.search", "clipgen.images.sources", "clipgen.evaluation.evaluate"):
         monkeypatch.delitem(sys.modules, module, raising=False)

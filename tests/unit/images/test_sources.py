@@ -280,7 +280,9 @@ def test_fingerprint_of_a_subset_tells_its_size_and_source(photos: Path) -> None
     assert Subset(source, 99).fingerprint() == Subset(source, 6).fingerprint()
 
 
-def test_shards_over_http_are_fetched_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_shards_over_http_are_fetched_once(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
     monkeypatch.setenv("CLIPGEN_CACHE", str(tmp_path / "cache"))
     with serving() as server:
         for n in range(2):
@@ -296,6 +298,7 @@ def test_shards_over_http_are_fetched_once(tmp_path: Path, monkeypatch: pytest.M
         assert len(server.requests) == asked
         with pytest.raises(DataError, match=r"shard http.*/9\.tar.*404"):
             open_source(f"{server.address}/9.tar")
+    assert capsys.readouterr().out == "", "stdout is for results"
 
 
 @pytest.mark.parametrize(
@@ -310,11 +313,16 @@ def test_shards_over_http_are_fetched_once(tmp_path: Path, monkeypatch: pytest.M
         (lambda p: _text(p / "list.txt", b"\xff\xfe\x00"), "UTF-8"),
         (lambda p: _text(p / "list.txt", b"\x89PNG\0\0"), "not a text file"),
         (lambda p: p / "{0..1.tar", "braces"),
+        (lambda p: "http://[x/{0..1}.tar", r"shard http://\[x/0\.tar: "),
+        (lambda p: p / "a::b.tar", "no shard .*a::b.tar"),
         (lambda p: p / "*.png", "matches no file"),
         (lambda p: _text(p / "list.txt", b"# nothing\n"), "holds no image"),
     ],
 )
-def test_data_that_cannot_be_used_is_named(make: Callable[[Path], Path], message: str, tmp_path: Path) -> None:
+def test_data_that_cannot_be_used_is_named(
+    make: Callable[[Path], Path | str], message: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("CLIPGEN_CACHE", str(tmp_path / "cache"))
     with pytest.raises(DataError, match=message):
         open_source(make(tmp_path))
 
