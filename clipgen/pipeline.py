@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import logging
 import time
+from collections import defaultdict
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -22,7 +23,7 @@ from clipgen.config import ModelConfig
 from clipgen.engine.engine import Engine
 from clipgen.engine.image_decoder import ImageDecoder
 from clipgen.errors import ConfigError, RequestError, WeightsError
-from clipgen.images.pixels import from_pixels, to_clip, to_pixels, to_rgb
+from clipgen.images.pixels import from_pixels, to_clip, to_pixels
 from clipgen.job import Job, preview_interval, previewer
 from clipgen.models.clip import Clip
 from clipgen.models.gpt import GPT
@@ -215,7 +216,7 @@ class ClipGen:
             Cancelled: `is_cancelled` returned True.
             UnavailableError, EngineError, InsufficientMemoryError: see `Engine.generate`.
         """
-        seconds: dict[str, float] = {}
+        seconds: dict[str, float] = defaultdict(float)
         start = time.perf_counter()
         with _timed(seconds, "embed"):
             jobs = self.compute.run(self._prepare, requests)
@@ -230,7 +231,7 @@ class ClipGen:
                     None if on_preview is None else previewer(self.image_decoder, on_preview, wave),
                     every=preview_interval(self.config.vqgan.grid, previews),
                 )
-            seconds["queue"] = seconds.get("queue", 0.0) + output.queue_time
+            seconds["queue"] += output.queue_time
             seconds["decode_tokens"] -= output.queue_time
             embeddings = torch.stack([job.embedding for job, _ in wave])
             for (job, seed), image in zip(
@@ -238,7 +239,7 @@ class ClipGen:
             ):
                 job.candidates.append((seed, image))
                 for stage, spent in zip(("decode_pixels", "rank"), image.seconds, strict=True):
-                    seconds[stage] = seconds.get(stage, 0.0) + spent
+                    seconds[stage] += spent
             done += length * len(wave)
         if progress is not None and done < total:  # a budget ended it early
             progress(total, total)
@@ -281,7 +282,7 @@ class ClipGen:
     def _encode_part(self, part: str | Image.Image) -> Tensor:
         if isinstance(part, str):
             return self.clip.encode_text([part])
-        return self.clip.encode_image(to_clip([to_rgb(part)], self.clip.image_size))
+        return self.clip.encode_image(to_clip([part], self.clip.image_size))
 
     def _match(self, prompt: Prompt, embedding: Tensor) -> IndexMatch | None:
         if self.index is None:
@@ -300,7 +301,7 @@ class ClipGen:
                 "keep_rows",
                 f"is {request.keep_rows}; this model generates {config.grid} rows, so keep 1 to {config.grid - 1}",
             )
-        pixels = to_pixels([to_rgb(request.keep)], config.image_size).to(self.device, self.dtype)
+        pixels = to_pixels([request.keep], config.image_size).to(self.device, self.dtype)
         return self.vqgan.encode_tokens(pixels)[0, : request.keep_rows * config.grid]
 
     def _output(self, job: Job, seconds: dict[str, float]) -> GenerationOutput:
@@ -328,7 +329,7 @@ class ClipGen:
 def _timed(seconds: dict[str, float], stage: str) -> Iterator[None]:
     start = time.perf_counter()
     yield
-    seconds[stage] = seconds.get(stage, 0.0) + time.perf_counter() - start
+    seconds[stage] += time.perf_counter() - start
 
 
 def _offset(progress: Callable[[int, int], None], before: int, total: int) -> Callable[[int, int], None]:

@@ -29,6 +29,7 @@ REQUIREMENTS = Path(__file__).resolve().parents[2] / "requirements.txt"
 SLOW_SECONDS = 60.0
 """Seconds per image from which the user is warned."""
 _PASSIVE = "unset GOMP_SPINCOUNT and KMP_BLOCKTIME, set OMP_WAIT_POLICY=PASSIVE"
+_INSTALL = "run `make setup`, or `pip install -r requirements.txt`"
 _SIGNS = {"ok": "ok", "warning": "note", "wrong": "WRONG"}
 
 
@@ -67,19 +68,27 @@ class Finding:
     """For "time", seconds per image; for "memory", free bytes."""
 
 
-def diagnose(weights: str | Path | None, device: str | None = None, dtype: str | None = None) -> Iterator[Finding]:
+def diagnose(weights: str | None, device: str | None, dtype: str | None) -> Iterator[Finding]:
     """Run all checks in order and yield their findings. Problems are reported as findings, never raised."""
     found = f"clipgen {__version__}, Python {platform.python_version()} on {platform.system()} {platform.machine()}"
     yield Finding("python", "ok", found)
-    yield check_packages(REQUIREMENTS)
-    yield check_memory()
-    yield check_cpu()
-    yield check_threads()
+    try:
+        yield check_packages(REQUIREMENTS)
+        yield check_memory()
+        yield check_cpu()
+        yield check_threads()
+        yield from check_model(weights, device, dtype)
+    except ImportError as error:
+        yield Finding("packages", "wrong", f"{error}; {_INSTALL}")
+
+
+def check_model(weights: str | None, device: str | None, dtype: str | None) -> Iterator[Finding]:
+    """Load the model and draw with it."""
     from clipgen.pipeline import ClipGen
     from clipgen.weights.resolve import find_default
 
     try:
-        folder = find_weights(str(weights) if weights else None)
+        folder = find_weights(weights)
         named = f"--weights or CLIPGEN_WEIGHTS names {weights}"
         reason = named if weights else f"none is named, and {find_default()[1]}"
         pipe = ClipGen.from_pretrained(folder, device=device, dtype=dtype)
@@ -96,9 +105,8 @@ def diagnose(weights: str | Path | None, device: str | None = None, dtype: str |
 
 def check_packages(requirements: Path) -> Finding:
     """Compare installed versions with the pins of requirements.txt, which an installed wheel does not carry."""
-    torch_version = version("torch")
     if not requirements.is_file():
-        return Finding("packages", "ok", f"PyTorch {torch_version}; no requirements.txt here to compare with")
+        return Finding("packages", "ok", f"PyTorch {version('torch')}; no requirements.txt here to compare with")
     pins = re.findall(r"^([\w.-]+)==([\w.+!-]+)", requirements.read_text(encoding="utf-8"), re.MULTILINE)
     missing, different = [], []
     for name, wanted in pins:
@@ -109,19 +117,21 @@ def check_packages(requirements: Path) -> Finding:
             continue
         if found.split("+")[0] != wanted:  # 2.11.0+cpu is 2.11.0, built for CPUs
             different.append(f"{name} is {found}, {wanted} was tested")
-    remedy = "run `make setup`, or `pip install -r requirements.txt`"
     if missing:
-        return Finding("packages", "wrong", f"missing: {', '.join(missing)}; {remedy}")
+        return Finding("packages", "wrong", f"missing: {', '.join(missing)}; {_INSTALL}")
     if different:
-        return Finding("packages", "warning", f"{'; '.join(different)}: images may differ; {remedy}")
-    return Finding("packages", "ok", f"all {len(pins)} as in requirements.txt, PyTorch {torch_version}")
+        return Finding("packages", "warning", f"{'; '.join(different)}: images may differ; {_INSTALL}")
+    return Finding("packages", "ok", f"all {len(pins)} as in requirements.txt, PyTorch {version('torch')}")
 
 
 def check_memory() -> Finding:
-    """Report free main memory and warn below 2 GB in total."""
-    pages = {name: os.sysconf(name) for name in ("SC_PAGE_SIZE", "SC_PHYS_PAGES", "SC_AVPHYS_PAGES")}
-    total, free = (pages["SC_PAGE_SIZE"] * pages[name] for name in ("SC_PHYS_PAGES", "SC_AVPHYS_PAGES"))
-    text = f"{free / 1e9:.1f} of {total / 1e9:.1f} GB free, not counting the system's file cache"
+    """Report the main memory that is free, also by a container's limit, and warn below 2 GB in total."""
+    import torch
+
+    from clipgen.utils.memory import free_bytes
+
+    total, free = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"), free_bytes(torch.device("cpu"))
+    text = f"{'an unknown part' if free is None else f'{free / 1e9:.1f}'} of {total / 1e9:.1f} GB free"
     if total < 2e9:
         return Finding("memory", "warning", f"{text}; 2 GB are little even for the mini model", free)
     return Finding("memory", "ok", text, free)

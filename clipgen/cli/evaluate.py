@@ -83,16 +83,9 @@ def evaluate(
     extractor = build_extractor(features, pipe.clip, folder / "clip.safetensors", log)
     lpips = build_lpips(fetched("vgg16", log), pipe.device) if is_here("vgg16") else None
     reader = Captioner(captioner, pipe.device) if captioner else None
-    count = len(source.names) + (len(source.names) if texts is None else len(texts))
-    total, done = -(-count // processes.count), 0
+    count = len(source.names) + len(source.names if texts is None else texts)
     with progress("measuring", f"measured {count} images") as report:
-
-        def advance(number: int) -> None:
-            nonlocal done
-            done += number
-            report(done, total)
-
-        result = evaluate_model(pipe, extractor, texts, source, lpips, reader, seed, candidates, processes, advance)
+        result = evaluate_model(pipe, extractor, texts, source, lpips, reader, seed, candidates, processes, report)
     named = {"weights": str(folder), "prompts": prompts and str(prompts), "reference": reference}
     result = {"given": named, "weights_sha256": weights_digest(folder), **result}
     if processes.rank == 0:

@@ -221,7 +221,7 @@ def _write_shards(
 
     weights, device, dtype = find_weights(model[0]), *model[1:]
     processes = Processes.from_environment()
-    requests = claim(folder, requests, weights_digest(weights), suffix, seed, new_seed)
+    requests = claim(folder, requests, weights_digest(weights), suffix, seed)
     todo = missing_shards(folder, requests, processes.rank, processes.count)
     if not todo:
         log(f"process {processes.rank + 1} of {processes.count}: all of its shards are in {folder}")

@@ -35,14 +35,14 @@ def progress(doing: str, done: str) -> Iterator[Report]:
 def _bar(doing: str) -> Iterator[Report]:
     """A bar in one line, however narrow the terminal is. It is gone at the end."""
     from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeRemainingColumn
-    from rich.table import Column
 
-    label = TextColumn("{task.description}", table_column=Column(no_wrap=True, overflow="ellipsis"))
     left = console.width - len(doing) - len(" 100%")
     time_left = [TimeRemainingColumn()] if left >= len(" 0:00:00") else []
     bar = [BarColumn(min(left - len(" 0:00:00 "), MAX_BAR))] if left >= len(" 0:00:00 ----") else []
     doing = doing[: max(0, console.width - len(" 100%"))]
-    with Progress(label, *bar, TaskProgressColumn(), *time_left, console=console, transient=True) as shown:
+    with Progress(
+        TextColumn("{task.description}"), *bar, TaskProgressColumn(), *time_left, console=console, transient=True
+    ) as shown:
         task = shown.add_task(doing, total=None)
         yield lambda done, total: shown.update(task, completed=done, total=total)
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -156,13 +157,10 @@ def info(folder: Annotated[Path, _FOLDER], as_json: Annotated[bool, _JSON] = Fal
 
 
 def _settings(cache: Path | None) -> Settings:
-    """Read the settings from the environment; the command line's cache wins. Typer has read CLIPGEN_CACHE already."""
-    from dataclasses import replace
-
+    """Read the settings from the environment; --cache takes the place of CLIPGEN_CACHE."""
     from clipgen.weights.cache import Settings
 
-    settings = Settings.from_environment()
-    return replace(settings, cache=cache.expanduser()) if cache else settings
+    return Settings.from_environment(os.environ | ({"CLIPGEN_CACHE": str(cache)} if cache else {}))
 
 
 def _record(entry: PretrainedModel, settings: Settings) -> dict[str, Any]:
@@ -171,7 +169,8 @@ def _record(entry: PretrainedModel, settings: Settings) -> dict[str, Any]:
     files = []
     for file in entry.files:
         path = settings.path(entry, file)
-        known = {"bytes" if key == "size" else key: value for key, value in expected_fingerprint(file, path).items()}
+        size, sha256 = expected_fingerprint(file, path)
+        known = {"bytes": size, "sha256": sha256}
         where = {"path": str(path), "state": file_state(entry, file, settings)}
         files.append({"name": file.name, "url": file.url, **known, "tensor_bytes": file.tensors, **where})
     model = MODELS / entry.name if entry.config else None
@@ -230,11 +229,10 @@ def _convert(paths: dict[str, Path], out: Path, config: str) -> None:
 
 def _convert_parts(paths: dict[str, Path], out: Path, config: str) -> None:
     """Convert one or two checkpoints to the files that the training scripts read."""
-    from safetensors.torch import save_file
-
     from clipgen.config import load_preset
     from clipgen.utils.files import replacing
     from clipgen.weights.convert import convert_parts
+    from clipgen.weights.tensor_file import write_tensors
 
     parts = convert_parts(paths, load_preset(config))  # all of them before any is written
     with _writing(out):
@@ -242,7 +240,7 @@ def _convert_parts(paths: dict[str, Path], out: Path, config: str) -> None:
         for part, tensors in parts.items():
             file = out / f"{part}.safetensors"
             with replacing(file) as temporary:
-                save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, temporary)
+                write_tensors(temporary, tensors)
             typer.echo(file)
 
 

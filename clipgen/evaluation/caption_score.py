@@ -15,6 +15,7 @@ from PIL import Image
 from torch import Tensor
 
 from clipgen.errors import WeightsError
+from clipgen.utils.text import first_line
 
 
 class Captioner:
@@ -39,7 +40,7 @@ class Captioner:
             )
         except (OSError, ValueError, KeyError) as error:
             raise WeightsError(
-                f"{folder} holds no captioner ({str(error).splitlines()[0]}); it needs config.json, "
+                f"{folder} holds no captioner ({first_line(error)}); it needs config.json, "
                 "model.safetensors and the files of its processor, as of BLIP or GIT"
             ) from error
         self.model = model.to(device).eval()

@@ -80,8 +80,16 @@ class _Evaluation:
     seed: int
     candidates: int
     processes: Processes
-    progress: Callable[[int], None]
+    progress: Callable[[int, int], None]
+    total: int
+    """Images that this process measures: its share of the real and of the generated ones."""
+    done: int = 0
     unreadable: list[str] = field(default_factory=list)
+
+    def report(self, count: int) -> None:
+        """Report that so many images more are measured."""
+        self.done += count
+        self.progress(self.done, self.total)
 
     def read(self, index: int) -> Image.Image | None:
         """A reference image at the model's size; None, with the failure recorded, if it cannot be read."""
@@ -92,7 +100,7 @@ class _Evaluation:
             return None
         return from_pixels(to_pixels([image], self.pipe.config.vqgan.image_size))[0]
 
-    def measure_reference(self) -> tuple[FeatureStats, list[int], dict[str, float | None]]:
+    def measure_reference(self) -> tuple[FeatureStats, list[int], dict[str, float]]:
         """Measure the real images and their reconstructions: statistics, indices of the readable ones, figures."""
         extractor = self.extractor
         real, rebuilt = FeatureStats(extractor), Gaussian(extractor.size)
@@ -101,7 +109,7 @@ class _Evaluation:
         codes = torch.zeros(self.pipe.config.vqgan.codebook_size, dtype=torch.float64)
         for numbers in _chunks(self.processes.own(len(self.source.names)), BATCH):
             found = [(i, image) for i in numbers if (image := self.read(i)) is not None]
-            self.progress(len(numbers))
+            self.report(len(numbers))
             if not found:
                 continue
             readable += [i for i, _ in found]
@@ -120,7 +128,7 @@ class _Evaluation:
         sums, codes = self.processes.add_up(sums), self.processes.add_up(codes)
         figures = {
             "psnr": float(sums[0]) / len(everyone),
-            "lpips": float(sums[1]) / len(everyone) if self.lpips else None,
+            **({"lpips": float(sums[1]) / len(everyone)} if self.lpips else {}),
             NAMES[extractor.kind][2]: frechet_distance(rebuilt, real.gaussians[0]),
             "codes_used": float((codes > 0).double().mean()),
         }
@@ -164,7 +172,7 @@ class _Evaluation:
             texts = [part for part in parts if isinstance(part, str)]
             caps = compute.run(captioner.likelihoods, images, texts) if captioner and texts else torch.zeros(len(parts))
             batches.append((torch.tensor(numbers), image_embeddings, prompt_embeddings, caps, logits))
-            self.progress(len(numbers))
+            self.report(len(numbers))
         stats.share(self.processes)
         everyone = [batch for part in self.processes.gather(batches) for batch in part]
         places, *unordered = (torch.cat(column) for column in zip(*everyone, strict=True))
@@ -203,8 +211,8 @@ def evaluate_model(
     captioner: Captioner | None = None,
     seed: int = 0,
     candidates: int = 1,
-    processes: Processes | None = None,
-    progress: Callable[[int], None] = lambda count: None,
+    processes: Processes = Processes(),  # noqa: B008 - immutable
+    progress: Callable[[int, int], None] = lambda done, total: None,
 ) -> dict[str, Any]:
     """Evaluate a model. All processes call this and get the same figures as a single process, up to rounding.
 
@@ -212,8 +220,8 @@ def evaluate_model(
         prompts: sentences to generate from; None generates a variation of every reference image, from its embedding.
         seed: prompt i generates its candidates from seed + i * candidates on.
         candidates: images per prompt, of which CLIP's best is measured.
-        progress: called with the number of images that this process has finished since the last call, of
-            (reference + prompts) / processes in all.
+        progress: called with the number of images that this process has finished, and of those it measures in all:
+            its share of the reference and of the prompts.
 
     Returns:
         JSON-able: "figures", "left_out" (name -> reason), "warnings", "settings", "prompts", "reference", "features".
@@ -225,9 +233,9 @@ def evaluate_model(
     if prompts is None and captioner:
         raise RequestError("captioner", "needs sentences to score; give --prompts")
     GenerationRequest("a prompt", candidates=candidates, seed=seed)  # checks their ranges
-    processes = processes or Processes()
     started = time.perf_counter()
-    run = _Evaluation(pipe, extractor, lpips, captioner, source, seed, candidates, processes, progress)
+    total = sum(len(processes.own(len(part))) for part in (source.names, source.names if prompts is None else prompts))
+    run = _Evaluation(pipe, extractor, lpips, captioner, source, seed, candidates, processes, progress, total)
     with processes.joined():
         real, readable, vqgan = run.measure_reference()
         generated, figures = run.measure_generated(readable if prompts is None else prompts)
@@ -236,9 +244,8 @@ def evaluate_model(
     distances = {str(r): frechet_distance(generated.gaussians[r], real.gaussians[r]) for r in RADII}
     count = len(readable) if prompts is None else len(prompts)
     asked = "\n".join(prompts or []).encode()
-    sampling = GenerationRequest("a prompt").sampling(pipe.config.sampling)
     return {
-        "figures": {distance: distances, **figures, "vqgan": {k: v for k, v in vqgan.items() if v is not None}},
+        "figures": {distance: distances, **figures, "vqgan": vqgan},
         "left_out": _left_out(run, classes, prompts),
         "warnings": _warnings(extractor, distance, count, len(readable), figures["r_precision"]["among"]),
         "features": {
@@ -263,7 +270,7 @@ def evaluate_model(
             "image_size": pipe.config.vqgan.image_size,
             "seed": seed,
             "candidates": candidates,
-            **asdict(sampling),
+            **asdict(pipe.config.sampling),
             "blur_radii": list(RADII),
             "device": str(pipe.device),
             "dtype": pipe.precision,

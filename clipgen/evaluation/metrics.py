@@ -14,6 +14,8 @@ from torch import Tensor
 
 Sum = Callable[[Tensor], Tensor]
 """Sums a tensor over the processes."""
+AMONG = 100
+"""Prompts that R-precision chooses among."""
 
 
 class Gaussian:
@@ -71,23 +73,23 @@ def class_score(logits: Tensor, splits: int) -> tuple[float, float]:
     return float(found["inception_score_mean"]), float(found["inception_score_std"])
 
 
-def r_precision(images: Tensor, prompts: Tensor, among: int = 100, seed: int = 0) -> tuple[float, int]:
+def r_precision(images: Tensor, prompts: Tensor) -> tuple[float, int]:
     """Share of the images whose own prompt is the nearest among itself and random others (R = 1).
 
-    Xu et al. (AttnGAN, arXiv 1711.10485) with CLIP's embeddings (Park et al., NeurIPS 2021); 99 others by default.
+    Xu et al. (AttnGAN, arXiv 1711.10485) with CLIP's embeddings (Park et al., NeurIPS 2021).
     Equal prompts count as one, and are not compared with each other.
 
     Args:
         images: (N, D) unit norm; prompts: (N, D) unit norm, in the same order.
 
     Returns:
-        The share, and the number of prompts compared, which is below `among` if there are fewer different ones.
+        The share, and the number of prompts compared, which is below `AMONG` if there are fewer different ones.
     """
     different, kinds = torch.unique(prompts.cpu().float(), dim=0, return_inverse=True)
-    rivals = min(among, len(different)) - 1
+    rivals = min(AMONG, len(different)) - 1
     hits = 0
     for rows in torch.arange(len(images)).split(256):
-        places = [random.Random(f"{seed}-{i}").sample(range(len(different) - 1), rivals) for i in rows.tolist()]
+        places = [random.Random(f"0-{i}").sample(range(len(different) - 1), rivals) for i in rows.tolist()]
         own, others = kinds[rows, None], torch.tensor(places, dtype=torch.long).view(len(rows), rivals)
         others = others + (others >= own)  # all but its own
         near = images[rows].cpu().float() @ different.t()

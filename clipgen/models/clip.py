@@ -6,7 +6,6 @@ S side of the input image.
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Mapping, Sequence
 from functools import lru_cache
 from importlib.metadata import PackageNotFoundError, distribution
@@ -54,13 +53,11 @@ def _load_module(name: str) -> ModuleType:
 
     The package's `__init__` imports pkg_resources and all of torchvision, three quarters of the import time.
     """
-    full_name = f"clipgen.models.openai_clip_{name}"
-    if full_name not in sys.modules:
-        spec = spec_from_file_location(full_name, find_openai_clip() / f"{name}.py")
-        assert spec is not None and spec.loader is not None
-        sys.modules[full_name] = module = module_from_spec(spec)
-        spec.loader.exec_module(module)
-    return sys.modules[full_name]
+    spec = spec_from_file_location(f"clipgen.models.openai_clip_{name}", find_openai_clip() / f"{name}.py")
+    assert spec is not None and spec.loader is not None
+    module = module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
 
 
 openai_model = _load_module("model")
@@ -169,7 +166,7 @@ class Clip(nn.Module):
             WeightsError: missing, unexpected or wrongly shaped weights, or a larger vocabulary than OpenAI's.
         """
         # `build_model` reads the sizes and checks names and shapes, but it also initialises random weights and rounds
-        # to float16. On the meta device it does the former, and there is nothing to initialise or round.
+        # to float16. On the meta device only the reading and the checks are left.
         try:
             with meta_init():
                 model = openai_model.build_model(

@@ -19,9 +19,8 @@ def _norm(config: VQGANConfig, channels: int) -> nn.Module:
 
 
 def _zero(layer: nn.Conv2d | nn.Linear) -> None:
-    nn.init.zeros_(layer.weight)
-    if layer.bias is not None:
-        nn.init.zeros_(layer.bias)
+    for parameter in layer.parameters():
+        nn.init.zeros_(parameter)
 
 
 def _silu(x: Tensor) -> Tensor:

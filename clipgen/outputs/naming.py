@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import re
 import unicodedata
 from pathlib import Path
@@ -11,12 +12,12 @@ SLUG_BYTES = 80
 
 
 def free_stem(out: Path, name: str, seed: int) -> Path:
-    """A path in `out` named after prompt and seed, whose files `STEM-*` do not exist yet: nothing is overwritten."""
+    """A path in `out` named after prompt and seed, whose files `STEM-*` do not exist yet.
+
+    So nothing is overwritten, unless two processes generate the same prompt and seed into one folder at once.
+    """
     words = re.sub(r"[\W_]+", "-", unicodedata.normalize("NFKC", name).lower())
     slug = words.encode()[:SLUG_BYTES].decode(errors="ignore").strip("-") or "image"
     taken = {path.name for path in out.glob("*")}
-    for copy in range(1, len(taken) + 2):
-        stem = f"{slug}-{seed}" if copy == 1 else f"{slug}-{seed}-v{copy}"
-        if not any(name.startswith(f"{stem}-") or name.startswith(f"{stem}.") for name in taken):
-            break
-    return out / stem
+    stems = (f"{slug}-{seed}" if copy == 1 else f"{slug}-{seed}-v{copy}" for copy in itertools.count(1))
+    return out / next(stem for stem in stems if not any(name.startswith((f"{stem}-", f"{stem}.")) for name in taken))

@@ -26,7 +26,7 @@ from PIL import Image
 from clipgen.errors import OutputError
 from clipgen.images.pixels import save_image
 from clipgen.outputs.metadata import KEY, image_digest
-from clipgen.request import GenerationRequest
+from clipgen.request import GenerationRequest, new_seed
 from clipgen.utils.files import write_text
 from clipgen.utils.memory import MAX_NUM_SEQS
 
@@ -42,7 +42,7 @@ Requests = Mapping[int, GenerationRequest]
 
 
 def claim(
-    folder: Path, requests: Requests, weights: str, suffix: str, seed: int | None, new_seed: Callable[[], int]
+    folder: Path, requests: Requests, weights: str, suffix: str, seed: int | None
 ) -> dict[int, GenerationRequest]:
     """Reserve a folder for this job by writing its index, or check that it holds the same job already.
 
@@ -56,17 +56,18 @@ def claim(
     Raises:
         OutputError: the folder holds shards of other prompts, settings or weights, or cannot be written.
     """
+    path, job = folder / INDEX, _about(requests, weights, suffix)
     try:
         folder.mkdir(parents=True, exist_ok=True)
         with FileLock(folder / ".lock"):
-            path = folder / INDEX
-            before = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else None
-            if before is None:
-                before = _about(requests, weights, suffix) | {"seed": new_seed() if seed is None else seed}
-                write_text(path, json.dumps(before, indent=1) + "\n")
+            if not path.is_file():
+                write_text(path, json.dumps(job | {"seed": new_seed() if seed is None else seed}, indent=1) + "\n")
+            before = json.loads(path.read_text(encoding="utf-8"))
+        if not isinstance(before, dict):
+            raise ValueError(f"its {INDEX} is of another program")
     except (OSError, ValueError) as error:
         raise OutputError(f"--shards '{folder}' cannot be used: {error}") from error
-    now = _about(requests, weights, suffix) | {"seed": before.get("seed") if seed is None else seed}
+    now = job | {"seed": before.get("seed") if seed is None else seed}
     other = [f"{name} ({before.get(name)}, not {value})" for name, value in now.items() if before.get(name) != value]
     if other:
         raise OutputError(
@@ -84,9 +85,7 @@ def missing_shards(folder: Path, requests: Requests, rank: int, count: int) -> d
     return {path: those for path, those in own.items() if not path.is_file()}
 
 
-def write_shard(
-    pipe: ClipGen, path: Path, requests: Requests, suffix: str, log: Callable[[str], None] = lambda message: None
-) -> int:
+def write_shard(pipe: ClipGen, path: Path, requests: Requests, suffix: str, log: Callable[[str], None]) -> int:
     """Generate the shard of some requests; it gets its name when it is complete. Returns the number of images in it.
 
     Raises:

@@ -1,3 +1,3 @@
 """Files written whole, downloads, memory limits, the compute thread, processes under torchrun.
 
-Nothing here knows what a model is."""
+Nothing here runs a model; `memory` computes from configurations what one takes."""

@@ -17,6 +17,7 @@ from typing import ParamSpec, TypeVar
 import torch
 
 from clipgen.utils.cpu import thread_count
+from clipgen.utils.text import first_line
 
 P = ParamSpec("P")
 R = TypeVar("R")
@@ -72,7 +73,7 @@ class ComputeThread:
         try:
             torch.cuda.synchronize()
         except RuntimeError as still:
-            log.error("the GPU no longer answers (%s); restart the process", str(still).splitlines()[0])
+            log.error("the GPU no longer answers (%s); restart the process", first_line(still))
             self._device_error = error
 
 

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, TypeVar
 import torch
 
 from clipgen.errors import InsufficientMemoryError
+from clipgen.utils.text import first_line
 
 if TYPE_CHECKING:
     from clipgen.config import GPTConfig, VQGANConfig
@@ -129,11 +130,6 @@ def in_batches(
             continue
         # Outside the except block: the exception, and with its traceback the tensors of the failed attempt, are freed.
         size = halve(len(batch), what, reason)
-
-
-def first_line(error: BaseException) -> str:
-    """First line of an exception's message, or its type if it has none."""
-    return (str(error).strip() or type(error).__name__).splitlines()[0]
 
 
 def halve(count: int, what: str, reason: str) -> int:

@@ -1,4 +1,4 @@
-"""Text that comes from outside or goes to a terminal: prompt files and lists, paths with "~", names to print."""
+"""Text that comes from outside or goes to a terminal: prompt files, lists, paths with "~", names, errors."""
 
 from __future__ import annotations
 
@@ -73,3 +73,8 @@ def printable(text: str) -> str:
     """
     text = re.sub("[\udc80-\udcff]", lambda byte: f"\\x{ord(byte[0]) & 0xFF:02x}", text)
     return "".join(char if char.isprintable() else " " for char in text).strip()
+
+
+def first_line(error: BaseException) -> str:
+    """First line of an exception's message, or its type if it has none."""
+    return (str(error).strip() or type(error).__name__).splitlines()[0]

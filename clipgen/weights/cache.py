@@ -123,24 +123,23 @@ def file_state(entry: PretrainedModel, file: File, settings: Settings) -> str:
     return "present" if path.is_file() else "partial" if _beside(path, ".part").is_file() else "absent"
 
 
-def expected_fingerprint(file: File, path: Path) -> dict[str, int | str | None]:
-    """Return the "size" and "sha256" a file must have: as published, else as first downloaded, else None.
+def expected_fingerprint(file: File, path: Path) -> tuple[int | None, str | None]:
+    """Return the size and the SHA-256 a file must have: as published, else as first downloaded, else None.
 
     Raises:
         DownloadError: the record of the first download cannot be read.
     """
     record = _beside(path, ".json")
-    recorded: dict[str, int | str] = {}
-    if record.is_file() and file.sha256 is None:
-        try:
-            notes = json.loads(record.read_text(encoding="utf-8"))
-            recorded = {"size": int(notes["size"]), "sha256": str(notes["sha256"])}
-        except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
-            raise DownloadError(
-                f"{record}, the record of the first download, cannot be read; restore it, or delete it to trust the "
-                f"next {file.name} that comes"
-            ) from error
-    return {"size": file.size or recorded.get("size"), "sha256": file.sha256 or recorded.get("sha256")}
+    if file.sha256 is not None or not record.is_file():
+        return file.size, file.sha256
+    try:
+        notes = json.loads(record.read_text(encoding="utf-8"))
+        return file.size or int(notes["size"]), str(notes["sha256"])
+    except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
+        raise DownloadError(
+            f"{record}, the record of the first download, cannot be read; restore it, or delete it to trust the "
+            f"next {file.name} that comes"
+        ) from error
 
 
 @dataclass(frozen=True)
@@ -161,7 +160,8 @@ class _Fetch:
     def run(self) -> Path:
         try:
             # Try without the lock first: a cache in a container image or on another machine may be read-only.
-            if self.expected["sha256"] and self.path.is_file() and not self.problem(self.path):
+            _, stated = self.expected
+            if stated and self.path.is_file() and not self.problem(self.path):
                 return self.path
             self.path.parent.mkdir(parents=True, exist_ok=True)
             with self.locked():
@@ -173,7 +173,7 @@ class _Fetch:
         return self.path
 
     @property
-    def expected(self) -> dict[str, int | str | None]:
+    def expected(self) -> tuple[int | None, str | None]:
         return expected_fingerprint(self.file, self.path)
 
     @contextmanager
@@ -226,13 +226,12 @@ class _Fetch:
     def download(self, url: str, part: Path) -> None:
         """Download `url` and verify it; if bytes of an earlier attempt were to blame, start over once."""
         resumed = part.is_file()
-        expected = self.expected
-        size = expected["size"] if isinstance(expected["size"], int) else None
+        size, stated = self.expected
         download(
             url,
             part,
             size=size,
-            checked=expected["sha256"] is not None,
+            checked=stated is not None,
             policy=self.policy,
             report=lambda done, total: self.report(self.file, done, total),
             log=self.log,
@@ -245,7 +244,7 @@ class _Fetch:
             self.log(f"{url}: what arrived in parts {problem}; starting over")
             return self.download(url, part)
         record = _beside(self.path, ".json")
-        if self.file.sha256 is None and expected["sha256"]:
+        if self.file.sha256 is None and stated:
             problem += (
                 f". It is not what the first download was. If its publisher says why, delete {record} and fetch again"
             )
@@ -253,17 +252,18 @@ class _Fetch:
 
     def problem(self, path: Path) -> str | None:
         """What is wrong with the file at `path`; None if it is intact as far as can be told."""
-        expected, size = self.expected, path.stat().st_size
-        if expected["size"] is not None and size != expected["size"]:
-            return f"has {size:,} bytes instead of {expected['size']:,}"
-        if expected["sha256"] is None:
+        (size, stated), found_size = self.expected, path.stat().st_size
+        if size is not None and found_size != size:
+            return f"has {found_size:,} bytes instead of {size:,}"
+        if stated is None:
             return _find_archive_problem(path)
         found = sha256(path)
-        return None if found == expected["sha256"] else f"has the SHA-256 {found} instead of {expected['sha256']}"
+        return None if found == stated else f"has the SHA-256 {found} instead of {stated}"
 
     def record(self, path: Path, url: str | None) -> None:
         """Record the first download, unless the publisher states a hash or a record exists."""
-        if self.expected["sha256"] is not None:
+        _, stated = self.expected
+        if stated is not None:
             return
         notes = {"size": path.stat().st_size, "sha256": sha256(path), "url": url}
         write_text(_beside(self.path, ".json"), json.dumps(notes, indent=2) + "\n")

@@ -12,7 +12,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 from clipgen.errors import ConfigError, DownloadError, WeightsError
-from clipgen.utils.text import expand_home
+from clipgen.utils.text import expand_home, first_line
 from clipgen.weights.cache import Settings
 from clipgen.weights.model_dir import MANIFEST, read_manifest, verify_model_dir
 
@@ -92,5 +92,5 @@ def _fetch_file(repo: str, revision: str | None, name: str, settings: Settings) 
             f"{place} has no {name}: it is not a clipgen model; `ClipGen.save_pretrained` writes what belongs there"
         ) from error
     except (OSError, ValueError) as error:
-        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+        reason = first_line(error)
         raise DownloadError(f"{place}: {name} cannot be fetched: {reason}") from error

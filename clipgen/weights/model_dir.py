@@ -18,14 +18,13 @@ from typing import Any, TypeVar
 
 import torch
 from omegaconf import OmegaConf
-from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from clipgen.config import ModelConfig, load_model_config
 from clipgen.errors import OutputError, WeightsError
 from clipgen.models.meta_init import meta_init
 from clipgen.utils.files import sha256
-from clipgen.weights.tensor_file import find_problem, load_tensors
+from clipgen.weights.tensor_file import find_problem, load_tensors, write_tensors
 
 PARTS = ("clip", "vqgan", "gpt")
 FILES = ("config.yaml", *(f"{part}.safetensors" for part in PARTS))
@@ -34,8 +33,6 @@ EXTRAS = ("coverage.safetensors",)
 CARD = ("README.md", "samples.jpg")
 """The model card: copied along where it exists, not verified."""
 MANIFEST = "manifest.json"
-DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
-"""Precisions that a model runs in, by the names that users give them."""
 VERSION = 1
 _FETCH_AGAIN = "fetch the folder again (`git checkout` restores what ships with the code)"
 _USE_ITS_CONFIG = "Use the configuration that the weights were trained with"
@@ -62,9 +59,7 @@ def save_model_dir(folder: str | Path, config: ModelConfig, parts: Mapping[str, 
         OmegaConf.save(OmegaConf.structured(config), temporary / "config.yaml")
         for part, weights in parts.items():
             stored = {key: _storable(part, key, tensor) for key, tensor in weights.items()}
-            save_file(stored, temporary / f"{part}.safetensors")
-            # safetensors makes files that only their owner can read; a server often runs as another user.
-            shutil.copymode(temporary / "config.yaml", temporary / f"{part}.safetensors")
+            write_tensors(temporary / f"{part}.safetensors", stored)
         files = {file: fingerprint(temporary / file) for file in FILES}
         manifest = json.dumps({"version": VERSION, "files": files}, indent=2)
         (temporary / MANIFEST).write_text(manifest + "\n", encoding="utf-8")
@@ -106,8 +101,10 @@ def load_model_dir(folder: str | Path) -> tuple[ModelConfig, dict[str, dict[str,
     return config, parts
 
 
-def verify_model_dir(folder: Path) -> None:
+def verify_model_dir(folder: Path) -> dict[str, dict[str, Any]]:
     """Compare the files of a model folder with its manifest: first all sizes, which is cheap, then all hashes.
+
+    Returns the manifest.
 
     Raises:
         WeightsError: a file is missing or differs.
@@ -130,6 +127,7 @@ def verify_model_dir(folder: Path) -> None:
                 f"{folder / file} is damaged or was changed: its SHA-256 is {found}, {MANIFEST} says {expected}; "
                 f"{_FETCH_AGAIN}"
             )
+    return manifest
 
 
 def read_manifest(path: Path) -> dict[str, dict[str, Any]]:
@@ -155,18 +153,6 @@ def read_manifest(path: Path) -> dict[str, dict[str, Any]]:
     return entries
 
 
-def load_extra(folder: str | Path, file: str) -> dict[str, Tensor] | None:
-    """Load one of `EXTRAS` of a verified folder; None if its manifest does not list it.
-
-    Raises:
-        WeightsError: the file is missing or cannot be read.
-    """
-    folder = Path(folder)
-    if file not in read_manifest(folder / MANIFEST):
-        return None
-    return load_tensors(folder / file)
-
-
 def copy_model_dir(source: Path, target: Path) -> Path:
     """Copy a verified model folder, with its model card if it has one; other files in `target` stay.
 
@@ -174,8 +160,7 @@ def copy_model_dir(source: Path, target: Path) -> Path:
         WeightsError: a file of `source` is missing or differs from the manifest.
         OutputError: `target` cannot be written.
     """
-    verify_model_dir(source)
-    files = tuple(read_manifest(source / MANIFEST))
+    files = tuple(verify_model_dir(source))
     card = [file for file in CARD if (source / file).is_file()]
     try:
         target.mkdir(parents=True, exist_ok=True)

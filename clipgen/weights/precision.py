@@ -15,8 +15,11 @@ from clipgen.config import GPTConfig
 from clipgen.errors import RequestError
 from clipgen.models.capabilities import cpu_dtypes, has_bfloat16
 from clipgen.models.gpt import GPT
-from clipgen.weights.model_dir import DTYPES, build_module
+from clipgen.utils.text import first_line
+from clipgen.weights.model_dir import build_module
 
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+"""Precisions that a model runs in, by the names that users give them."""
 PRECISIONS = (*DTYPES, "int8")
 GPU_NODE = Path("/dev/nvidia0")
 """The first NVIDIA GPU, where its kernel driver is loaded."""
@@ -58,7 +61,7 @@ def pick_device(device: str | None) -> torch.device:
         torch.empty(1, device=device)
         return torch.device(device)
     except (RuntimeError, AssertionError) as error:
-        reason = str(error).splitlines()[0]
+        reason = first_line(error)
         raise RequestError("device", f"is {device!r}, which cannot be used here ({reason}); try cpu") from error
 
 
@@ -74,7 +77,7 @@ def explain_unusable_gpu() -> str:
         torch.cuda.init()
         reason = "CUDA finds no device"
     except (RuntimeError, AssertionError) as error:
-        reason = str(error).splitlines()[0]
+        reason = first_line(error)
     return (
         f"there is an NVIDIA GPU ({GPU_NODE}), but PyTorch {torch.__version__} cannot use it ({reason}); update the "
         "driver, to 580 or newer for CUDA 13, or install PyTorch built for an older CUDA, "
@@ -85,9 +88,9 @@ def explain_unusable_gpu() -> str:
 def pick_precision(name: str | None, device: torch.device) -> Precision:
     """The requested precision, or the fastest safe one.
 
-    That is bfloat16 if the hardware supports it (GPUs from Ampere on, CPUs with AVX512-BF16 or AMX), else float16. On
-    CPUs, which lack float16 arithmetic, only the GPT's large weights become float16, or int8; everything else is
-    bfloat16 if the device supports it, else float32 on CPUs and float16 on GPUs.
+    That is bfloat16 if the hardware supports it (GPUs from Ampere on, CPUs with AVX512-BF16 or AMX), else float16 on
+    CUDA and CPUs, float32 on other devices. On CPUs, which lack float16 arithmetic, only the GPT's large weights become
+    float16, or int8; everything else is bfloat16 if the CPU supports it, else float32.
 
     Raises:
         RequestError: an unknown name, or a precision that this device cannot or should not compute in.

@@ -10,14 +10,12 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Protocol
 
-import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from clipgen.config import ModelConfig
 from clipgen.errors import WeightsError
-from clipgen.weights.model_dir import load_extra
-from clipgen.weights.training_index import FILE, TrainingIndex
+from clipgen.weights.training_index import TrainingIndex
 
 # Measured with the mini model: 0.6 % of 800 captions of one thing (none of 200 bare names) and 92 % of 300 "a ... and
 # a ..." with two random names are split.
@@ -61,11 +59,10 @@ class IndexPrior:
     two embeddings if the condition has room for them. Image embeddings are kept.
     """
 
-    def __init__(self, index: TrainingIndex, num_slots: int = 1, things: Tensor | None = None) -> None:
-        """Args: `num_slots` embeddings in a condition, one after another; `things` (K,), images of single things."""
+    def __init__(self, index: TrainingIndex, num_slots: int = 1) -> None:
+        """Args: `num_slots` embeddings in a condition, one after another."""
         self.index, self.num_slots = index, num_slots
-        places = torch.empty(0, dtype=torch.long) if things is None else things.long()
-        self.things = F.normalize(index.images[places] @ index.basis, dim=1)  # (K, D)
+        self.things = F.normalize(index.images[index.things] @ index.basis, dim=1)  # (K, D)
 
     def __call__(self, embeddings: Tensor, weights: Sequence[float], is_text: Sequence[bool]) -> Tensor:
         """See `Prior`. Only a prompt that is a single text can be about two things."""
@@ -120,7 +117,6 @@ def load_prior(folder: str | Path, config: ModelConfig, index: TrainingIndex | N
         return None
     if config.prior != "training_index":
         raise WeightsError(f"{folder}: prior is {config.prior!r}; this version knows training_index, or none at all")
-    tensors = load_extra(folder, FILE)
-    if index is None or tensors is None:
+    if index is None:
         raise WeightsError(f"{folder}: its prior needs coverage.safetensors, which is missing; fetch the weights again")
-    return IndexPrior(index, config.gpt.n_cond // embed_dim, tensors.get("things"))
+    return IndexPrior(index, config.gpt.n_cond // embed_dim)

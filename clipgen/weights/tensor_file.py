@@ -1,18 +1,19 @@
-"""Read .safetensors files. Errors name the file, what is wrong with it and the remedy."""
+"""Read and write .safetensors files. Errors of reading name the file, what is wrong with it and the remedy."""
 
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from clipgen.errors import WeightsError
+from clipgen.utils.text import first_line
 
 _FIRST_BYTES = (
     (b"version https://git-lfs.github.com", "is a Git LFS pointer, not the file itself; run `git lfs pull`"),
@@ -51,12 +52,26 @@ def read_header(path: str | Path) -> dict[str, TensorInfo]:
         return {name: TensorInfo(tuple(s.get_shape()), s.get_dtype()) for name, s in slices.items()}
 
 
+def write_tensors(path: Path, tensors: Mapping[str, Tensor]) -> None:
+    """Write a .safetensors file that others may read, as far as the umask allows.
+
+    safetensors itself makes files that only their owner can read; a server often runs as another user.
+
+    Raises:
+        OSError, SafetensorError: it cannot be written.
+    """
+    path.touch()
+    mode = path.stat().st_mode
+    save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, path)
+    path.chmod(mode)
+
+
 @contextmanager
 def _explained(path: Path) -> Iterator[None]:
     try:
         yield
     except (SafetensorError, OSError, ValueError, LookupError, TypeError, RuntimeError) as error:
-        reason = (str(error).splitlines() or [type(error).__name__])[0][:200]
+        reason = first_line(error)[:200]
         problem = find_problem(path) or _find_safetensors_problem(path) or f"is not a .safetensors file ({reason})"
         raise WeightsError(f"{path} {problem}") from error
 

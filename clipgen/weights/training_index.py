@@ -14,11 +14,13 @@ import zlib
 from dataclasses import dataclass
 from pathlib import Path
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from clipgen.errors import WeightsError
-from clipgen.weights.model_dir import load_extra
+from clipgen.weights.model_dir import MANIFEST, read_manifest
+from clipgen.weights.tensor_file import load_tensors
 
 FILE = "coverage.safetensors"
 NUM_NEAREST = 5
@@ -75,8 +77,10 @@ class TrainingIndex:
             self.gap = tensors["gap"].float()  # (D,)
             self.measured = tensors["held"].float().sort().values  # (M,)
             data = zlib.decompressobj().decompress(tensors["names"].numpy().tobytes(), MAX_NAME_BYTES)
+            self.things = tensors.get("things", torch.empty(0)).long()  # (K,), images of single things, for a prior
             self.names: list[str] = [str(name) for name in json.loads(data)]
             fits = len(self.names) == len(self.images) > 0 and self.basis.shape == (self.images.shape[1], len(self.gap))
+            fits = fits and bool((self.things >= 0).all() and (self.things < len(self.images)).all())
         except (KeyError, ValueError, TypeError, RuntimeError, IndexError, zlib.error) as error:
             raise WeightsError(f"{FILE} is not an index of training images ({error}); build it again") from error
         if not fits or not len(self.measured):
@@ -89,8 +93,8 @@ class TrainingIndex:
         Raises:
             WeightsError: it is damaged.
         """
-        tensors = load_extra(folder, FILE)
-        return None if tensors is None else cls(tensors)
+        folder = Path(folder)
+        return cls(load_tensors(folder / FILE)) if FILE in read_manifest(folder / MANIFEST) else None
 
     def query(self, embedding: Tensor, text_share: float = 1.0) -> IndexMatch:
         """Compare a prompt with the training images.

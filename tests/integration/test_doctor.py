@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+import sys
 from importlib.metadata import version
 from pathlib import Path
 
@@ -68,6 +69,14 @@ def test_packages_are_compared_with_pins(tmp_path: Path) -> None:
     found = check_packages(pins)
     assert found.state == "wrong" and "no-such-package-here 1.0" in found.text
     assert check_packages(tmp_path / "none.txt").state == "ok"
+
+
+def test_missing_package_is_reported_by_name(monkeypatch: pytest.MonkeyPatch, tiny_weights: Path) -> None:
+    monkeypatch.setitem(sys.modules, "clipgen.pipeline", None)
+    result = run(tiny_weights, "--json")
+    *_, last = json.loads(result.stdout)["findings"]
+    assert result.exit_code == 1 and last["state"] == "wrong"
+    assert "clipgen.pipeline" in last["text"] and "make setup" in last["text"]
 
 
 def test_failed_generation_is_reported() -> None:

@@ -160,8 +160,9 @@ def test_folder_of_other_prompts_or_settings_is_refused(run: Run) -> None:
     ):
         result = run("--shards", "bulk", *few, *change)
         assert result.exit_code == 2 and message in result.stderr and "give another folder" in result.stderr
-    (Path("bulk") / "index.json").write_text("{")
-    assert "--shards 'bulk' cannot be used" in run("--shards", "bulk", *few).stderr
+    for other in ("{", "[1]"):
+        (Path("bulk") / "index.json").write_text(other)
+        assert "--shards 'bulk' cannot be used" in run("--shards", "bulk", *few).stderr
 
 
 def test_shard_that_cannot_be_written_leaves_no_file(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:

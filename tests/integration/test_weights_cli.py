@@ -211,6 +211,7 @@ def test_cache_option_sets_the_cache_folder(run: Run, tmp_path: Path) -> None:
         (("convert", "--clip", "a"), "--out"),
         (("convert", "--out", "x"), "--vqgan"),
         (("convert", "--clip", "nowhere.pt", "--out", "x"), "nowhere.pt"),
+        (("fetch", "coco", "--cache", "~no-such-user/x"), "~no-such-user/x"),
         (("frobnicate",), "frobnicate"),
     ],
 )
@@ -270,6 +271,7 @@ def test_convert_three_parts_makes_a_model(run: Run, tiny_sources: dict[str, Pat
 def test_convert_two_parts_makes_files_for_training(run: Run, tiny_sources: dict[str, Path]) -> None:
     """`train/stage2.py` starts from them: another VQGAN and CLIP, and no GPT yet."""
     given = {name: path for name, path in tiny_sources.items() if name != "gpt"}
+    os.umask(umask := os.umask(0o022))
     result = run("convert", *options(given), "--out", "runs/published")
     assert result.exit_code == 0, result.output
     assert result.stdout.splitlines() == ["runs/published/clip.safetensors", "runs/published/vqgan.safetensors"]
@@ -277,6 +279,7 @@ def test_convert_two_parts_makes_files_for_training(run: Run, tiny_sources: dict
     for part in ("clip", "vqgan"):
         ours, theirs = load_file(f"runs/published/{part}.safetensors"), load_file(tiny_sources[part])
         assert ours.keys() == theirs.keys() and all(torch.equal(ours[name], theirs[name]) for name in ours)
+        assert os.stat(f"runs/published/{part}.safetensors").st_mode & 0o777 == 0o666 & ~umask, "as other new files"
 
 
 @pytest.mark.parametrize("parts", [("clip", "vqgan", "gpt", "config"), ("vqgan", "config")])

@@ -19,12 +19,12 @@ from typing import Any
 
 from accelerate import Accelerator
 from safetensors import SafetensorError
-from safetensors.torch import save_file
 from torch import Tensor
 from torch.distributed.checkpoint.api import CheckpointException
 
 from clipgen.config import GPTConfig, VQGANConfig
 from clipgen.errors import ClipGenError
+from clipgen.weights.tensor_file import write_tensors
 from train.config import TrainConfig
 from train.loop.sharding import ShardedState
 
@@ -221,7 +221,7 @@ def save_tensors(weights: Mapping[str, Tensor], path: Path) -> None:
     """
     temporary = path.with_name(f"{path.name}.tmp")
     try:
-        save_file({name: tensor.contiguous() for name, tensor in weights.items()}, temporary)
+        write_tensors(temporary, weights)
         os.replace(temporary, path)
     except (OSError, SafetensorError) as error:
         temporary.unlink(missing_ok=True)

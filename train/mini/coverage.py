@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import json
 import os
-import shutil
 import tempfile
 import zlib
 from collections.abc import Mapping, Sequence
@@ -15,10 +14,10 @@ from pathlib import Path
 
 import torch
 import torch.nn.functional as F
-from safetensors.torch import save_file
 from torch import Tensor
 
 from clipgen.weights.model_dir import MANIFEST, VERSION, fingerprint, read_manifest
+from clipgen.weights.tensor_file import write_tensors
 from clipgen.weights.training_index import FILE, NUM_NEAREST
 
 RANK = 128
@@ -70,8 +69,7 @@ def write_index(folder: str | Path, tensors: Mapping[str, Tensor]) -> Path:
     manifest = read_manifest(folder / MANIFEST)
     with tempfile.TemporaryDirectory(prefix=".saving-", dir=folder) as name:
         temporary = Path(name)
-        save_file({key: tensor.contiguous() for key, tensor in tensors.items()}, temporary / FILE)
-        shutil.copymode(folder / MANIFEST, temporary / FILE)
+        write_tensors(temporary / FILE, tensors)
         text = json.dumps({"version": VERSION, "files": manifest | {FILE: fingerprint(temporary / FILE)}}, indent=2)
         (temporary / MANIFEST).write_text(text + "\n", encoding="utf-8")
         os.replace(temporary / FILE, folder / FILE)
