@@ -56,7 +56,7 @@ class Job:
 
 def preview_interval(grid: int, previews: int) -> int:
     """Steps between two previews: whole rows of `grid` tokens."""
-    return grid * -(-grid // (max(previews, 1) + 1))
+    return grid * -(-grid // (previews + 1))
 
 
 def previewer(

@@ -13,6 +13,7 @@ from typing import Any
 import torch
 
 from clipgen.utils.files import write_text
+from clipgen.utils.text import first_line
 
 
 @dataclass(frozen=True)
@@ -81,7 +82,7 @@ def run_stage(name: str, stage: Stage, bench: Bench) -> Outcome:
     except Skipped as reason:
         outcome.state, outcome.note = "skipped", str(reason)
     except Exception as error:  # one stage's failure must not end the others
-        reason = (str(error).strip().splitlines() or [""])[0]
+        reason = first_line(error)
         outcome.state, outcome.note = "failed", f"{type(error).__name__}: {reason}"
     if outcome.state == "ok" and any(figure.met is False for figure in outcome.figures):
         outcome.state = "short"

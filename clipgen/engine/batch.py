@@ -7,13 +7,12 @@ Same seed, same tokens, whatever else is in the batch; `docs/seeds.md` says wher
 within rounding. For that, sums over keys and over likely tokens run over multiples of POSITION_BLOCK and TOP_K_BLOCK,
 where masked entries add exact zeros.
 
-Shapes: n sequences, R rows, T tokens of an image, V codebook size, D condition size, C n_embd.
+Shapes: T tokens of an image.
 """
 
 from __future__ import annotations
 
 from collections.abc import Collection, Iterable
-from dataclasses import replace
 
 import torch
 from torch import Tensor
@@ -23,7 +22,7 @@ from clipgen.engine.sampling import SamplingTensors, draw_uniforms, guide, sampl
 from clipgen.engine.sequence import Sequence
 from clipgen.models.gpt import GPT
 
-POSITION_BLOCK, TOP_K_BLOCK = 16, 64
+POSITION_BLOCK = 16
 
 
 class Batch:
@@ -133,9 +132,8 @@ class Batch:
         prefixes = [0 if seq.prefix_tokens is None else len(seq.prefix_tokens) for seq in self.sequences]
         self.prefix_lengths, self.has_prefix = self._to_device(prefixes), any(prefixes)
         self.is_guided = any(seq.num_rows == 2 for seq in self.sequences)
-        params = SamplingTensors.from_params([seq.params for seq in self.sequences], self.vocab_size, self.device)
-        max_top_k = min(_round_up(params.max_top_k, TOP_K_BLOCK), self.vocab_size)
-        self.params = replace(params, max_top_k=max_top_k)
+        params = [seq.params for seq in self.sequences]
+        self.params = SamplingTensors.from_params(params, self.vocab_size, self.device)
 
     def _to_device(self, values: list[int]) -> Tensor:
         return torch.tensor(values, dtype=torch.long).to(self.device)

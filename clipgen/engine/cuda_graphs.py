@@ -14,6 +14,7 @@ from torch import Tensor
 
 from clipgen.models.gpt import GPT
 from clipgen.models.kv_cache import KVCache
+from clipgen.utils.text import first_line
 
 POSITION_SPAN = 64
 """Positions of the cache by which one graph sees more than the next smaller one."""
@@ -106,7 +107,7 @@ def build_graphs(gpt: GPT, max_num_rows: int) -> CUDAGraphRunner | None:
             graphs = CUDAGraphRunner(gpt, max_num_rows, GraphCapture(device))
             is_right = matches_eager(graphs)
     except RuntimeError as error:  # out of memory, too
-        log.warning("no CUDA graphs, so decoding is slower: %s", str(error).splitlines()[0])
+        log.warning("no CUDA graphs, so decoding is slower: %s", first_line(error))
         return None
     if not is_right:
         log.warning("no CUDA graphs, so decoding is slower: their logits differ from eager ones")

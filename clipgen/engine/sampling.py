@@ -13,6 +13,8 @@ from torch import Tensor
 
 from clipgen.request import SamplingParams
 
+TOP_K_BLOCK = 64
+"""Sums over likely tokens run over multiples of this many, so that they do not depend on the other rows' top_k."""
 _MIN_TEMPERATURE = 1e-6
 """Dividing logits by less overflows to infinity."""
 
@@ -53,6 +55,7 @@ class SamplingTensors:
         """Collect the parameters of all rows."""
         limits = [1 if p.temperature == 0 else min(p.top_k or vocab_size, vocab_size) for p in params]
         is_unfiltered = all(k == vocab_size and p.top_p == 1 for k, p in zip(limits, params, strict=True))
+        blocks = -(-max(limits, default=0) // TOP_K_BLOCK)
 
         def column(values: list[float]) -> Tensor:
             return torch.tensor(values, dtype=torch.float32).to(device)
@@ -63,7 +66,7 @@ class SamplingTensors:
             top_p=column([p.top_p for p in params]),
             guidance=column([p.guidance for p in params]),
             is_random=column([float(p.temperature > 0) for p in params]),
-            max_top_k=0 if is_unfiltered else max(limits),
+            max_top_k=0 if is_unfiltered else min(blocks * TOP_K_BLOCK, vocab_size),
         )
 
 

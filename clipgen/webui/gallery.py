@@ -24,7 +24,7 @@ THUMBNAIL = (96, 96)
 """Pixels."""
 
 # Gradio evaluates Handlebars first and its output as a JavaScript template, so a prompt given to Handlebars could run
-# code. `${}` is evaluated once. It does not escape HTML: `_text` has done that in Python.
+# code. `${}` is evaluated once. It does not escape HTML: `html.escape` has done that in Python.
 IMAGES_HTML = """${!value ? `<p class="empty">Your images appear here.</p>` : `
 <div class="images${value.zoomed ? ' zoomed' : ''}" style="--columns: ${value.columns}; --rows: ${value.rows}">
   ${value.images.map((image, i) => `
@@ -96,11 +96,11 @@ def result_value(result: Result, files: Files, weights: str, is_open: bool = Fal
     images = [
         {
             "src": _address(file),
-            "alt": _text(record.text),
+            "alt": html.escape(record.text),
             "caption": f"<span>score {record.score:.3f}</span> <span>seed {record.image_seed}</span>",
-            "link": _text(to_link(settings_of(record))),
-            "curl": _text(as_curl(record)),
-            "python": _text(as_python(record, weights)),
+            "link": html.escape(to_link(settings_of(record))),
+            "curl": html.escape(as_curl(record)),
+            "python": html.escape(as_python(record, weights)),
         }
         for file, record in zip(files.images, result.receipts, strict=True)
     ]
@@ -118,17 +118,13 @@ def history_value(history: Sequence[Result]) -> list[dict[str, str]]:
     entries = []
     for result in history:
         src = to_data_url(ImageOps.contain(result.images[0], THUMBNAIL))
-        entries.append({"id": result.id, "src": src, "prompt": _text(result.receipts[0].text)})
+        entries.append({"id": result.id, "src": src, "prompt": html.escape(result.receipts[0].text)})
     return entries
 
 
 def _grid(images: list[dict[str, str]]) -> dict[str, Any]:
     columns = {1: 1, 2: 2, 3: 2, 4: 2, 5: 3, 6: 3}.get(len(images), 4)
     return {"images": images, "selected": 0, "zoomed": False, "columns": columns, "rows": -(-len(images) // columns)}
-
-
-def _text(text: str) -> str:
-    return html.escape(text, quote=True)
 
 
 def _address(file: Path) -> str:

@@ -118,7 +118,7 @@ def test_first_download_is_recorded_where_no_hash_is_stated(server: Server, sett
     notes = json.loads(record.read_text())
     assert notes == {"size": len(CONTENT), "sha256": hashlib.sha256(CONTENT).hexdigest(), "url": toy.files[0].url}
     assert any("recorded" in line and notes["sha256"] in line for line in told)
-    assert expected_fingerprint(toy.files[0], path) == {"size": notes["size"], "sha256": notes["sha256"]}
+    assert expected_fingerprint(toy.files[0], path) == (notes["size"], notes["sha256"])
     assert fetch(toy, settings, HASTY)["gpt"] == path and len(server.requests) == 1
 
     path.unlink()

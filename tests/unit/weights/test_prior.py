@@ -44,7 +44,9 @@ def test_text_about_two_objects_becomes_two_embeddings() -> None:
     images = random_images(60)
     images[41] = F.normalize(images[40] + 0.3 * images[41], dim=0)  # a thing and one much like it
     index = make_index(images)
-    prior = IndexPrior(index, num_slots=2, things=torch.arange(30, 60))
+    assert IndexPrior(index, num_slots=2).project(images[1], num_things=2).shape == (1, 32), "no things, no pairs"
+    index.things = torch.arange(30, 60)
+    prior = IndexPrior(index, num_slots=2)
     for a, b in ((30, 31), (59, 45), (40, 33)):
         sentence = F.normalize(images[a] + 0.9 * images[b] + 0.5 * images[5], dim=0)
         found = prior.project(sentence, num_things=2)
@@ -54,7 +56,6 @@ def test_text_about_two_objects_becomes_two_embeddings() -> None:
         assert prior.project(single, num_things=2).shape == (1, 32)
     unknown = F.normalize(images[1] + images[2], dim=0)  # the GPT has never learned two of these
     assert (prior.project(unknown, num_things=2) @ images[[1, 2]].t()).amax(dim=0).min() < 0.9
-    assert IndexPrior(index, num_slots=2).project(unknown, num_things=2).shape == (1, 32)
 
 
 @pytest.fixture

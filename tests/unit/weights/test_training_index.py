@@ -17,7 +17,8 @@ from typer.testing import CliRunner
 from clipgen import ClipGen
 from clipgen.cli.main import app
 from clipgen.errors import WeightsError
-from clipgen.weights.model_dir import load_extra, load_model_dir, save_model_dir
+from clipgen.weights.model_dir import load_model_dir, save_model_dir
+from clipgen.weights.tensor_file import load_tensors
 from clipgen.weights.training_index import FILE, IndexMatch, TrainingIndex
 from train.mini.coverage import build_index, write_index
 
@@ -105,13 +106,15 @@ def test_damaged_or_missing_index_is_named(folder: Path) -> None:
         load_model_dir(folder)
 
 
-@pytest.mark.parametrize("change", ["names", "scale", "basis", "held", "bomb", "gone"])
+@pytest.mark.parametrize("change", ["names", "scale", "basis", "held", "bomb", "gone", "things"])
 def test_index_that_does_not_fit_is_refused(folder: Path, change: str) -> None:
     import zlib
 
-    tensors = {key: tensor.clone() for key, tensor in (load_extra(folder, FILE) or {}).items()}
+    tensors = {key: tensor.clone() for key, tensor in load_tensors(folder / FILE).items()}
     if change == "gone":
         del tensors["gap"]
+    elif change == "things":
+        tensors["things"] = torch.tensor([0, len(tensors["images"])])
     elif change == "bomb":
         tensors["names"] = torch.frombuffer(
             bytearray(zlib.compress(b"[" + b" " * 50_000_000 + b"]")), dtype=torch.uint8
