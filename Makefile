@@ -99,7 +99,7 @@ test-browser: $(VENV)/.dev $(VENV)/.app ## the web page, in Chromium
 			&& apt-get install -qq -y --no-install-recommends chromium >/dev/null; \
 	} || $(BIN)/python -m playwright install chromium \
 		|| { echo "These tests need Chromium. On Debian: sudo apt install chromium" >&2; exit 1; }
-	@$(BIN)/python -m pytest $(PARALLEL) -m "not slow" tests/unit/webui tests/integration/test_app.py tests/integration/test_app_server.py tests/integration/browser $(ARGS)
+	@$(BIN)/python -m pytest $(PARALLEL) -m "not slow" tests/integration/test_app_server.py tests/integration/browser $(ARGS)
 
 lint: $(VENV)/.dev ## ruff, mypy and the order of imports
 	@$(BIN)/ruff check .

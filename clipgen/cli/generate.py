@@ -161,6 +161,8 @@ def generate(
         for number, text in texts.items()
     }
     if shards is not None:
+        if previews:
+            warn("--previews is ignored: shards hold finished images only")
         _write_shards(shards, requests, seed, format, as_json, (weights, device, dtype))
         return
     from clipgen.utils.distributed import Processes

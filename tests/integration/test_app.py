@@ -9,7 +9,6 @@ import zipfile
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
-from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -88,21 +87,6 @@ def test_written_images_carry_receipts_and_are_all_in_the_archive(session: Sessi
         assert {name: archive.read(name) for name in archive.namelist()} == {
             file.name: file.read_bytes() for file in files.images
         }
-
-
-def test_files_shown_to_visitors_are_deleted_by_gradio(session: Session) -> None:
-    routes = pytest.importorskip("gradio.route_utils", reason="the page needs Gradio: `make app` installs it")
-    from clipgen.webui.page import Page
-
-    page, result = Page(session), drawn(session, LEMON)
-    before = set(session.folder.rglob("*.*"))
-    shown = page.on_recall({page.images: None, page.history: [result]}, SimpleNamespace(id=result.id))[page.images]
-    used = page.on_use_image({page.images: shown | {"selected": 1}, page.history: [result]})[page.image]
-    assert Path(used).is_file() and len(set(session.folder.rglob("*.*")) - before) == 6, "twice two images and a ZIP"
-    routes.delete_files_created_by_app(page.blocks, age=3600)
-    assert Path(used).is_file()
-    routes.delete_files_created_by_app(page.blocks, age=None)
-    assert set(session.folder.rglob("*.*")) == before
 
 
 def test_result_written_twice_is_two_sets_of_files(session: Session) -> None:

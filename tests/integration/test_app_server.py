@@ -10,14 +10,18 @@ import subprocess
 import sys
 import uuid
 from collections.abc import Iterator
+from importlib.util import find_spec
 from pathlib import Path
+from types import SimpleNamespace
 
 import httpx
 import pytest
 from local_server import serving, wait_until
 from PIL import Image
 from tracebacks import has_traceback
+from typer.testing import CliRunner
 
+from clipgen.cli.main import app
 from clipgen.errors import UnavailableError
 from clipgen.images.pixels import save_image
 from clipgen.utils.listening import usable_address
@@ -168,8 +172,10 @@ def test_request_with_a_long_body_is_refused(url: str) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("sign", [signal.SIGINT, signal.SIGTERM])
-def test_stopped_server_leaves_no_files(url: str, tiny_weights: Path, tmp_path: Path, sign: signal.Signals) -> None:
+def test_server_ended_by_sigterm_leaves_no_files(tiny_weights: Path, tmp_path: Path) -> None:
+    """With Ctrl-C the browser tests end theirs."""
+    if find_spec("gradio") is None:
+        pytest.skip(PAGE_NEEDS_GRADIO)
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
@@ -184,7 +190,7 @@ def test_stopped_server_leaves_no_files(url: str, tiny_weights: Path, tmp_path: 
         with save_image(Image.new("RGB", (9, 9)), tmp_path / "a.png").open("rb") as file:
             [path] = httpx.post(f"{there}/gradio_api/upload", files={"files": file}).json()
         assert Path(path).is_relative_to(folder)
-        server.send_signal(sign)
+        server.terminate()
         server.wait(30)
     finally:
         server.kill()
@@ -206,6 +212,23 @@ def test_written_image_is_served_unchanged(url: str, session: Session) -> None:
     for file in (*files.images, files.archive):
         answer = httpx.get(f"{url}/gradio_api/file={file}")
         assert answer.status_code == 200 and answer.content == file.read_bytes()
+
+
+def test_files_shown_to_visitors_are_deleted_by_gradio(session: Session) -> None:
+    routes = pytest.importorskip("gradio.route_utils", reason=PAGE_NEEDS_GRADIO)
+    from clipgen.webui.page import Page
+
+    *_, end = session.generate(LEMON)
+    page, result = Page(session), end.result
+    assert result is not None
+    before = set(session.folder.rglob("*.*"))
+    shown = page.on_recall({page.images: None, page.history: [result]}, SimpleNamespace(id=result.id))[page.images]
+    used = page.on_use_image({page.images: shown | {"selected": 1}, page.history: [result]})[page.image]
+    assert Path(used).is_file() and len(set(session.folder.rglob("*.*")) - before) == 6, "twice two images and a ZIP"
+    routes.delete_files_created_by_app(page.blocks, age=3600)
+    assert Path(used).is_file()
+    routes.delete_files_created_by_app(page.blocks, age=None)
+    assert set(session.folder.rglob("*.*")) == before
 
 
 def test_upload_above_the_limit_is_refused(url: str) -> None:
@@ -245,17 +268,15 @@ def test_crafted_selection_is_refused(url: str, selected: object) -> None:
         assert "no longer kept" in call(url, button, "click", {"images": shown}, visitor)
 
 
-def test_port_in_use_is_reported_before_the_model_is_loaded(tmp_path: Path) -> None:
+def test_port_in_use_is_reported_before_the_model_is_loaded(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     pytest.importorskip("gradio", reason=PAGE_NEEDS_GRADIO)
-    with socket.socket() as taken:
-        taken.bind(("127.0.0.1", 0))
-        taken.listen()
+    monkeypatch.setattr(signal, "signal", lambda *_: None)
+    with socket.create_server(("127.0.0.1", 0)) as taken:
         port = str(taken.getsockname()[1])
-        command = [sys.executable, "-m", "clipgen", "app", "--port", port, "--weights", str(tmp_path)]
-        done = subprocess.run(command, capture_output=True, text=True, timeout=600)
-    assert done.returncode == 2
-    [line] = done.stderr.strip().splitlines()
-    assert f"cannot listen on 127.0.0.1, port {port}" in line and "in use" in line
+        result = CliRunner().invoke(app, ["app", "--port", port, "--weights", str(tmp_path)])
+    assert result.exit_code == 2
+    [line] = result.stderr.strip().splitlines()
+    assert f"cannot listen on 127.0.0.1, port {port}: Address already in use" in line
 
 
 def test_page_is_served_on_an_ipv6_address(session: Session) -> None:

@@ -6,8 +6,10 @@ Commands that need a network, a GPU or hours are not run: `NOT_RUN` names them w
 
 from __future__ import annotations
 
+import io
 import os
 import re
+import runpy
 import shutil
 import signal
 import socket
@@ -16,7 +18,7 @@ import sys
 import time
 import urllib.request
 from collections.abc import Iterator
-from contextlib import suppress
+from contextlib import redirect_stderr, redirect_stdout, suppress
 from dataclasses import dataclass, field
 from functools import cache
 from pathlib import Path
@@ -24,9 +26,12 @@ from pathlib import Path
 import pytest
 from documented import Command, read_code, read_commands, split_statements
 from PIL import Image
+from typer.testing import CliRunner
 
-DOCS = Path(__file__).parents[2] / "docs"
-PAGES = ["README.md", "CONTRIBUTING.md", *(f"docs/{page.name}" for page in sorted(DOCS.glob("*.md")))]
+from clipgen.cli.main import app
+
+ROOT = Path(__file__).parents[2]
+PAGES = ["README.md", "CONTRIBUTING.md", *(f"docs/{page.name}" for page in sorted((ROOT / "docs").glob("*.md")))]
 NOT_RUN = {
     r"<[a-z ]+>|\.\.\.|that-machine": "has a placeholder",
     r"^cd |activate$": "changes the shell that it is typed into",
@@ -54,6 +59,7 @@ class Checkout:
     folder: Path
     environment: dict[str, str]
     background: list[subprocess.Popen[bytes]] = field(default_factory=list)
+    is_serving: bool = False
 
     def run(self, text: str) -> subprocess.CompletedProcess[str]:
         """Run a statement to its end; one that ends with & goes on."""
@@ -65,10 +71,12 @@ class Checkout:
         pipes = {"stdin": subprocess.DEVNULL, "stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
         return subprocess.run(shell, cwd=self.folder, env=self.environment, text=True, timeout=900, **pipes)
 
-    @cache  # noqa: B019 there is one checkout
-    def help(self, program: str) -> subprocess.CompletedProcess[str]:
-        """Run a program with --help."""
-        return self.run(f"COLUMNS=200 {program} --help")
+    def serve(self) -> None:
+        """Run `make serve` from now on and wait until it answers; pages share it."""
+        if not self.is_serving:
+            self.run("make serve &")
+            wait_for_server()
+            self.is_serving = True
 
     def stop(self) -> None:
         for process in self.background:
@@ -138,7 +146,26 @@ def wait_for_server() -> None:
             if b'"READY"' in answer.read():
                 return
         time.sleep(1)
-    raise TimeoutError("make serve was not ready after 300 s")
+    raise TimeoutError("make serve was not ready after 600 s")
+
+
+@cache
+def help_of(program: str) -> tuple[object, str]:
+    """Exit code and text of a program's --help. It runs in this process, which has imported PyTorch already."""
+    first, *words = program.split()
+    if first == "clipgen":
+        result = CliRunner().invoke(app, [*words, "--help"], env={"COLUMNS": "200"})
+        return result.exit_code, result.output
+    run, name = (runpy.run_module, words[1]) if words[0] == "-m" else (runpy.run_path, str(ROOT / words[0]))
+    shown, code = io.StringIO(), None
+    with pytest.MonkeyPatch.context() as patch, redirect_stdout(shown), redirect_stderr(shown):
+        patch.setenv("COLUMNS", "200")
+        patch.setattr(sys, "argv", [program, "--help"])
+        try:
+            run(name, run_name="__main__")
+        except SystemExit as end:
+            code = end.code
+    return code, shown.getvalue()
 
 
 @pytest.mark.slow
@@ -146,22 +173,17 @@ def wait_for_server() -> None:
 def test_commands_of_the_docs_run_as_printed(root: Path, checkout: Checkout, page: str) -> None:
     commands = [command for command in commands_of(root, page) if not reason(command)]
     serving = any("localhost:5000" in command.text or "make serve" in command.text for command in commands)
-    if serving and is_taken(5000):
+    if serving and not checkout.is_serving and is_taken(5000):
         pytest.skip("port 5000, which the page uses, is taken on this machine")
     if serving:
-        checkout.run("make serve &")
-        wait_for_server()
+        checkout.serve()
     failed = []
-    try:
-        for command in commands:
-            if command.text.split("#")[0].strip() in ("make serve", "make serve &", "wait"):
-                continue
-            done = checkout.run(command.text)
-            if done.returncode:
-                failed.append(f"{command}\n-> {done.returncode}: {done.stderr[-500:]}")
-    finally:
-        checkout.stop()
-        checkout.background.clear()
+    for command in commands:
+        if command.text.split("#")[0].strip() in ("make serve", "make serve &", "wait"):
+            continue
+        done = checkout.run(command.text)
+        if done.returncode:
+            failed.append(f"{command}\n-> {done.returncode}: {done.stderr[-500:]}")
     assert not failed, "\n\n".join(failed)
 
 
@@ -174,19 +196,20 @@ def test_python_of_the_readme_runs(root: Path, checkout: Checkout) -> None:
 
 
 @pytest.mark.slow
+@pytest.mark.filterwarnings("ignore:.*found in sys.modules:RuntimeWarning")  # programs that something else imported
 @pytest.mark.parametrize("page", PAGES)
-def test_options_of_commands_that_are_not_run_exist(root: Path, checkout: Checkout, page: str) -> None:
+def test_options_of_commands_that_are_not_run_exist(root: Path, page: str) -> None:
     missing = []
     for command in commands_of(root, page):
         programs = list(PROGRAM.finditer(command.text)) if reason(command) else []
         ends = [*(program.start() for program in programs), len(command.text)][1:]
         for program, end in zip(programs, ends, strict=False):
             arguments = command.text[program.end() : end].split(" #")[0]
-            shown = checkout.help(program[1])
-            if shown.returncode:
-                missing.append(f"{command}: {program[1]} --help fails: {shown.stderr[-300:]}")
+            code, shown = help_of(program[1])
+            if code:
+                missing.append(f"{command}: {program[1]} --help fails: {shown[-300:]}")
             options = re.findall(r"(?<!\S)--?[a-z][a-z-]*", arguments)
-            missing += [f"{command}: {program[1]} has no {option}" for option in options if option not in shown.stdout]
+            missing += [f"{command}: {program[1]} has no {option}" for option in options if option not in shown]
     assert not missing, "\n".join(missing)
 
 

@@ -1,4 +1,4 @@
-"""Cog's real server over HTTP, with the input schema and without it: images, refusals, streams, cancelling."""
+"""Cog's real server over HTTP, with and without the input schema: images, refusals, streams, webhooks, cancelling."""
 
 from __future__ import annotations
 
@@ -6,9 +6,11 @@ import base64
 import dataclasses
 import io
 import json
+import threading
 import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
+from http.server import BaseHTTPRequestHandler, HTTPServer
 from pathlib import Path
 from typing import Any
 
@@ -287,3 +289,51 @@ def test_hostile_requests_are_refused_by_name(bare: CogServer) -> None:
     assert target.answers["failed"] > 10 and target.answers["400"] > 0, target.answers
     assert target.files() == files and bare.processes() == processes
     assert target.draw() == before
+
+
+class WebhookReceiver(threading.Thread):
+    """Receives webhooks."""
+
+    def __init__(self) -> None:
+        super().__init__(daemon=True)
+        received = self.received = []
+
+        class Handler(BaseHTTPRequestHandler):
+            def do_POST(self) -> None:
+                received.append(json.loads(self.rfile.read(int(self.headers["Content-Length"]))))
+                self.send_response(200)
+                self.end_headers()
+
+            def log_message(self, *_: object) -> None:
+                pass
+
+        self.server = HTTPServer(("127.0.0.1", 0), Handler)
+        self.url = f"http://127.0.0.1:{self.server.server_port}/done"
+
+    def run(self) -> None:
+        self.server.serve_forever(poll_interval=0.05)
+
+
+@pytest.fixture
+def receiver() -> Iterator[WebhookReceiver]:
+    receiver = WebhookReceiver()
+    receiver.start()
+    yield receiver
+    receiver.server.shutdown()
+
+
+def test_webhooks_tell_how_predictions_ended(image_like: CogServer, receiver: WebhookReceiver) -> None:
+    for name, inputs in (("good", {"prompt": "a", "seed": 3}), ("bad", {"prompt": " "})):
+        body = {"input": inputs, "webhook": receiver.url, "webhook_events_filter": ["completed"]}
+        answer = image_like.http.put(f"/predictions/{name}", json=body, headers={"Prefer": "respond-async"})
+        assert answer.status_code == 202 and answer.json()["status"] in ("starting", "processing")
+    deadline = time.monotonic() + 600
+    while len(receiver.received) < 2 and time.monotonic() < deadline:
+        time.sleep(0.05)
+    ends = {event["id"]: event for event in receiver.received}
+    assert len(receiver.received) == 2 and ends["good"]["status"] == "succeeded" and ends["bad"]["status"] == "failed"
+    assert base64.b64decode(ends["good"]["output"][0].partition(",")[2]).startswith(b"\x89PNG")
+    metrics = ends["good"]["metrics"]
+    stages = {"embed", "decode_tokens", "queue", "decode_pixels", "rank", "total"}
+    assert metrics["seed"] == 3 and set(metrics["seconds"]) == stages
+    assert "prompt is empty" in ends["bad"]["error"]

@@ -178,6 +178,12 @@ def test_shard_that_cannot_be_written_leaves_no_file(run: Run, monkeypatch: pyte
     assert sorted(path.name for path in Path("bulk").iterdir()) == [".lock", "index.json"]
 
 
+def test_previews_that_shards_do_not_hold_are_named(run: Run) -> None:
+    Path("prompts.txt").write_text("a\n")
+    result = run("--shards", "bulk", "--num-outputs", 1, "--candidates", 1, "--previews", 2)
+    assert result.exit_code == 0 and "--previews is ignored" in result.stderr
+
+
 def test_several_processes_without_shards_are_refused(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("WORLD_SIZE", "2")
     result = run(*FEW)

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import shutil
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -165,11 +163,3 @@ def test_batch_size_that_is_no_multiple_of_the_processes_is_refused(flags, tmp_p
         "batch_size is 3, for all processes together; it must be a multiple of their number, 2"
         in (tmp_path / "log").read_text()
     )
-
-
-@pytest.mark.slow
-def test_torchrun_starts_stage1_with_two_processes(flags, alone: Path, root: Path, tmp_path: Path) -> None:
-    run = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", root / "train" / "stage1.py"]
-    subprocess.run([*map(str, [*run, *flags, "--out", tmp_path])], check=True, cwd=tmp_path, timeout=600)
-    one, two = scalars(alone / "vqgan"), scalars(tmp_path)
-    assert two[(6, "l1")] == pytest.approx(one[(6, "l1")], abs=1e-4)

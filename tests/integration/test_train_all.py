@@ -48,7 +48,8 @@ def flags(
     shutil.copy(tiny_weights / "clip.safetensors", tmp_path / "clip.safetensors")
     few = ["stage1.steps=200", "stage1.disc_start=195", "stage1.lr=6e-3", "stage1.betas=[0.9,0.99]", "stage2.steps=300"]
     few += ["stage1.batch_size=8", "stage1.l2_weight=1"]
-    every = [f"stage{i}.{name}_every=20" for i in (1, 2) for name in ("log", "save")] + ["stage2.sample_every=300"]
+    every = [f"stage{i}.{name}_every=20" for i in (1, 2) for name in ("log", "save")]
+    every += ["stage1.sample_every=200", "stage2.sample_every=300"]
     files = ["--config", config, "--clip", "clip.safetensors", "--features", "clip"]
     return ["images", "--out", "weights/mine", *files, *few, *every]
 
