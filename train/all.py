@@ -44,7 +44,8 @@ from clipgen.weights.tensor_file import read_header
 from train.config import Config, load_config
 from train.loop.arguments import at_least
 from train.loop.lock import lock_folder
-from train.loop.script import check_output, command
+from train.loop.output import check_output
+from train.loop.script import command
 
 MAX_EVALUATED = 5000
 """Real images to compare with, and without sentences also images to generate."""

@@ -42,7 +42,8 @@ from train.loop.batches import build_accelerator, process_rows, to_device
 from train.loop.checkpoint import save_tensors
 from train.loop.loader import image_batches
 from train.loop.optimization import load_model_weights
-from train.loop.script import check_output, command, lock_output, parse_args, report_failures
+from train.loop.output import check_output, lock_output
+from train.loop.script import command, parse_args, report_failures
 from train.loop.stopping import Stop
 
 ROWS = 4096

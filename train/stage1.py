@@ -48,7 +48,8 @@ from train.loop.health import Health, check_finite, collapsed_codes, discriminat
 from train.loop.loader import image_batches
 from train.loop.logger import Logger
 from train.loop.optimization import LowestLoss, MovingAverage, cosine_schedule, enable_recompute, init_weights, set_lr
-from train.loop.script import command, lock_output, parse_args, report_failures
+from train.loop.output import lock_output
+from train.loop.script import command, parse_args, report_failures
 from train.loop.stopping import Stop
 from train.losses.codes import CodeUsage, EMACodebook, encode_latents, revive_codes
 from train.losses.gan import Gan

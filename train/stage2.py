@@ -74,8 +74,9 @@ from train.loop.optimization import (
     init_weights,
     set_lr,
 )
+from train.loop.output import lock_output
 from train.loop.samples import sample, sample_grid, token_grid
-from train.loop.script import command, lock_output, parse_args, report_failures
+from train.loop.script import command, parse_args, report_failures
 from train.loop.sharding import ShardedState, full_state_dict, shard_model
 from train.loop.stopping import Stop
 from train.losses.embedding import EmbeddingLoss, clip_loss_rows
