@@ -20,11 +20,7 @@ import argparse
 import json
 import os
 import shutil
-import signal
-import subprocess
-import sys
 import time
-from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from importlib.util import find_spec
 from pathlib import Path
@@ -46,6 +42,7 @@ from train.loop.arguments import at_least
 from train.loop.lock import lock_folder
 from train.loop.output import check_output
 from train.loop.script import command
+from train.loop.steps import run_step
 
 MAX_EVALUATED = 5000
 """Real images to compare with, and without sentences also images to generate."""
@@ -194,27 +191,6 @@ def begin(paths: Paths, config: Config, made_from: dict[str, Any]) -> None:
         paths.work.mkdir(parents=True, exist_ok=True)
         OmegaConf.save(OmegaConf.structured(config), paths.config)
         write_text(settings, json.dumps(made_from, indent=1) + "\n")
-
-
-def run_step(name: str, arguments: Sequence[str]) -> None:
-    """Run one script to its end. SIGTERM is passed on; Ctrl-C reaches the script by itself.
-
-    Raises:
-        SystemExit: it failed or was stopped, with its exit code.
-    """
-    process = subprocess.Popen([sys.executable, *arguments])
-    handlers = {
-        signal.SIGTERM: signal.signal(signal.SIGTERM, lambda *_: process.terminate()),
-        signal.SIGINT: signal.signal(signal.SIGINT, signal.SIG_IGN),
-    }
-    try:
-        code = process.wait()
-    finally:
-        for number, handler in handlers.items():
-            signal.signal(number, handler)
-    if code:
-        print(f"{name} ended with exit code {code}; the same command continues from there", file=sys.stderr)
-        raise SystemExit(code if code > 0 else 128 - code)
 
 
 def publish(weights: Path, out: Path) -> None:
