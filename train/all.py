@@ -37,12 +37,14 @@ from clipgen.utils.text import read_lines
 from clipgen.weights.cache import Settings, fetch
 from clipgen.weights.catalog import CATALOG
 from clipgen.weights.tensor_file import read_header
-from train.config import Config, load_config
+from train.config import Config, Stage2Config, load_config
 from train.loop.arguments import at_least
+from train.loop.batches import check_batch_split
 from train.loop.lock import lock_folder
 from train.loop.output import check_output
 from train.loop.script import command
 from train.loop.steps import run_step
+from train.losses.embedding import clip_loss_rows
 
 MAX_EVALUATED = 5000
 """Real images to compare with, and without sentences also images to generate."""
@@ -135,9 +137,7 @@ def check_inputs(paths: Paths, config: Config, processes: int) -> dict[str, Any]
             f"--clip {paths.clip} has embeddings of {width} numbers, model.gpt.n_cond is {config.model.gpt.n_cond}; "
             f"add model.gpt.n_cond={width}, or give the CLIP that belongs to the configuration"
         )
-    for name, size in (("stage1", config.stage1.batch_size), ("stage2", config.stage2.batch_size)):
-        if size % processes:
-            raise ConfigError(f"{name}.batch_size is {size}; it must be a multiple of --processes, {processes}")
+    check_batches(config, processes)
     if paths.prompts:
         try:
             lines = [line for line in read_lines(paths.prompts) if line.strip()]
@@ -153,6 +153,21 @@ def check_inputs(paths: Paths, config: Config, processes: int) -> dict[str, Any]
         "prompts": sha256(paths.prompts) if paths.prompts else None,
         **_flatten(asdict(config)),
     }
+
+
+def check_batches(config: Config, processes: int) -> None:
+    """Check that the batches of both stages split among processes and micro-batches.
+
+    Raises:
+        ConfigError: they do not; the message names the setting.
+    """
+    for name, stage in (("stage1", config.stage1), ("stage2", config.stage2)):
+        try:
+            check_batch_split(stage, processes)
+            if isinstance(stage, Stage2Config) and stage.clip_weight:
+                clip_loss_rows(stage, processes)
+        except ConfigError as error:
+            raise ConfigError(f"{name}.{error}") from error
 
 
 def choose_features(asked: str | None, before: str | None) -> str:
