@@ -25,6 +25,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from clipgen.images.pixels import to_pixels
+from clipgen.utils.files import replacing
 from train.mini.facts import Facts
 from train.mini.labels import NAMES, Heads, heads_loss, label, values
 from train.mini.source import Scenes
@@ -160,7 +161,8 @@ def load_judge(scenes: Scenes, cache: Path, count: int = SCENES, epochs: int = 2
                 return judge.eval()
     features, labels = _look(judge, scenes, count)
     _train(judge, features, labels, epochs * count // ROWS + 1)
-    save_file({name: tensor.detach().clone() for name, tensor in trained.items()}, cache, {"key": key})
+    with replacing(cache) as temporary:
+        save_file({name: tensor.detach().clone() for name, tensor in trained.items()}, temporary, {"key": key})
     return judge.eval()
 
 
