@@ -23,6 +23,7 @@ import tempfile
 import time
 from pathlib import Path
 
+from clipgen.errors import UnavailableError
 from clipgen.utils.entry_point import entry_point
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -35,7 +36,7 @@ def time_cold(weights: Path) -> dict[str, float]:
     """Seconds from the start of a fresh process to its first image on disk, and to its end.
 
     Raises:
-        ValueError: the process failed, or wrote no image within TIMEOUT seconds.
+        UnavailableError: the process failed, or wrote no image within TIMEOUT seconds.
     """
     with tempfile.TemporaryDirectory() as folder:
         out = Path(folder) / "out"
@@ -57,7 +58,8 @@ def time_cold(weights: Path) -> dict[str, float]:
             if code != 0:
                 log.seek(0)
                 message = log.read().decode(errors="replace").strip()
-                raise ValueError(f"`{' '.join(command[1:4])}` ended with {code} after {end:.0f} s: {message[-500:]}")
+                said = f"`{' '.join(command[1:4])}` ended with {code} after {end:.0f} s: {message[-500:]}"
+                raise UnavailableError(said)
         return {"first_image": end if first is None else first, "exit": end}
 
 
@@ -125,11 +127,8 @@ def main() -> None:
     args = parser.parse_args()
     if args.repeats < 1:
         parser.error(f"--repeats is {args.repeats}; it must be at least 1")
-    try:
-        report = {"cold": time_cold(args.weights), "warm": time_warm(args.weights, args.repeats)}
-    except ValueError as error:
-        sys.exit(f"error: {error}")
-    report["machine"] = describe_machine()
+    cold, warm = time_cold(args.weights), time_warm(args.weights, args.repeats)
+    report = {"cold": cold, "warm": warm, "machine": describe_machine()}
     print(json.dumps(report) if args.json else to_table(report))
 
 

@@ -54,7 +54,7 @@ def ladder(address: str, clients: int, seconds: float) -> dict[str, dict[str, fl
         soak = Soak(address)
         drive(soak, number, seconds, {"plain": 1}, first=100 * (step + 1))
         if soak.problems:
-            raise ValueError(soak.problems[0])
+            sys.exit(f"error: {soak.problems[0]}")
         tries = {"refusals": soak.counts["409, tried again"], "most_tries": max(soak.tries)}
         rows[str(number)] = percentiles(soak.times["plain"]) | tries
     return rows
@@ -143,10 +143,7 @@ def main() -> None:
     args = parser.parse_args()
     if args.clients < 1 or args.minutes < 1:
         parser.error(f"--clients {args.clients} --minutes {args.minutes}: give 1 or more of both")
-    try:
-        report = {"machine": describe_machine()} | measure(args.weights, args.clients, args.minutes)
-    except ValueError as error:
-        sys.exit(f"error: {error}")
+    report = {"machine": describe_machine()} | measure(args.weights, args.clients, args.minutes)
     print(json.dumps(report) if args.json else to_text(report))
     if report["problems"]:
         sys.exit(1)

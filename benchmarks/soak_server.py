@@ -7,6 +7,7 @@ import os
 import signal
 import statistics
 import subprocess
+import sys
 import threading
 import time
 from collections import Counter
@@ -15,6 +16,8 @@ from typing import Any
 from urllib import request as http
 
 from serving import free_port, start_server
+
+from clipgen.errors import UnavailableError
 
 PROBE = 1.0
 """Seconds between two health checks, which also sample the memory."""
@@ -61,12 +64,13 @@ class Supervised:
         """Wait until the server is ready.
 
         Raises:
-            ValueError: setup failed, or took too long.
+            UnavailableError: setup failed, or took too long.
         """
         end = time.monotonic() + seconds
         while (status := self.health()) != "READY":
             if status == "SETUP_FAILED" or self.process.poll() is not None or time.monotonic() > end:
-                raise ValueError(f"the server did not get ready ({status}):\n{self.log()[-2000:]}")
+                sys.stderr.write(self.log()[-2000:])
+                raise UnavailableError(f"the server did not get ready ({status})")
             time.sleep(0.1)
 
     def _watch(self) -> None:

@@ -324,10 +324,7 @@ def main() -> None:
     if args.steps < 1 or (args.batch is not None and args.batch < 1):
         parser.error("--steps and --batch must be at least 1")
     sizes = [f"stage{i}.batch_size={args.batch}" for i in (1, 2)] if args.batch else []
-    try:
-        config = load_config(args.config, [*args.overrides, *sizes])
-    except ValueError as error:
-        parser.error(str(error))
+    config = load_config(args.config, [*args.overrides, *sizes])
     if args.part:
         print(json.dumps(run_part(args.part, config, args.steps)))
         return

@@ -122,7 +122,7 @@ def check_inputs(paths: Paths, config: Config, processes: int) -> dict[str, Any]
     Raises:
         ConfigError: a file does not match the configuration.
         WeightsError: the CLIP is missing or is not .safetensors.
-        DataError: there are no images.
+        DataError: there are no images, or the sentences cannot be read.
         OutputError: outputs lie inside the data.
     """
     for out in (paths.work, paths.out):
@@ -139,10 +139,7 @@ def check_inputs(paths: Paths, config: Config, processes: int) -> dict[str, Any]
         )
     check_batches(config, processes)
     if paths.prompts:
-        try:
-            lines = [line for line in read_lines(paths.prompts) if line.strip()]
-        except (OSError, ValueError) as error:
-            raise ConfigError(f"--prompts {paths.prompts} cannot be read: {error}") from error
+        lines = [line for line in read_lines(paths.prompts) if line]
         if len(lines) < MIN_SENTENCES:
             raise ConfigError(
                 f"--prompts {paths.prompts} has {len(lines)} sentences; give at least {MIN_SENTENCES}, one a line"
@@ -243,10 +240,7 @@ def parse() -> tuple[Paths, Config, str | None, int]:
     parser.add_argument("overrides", nargs="*", help="changes to the configuration, such as stage1.steps=1000")
     args = parser.parse_intermixed_args()
     paths = Paths(args.data, args.clip, args.prompts, args.work or Path("runs") / args.out.name, args.out)
-    try:
-        return paths, load_config(args.config, args.overrides), args.features, args.processes
-    except ValueError as error:
-        parser.error(str(error))
+    return paths, load_config(args.config, args.overrides), args.features, args.processes
 
 
 @command

@@ -40,14 +40,11 @@ def main() -> None:
     for part, file in files.items():
         if not file.is_file():
             parser.error(f"{file} is missing; train the {part} first")
-    try:
-        config = load_config(args.config).model
-        save_model_dir(args.out, config, {part: _in_half(load_tensors(file)) for part, file in files.items()})
-        if args.data:
-            shards, file = args.gpt / "encoded", args.gpt / "encoded.safetensors"
-            add_index(args.out, file if file.is_file() else shards, args.data, args.prompts)
-    except ValueError as error:
-        parser.error(str(error))
+    config = load_config(args.config).model
+    save_model_dir(args.out, config, {part: _in_half(load_tensors(file)) for part, file in files.items()})
+    if args.data:
+        shards, file = args.gpt / "encoded", args.gpt / "encoded.safetensors"
+        add_index(args.out, file if file.is_file() else shards, args.data, args.prompts)
     size = sum(file.stat().st_size for file in args.out.glob("*.safetensors"))
     print(f"{args.out}: {size / 1e6:.1f} MB")
 

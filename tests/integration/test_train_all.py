@@ -57,7 +57,7 @@ def flags(
     ("more", "message"),
     [
         (["--prompts", "few.txt"], "few.txt has 2 sentences; give at least 20"),
-        (["--prompts", "none.txt"], "none.txt cannot be read"),
+        (["--prompts", "none.txt"], "'none.txt' cannot be read"),
         (["--clip", "tiny.yaml"], "tiny.yaml is not a .safetensors file"),
         (["model.gpt.n_cond=64"], "embeddings of 32 numbers, model.gpt.n_cond is 64; add model.gpt.n_cond=32"),
         (["--processes", 3], r"stage1\.batch_size is 8, .* it must be a multiple of their number, 3"),

@@ -34,6 +34,7 @@ def parse_args(
         tracked: whether the script is a training, which adds --minutes, --resume-step and --tracker.
 
     Raises:
+        ConfigError: the configuration cannot work, or the tracker is not installed.
         OutputError: --out lies inside --data.
     """
     parser = argparse.ArgumentParser(description=doc, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -52,12 +53,9 @@ def parse_args(
         parser.add_argument("--tracker", choices=TRACKERS, default=TRACKERS[0], help="where curves are shown")
     parser.add_argument("overrides", nargs="*", help="changes to the configuration, such as stage1.batch_size=16")
     args = parser.parse_intermixed_args()  # overrides may stand anywhere
-    try:
-        if tracked:
-            check_tracker(args.tracker)
-        config = load_config(args.config, args.overrides)
-    except ValueError as error:
-        parser.error(str(error))
+    if tracked:
+        check_tracker(args.tracker)
+    config = load_config(args.config, args.overrides)
     check_output(args.data, args.out)
     return args, config
 
