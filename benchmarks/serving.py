@@ -17,7 +17,6 @@ if __name__ == "__main__":
 import argparse
 import json
 import os
-import socket
 import statistics
 import subprocess
 import sys
@@ -35,6 +34,7 @@ from end_to_end import ROOT, describe_machine
 
 from clipgen.errors import UnavailableError
 from clipgen.utils.entry_point import entry_point
+from clipgen.utils.listening import usable_address
 
 KINDS = {"1 of 1": {"num_outputs": 1, "candidates": 1}, "4 of 16": {"num_outputs": 4, "candidates": 16}}
 TIMEOUT = 300
@@ -47,12 +47,12 @@ def serve(weights: Path) -> Iterator[str]:
     Raises:
         UnavailableError: setup failed.
     """
-    port = free_port()
+    host, port = usable_address("127.0.0.1", 0)
     with tempfile.TemporaryFile() as log:
         process = start_server(port, weights, log)
         try:
-            _wait(f"http://127.0.0.1:{port}", process)
-            yield f"http://127.0.0.1:{port}"
+            _wait(f"http://{host}:{port}", process)
+            yield f"http://{host}:{port}"
         except UnavailableError:
             log.seek(0)
             sys.stderr.write(log.read().decode(errors="replace")[-2000:])
@@ -63,13 +63,6 @@ def serve(weights: Path) -> Iterator[str]:
                 process.wait(20)
             except subprocess.TimeoutExpired:
                 process.kill()
-
-
-def free_port() -> int:
-    """A free port of the loopback interface."""
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        return free.getsockname()[1]
 
 
 def start_server(port: int, weights: Path, log: IO[bytes], **environment: str) -> subprocess.Popen[bytes]:

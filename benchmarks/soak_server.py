@@ -15,9 +15,10 @@ from pathlib import Path
 from typing import Any
 from urllib import request as http
 
-from serving import free_port, start_server
+from serving import start_server
 
 from clipgen.errors import UnavailableError
+from clipgen.utils.listening import usable_address
 
 PROBE = 1.0
 """Seconds between two health checks, which also sample the memory."""
@@ -34,8 +35,8 @@ class Supervised:
     """The server: started, watched, and restarted when /health-check reports that it is unhealthy."""
 
     def __init__(self, weights: Path, folder: Path) -> None:
-        self.port = free_port()
-        self.address = f"http://127.0.0.1:{self.port}"
+        host, self.port = usable_address("127.0.0.1", 0)
+        self.address = f"http://{host}:{self.port}"
         self.weights, self.folder = weights.resolve(), folder
         self.starts: list[float] = []
         self.history: list[tuple[float, str]] = []
