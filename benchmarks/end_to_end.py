@@ -24,7 +24,9 @@ import time
 from pathlib import Path
 
 from clipgen.errors import UnavailableError
+from clipgen.utils.cpu import usable_cores
 from clipgen.utils.entry_point import entry_point
+from train.loop.arguments import at_least
 
 ROOT = Path(__file__).resolve().parent.parent
 PROMPT = "a lemon"
@@ -99,7 +101,7 @@ def describe_machine() -> dict[str, object]:
     from clipgen.models.capabilities import instruction_set
 
     return {
-        "cpus": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count(),
+        "cores": usable_cores(),
         "threads": torch.get_num_threads(),
         "instruction_set": instruction_set(),
         "load_average": round(os.getloadavg()[0], 2) if hasattr(os, "getloadavg") else None,
@@ -122,11 +124,9 @@ def to_table(report: dict) -> str:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--weights", type=Path, default=ROOT / "weights" / "mini", help="folder of weights")
-    parser.add_argument("--repeats", type=int, default=5, help="warm calls; their median is shown")
+    parser.add_argument("--repeats", type=at_least(1), default=5, help="warm calls; their median is shown")
     parser.add_argument("--json", action="store_true", help="print JSON")
     args = parser.parse_args()
-    if args.repeats < 1:
-        parser.error(f"--repeats is {args.repeats}; it must be at least 1")
     cold, warm = time_cold(args.weights), time_warm(args.weights, args.repeats)
     report = {"cold": cold, "warm": warm, "machine": describe_machine()}
     print(json.dumps(report) if args.json else to_table(report))

@@ -33,6 +33,7 @@ from soak_client import Client, Soak, receive
 from soak_server import CRASH, Supervised, slope
 
 from clipgen.utils.entry_point import entry_point
+from train.loop.arguments import at_least
 
 
 def drive(soak: Soak, clients: int, seconds: float, kinds: dict[str, int], first: int = 0) -> None:
@@ -137,12 +138,12 @@ def to_text(report: dict[str, Any]) -> str:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--weights", type=Path, default=ROOT / "weights" / "mini", help="folder of weights")
-    parser.add_argument("--clients", type=int, default=16, help="side by side; Cog takes 8 at once")
+    parser.add_argument("--clients", type=at_least(1), default=16, help="side by side; Cog takes 8 at once")
     parser.add_argument("--minutes", type=float, default=10, help="of the soak, at least 1")
     parser.add_argument("--json", action="store_true", help="print JSON")
     args = parser.parse_args()
-    if args.clients < 1 or args.minutes < 1:
-        parser.error(f"--clients {args.clients} --minutes {args.minutes}: give 1 or more of both")
+    if args.minutes < 1:
+        parser.error(f"--minutes is {args.minutes:g}; it must be at least 1")
     report = {"machine": describe_machine()} | measure(args.weights, args.clients, args.minutes)
     print(json.dumps(report) if args.json else to_text(report))
     if report["problems"]:
