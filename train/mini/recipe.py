@@ -27,7 +27,7 @@ from clipgen.utils.cpu import thread_count, usable_cores
 from clipgen.weights.precision import pick_device
 from train.config import load_config
 from train.loop.batches import choose_precision
-from train.loop.checkpoint import save_tensors
+from train.loop.checkpoint import in_half, save_tensors
 from train.loop.script import command, minutes
 from train.loop.steps import run_step
 from train.mini.text_tower import save_clip
@@ -81,11 +81,11 @@ def part_command(part: str, args: argparse.Namespace, machine: Machine) -> list[
     work, data = args.work, args.data
     section = {"vqgan": "stage1.", "gpt": "stage2."}.get(part, "")
     settings = [f"{section}workers={machine.workers}", *(_ON_GPU.get(part, ()) if machine.has_gpu else ())]
-    started = any((work / folder / "checkpoints").is_dir() for folder in _folders(part))
+    folder = {"image": "clip/image", "text": "clip/text"}.get(part, part)
     start = args.start / Path(_WEIGHTS[part][0]).name if args.start and part in _WEIGHTS else None
     if part == "image" and (start is None or not start.is_file()):
         start = SHIPPED_CLIP
-    if start is not None and start.is_file() and not started:
+    if start is not None and start.is_file() and not (work / folder / "checkpoints").is_dir():
         settings.append(f"{section}init={start}")
     settings += [text.removeprefix(f"{part}.") for text in args.overrides if _belongs(text, part)]
     budget = ["--minutes", f"{args.minutes:g}"] if args.minutes else []
@@ -116,10 +116,6 @@ def part_command(part: str, args: argparse.Namespace, machine: Machine) -> list[
     return commands[part]
 
 
-def _folders(part: str) -> tuple[str, ...]:
-    return {"image": ("clip/image",), "text": ("clip/text",), "vqgan": ("vqgan",), "gpt": ("gpt",)}.get(part, ())
-
-
 def _belongs(override: str, part: str) -> bool:
     """Whether a setting such as image.steps=5 or stage1.steps=5 is for a part."""
     first = override.split(".", 1)[0]
@@ -143,8 +139,7 @@ def carry(part: str, work: Path) -> None:
     """Write a part's weights to WORK/weights in half precision."""
     (work / "weights").mkdir(parents=True, exist_ok=True)
     for name in _WEIGHTS.get(part, ()):
-        halves = {key: t.half() if t.is_floating_point() else t for key, t in load_file(work / name).items()}
-        save_tensors(halves, work / "weights" / Path(name).name)
+        save_tensors(in_half(load_file(work / name)), work / "weights" / Path(name).name)
 
 
 @command

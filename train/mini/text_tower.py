@@ -31,7 +31,7 @@ from torch import Tensor, nn
 from clipgen.models.clip import OpenAIClip, tokenize
 from clipgen.utils.files import replacing, sha256
 from train.loop.batches import build_accelerator, process_rows, step_generator
-from train.loop.checkpoint import Checkpoints, save_tensors
+from train.loop.checkpoint import Checkpoints, in_half, save_tensors
 from train.loop.health import check_finite
 from train.loop.logger import Logger
 from train.loop.optimization import MovingAverage, cosine_schedule, load_model_weights, set_lr, weight_decay_groups
@@ -187,8 +187,7 @@ def train(args: Namespace, config: TowerConfig) -> None:
 def save_clip(text: Mapping[str, Tensor], out: Path) -> None:
     """Join the text tower and OUT/image.safetensors in OUT/clip.safetensors, in float16, under OpenAI's names."""
     weights = dict(text) | {f"visual.{name}": tensor for name, tensor in load_file(out / "image.safetensors").items()}
-    halves = {name: tensor.half() if tensor.is_floating_point() else tensor for name, tensor in weights.items()}
-    save_tensors(halves, out / "clip.safetensors")
+    save_tensors(in_half(weights), out / "clip.safetensors")
 
 
 if __name__ == "__main__":
