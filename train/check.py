@@ -154,13 +154,13 @@ def summary(source: Source, images: Sequence[CheckedImage], groups: Sequence[Seq
     return lines
 
 
-def contact_sheet(source: Source, good: Sequence[int], side: int = 96) -> Image.Image:
+def contact_sheet(source: Source, good: Sequence[int]) -> Image.Image:
     """At most `SHEET` of the usable images, spread over the set, as thumbnails."""
     chosen = [good[row] for row in spread_rows(len(good), SHEET)]
     thumbnails = []
     for index in chosen:
         image = load_image(source.read(index))
-        image.thumbnail((side, side), Image.Resampling.BICUBIC)
+        image.thumbnail((96, 96), Image.Resampling.BICUBIC)
         thumbnails.append(image)
     return grid(thumbnails, columns=math.ceil(len(thumbnails) ** 0.5))
 
