@@ -13,7 +13,6 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
-import numpy as np
 import torch
 import torch.nn.functional as F
 from judge import SIZE, Judge
@@ -171,7 +170,7 @@ def _look(judge: SceneJudge, scenes: Scenes, count: int) -> tuple[Tensor, Tensor
     features, console = [], Console(stderr=True)
     for start in track(range(0, count, _BATCH), f"the judge looks at {count} scenes", console=console):
         rows = range(start, min(count, start + _BATCH))
-        features.append(judge.features([Image.fromarray(np.asarray(scenes.image(row))) for row in rows]))
+        features.append(judge.features([Image.fromarray(scenes.image(row)) for row in rows]))
     return torch.cat(features), torch.tensor([label(scenes.facts(row)) for row in range(count)])
 
 

@@ -86,8 +86,7 @@ def near_copies(images: Sequence[Image.Image], scenes: Scenes, count: int) -> fl
     """Share of images that are near copies of one of the first `count` scenes."""
     starts = track(range(0, count, 500), f"near copies among {count} scenes", console=Console(stderr=True))
     batches = (
-        small([Image.fromarray(np.asarray(scenes.image(row))) for row in range(start, min(count, start + 500))])
-        for start in starts
+        small([Image.fromarray(scenes.image(row)) for row in range(start, min(count, start + 500))]) for start in starts
     )
     return float((nearest_psnr(small(images), batches) >= NEAR_COPY).float().mean())
 

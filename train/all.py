@@ -230,7 +230,7 @@ def parse() -> tuple[Paths, Config, str | None, int]:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("data", help='images: a folder, a .txt list or .tar shards such as "data/{000..127}.tar"')
     parser.add_argument("--out", type=Path, required=True, help="folder of weights to write")
-    parser.add_argument("--config", default="mini", help="mini, coco, imagenet, or the path of a .yaml file")
+    parser.add_argument("--config", default="mini", help="mini, photos, coco, imagenet, or the path of a .yaml file")
     parser.add_argument("--clip", type=Path, required=True, help="CLIP weights, .safetensors under OpenAI's names")
     parser.add_argument("--prompts", type=Path, help="sentences about such images, one per line, at least 20")
     help_features = "features for the final evaluation [default: inception, or what is available offline]"

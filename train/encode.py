@@ -74,6 +74,10 @@ class Encoders:
     seed: int
     origin: Mapping[str, Any]
 
+    def __post_init__(self) -> None:
+        self.vqgan.to(self.accelerator.device)
+        self.clip.to(self.accelerator.device)
+
     @property
     def num_images(self) -> int:
         return len(self.data)
@@ -120,8 +124,6 @@ class Encoders:
     @torch.no_grad()
     def _encode(self, batch: Batch) -> tuple[Tensor, Tensor]:
         device = self.accelerator.device
-        self.vqgan.to(device)
-        self.clip.to(device)
         with self.accelerator.autocast():
             z = self.vqgan.encode(to_device(batch.pixels, device))
             embeddings = self.clip.encode_image(to_device(batch.clip, device))
@@ -293,7 +295,7 @@ class Encoded:
         return (self.read(rows(step)) for step in count(start))
 
     def embeddings(self) -> Tensor:
-        """All embeddings, (N, D) or (N, K, D) float32."""
+        """All embeddings, (N, D) float32."""
         return torch.cat([shard["embeddings"] for shard in self._shards]).float()
 
 

@@ -138,7 +138,7 @@ def wait_for_server() -> None:
             if b'"READY"' in answer.read():
                 return
         time.sleep(1)
-    raise TimeoutError("make serve was not ready after 300 s")
+    raise TimeoutError("make serve was not ready after 600 s")
 
 
 @pytest.mark.slow
