@@ -27,6 +27,7 @@ from pathlib import Path
 
 from clipgen.utils.cpu import CGROUPS, describe_waiting, usable_cores
 from clipgen.utils.entry_point import entry_point
+from train.loop.arguments import at_least
 
 ROOT = Path(__file__).resolve().parent.parent
 COMMAND = ["-m", "clipgen", "generate", "a lemon", "--num-outputs", "4", "--candidates", "16", "--seed", "0"]
@@ -51,7 +52,7 @@ def beside(loops: int) -> Iterator[list[str]]:
 
 @contextmanager
 def under_quota(cpus: float) -> Iterator[list[str]]:
-    """Create a control group limited to a number of CPUs; yields a function that lets a command join it.
+    """Create a control group limited to a number of CPUs; yields arguments that make a command join it.
 
     Raises:
         OSError: this process cannot create one.
@@ -121,11 +122,9 @@ def to_table(report: dict) -> str:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--weights", type=Path, default=ROOT / "weights" / "mini", help="folder of weights")
-    parser.add_argument("--repeats", type=int, default=3, help="turns; medians are shown")
+    parser.add_argument("--repeats", type=at_least(1), default=3, help="turns; medians are shown")
     parser.add_argument("--json", action="store_true", help="print JSON")
     args = parser.parse_args()
-    if args.repeats < 1:
-        parser.error(f"--repeats is {args.repeats}; it must be at least 1")
     from clipgen.models.capabilities import instruction_set
 
     out = ROOT / "outputs" / "busy"

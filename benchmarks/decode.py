@@ -38,6 +38,7 @@ from clipgen.models.gpt import GPT  # noqa: E402
 from clipgen.request import SamplingParams  # noqa: E402
 from clipgen.utils.entry_point import entry_point  # noqa: E402
 from train.config import load_config  # noqa: E402
+from train.loop.arguments import at_least  # noqa: E402
 from train.loop.samples import generate_tokens  # noqa: E402
 
 SAMPLING = SamplingParams(temperature=1.0, top_k=500, top_p=0.95)
@@ -216,18 +217,17 @@ def to_table(report: dict) -> str:
 @entry_point()
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--rows", type=int, nargs="+", default=[1, 8, 32], help="images at once")
-    parser.add_argument("--tokens", type=int, default=256, help="tokens of an image; fewer make a shorter run")
-    parser.add_argument("--layers", type=int, help="fewer layers than GPT2-medium's 24")
-    parser.add_argument("--repeats", type=int, default=3, help="turns; medians are shown")
+    parser.add_argument("--rows", type=at_least(1), nargs="+", default=[1, 8, 32], help="images at once")
+    parser.add_argument("--tokens", type=at_least(1), default=256, help="tokens of an image; fewer make a shorter run")
+    parser.add_argument("--layers", type=at_least(1), help="fewer layers than GPT2-medium's 24")
+    parser.add_argument("--repeats", type=at_least(1), default=3, help="turns; medians are shown")
     parser.add_argument("--only", nargs="+", choices=NAMES, help="not all of them")
     parser.add_argument("--short", action="store_true", help="32 tokens of 1 and 8 images, once")
     parser.add_argument("--full", action="store_true", help="64 images too")
     parser.add_argument("--json", action="store_true", help="print JSON")
     args = parser.parse_args()
-    for name, values in (("tokens", [args.tokens]), ("repeats", [args.repeats]), ("rows", args.rows)):
-        if min(values) < 1 or (name == "tokens" and args.tokens > 1024):
-            parser.error(f"--{name} is {values}; it must be at least 1, and tokens at most 1024")
+    if args.tokens > 1024:
+        parser.error(f"--tokens is {args.tokens}; it must be at most 1024")
     if args.short:
         args.rows, args.tokens, args.repeats = [1, 8], min(args.tokens, 32), 1
     config = replace(load_config("coco").model.gpt, block_size=args.tokens)

@@ -23,7 +23,10 @@ import tempfile
 import time
 from pathlib import Path
 
+from clipgen.errors import UnavailableError
+from clipgen.utils.cpu import usable_cores
 from clipgen.utils.entry_point import entry_point
+from train.loop.arguments import at_least
 
 ROOT = Path(__file__).resolve().parent.parent
 PROMPT = "a lemon"
@@ -35,7 +38,7 @@ def time_cold(weights: Path) -> dict[str, float]:
     """Seconds from the start of a fresh process to its first image on disk, and to its end.
 
     Raises:
-        ValueError: the process failed, or wrote no image within TIMEOUT seconds.
+        UnavailableError: the process failed, or wrote no image within TIMEOUT seconds.
     """
     with tempfile.TemporaryDirectory() as folder:
         out = Path(folder) / "out"
@@ -57,7 +60,8 @@ def time_cold(weights: Path) -> dict[str, float]:
             if code != 0:
                 log.seek(0)
                 message = log.read().decode(errors="replace").strip()
-                raise ValueError(f"`{' '.join(command[1:4])}` ended with {code} after {end:.0f} s: {message[-500:]}")
+                said = f"`{' '.join(command[1:4])}` ended with {code} after {end:.0f} s: {message[-500:]}"
+                raise UnavailableError(said)
         return {"first_image": end if first is None else first, "exit": end}
 
 
@@ -97,7 +101,7 @@ def describe_machine() -> dict[str, object]:
     from clipgen.models.capabilities import instruction_set
 
     return {
-        "cpus": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count(),
+        "cores": usable_cores(),
         "threads": torch.get_num_threads(),
         "instruction_set": instruction_set(),
         "load_average": round(os.getloadavg()[0], 2) if hasattr(os, "getloadavg") else None,
@@ -120,16 +124,11 @@ def to_table(report: dict) -> str:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--weights", type=Path, default=ROOT / "weights" / "mini", help="folder of weights")
-    parser.add_argument("--repeats", type=int, default=5, help="warm calls; their median is shown")
+    parser.add_argument("--repeats", type=at_least(1), default=5, help="warm calls; their median is shown")
     parser.add_argument("--json", action="store_true", help="print JSON")
     args = parser.parse_args()
-    if args.repeats < 1:
-        parser.error(f"--repeats is {args.repeats}; it must be at least 1")
-    try:
-        report = {"cold": time_cold(args.weights), "warm": time_warm(args.weights, args.repeats)}
-    except ValueError as error:
-        sys.exit(f"error: {error}")
-    report["machine"] = describe_machine()
+    cold, warm = time_cold(args.weights), time_warm(args.weights, args.repeats)
+    report = {"cold": cold, "warm": warm, "machine": describe_machine()}
     print(json.dumps(report) if args.json else to_table(report))
 
 

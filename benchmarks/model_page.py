@@ -17,7 +17,6 @@ import argparse
 import base64
 import json
 import re
-import sys
 from pathlib import Path
 from typing import Any
 from urllib import request as http
@@ -25,6 +24,7 @@ from urllib import request as http
 from end_to_end import ROOT
 from serving import serve
 
+from clipgen.errors import UnavailableError
 from clipgen.utils.entry_point import entry_point
 
 PAGE = ROOT / "docs" / "model-page.md"
@@ -50,12 +50,12 @@ def predict(address: str, body: bytes) -> list[bytes]:
     """Output files of one prediction.
 
     Raises:
-        ValueError: the prediction failed.
+        UnavailableError: the prediction failed.
     """
     with http.urlopen(http.Request(f"{address}/predictions", body, {"Content-Type": "application/json"})) as reply:
         answer = json.load(reply)
     if answer["status"] != "succeeded":
-        raise ValueError(answer["error"])
+        raise UnavailableError(answer["error"])
     return [base64.b64decode(url.partition(",")[2]) for url in answer["output"]]
 
 
@@ -65,14 +65,11 @@ def main() -> None:
     parser.add_argument("--weights", type=Path, default=ROOT / "weights" / "mini", help="folder of weights")
     args = parser.parse_args()
     IMAGES.mkdir(exist_ok=True)
-    try:
-        with serve(args.weights) as address:
-            for name, inputs in read_examples(PAGE).items():
-                for i, data in enumerate(predict(address, to_request(inputs, PAGE.parent)), start=1):
-                    (IMAGES / f"{name}-{i}.webp").write_bytes(data)
-                    print(IMAGES / f"{name}-{i}.webp")
-    except (OSError, ValueError) as error:
-        sys.exit(f"error: {error}")
+    with serve(args.weights) as address:
+        for name, inputs in read_examples(PAGE).items():
+            for i, data in enumerate(predict(address, to_request(inputs, PAGE.parent)), start=1):
+                (IMAGES / f"{name}-{i}.webp").write_bytes(data)
+                print(IMAGES / f"{name}-{i}.webp")
 
 
 if __name__ == "__main__":

@@ -17,7 +17,6 @@ if __name__ == "__main__":
 
 import argparse
 import json
-import sys
 import time
 from collections.abc import Sequence
 from pathlib import Path
@@ -98,10 +97,7 @@ def main() -> None:
     )
     parser.add_argument("--json", action="store_true", help="print JSON")
     args = parser.parse_args()
-    try:
-        rows = measure(args.weights, args.precisions, [p.text for p in read_prompts()])
-    except ValueError as error:
-        sys.exit(f"error: {error}")
+    rows = measure(args.weights, args.precisions, [p.text for p in read_prompts()])
     print(json.dumps(rows) if args.json else to_table(rows))
 
 

@@ -6,6 +6,8 @@ import re
 from dataclasses import dataclass
 from pathlib import Path
 
+from clipgen.errors import DataError
+
 PROMPTS = Path(__file__).parent / "prompts.txt"
 KINDS = ("object", "style", "background", "synonym", "pair")
 
@@ -37,7 +39,7 @@ def read_prompts(path: Path = PROMPTS) -> list[Prompt]:
     """Read tab-separated prompts; lines that start with # are comments.
 
     Raises:
-        ValueError: a line with an unknown kind, no prompt, or a number of groups that does not fit its kind.
+        DataError: a line with an unknown kind, no prompt, or a number of groups that does not fit its kind.
     """
     prompts = []
     for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), 1):
@@ -46,7 +48,7 @@ def read_prompts(path: Path = PROMPTS) -> list[Prompt]:
         kind, text, *groups = line.split("\t") + [""] * (2 - len(line.split("\t")))
         codes = tuple(tuple(group.split()) for group in groups)
         if kind not in KINDS or not text or len(codes) != 1 + (kind == "pair") or not all(codes):
-            raise ValueError(
+            raise DataError(
                 f"{path}:{number} reads {line!r}; a line is kind ({', '.join(KINDS)}), prompt and codes, separated by "
                 "tabs, with two groups of codes for a pair"
             )

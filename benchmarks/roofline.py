@@ -15,7 +15,6 @@ if __name__ == "__main__":
 
 import argparse
 import json
-import os
 import platform
 import statistics
 import time
@@ -24,9 +23,10 @@ from pathlib import Path
 
 import torch
 import torch.nn as nn
+from end_to_end import describe_machine
 
 from clipgen.config import GPTConfig
-from clipgen.models.capabilities import has_bfloat16, instruction_set
+from clipgen.models.capabilities import has_bfloat16
 from clipgen.utils.entry_point import entry_point
 
 LARGE = 400_000_000
@@ -86,11 +86,7 @@ def describe() -> dict:
     names = [line.split(":")[1].strip() for line in _cpuinfo() if line.startswith("model name")]
     return {
         "cpu": names[0] if names else platform.processor(),
-        "cores": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count(),
-        "threads": torch.get_num_threads(),
-        "instruction_set": instruction_set(),
-        "load_average": round(os.getloadavg()[0], 2),
-        "torch": torch.__version__,
+        **describe_machine(),
         "read_bytes_per_s": read_bandwidth(),
         "float32_flops": matrix_rate(torch.float32),
         # Without the instructions PyTorch emulates bfloat16, and nothing runs at that rate.

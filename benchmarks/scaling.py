@@ -35,6 +35,7 @@ from clipgen.config import GPTConfig  # noqa: E402
 from clipgen.models.gpt import GPT, KVCache  # noqa: E402
 from clipgen.utils.entry_point import entry_point  # noqa: E402
 from train.config import load_config  # noqa: E402
+from train.loop.arguments import at_least  # noqa: E402
 
 Series = dict[str, list[tuple[int, float]]]
 
@@ -105,15 +106,13 @@ def to_table(report: dict) -> str:
 @entry_point()
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--tokens", type=int, nargs="+", default=[64, 128, 256, 512, 1024], help="numbers of tokens")
-    parser.add_argument("--layers", type=int, default=6, help="layers of the GPT")
-    parser.add_argument("--rows", type=int, default=1, help="images at once")
-    parser.add_argument("--whole", type=int, default=512, help="largest number of tokens of the uncached loop")
+    parser.add_argument("--tokens", type=at_least(1), nargs="+", default=[64, 128, 256, 512, 1024], help="of an image")
+    parser.add_argument("--layers", type=at_least(1), default=6, help="layers of the GPT")
+    parser.add_argument("--rows", type=at_least(1), default=1, help="images at once")
+    parser.add_argument("--whole", type=at_least(0), default=512, help="largest number of tokens of the uncached loop")
     parser.add_argument("--plot", type=Path, help="PNG file for a plot")
     parser.add_argument("--json", action="store_true", help="print JSON")
     args = parser.parse_args()
-    if min(*args.tokens, args.layers, args.rows) < 1:
-        parser.error("--tokens, --layers and --rows must be at least 1")
     config = replace(load_config("coco").model.gpt, n_layer=args.layers)
     machine = describe()
     series = measure(config, args.tokens, args.rows, args.whole)

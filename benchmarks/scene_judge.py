@@ -13,7 +13,6 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
-import numpy as np
 import torch
 import torch.nn.functional as F
 from judge import SIZE, Judge
@@ -25,6 +24,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from clipgen.images.pixels import to_pixels
+from clipgen.utils.files import replacing
 from train.mini.facts import Facts
 from train.mini.labels import NAMES, Heads, heads_loss, label, values
 from train.mini.source import Scenes
@@ -160,7 +160,8 @@ def load_judge(scenes: Scenes, cache: Path, count: int = SCENES, epochs: int = 2
                 return judge.eval()
     features, labels = _look(judge, scenes, count)
     _train(judge, features, labels, epochs * count // ROWS + 1)
-    save_file({name: tensor.detach().clone() for name, tensor in trained.items()}, cache, {"key": key})
+    with replacing(cache) as temporary:
+        save_file({name: tensor.detach().clone() for name, tensor in trained.items()}, temporary, {"key": key})
     return judge.eval()
 
 
@@ -169,7 +170,7 @@ def _look(judge: SceneJudge, scenes: Scenes, count: int) -> tuple[Tensor, Tensor
     features, console = [], Console(stderr=True)
     for start in track(range(0, count, _BATCH), f"the judge looks at {count} scenes", console=console):
         rows = range(start, min(count, start + _BATCH))
-        features.append(judge.features([Image.fromarray(np.asarray(scenes.image(row))) for row in rows]))
+        features.append(judge.features([Image.fromarray(scenes.image(row)) for row in rows]))
     return torch.cat(features), torch.tensor([label(scenes.facts(row)) for row in range(count)])
 
 

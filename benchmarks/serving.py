@@ -17,7 +17,6 @@ if __name__ == "__main__":
 import argparse
 import json
 import os
-import socket
 import statistics
 import subprocess
 import sys
@@ -33,7 +32,9 @@ from urllib.error import HTTPError
 
 from end_to_end import ROOT, describe_machine
 
+from clipgen.errors import UnavailableError
 from clipgen.utils.entry_point import entry_point
+from clipgen.utils.listening import usable_address
 
 KINDS = {"1 of 1": {"num_outputs": 1, "candidates": 1}, "4 of 16": {"num_outputs": 4, "candidates": 16}}
 TIMEOUT = 300
@@ -44,15 +45,15 @@ def serve(weights: Path) -> Iterator[str]:
     """Run the server on a free port of the loopback interface; yields its address when it is ready.
 
     Raises:
-        ValueError: setup failed.
+        UnavailableError: setup failed.
     """
-    port = free_port()
+    host, port = usable_address("127.0.0.1", 0)
     with tempfile.TemporaryFile() as log:
         process = start_server(port, weights, log)
         try:
-            _wait(f"http://127.0.0.1:{port}", process)
-            yield f"http://127.0.0.1:{port}"
-        except ValueError:
+            _wait(f"http://{host}:{port}", process)
+            yield f"http://{host}:{port}"
+        except UnavailableError:
             log.seek(0)
             sys.stderr.write(log.read().decode(errors="replace")[-2000:])
             raise
@@ -62,13 +63,6 @@ def serve(weights: Path) -> Iterator[str]:
                 process.wait(20)
             except subprocess.TimeoutExpired:
                 process.kill()
-
-
-def free_port() -> int:
-    """A free port of the loopback interface."""
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        return free.getsockname()[1]
 
 
 def start_server(port: int, weights: Path, log: IO[bytes], **environment: str) -> subprocess.Popen[bytes]:
@@ -92,14 +86,14 @@ def _wait(address: str, process: subprocess.Popen[bytes]) -> None:
         if status == "SETUP_FAILED":
             break
         time.sleep(0.1)
-    raise ValueError("the server did not get ready")
+    raise UnavailableError("the server did not get ready")
 
 
 def ask(address: str, seed: int, kind: dict[str, int]) -> tuple[float, int]:
     """Send one prediction; return its seconds, and how often it was refused with 409 before.
 
     Raises:
-        ValueError: the prediction failed.
+        UnavailableError: the prediction failed.
     """
     body = json.dumps({"input": {"prompt": "a lemon", "seed": seed, **kind}}).encode()
     start = time.perf_counter()
@@ -116,7 +110,7 @@ def ask(address: str, seed: int, kind: dict[str, int]) -> tuple[float, int]:
             refused += 1
             time.sleep(0.01)
     if found["status"] != "succeeded" or len(found["output"]) != kind["num_outputs"]:
-        raise ValueError(f"a prediction {found['status']}: {found.get('error')}")
+        raise UnavailableError(f"a prediction {found['status']}: {found.get('error')}")
     return time.perf_counter() - start, refused
 
 
@@ -142,7 +136,7 @@ def load(address: str, clients: int, seconds: float, kind: dict[str, int]) -> di
     for thread in threads:
         thread.join()
     if errors:
-        raise ValueError(f"{len(errors)} of {clients} clients failed: {errors[0]}")
+        raise UnavailableError(f"{len(errors)} of {clients} clients failed: {errors[0]}")
     # From the start to the last answer: all clients were busy except at the very end.
     wall = max(ended for ended, _, _ in taken)
     times = sorted(took for _, took, _ in taken)
@@ -189,10 +183,7 @@ def main() -> None:
         parser.error(f"--clients {args.clients}: Cog answers 409 to more than 8 at once; give numbers from 1 to 8")
     for name in set(KINDS) - set(args.kinds):
         del KINDS[name]
-    try:
-        report = {"kinds": measure(args.weights, args.clients, args.seconds), "machine": describe_machine()}
-    except ValueError as error:
-        sys.exit(f"error: {error}")
+    report = {"kinds": measure(args.weights, args.clients, args.seconds), "machine": describe_machine()}
     print(json.dumps(report) if args.json else to_table(report))
 
 

@@ -33,6 +33,7 @@ from soak_client import Client, Soak, receive
 from soak_server import CRASH, Supervised, slope
 
 from clipgen.utils.entry_point import entry_point
+from train.loop.arguments import at_least
 
 
 def drive(soak: Soak, clients: int, seconds: float, kinds: dict[str, int], first: int = 0) -> None:
@@ -54,7 +55,7 @@ def ladder(address: str, clients: int, seconds: float) -> dict[str, dict[str, fl
         soak = Soak(address)
         drive(soak, number, seconds, {"plain": 1}, first=100 * (step + 1))
         if soak.problems:
-            raise ValueError(soak.problems[0])
+            sys.exit(f"error: {soak.problems[0]}")
         tries = {"refusals": soak.counts["409, tried again"], "most_tries": max(soak.tries)}
         rows[str(number)] = percentiles(soak.times["plain"]) | tries
     return rows
@@ -137,16 +138,13 @@ def to_text(report: dict[str, Any]) -> str:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--weights", type=Path, default=ROOT / "weights" / "mini", help="folder of weights")
-    parser.add_argument("--clients", type=int, default=16, help="side by side; Cog takes 8 at once")
+    parser.add_argument("--clients", type=at_least(1), default=16, help="side by side; Cog takes 8 at once")
     parser.add_argument("--minutes", type=float, default=10, help="of the soak, at least 1")
     parser.add_argument("--json", action="store_true", help="print JSON")
     args = parser.parse_args()
-    if args.clients < 1 or args.minutes < 1:
-        parser.error(f"--clients {args.clients} --minutes {args.minutes}: give 1 or more of both")
-    try:
-        report = {"machine": describe_machine()} | measure(args.weights, args.clients, args.minutes)
-    except ValueError as error:
-        sys.exit(f"error: {error}")
+    if args.minutes < 1:
+        parser.error(f"--minutes is {args.minutes:g}; it must be at least 1")
+    report = {"machine": describe_machine()} | measure(args.weights, args.clients, args.minutes)
     print(json.dumps(report) if args.json else to_text(report))
     if report["problems"]:
         sys.exit(1)

@@ -7,6 +7,7 @@ import os
 import signal
 import statistics
 import subprocess
+import sys
 import threading
 import time
 from collections import Counter
@@ -14,7 +15,10 @@ from pathlib import Path
 from typing import Any
 from urllib import request as http
 
-from serving import free_port, start_server
+from serving import start_server
+
+from clipgen.errors import UnavailableError
+from clipgen.utils.listening import usable_address
 
 PROBE = 1.0
 """Seconds between two health checks, which also sample the memory."""
@@ -31,8 +35,8 @@ class Supervised:
     """The server: started, watched, and restarted when /health-check reports that it is unhealthy."""
 
     def __init__(self, weights: Path, folder: Path) -> None:
-        self.port = free_port()
-        self.address = f"http://127.0.0.1:{self.port}"
+        host, self.port = usable_address("127.0.0.1", 0)
+        self.address = f"http://{host}:{self.port}"
         self.weights, self.folder = weights.resolve(), folder
         self.starts: list[float] = []
         self.history: list[tuple[float, str]] = []
@@ -61,12 +65,13 @@ class Supervised:
         """Wait until the server is ready.
 
         Raises:
-            ValueError: setup failed, or took too long.
+            UnavailableError: setup failed, or took too long.
         """
         end = time.monotonic() + seconds
         while (status := self.health()) != "READY":
             if status == "SETUP_FAILED" or self.process.poll() is not None or time.monotonic() > end:
-                raise ValueError(f"the server did not get ready ({status}):\n{self.log()[-2000:]}")
+                sys.stderr.write(self.log()[-2000:])
+                raise UnavailableError(f"the server did not get ready ({status})")
             time.sleep(0.1)
 
     def _watch(self) -> None:

@@ -49,6 +49,7 @@ from clipgen.utils.entry_point import entry_point  # noqa: E402
 from train.config import Config, load_config  # noqa: E402
 from train.data.images import Images  # noqa: E402
 from train.encode import Encoded, Encoders, write_shards  # noqa: E402
+from train.loop.arguments import at_least  # noqa: E402
 from train.loop.batches import choose_precision  # noqa: E402
 from train.loop.loader import image_batches  # noqa: E402
 from train.loop.optimization import MovingAverage, build_optimizers  # noqa: E402
@@ -313,21 +314,16 @@ def in_fresh_process(arguments: list[str]) -> dict[str, Any]:
 @entry_point()
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--config", default="mini", help="mini, coco, imagenet, or a .yaml file")
-    parser.add_argument("--steps", type=int, default=5, help="steps that are timed")
-    parser.add_argument("--batch", type=int, help="images per step of both stages; by default the configuration's")
+    parser.add_argument("--config", default="mini", help="mini, photos, coco, imagenet, or a .yaml file")
+    parser.add_argument("--steps", type=at_least(1), default=5, help="steps that are timed")
+    parser.add_argument("--batch", type=at_least(1), help="images per step, by default the configuration's")
     parser.add_argument("--recipes", nargs="*", choices=RECIPES, help="of stage 1; compiled by default on GPUs only")
     parser.add_argument("--json", action="store_true", help="print JSON")
     parser.add_argument("--part", choices=PARTS, help=argparse.SUPPRESS)
     parser.add_argument("overrides", nargs="*", help="changes to the configuration, such as stage1.disc_start=0")
     args = parser.parse_intermixed_args()
-    if args.steps < 1 or (args.batch is not None and args.batch < 1):
-        parser.error("--steps and --batch must be at least 1")
     sizes = [f"stage{i}.batch_size={args.batch}" for i in (1, 2)] if args.batch else []
-    try:
-        config = load_config(args.config, [*args.overrides, *sizes])
-    except ValueError as error:
-        parser.error(str(error))
+    config = load_config(args.config, [*args.overrides, *sizes])
     if args.part:
         print(json.dumps(run_part(args.part, config, args.steps)))
         return

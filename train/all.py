@@ -20,11 +20,7 @@ import argparse
 import json
 import os
 import shutil
-import signal
-import subprocess
-import sys
 import time
-from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from importlib.util import find_spec
 from pathlib import Path
@@ -41,10 +37,14 @@ from clipgen.utils.text import read_lines
 from clipgen.weights.cache import Settings, fetch
 from clipgen.weights.catalog import CATALOG
 from clipgen.weights.tensor_file import read_header
-from train.config import Config, load_config
+from train.config import Config, Stage2Config, load_config
 from train.loop.arguments import at_least
+from train.loop.batches import check_batch_split
 from train.loop.lock import lock_folder
-from train.loop.script import check_output, command
+from train.loop.output import check_output
+from train.loop.script import command
+from train.loop.steps import run_step
+from train.losses.embedding import clip_loss_rows
 
 MAX_EVALUATED = 5000
 """Real images to compare with, and without sentences also images to generate."""
@@ -122,7 +122,7 @@ def check_inputs(paths: Paths, config: Config, processes: int) -> dict[str, Any]
     Raises:
         ConfigError: a file does not match the configuration.
         WeightsError: the CLIP is missing or is not .safetensors.
-        DataError: there are no images.
+        DataError: there are no images, or the sentences cannot be read.
         OutputError: outputs lie inside the data.
     """
     for out in (paths.work, paths.out):
@@ -137,14 +137,9 @@ def check_inputs(paths: Paths, config: Config, processes: int) -> dict[str, Any]
             f"--clip {paths.clip} has embeddings of {width} numbers, model.gpt.n_cond is {config.model.gpt.n_cond}; "
             f"add model.gpt.n_cond={width}, or give the CLIP that belongs to the configuration"
         )
-    for name, size in (("stage1", config.stage1.batch_size), ("stage2", config.stage2.batch_size)):
-        if size % processes:
-            raise ConfigError(f"{name}.batch_size is {size}; it must be a multiple of --processes, {processes}")
+    check_batches(config, processes)
     if paths.prompts:
-        try:
-            lines = [line for line in read_lines(paths.prompts) if line.strip()]
-        except (OSError, ValueError) as error:
-            raise ConfigError(f"--prompts {paths.prompts} cannot be read: {error}") from error
+        lines = [line for line in read_lines(paths.prompts) if line]
         if len(lines) < MIN_SENTENCES:
             raise ConfigError(
                 f"--prompts {paths.prompts} has {len(lines)} sentences; give at least {MIN_SENTENCES}, one a line"
@@ -155,6 +150,21 @@ def check_inputs(paths: Paths, config: Config, processes: int) -> dict[str, Any]
         "prompts": sha256(paths.prompts) if paths.prompts else None,
         **_flatten(asdict(config)),
     }
+
+
+def check_batches(config: Config, processes: int) -> None:
+    """Check that the batches of both stages split among processes and micro-batches.
+
+    Raises:
+        ConfigError: they do not; the message names the setting.
+    """
+    for name, stage in (("stage1", config.stage1), ("stage2", config.stage2)):
+        try:
+            check_batch_split(stage, processes)
+            if isinstance(stage, Stage2Config) and stage.clip_weight:
+                clip_loss_rows(stage, processes)
+        except ConfigError as error:
+            raise ConfigError(f"{name}.{error}") from error
 
 
 def choose_features(asked: str | None, before: str | None) -> str:
@@ -195,27 +205,6 @@ def begin(paths: Paths, config: Config, made_from: dict[str, Any]) -> None:
         write_text(settings, json.dumps(made_from, indent=1) + "\n")
 
 
-def run_step(name: str, arguments: Sequence[str]) -> None:
-    """Run one script to its end. SIGTERM is passed on; Ctrl-C reaches the script by itself.
-
-    Raises:
-        SystemExit: it failed or was stopped, with its exit code.
-    """
-    process = subprocess.Popen([sys.executable, *arguments])
-    handlers = {
-        signal.SIGTERM: signal.signal(signal.SIGTERM, lambda *_: process.terminate()),
-        signal.SIGINT: signal.signal(signal.SIGINT, signal.SIG_IGN),
-    }
-    try:
-        code = process.wait()
-    finally:
-        for number, handler in handlers.items():
-            signal.signal(number, handler)
-    if code:
-        print(f"{name} ended with exit code {code}; the same command continues from there", file=sys.stderr)
-        raise SystemExit(code if code > 0 else 128 - code)
-
-
 def publish(weights: Path, out: Path) -> None:
     """Move the complete folder of weights to its final path atomically."""
     out.parent.mkdir(parents=True, exist_ok=True)
@@ -241,7 +230,7 @@ def parse() -> tuple[Paths, Config, str | None, int]:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("data", help='images: a folder, a .txt list or .tar shards such as "data/{000..127}.tar"')
     parser.add_argument("--out", type=Path, required=True, help="folder of weights to write")
-    parser.add_argument("--config", default="mini", help="mini, coco, imagenet, or the path of a .yaml file")
+    parser.add_argument("--config", default="mini", help="mini, photos, coco, imagenet, or the path of a .yaml file")
     parser.add_argument("--clip", type=Path, required=True, help="CLIP weights, .safetensors under OpenAI's names")
     parser.add_argument("--prompts", type=Path, help="sentences about such images, one per line, at least 20")
     help_features = "features for the final evaluation [default: inception, or what is available offline]"
@@ -251,10 +240,7 @@ def parse() -> tuple[Paths, Config, str | None, int]:
     parser.add_argument("overrides", nargs="*", help="changes to the configuration, such as stage1.steps=1000")
     args = parser.parse_intermixed_args()
     paths = Paths(args.data, args.clip, args.prompts, args.work or Path("runs") / args.out.name, args.out)
-    try:
-        return paths, load_config(args.config, args.overrides), args.features, args.processes
-    except ValueError as error:
-        parser.error(str(error))
+    return paths, load_config(args.config, args.overrides), args.features, args.processes
 
 
 @command

@@ -13,7 +13,7 @@ if __name__ == "__main__":
 
 import argparse
 import json
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -21,15 +21,15 @@ import yaml
 from PIL import Image
 
 from clipgen import ClipGen
-from clipgen.errors import DataError
 from clipgen.images.grids import labelled_grid
-from clipgen.images.pixels import from_pixels, load_image, save_image, to_pixels
+from clipgen.images.pixels import from_pixels, save_image, to_pixels
 from clipgen.images.sources import Source, Subset, open_source
 from clipgen.request import GenerationRequest
 from clipgen.utils.files import write_text
 from clipgen.utils.text import read_lines
 from clipgen.weights.describe import describe_model_dir
 from train.config import Config, load_config
+from train.data.images import readable_images
 from train.loop.script import command
 
 ROWS, COLUMNS, CANDIDATES = 6, 4, 16
@@ -38,7 +38,8 @@ ROWS, COLUMNS, CANDIDATES = 6, 4, 16
 def best_of_grid(pipe: ClipGen, prompts: Sequence[str], source: Source) -> Image.Image:
     """Best 4 of 16 candidates, seed 0, for some prompts, or without prompts for some images, shown first."""
     size = pipe.config.vqgan.image_size
-    given = [] if prompts else list(_readable_images(Subset(source, 2 * ROWS), size))[:ROWS]
+    images = [] if prompts else list(readable_images(Subset(source, 2 * ROWS)))[:ROWS]
+    given = from_pixels(to_pixels(images, size)) if images else []
     asked: list[str | Image.Image] = [*prompts[:ROWS], *given]
     requests = [GenerationRequest(prompt, num_outputs=COLUMNS, candidates=CANDIDATES, seed=0) for prompt in asked]
     cells: list[Image.Image] = []
@@ -46,14 +47,6 @@ def best_of_grid(pipe: ClipGen, prompts: Sequence[str], source: Source) -> Image
         cells += [*given[i : i + 1], *result.images]
     columns = [""] * COLUMNS if prompts else ["given", "generated from its embedding", "", "", ""]
     return labelled_grid(cells, columns, [text[:40] for text in prompts[:ROWS]] or [""] * len(given))
-
-
-def _readable_images(source: Source, size: int) -> Iterator[Image.Image]:
-    for index in range(len(source.names)):
-        try:
-            yield from_pixels(to_pixels([load_image(source.read(index))], size))[0]
-        except (DataError, OSError):
-            continue
 
 
 def hub_metadata(prompts: Sequence[str]) -> str:

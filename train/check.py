@@ -18,7 +18,6 @@ if __name__ == "__main__":
 import argparse
 import json
 import math
-import os
 from collections import Counter, defaultdict
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
@@ -29,13 +28,16 @@ import numpy as np
 from PIL import Image
 from rich.progress import track
 
-from clipgen.errors import DataError, OutputError
+from clipgen.errors import DataError
 from clipgen.images.pixels import grid, load_image, save_image
 from clipgen.images.sources import Source, describe_unused, open_source, spread_rows
+from clipgen.utils.cpu import thread_count, usable_cores
 from clipgen.utils.entry_point import entry_point
 from clipgen.utils.files import write_text
-from clipgen.utils.text import expand_home, printable
+from clipgen.utils.text import printable
 from train.data.images import reason
+from train.loop.arguments import at_least
+from train.loop.output import check_output
 
 ALIKE = 3
 """Hashes of near-duplicates differ in at most this many of their 64 bits."""
@@ -152,28 +154,15 @@ def summary(source: Source, images: Sequence[CheckedImage], groups: Sequence[Seq
     return lines
 
 
-def contact_sheet(source: Source, good: Sequence[int], side: int = 96) -> Image.Image:
+def contact_sheet(source: Source, good: Sequence[int]) -> Image.Image:
     """At most `SHEET` of the usable images, spread over the set, as thumbnails."""
     chosen = [good[row] for row in spread_rows(len(good), SHEET)]
     thumbnails = []
     for index in chosen:
         image = load_image(source.read(index))
-        image.thumbnail((side, side), Image.Resampling.BICUBIC)
+        image.thumbnail((96, 96), Image.Resampling.BICUBIC)
         thumbnails.append(image)
     return grid(thumbnails, columns=math.ceil(len(thumbnails) ** 0.5))
-
-
-def prepare_output(data: str, out: Path) -> None:
-    """Create the folder for the report, before the images are read.
-
-    Raises:
-        OutputError: it lies inside the data, where the contact sheet would become a training image.
-        OSError: it cannot be created.
-    """
-    folder = expand_home(data).resolve()
-    if folder.is_dir() and out.resolve().is_relative_to(folder):
-        raise OutputError(f"--out {out} lies inside {data}, so its images would be read as data; give another folder")
-    out.mkdir(parents=True, exist_ok=True)
 
 
 def write_report(
@@ -194,15 +183,14 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("data", help="folder, .txt list of paths, .tar shards, or a pattern of any of them")
     parser.add_argument("--out", type=Path, help="folder for the report, the lists and the contact sheet")
-    parser.add_argument("--size", type=int, default=256, help="side of the images that training will see, px")
-    parser.add_argument("--workers", type=int, default=os.cpu_count() or 1, help="processes that read")
+    parser.add_argument("--size", type=at_least(1), default=256, help="side of the images that training will see, px")
+    cores = thread_count(usable_cores())
+    parser.add_argument("--workers", type=at_least(1), default=cores, help="processes that read")
     args = parser.parse_args()
-    for name in ("size", "workers"):
-        if getattr(args, name) < 1:
-            parser.error(f"--{name} is {getattr(args, name)}; it must be at least 1")
     source = open_source(args.data)
     if args.out:
-        prepare_output(args.data, args.out)
+        check_output(args.data, args.out)  # the contact sheet would become a training image
+        args.out.mkdir(parents=True, exist_ok=True)
     images = examine_all(source, args.workers)
     groups = near_duplicates([image.hash for image in images if not image.problem])
     lines = summary(source, images, groups, args.size)

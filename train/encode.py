@@ -42,7 +42,8 @@ from train.loop.batches import build_accelerator, process_rows, to_device
 from train.loop.checkpoint import save_tensors
 from train.loop.loader import image_batches
 from train.loop.optimization import load_model_weights
-from train.loop.script import check_output, command, lock_output, parse_args, report_failures
+from train.loop.output import check_output, lock_output
+from train.loop.script import command, parse_args, report_failures
 from train.loop.stopping import Stop
 
 ROWS = 4096
@@ -72,6 +73,10 @@ class Encoders:
     views: int
     seed: int
     origin: Mapping[str, Any]
+
+    def __post_init__(self) -> None:
+        self.vqgan.to(self.accelerator.device)
+        self.clip.to(self.accelerator.device)
 
     @property
     def num_images(self) -> int:
@@ -119,8 +124,6 @@ class Encoders:
     @torch.no_grad()
     def _encode(self, batch: Batch) -> tuple[Tensor, Tensor]:
         device = self.accelerator.device
-        self.vqgan.to(device)
-        self.clip.to(device)
         with self.accelerator.autocast():
             z = self.vqgan.encode(to_device(batch.pixels, device))
             embeddings = self.clip.encode_image(to_device(batch.clip, device))
@@ -292,7 +295,7 @@ class Encoded:
         return (self.read(rows(step)) for step in count(start))
 
     def embeddings(self) -> Tensor:
-        """All embeddings, (N, D) or (N, K, D) float32."""
+        """All embeddings, (N, D) float32."""
         return torch.cat([shard["embeddings"] for shard in self._shards]).float()
 
 

@@ -16,12 +16,11 @@ if __name__ == "__main__":
 import argparse
 from pathlib import Path
 
-from torch import Tensor
-
 from clipgen.utils.entry_point import entry_point
 from clipgen.weights.model_dir import save_model_dir
 from clipgen.weights.tensor_file import load_tensors
 from train.config import load_config
+from train.loop.checkpoint import in_half
 from train.mini.index import add_index
 
 
@@ -40,21 +39,12 @@ def main() -> None:
     for part, file in files.items():
         if not file.is_file():
             parser.error(f"{file} is missing; train the {part} first")
-    try:
-        config = load_config(args.config).model
-        save_model_dir(args.out, config, {part: _in_half(load_tensors(file)) for part, file in files.items()})
-        if args.data:
-            shards, file = args.gpt / "encoded", args.gpt / "encoded.safetensors"
-            add_index(args.out, file if file.is_file() else shards, args.data, args.prompts)
-    except ValueError as error:
-        parser.error(str(error))
+    config = load_config(args.config).model
+    save_model_dir(args.out, config, {part: in_half(load_tensors(file)) for part, file in files.items()})
+    if args.data:
+        add_index(args.out, args.gpt / "encoded", args.data, args.prompts)
     size = sum(file.stat().st_size for file in args.out.glob("*.safetensors"))
     print(f"{args.out}: {size / 1e6:.1f} MB")
-
-
-def _in_half(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
-    """Floating-point tensors in float16, others unchanged."""
-    return {name: tensor.half() if tensor.is_floating_point() else tensor for name, tensor in tensors.items()}
 
 
 if __name__ == "__main__":

@@ -14,9 +14,8 @@ if __name__ == "__main__":
     end_at_ctrl_c()  # until main() takes over
 
 import json
-from collections.abc import Iterator
 from dataclasses import asdict, dataclass
-from pathlib import Path
+from itertools import islice
 
 import torch
 from PIL import Image
@@ -24,10 +23,11 @@ from torch import Tensor
 
 from clipgen.errors import DataError
 from clipgen.evaluation.metrics import psnr
-from clipgen.images.pixels import from_pixels, grid, load_image, save_image, to_pixels
+from clipgen.images.pixels import from_pixels, grid, save_image, to_pixels
 from clipgen.images.sources import Source, Subset, open_source
 from clipgen.models.vqgan import VQGAN
 from clipgen.utils.files import write_text
+from train.data.images import readable_images
 from train.encode import load_vqgan
 from train.loop.health import TrainingError
 from train.loop.script import command, parse_args
@@ -80,7 +80,9 @@ def measure(vqgan: VQGAN, source: Source) -> tuple[RoundTrip, Image.Image]:
     kept: list[float] = []
     flat: list[float] = []
     shown: tuple[Tensor, Tensor] | None = None
-    for x in _batches(Subset(source, MAX_IMAGES), size):
+    images = readable_images(Subset(source, MAX_IMAGES))
+    while batch := list(islice(images, BATCH)):
+        x = to_pixels(batch, size)
         tokens = vqgan.encode_tokens(x)
         copy = vqgan.decode_tokens(tokens).clamp(-1, 1)
         mean = x.mean((2, 3), keepdim=True).expand_as(x)
@@ -96,28 +98,13 @@ def measure(vqgan: VQGAN, source: Source) -> tuple[RoundTrip, Image.Image]:
     return found, grid(from_pixels(torch.cat(shown)), columns=len(shown[0]))
 
 
-def _batches(source: Source, size: int) -> Iterator[Tensor]:
-    """Batches of the readable images, (B, 3, size, size) in [-1, 1]."""
-    batch: list[Image.Image] = []
-    for index in range(len(source.names)):
-        try:
-            batch.append(load_image(source.read(index)))
-        except (DataError, OSError):
-            continue
-        if len(batch) == BATCH:
-            yield to_pixels(batch, size)
-            batch = []
-    if batch:
-        yield to_pixels(batch, size)
-
-
 @command
 def main() -> None:
     args, config = parse_args(__doc__ or "", {"vqgan": "folder of stage 1, with vqgan.safetensors"})
     vqgan = load_vqgan(config.model.vqgan, args.vqgan / "vqgan.safetensors")
     found, figure = measure(vqgan, open_source(args.data))
     args.out.mkdir(parents=True, exist_ok=True)
-    save_image(figure, Path(args.out) / "roundtrip.png")
+    save_image(figure, args.out / "roundtrip.png")
     write_text(args.out / "roundtrip.json", json.dumps(asdict(found), indent=1) + "\n")
     print(
         f"{found.pictures} images: {found.psnr:.1f} dB ({found.flat_psnr:.1f} for a flat colour), "

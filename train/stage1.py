@@ -48,7 +48,8 @@ from train.loop.health import Health, check_finite, collapsed_codes, discriminat
 from train.loop.loader import image_batches
 from train.loop.logger import Logger
 from train.loop.optimization import LowestLoss, MovingAverage, cosine_schedule, enable_recompute, init_weights, set_lr
-from train.loop.script import command, lock_output, parse_args, report_failures
+from train.loop.output import lock_output
+from train.loop.script import command, parse_args, report_failures
 from train.loop.stopping import Stop
 from train.losses.codes import CodeUsage, EMACodebook, encode_latents, revive_codes
 from train.losses.gan import Gan
@@ -101,7 +102,7 @@ def train(args: Namespace, config: Config) -> None:
         ema_codebook.attach(vqgan.quantizer)
         accelerator.register_for_checkpointing(ema_codebook)
 
-    fixed = fixed_settings(c, data.source.fingerprint(), vqgan=config.model.vqgan)
+    fixed = fixed_settings(c, data.fingerprint(), vqgan=config.model.vqgan)
     checkpoints = Checkpoints(accelerator, args.out, c.keep, fixed, asdict(config))
     start = checkpoints.load(args.resume_step)
     sampler, own_rows = ResumableSampler(len(rows), c.seed), process_rows(accelerator, c.batch_size)
@@ -198,12 +199,10 @@ def train(args: Namespace, config: Config) -> None:
 
 
 @torch.no_grad()
-def validate_vqgan(
-    vqgan: VQGAN, reconstruction_loss: ReconstructionLoss, x: Tensor, batch_size: int = 16
-) -> dict[str, float]:
+def validate_vqgan(vqgan: VQGAN, reconstruction_loss: ReconstructionLoss, x: Tensor) -> dict[str, float]:
     """Mean reconstruction loss and PSNR, dB, of images (N, 3, H, W) in [-1, 1]."""
     loss = decibels = 0.0
-    for part in x.split(batch_size):
+    for part in x.split(16):
         y = vqgan(part)[0].float()
         loss += float(reconstruction_loss(y, part)[0]) * len(part)
         decibels += float(psnr(y.clamp(-1, 1), part, 2).sum())

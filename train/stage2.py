@@ -74,8 +74,9 @@ from train.loop.optimization import (
     init_weights,
     set_lr,
 )
+from train.loop.output import lock_output
 from train.loop.samples import sample, sample_grid, token_grid
-from train.loop.script import command, lock_output, parse_args, report_failures
+from train.loop.script import command, parse_args, report_failures
 from train.loop.sharding import ShardedState, full_state_dict, shard_model
 from train.loop.stopping import Stop
 from train.losses.embedding import EmbeddingLoss, clip_loss_rows
@@ -317,11 +318,10 @@ def validate_gpt(
     tokens: Tensor,
     embeddings: Tensor,
     autocast: Callable[[], AbstractContextManager[None]],
-    batch_size: int = 64,
 ) -> dict[str, float]:
     """Mean cross-entropy, nats per token, of (N, T) tokens given their unperturbed conditions (N, C)."""
     total = 0.0
-    for t, e in zip(tokens.split(batch_size), embeddings.split(batch_size), strict=True):
+    for t, e in zip(tokens.split(64), embeddings.split(64), strict=True):
         with autocast():
             logits = gpt(t[:, :-1], e)
         total += F.cross_entropy(logits.float().flatten(0, 1), t.flatten()).item() * len(t)

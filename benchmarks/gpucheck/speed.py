@@ -1,4 +1,4 @@
-"""Stage 10: seconds per image at full size, against alternatives and the floors of the machine."""
+"""Seconds per image at full size, against alternatives and the floors of the machine."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Stages 11 and 12: thirty steps of each training through the real scripts, and tokens encoded in half precision."""
+"""Thirty steps of each training through the real scripts, and tokens encoded in half precision."""
 
 from __future__ import annotations
 

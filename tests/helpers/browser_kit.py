@@ -5,7 +5,6 @@ from __future__ import annotations
 import io
 import os
 import re
-import socket
 import subprocess
 import sys
 import time
@@ -19,6 +18,7 @@ from PIL import Image, ImageChops
 from tracebacks import has_traceback
 
 from clipgen.outputs.metadata import Receipt
+from clipgen.utils.listening import usable_address
 
 WAIT = 1000 * float(os.environ.get("CLIPGEN_BROWSER_WAIT", "180"))
 """Milliseconds to wait for something to appear: generating takes a second on a quiet machine."""
@@ -29,14 +29,12 @@ EXAMPLES = ["a lemon", "a red heart", "a panda on a pink background"]
 @contextmanager
 def serve(root: Path, folder: Path, *options: str) -> Iterator[str]:
     """Run `clipgen app` in a process of its own, which must end without leaving files. Yields its address."""
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
+    host, port = usable_address("127.0.0.1", 0)
     command = [sys.executable, "-m", "clipgen", "app", "--port", str(port), "--device", "cpu", *options]
     with (folder / "log").open("w") as log:
         env = os.environ | {"TMPDIR": str(folder)}
         server = subprocess.Popen(command, cwd=root, env=env, stdout=log, stderr=log)
-    address = f"http://127.0.0.1:{port}"
+    address = f"http://{host}:{port}"
     deadline = time.monotonic() + max(600, WAIT / 1000)
     try:
         while True:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import os
-import socket
 import subprocess
 import sys
 import time
@@ -15,6 +14,7 @@ from typing import Any
 
 import httpx
 
+from clipgen.utils.listening import usable_address
 from serve import openapi
 
 Answer = dict[str, Any]
@@ -32,12 +32,10 @@ class CogServer:
             schema: run serve.py, which writes the input schema, as `cog build` does; else Cog's module alone.
             environment: added to the environment.
         """
-        with socket.socket() as free:
-            free.bind(("127.0.0.1", 0))
-            self.port = free.getsockname()[1]
+        host, self.port = usable_address("127.0.0.1", 0)
         # A connection for each request: Cog closes one on which it has refused a request unread.
         single = httpx.Limits(max_keepalive_connections=0)
-        self.http = httpx.Client(base_url=f"http://127.0.0.1:{self.port}", timeout=600, limits=single)
+        self.http = httpx.Client(base_url=f"http://{host}:{self.port}", timeout=600, limits=single)
         for name in ("predict.py", "serve.py", "weights"):
             if not (folder / name).exists():
                 (folder / name).symlink_to(ROOT / name)

@@ -9,7 +9,6 @@ import multiprocessing
 import os
 import random
 import resource
-import socket
 import sys
 from collections.abc import Iterator, Sequence
 from contextlib import suppress
@@ -22,6 +21,7 @@ from PIL import Image, ImageDraw
 from safetensors.torch import load_file
 
 from clipgen.config import ModelConfig
+from clipgen.utils.listening import usable_address
 from train.config import Config, Stage1Config, Stage2Config
 
 # Importing torch takes seconds: one server imports it once, and every process is forked from it.
@@ -134,10 +134,8 @@ def finish(process: BaseProcess, seconds: float = 300) -> int:
 
 def start_together(script: str, arguments: Sequence[object], log: Path, processes: int) -> list[BaseProcess]:
     """Start one training of several processes, as torchrun does."""
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    common = {"WORLD_SIZE": str(processes), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+    host, port = usable_address("127.0.0.1", 0)
+    common = {"WORLD_SIZE": str(processes), "MASTER_ADDR": host, "MASTER_PORT": str(port)}
     return [
         start(script, arguments, log, common | {"RANK": str(rank), "LOCAL_RANK": str(rank)})
         for rank in range(processes)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from types import ModuleType
 
 import busy
 import decode
@@ -10,9 +11,11 @@ import precision
 import pytest
 import roofline
 import scaling
+import soak
 from machine import MACHINE
 from PIL import Image
 from plot import COLOURS, plot
+from training_kit import run
 
 from clipgen.config import GPTConfig
 from clipgen.models.gpt import GPT, Linear
@@ -30,6 +33,18 @@ def test_roofline_counts_every_weight_of_a_step() -> None:
     assert slow_memory == pytest.approx(12 * two / 1e9)
     slow_products = roofline.floor_seconds(TINY, 1, 2, 12, MACHINE | {"bfloat16_flops": 1.0})
     assert slow_products == pytest.approx(12 * roofline.step_flops(TINY, 1))
+
+
+@pytest.mark.parametrize(
+    ("benchmark", "option"),
+    [(busy, "--repeats"), (decode, "--layers"), (decode, "--rows"), (scaling, "--tokens"), (soak, "--clients")],
+)
+def test_numbers_below_one_are_refused(
+    benchmark: ModuleType, option: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(SystemExit) as stopped:
+        run(benchmark, monkeypatch, option, 0)
+    assert stopped.value.code == 2 and f"{option}: '0'; use a whole number, 1 or more" in capsys.readouterr().err
 
 
 def test_all_decoders_run_and_are_in_the_table() -> None:

@@ -9,6 +9,8 @@ from __future__ import annotations
 
 import hashlib
 import random
+from collections.abc import Iterator
+from contextlib import suppress
 from pathlib import Path
 from typing import NamedTuple
 
@@ -23,6 +25,13 @@ from clipgen.images.sources import Source, open_source
 
 Key = tuple[int, int]
 """Index of an image, and the seed of its crop and flip."""
+
+
+def readable_images(source: Source) -> Iterator[Image.Image]:
+    """The images of a source, without those that cannot be read."""
+    for index in range(len(source.names)):
+        with suppress(DataError, OSError):
+            yield load_image(source.read(index))
 
 
 class Batch(NamedTuple):

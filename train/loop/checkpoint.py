@@ -228,6 +228,11 @@ def save_tensors(weights: Mapping[str, Tensor], path: Path) -> None:
         raise CheckpointError(f"{path} could not be written: {_cause(error)}") from error
 
 
+def in_half(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Floating-point tensors in float16, others unchanged."""
+    return {name: tensor.half() if tensor.is_floating_point() else tensor for name, tensor in tensors.items()}
+
+
 def _cause(error: BaseException) -> str:
     """The cause in one line; every library reports a full disk in its own way."""
     text = (error.strerror if isinstance(error, OSError) else None) or str(error)

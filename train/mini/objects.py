@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from functools import lru_cache
+from functools import cache
 from pathlib import Path
 
 OBJECTS_FILE = Path(__file__).parent / "objects.txt"
@@ -30,8 +30,8 @@ class Object:
         return self.names[0]
 
 
-@lru_cache(maxsize=1)
-def read_objects(path: Path = OBJECTS_FILE) -> dict[str, Object]:
+@cache
+def read_objects() -> dict[str, Object]:
     """All objects by name, in the order of the file.
 
     Raises:
@@ -39,7 +39,7 @@ def read_objects(path: Path = OBJECTS_FILE) -> dict[str, Object]:
     """
     objects: dict[str, Object] = {}
     has_face: bool | None = None
-    for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), 1):
+    for number, line in enumerate(OBJECTS_FILE.read_text(encoding="utf-8").splitlines(), 1):
         if not line or line.startswith("#"):
             continue
         if line in _SECTIONS:
@@ -48,6 +48,8 @@ def read_objects(path: Path = OBJECTS_FILE) -> dict[str, Object]:
         code, _, names = line.partition(" ")
         found = Object(code, tuple(name.strip() for name in names.split(",")), bool(has_face))
         if has_face is None or not all(found.names) or found.name in objects:
-            raise ValueError(f"{path}:{number} reads {line!r}; a line is a code and names, below a section's head")
+            raise ValueError(
+                f"{OBJECTS_FILE.name}:{number} reads {line!r}; a line is a code and names, below a section's head"
+            )
         objects[found.name] = found
     return objects

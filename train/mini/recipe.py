@@ -18,18 +18,18 @@ if __name__ == "__main__":
 import argparse
 import os
 import shutil
-import subprocess
-import sys
 from dataclasses import dataclass
 from pathlib import Path
 
-import torch
 from safetensors.torch import load_file
 
 from clipgen.utils.cpu import thread_count, usable_cores
-from clipgen.weights.precision import pick_device, pick_precision
-from train.loop.checkpoint import save_tensors
+from clipgen.weights.precision import pick_device
+from train.config import load_config
+from train.loop.batches import choose_precision
+from train.loop.checkpoint import in_half, save_tensors
 from train.loop.script import command, minutes
+from train.loop.steps import run_step
 from train.mini.text_tower import save_clip
 
 PARTS = ("image", "text", "vqgan", "gpt", "export", "index")
@@ -58,13 +58,11 @@ class Machine:
     """What training on this machine is like.
 
     Attributes:
-        precision: of the products, as the configurations name it.
         workers: processes that compose scenes; 0 where there is no core to spare.
         has_gpu: whether there is one.
         processes: that share a step of the VQGAN or the GPT.
     """
 
-    precision: str
     workers: int
     has_gpu: bool
     processes: int = 1
@@ -72,28 +70,22 @@ class Machine:
     @classmethod
     def here(cls) -> Machine:
         """This one."""
-        device = pick_device(None)
-        names = {torch.bfloat16: "bf16", torch.float16: "fp16", torch.float32: "no"}
         cores = thread_count(usable_cores())
-        has_gpu = device.type == "cuda"
-        precision = names[pick_precision(None, device).compute]
-        if has_gpu:
-            return cls(precision, max(0, cores - 2), has_gpu)
-        return cls(precision, 0, has_gpu, min(8, 1 << cores.bit_length() - 1))  # a power of two divides the batches
+        if pick_device(None).type == "cuda":
+            return cls(max(0, cores - 2), True)
+        return cls(0, False, min(8, 1 << cores.bit_length() - 1))  # a power of two divides the batches
 
 
 def part_command(part: str, args: argparse.Namespace, machine: Machine) -> list[str]:
-    """The command line of a part."""
+    """Arguments of Python that run a part."""
     work, data = args.work, args.data
     section = {"vqgan": "stage1.", "gpt": "stage2."}.get(part, "")
-    precision = f'"{machine.precision}"' if section else machine.precision  # YAML reads a bare no as false
-    settings = [f"{section}precision={precision}", f"{section}workers={machine.workers}"]
-    settings += _ON_GPU.get(part, ()) if machine.has_gpu else ()
-    started = any((work / folder / "checkpoints").is_dir() for folder in _folders(part))
+    settings = [f"{section}workers={machine.workers}", *(_ON_GPU.get(part, ()) if machine.has_gpu else ())]
+    folder = {"image": "clip/image", "text": "clip/text"}.get(part, part)
     start = args.start / Path(_WEIGHTS[part][0]).name if args.start and part in _WEIGHTS else None
     if part == "image" and (start is None or not start.is_file()):
         start = SHIPPED_CLIP
-    if start is not None and start.is_file() and not started:
+    if start is not None and start.is_file() and not (work / folder / "checkpoints").is_dir():
         settings.append(f"{section}init={start}")
     settings += [text.removeprefix(f"{part}.") for text in args.overrides if _belongs(text, part)]
     budget = ["--minutes", f"{args.minutes:g}"] if args.minutes else []
@@ -121,11 +113,7 @@ def part_command(part: str, args: argparse.Namespace, machine: Machine) -> list[
             *(f"--{text.removeprefix('index.')}" for text in args.overrides if _belongs(text, "index")),
         ],
     }
-    return [sys.executable, *commands[part]]
-
-
-def _folders(part: str) -> tuple[str, ...]:
-    return {"image": ("clip/image",), "text": ("clip/text",), "vqgan": ("vqgan",), "gpt": ("gpt",)}.get(part, ())
+    return commands[part]
 
 
 def _belongs(override: str, part: str) -> bool:
@@ -151,8 +139,7 @@ def carry(part: str, work: Path) -> None:
     """Write a part's weights to WORK/weights in half precision."""
     (work / "weights").mkdir(parents=True, exist_ok=True)
     for name in _WEIGHTS.get(part, ()):
-        halves = {key: t.half() if t.is_floating_point() else t for key, t in load_file(work / name).items()}
-        save_tensors(halves, work / "weights" / Path(name).name)
+        save_tensors(in_half(load_file(work / name)), work / "weights" / Path(name).name)
 
 
 @command
@@ -174,17 +161,15 @@ def main() -> None:
             setattr(args, name, path.resolve())
     if args.start:
         unpack(args.start, args.work)
-    for part in args.only or PARTS:
-        line = part_command(part, args, machine)
-        print(f"== {part}: {' '.join(line[1:])}", flush=True)
-        done = subprocess.run(line, cwd=ROOT, env={**os.environ, "PYTHONPATH": _python_path()}, check=False)
-        if done.returncode:
-            raise SystemExit(done.returncode)
+    parts = args.only or PARTS
+    if "gpt" in parts:  # what it cannot train in is refused before hours of other parts
+        choose_precision(load_config(args.config, [text for text in args.overrides if _belongs(text, "gpt")]).stage2)
+    path = os.pathsep.join(filter(None, (str(ROOT), os.environ.get("PYTHONPATH"))))
+    for part in parts:
+        arguments = part_command(part, args, machine)
+        print(f"== {part}: {' '.join(arguments)}", flush=True)
+        run_step(part, arguments, ROOT, {**os.environ, "PYTHONPATH": path})
         carry(part, args.work)
-
-
-def _python_path() -> str:
-    return os.pathsep.join(filter(None, (str(ROOT), os.environ.get("PYTHONPATH", ""))))
 
 
 if __name__ == "__main__":

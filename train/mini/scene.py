@@ -18,7 +18,7 @@ from numpy.typing import NDArray
 from train.mini import styles
 from train.mini.attachments import ATTACHMENTS, draw_variants
 from train.mini.colours import Bytes, Floats, floats, recolour
-from train.mini.facts import Facts, Thing
+from train.mini.facts import COLOURLESS, Facts, Thing
 from train.mini.grounds import draw_ground
 from train.mini.objects import read_objects
 from train.mini.sprites import Anchors, find_anchors, load_render, premultiply, trim
@@ -27,8 +27,6 @@ Box = tuple[float, float, float, float]
 """Left, top, right, bottom."""
 _FLAT_STYLES = ("flat", "line art", "pixel art")
 """Styles that are painted over the flat renders; the others are over the 3D ones."""
-
-
 _LEAST_CONTRAST = 0.14
 """Difference of the mean colours of a figure and its ground, of 1, below which the ground gives way."""
 
@@ -88,7 +86,7 @@ class Composer:
     """The world's images, from the renders in a folder. Sprites are read once and kept."""
 
     def __init__(self, renders: Path, size: int = 128) -> None:
-        """Args: renders: the folder of STYLE/CODE.png that `train.mini.emoji` writes; size: side of the images, px."""
+        """Args: renders: folder of STYLE/CODE.png, as `train.mini.renders` writes it; size: side of the images, px."""
         self.renders, self.size = renders, size
         self._render = lru_cache(maxsize=None)(self._read_render)
         self._sprite = lru_cache(maxsize=4096)(self._make_sprite)
@@ -102,7 +100,7 @@ class Composer:
         slots = _slots(facts, rng)
         if facts.relation == "on":
             figures, slots = figures[::-1], slots[::-1]  # what stands on something hides its edge
-        colourless = facts.style in ("sketch", "line art")
+        colourless = facts.style in COLOURLESS
         ground = draw_ground(facts.ground, facts.second_ground, self.size, rng)
         covers = [
             cover for figure, slot in zip(figures, slots, strict=True) for cover in self._place(figure, slot, rng)

@@ -75,11 +75,8 @@ def main() -> None:
     parser.add_argument("--wordnet", type=Path, default=Path("/usr/share/wordnet"), help="WordNet's database")
     parser.add_argument("--scenes", type=at_least(1), default=SCENES, help="scenes in the index")
     args = parser.parse_args()
-    try:
-        words = narrower_words(args.wordnet, read_objects().values())
-        path = add_scene_index(args.weights, trained_scenes(args.data), words, args.scenes)
-    except (ValueError, OSError) as error:
-        parser.error(str(error))
+    words = narrower_words(args.wordnet, read_objects().values())
+    path = add_scene_index(args.weights, trained_scenes(args.data), words, args.scenes)
     print(f"{path}: {path.stat().st_size / 1e6:.2f} MB")
 
 

@@ -13,10 +13,13 @@ if __name__ == "__main__":
 import argparse
 import random
 from pathlib import Path
+from textwrap import wrap
 
 import cv2
 import numpy as np
+from PIL import Image
 
+from clipgen.images.pixels import save_image
 from clipgen.utils.entry_point import entry_point
 from train.loop.arguments import at_least
 from train.mini.attachments import ATTACHMENTS, can_have, kinds_of
@@ -77,11 +80,7 @@ def _cell(composer: Composer, facts: Facts, rng: random.Random) -> Bytes:
     image = composer.compose(facts, rng.getrandbits(32))
     if is_held_out(facts):
         cv2.rectangle(image, (0, 0), (composer.size - 1, composer.size - 1), (230, 30, 30), 2)
-    words, lines = describe(facts, rng).split(), [""]
-    for word in words:
-        if len(lines[-1]) + len(word) > 24:
-            lines.append("")
-        lines[-1] = f"{lines[-1]} {word}".strip()
+    lines = wrap(describe(facts, rng), 25)
     caption = [_text(line, composer.size, _CAPTION // 3, 0.27) for line in [*lines, "", ""][:3]]
     return np.vstack([image, *caption])
 
@@ -101,8 +100,7 @@ def main() -> None:
     parser.add_argument("--seed", type=at_least(0), default=0)
     args = parser.parse_args()
     sheet = build_sheet(Composer(args.data / "renders"), args.scenes, args.seed)
-    args.out.parent.mkdir(parents=True, exist_ok=True)
-    cv2.imwrite(str(args.out), cv2.cvtColor(sheet, cv2.COLOR_RGB2BGR))
+    save_image(Image.fromarray(sheet), args.out)
     print(f"{args.out}: {sheet.shape[1]} x {sheet.shape[0]} px; a red frame: held out from the GPT")
 
 

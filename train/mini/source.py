@@ -11,10 +11,9 @@ from __future__ import annotations
 import hashlib
 import random
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from functools import lru_cache
 from pathlib import Path
-from typing import overload
 
 import cv2
 
@@ -38,17 +37,8 @@ class _Numbered(Sequence[str]):
     def __len__(self) -> int:
         return len(self._rows)
 
-    @overload
-    def __getitem__(self, index: int) -> str: ...
-    @overload
-    def __getitem__(self, index: slice) -> list[str]: ...
-    def __getitem__(self, index: int | slice) -> str | list[str]:
-        if isinstance(index, slice):
-            return [f"scene {i}" for i in self._rows[index]]
+    def __getitem__(self, index: int) -> str:  # type: ignore[override] # nobody takes a slice
         return f"scene {self._rows[index]}"
-
-    def __iter__(self) -> Iterator[str]:
-        return (f"scene {i}" for i in self._rows)
 
 
 @lru_cache(maxsize=4)

@@ -12,11 +12,11 @@ from clipgen.errors import DataError
 from train.mini.colours import Bytes
 
 SIDE = 160
-"""Side of a sprite, px."""
+"""Side of a render and of a sprite, px."""
 
 
 def load_render(renders: Path, style: str, code: str) -> Bytes:
-    """One render of `train.mini.emoji`, RGBA (SIDE, SIDE, 4).
+    """One render of `train.mini.renders`, RGBA (SIDE, SIDE, 4).
 
     Raises:
         DataError: the render does not exist or has another size.

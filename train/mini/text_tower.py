@@ -15,6 +15,7 @@ if __name__ == "__main__":
     end_at_ctrl_c()  # until main() takes over
 
 import random
+from argparse import Namespace
 from collections.abc import Mapping
 from dataclasses import asdict
 from pathlib import Path
@@ -23,15 +24,18 @@ from typing import cast
 import torch
 import torch.nn.functional as F
 from rich.progress import track
-from safetensors.torch import load_file
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from clipgen.models.clip import OpenAIClip, tokenize
+from clipgen.utils.files import replacing, sha256
 from train.loop.batches import build_accelerator, process_rows, step_generator
-from train.loop.checkpoint import Checkpoints, save_tensors
+from train.loop.checkpoint import Checkpoints, in_half, save_tensors
 from train.loop.health import check_finite
 from train.loop.logger import Logger
 from train.loop.optimization import MovingAverage, cosine_schedule, load_model_weights, set_lr, weight_decay_groups
+from train.loop.output import lock_output
 from train.loop.script import command
 from train.loop.stopping import Stop
 from train.mini.describe import Words, describe
@@ -42,6 +46,7 @@ from train.mini.towers import (
     EMBED_DIM,
     VOCAB_SIZE,
     LabelledScenes,
+    TowerConfig,
     build_clip,
     embed,
     open_scenes,
@@ -68,16 +73,27 @@ def encode_tokens(model: OpenAIClip, tokens: Tensor) -> Tensor:
 
 
 @torch.no_grad()
-def embed_pool(tower: nn.Module, scenes: LabelledScenes, count: int, cache: Path, device: torch.device) -> Tensor:
-    """Embeddings (count, D) of the first scenes, on the CPU, computed once and kept in `cache`."""
-    if cache.is_file() and len(kept := load_file(cache)["embeddings"]) == count:
-        return kept.float()
+def embed_pool(weights: Path, scenes: LabelledScenes, count: int, cache: Path, device: torch.device) -> Tensor:
+    """Embeddings (count, D) of the first scenes, on the CPU, computed once and kept in `cache`.
+
+    Args:
+        weights: file of the image tower; for other weights they are computed again.
+    """
+    key = f"{sha256(weights)} {scenes.scenes.fingerprint()} {count}"
+    if cache.is_file():
+        with safe_open(cache, "pt") as file:
+            if (file.metadata() or {}).get("key") == key:
+                return file.get_tensor("embeddings").float()
+    tower = build_clip().visual.eval()
+    load_model_weights(tower, weights)
+    tower.to(device, memory_format=torch.channels_last)
     parts = []
     for first in track(range(0, count, 128), f"embedding {count} scenes"):
         pixels, _ = scenes.batch(list(range(first, min(count, first + 128))))
         parts.append(embed(tower, pixels.to(device)).cpu())
     found = torch.cat(parts)
-    save_tensors({"embeddings": found.half()}, cache)
+    with replacing(cache) as temporary:
+        save_file({"embeddings": found.half()}, temporary, {"key": key})
     return found
 
 
@@ -92,21 +108,25 @@ def describe_rows(scenes: LabelledScenes, rows: list[int], words: Words, seed: i
 @command
 def main() -> None:
     args, config = parse_tower(__doc__ or "", steps=6000, batch_size=256, lr=1.5e-3, warmup=100)
+    with lock_output(args.out):
+        train(args, config)
+
+
+def train(args: Namespace, config: TowerConfig) -> None:
+    """Train a text tower to the last step, or until stopped."""
     accelerator = build_accelerator(config)
     device, is_main = accelerator.device, accelerator.is_main_process
     scenes = open_scenes(args.data)
     words = narrower_words(args.wordnet, read_objects().values())
 
-    whole = build_clip()
-    load_model_weights(whole.visual, args.out / "image.safetensors")
+    model = build_clip().train()
+    model.visual = nn.Identity()
     heads = Heads(EMBED_DIM).requires_grad_(False).to(device)
     load_model_weights(heads, args.out / "heads.safetensors")
-    tower = whole.visual.eval().requires_grad_(False).to(device, memory_format=torch.channels_last)
+    count, cache = min(POOL, 20 * config.steps), args.out / "pool.safetensors"
     with accelerator.main_process_first():
-        pool = embed_pool(tower, scenes, min(POOL, 20 * config.steps), args.out / "pool.safetensors", device)
-    whole.visual = nn.Identity()
+        pool = embed_pool(args.out / "image.safetensors", scenes, count, cache, device)
 
-    model = whole.train()
     if config.init:
         load_model_weights(model, config.init)
     optimizer = torch.optim.AdamW(
@@ -167,8 +187,7 @@ def main() -> None:
 def save_clip(text: Mapping[str, Tensor], out: Path) -> None:
     """Join the text tower and OUT/image.safetensors in OUT/clip.safetensors, in float16, under OpenAI's names."""
     weights = dict(text) | {f"visual.{name}": tensor for name, tensor in load_file(out / "image.safetensors").items()}
-    halves = {name: tensor.half() if tensor.is_floating_point() else tensor for name, tensor in weights.items()}
-    save_tensors(halves, out / "clip.safetensors")
+    save_tensors(in_half(weights), out / "clip.safetensors")
 
 
 if __name__ == "__main__":

@@ -13,7 +13,6 @@ from torch import Tensor
 from torch.utils.data import Dataset
 
 from clipgen.config import build
-from clipgen.errors import ClipGenError
 from clipgen.images.pixels import CLIP_MEAN, CLIP_STD
 from clipgen.models.clip import OpenAIClip
 from train.config import TrainConfig
@@ -61,7 +60,11 @@ def build_clip() -> OpenAIClip:
 
 
 def parse_tower(doc: str, **defaults: object) -> tuple[argparse.Namespace, TowerConfig]:
-    """Parse the command line of a tower's script, with overrides of its settings such as steps=500."""
+    """Parse the command line of a tower's script, with overrides of its settings such as steps=500.
+
+    Raises:
+        ConfigError: a setting is unknown or out of range.
+    """
     parser = argparse.ArgumentParser(description=doc, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--data", default="data/emoji", help="the folder that `make renders` writes to")
     parser.add_argument("--out", type=Path, default=Path("runs/clip"), help="folder of both towers")
@@ -70,10 +73,7 @@ def parse_tower(doc: str, **defaults: object) -> tuple[argparse.Namespace, Tower
     parser.add_argument("overrides", nargs="*", help="changes to the settings, such as steps=500")
     args = parser.parse_intermixed_args()
     pairs = dict(text.partition("=")[::2] for text in args.overrides)
-    try:
-        return args, build(TowerConfig, {**defaults, **pairs}, "settings")
-    except ClipGenError as error:
-        parser.error(str(error))
+    return args, build(TowerConfig, {**defaults, **pairs}, "settings")
 
 
 class LabelledScenes(Dataset[tuple[Tensor, Tensor]]):

@@ -74,6 +74,22 @@ def test_output_inside_the_data_is_refused_before_reading(
     assert not (nasty / "check").exists()
 
 
+def test_output_where_a_pattern_finds_images_is_refused(nasty: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    assert run_check(monkeypatch, nasty / "**" / "*.png", "--out", nasty / "check") == 2
+
+
+def test_images_are_read_on_as_many_cores_as_may_be_used(
+    nasty: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("CLIPGEN_THREADS", "3")
+    workers: list[int] = []
+    monkeypatch.setattr(check, "examine_all", lambda source, count: workers.append(count) or [])
+    monkeypatch.setattr(sys, "argv", ["check", str(nasty)])
+    with pytest.raises(SystemExit):
+        check.main()
+    assert workers == [3]
+
+
 def test_output_that_cannot_be_written_is_refused_in_one_line(
     nasty: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -2,21 +2,27 @@
 
 from __future__ import annotations
 
+import os
 import random
 from pathlib import Path
+from types import ModuleType
 
 import pytest
 import torch
 import torch.nn.functional as F
 from scene_kit import scenes
+from training_kit import run
 
 from clipgen.errors import DataError
 from clipgen.models.clip import Clip
+from train.loop.checkpoint import save_tensors
+from train.loop.lock import lock_folder
+from train.mini import image_tower, text_tower
 from train.mini.describe import describe
 from train.mini.facts import Facts, Thing
 from train.mini.labels import NAMES, UNKNOWN, Heads, accuracy, heads_loss, label, values
 from train.mini.objects import read_objects
-from train.mini.text_tower import describe_rows, encode_tokens
+from train.mini.text_tower import describe_rows, embed_pool, encode_tokens
 from train.mini.towers import EMBED_DIM, SIZE, LabelledScenes, build_clip, embed
 from train.mini.wordnet import narrower_words
 
@@ -114,6 +120,27 @@ def test_narrower_words_replace_the_name_of_an_object_in_sentences() -> None:
     texts = [describe(facts, rng, {"dog": ("beagle",)}) for _ in range(200)]
     assert 40 < sum("beagle" in text for text in texts) < 100
     assert not any("beagle" in describe(facts, rng, {"cat": ("beagle",)}) for _ in range(50))
+
+
+def test_pool_of_embeddings_is_computed_again_for_another_image_tower(tmp_path: Path) -> None:
+    file, cache, world = tmp_path / "image.safetensors", tmp_path / "pool.safetensors", LabelledScenes(scenes("20"))
+    found = []
+    for seed in (0, 1, 1):
+        torch.manual_seed(seed)
+        save_tensors(build_clip().visual.state_dict(), file)
+        found.append(embed_pool(file, world, 3, cache, torch.device("cpu")))
+    assert found[0].shape == (3, EMBED_DIM) and not torch.allclose(found[0], found[1], atol=0.01)
+    assert torch.allclose(found[1], found[2], atol=1e-3)  # kept in half precision
+    assert not torch.equal(found[1], found[2])  # read, not computed
+
+
+@pytest.mark.parametrize("tower", [image_tower, text_tower])
+def test_folder_in_which_a_tower_trains_is_refused(
+    tower: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with lock_folder(tmp_path), pytest.raises(SystemExit) as stopped:
+        run(tower, monkeypatch, "--out", tmp_path, "--data", tmp_path)
+    assert stopped.value.code == 2 and f"is being written by process {os.getpid()}" in capsys.readouterr().err
 
 
 def test_towers_load_as_an_openai_clip_with_one_embedding_space() -> None:

@@ -15,10 +15,12 @@ from omegaconf import OmegaConf
 from PIL import Image
 from safetensors.torch import load_file, save_file
 from scene_kit import RENDERS, scenes
+from training_kit import run
 
 from clipgen import ClipGen
 from clipgen.errors import WeightsError
 from clipgen.weights.model_dir import load_model_dir
+from train.mini import recipe
 from train.mini.attachments import ATTACHMENTS
 from train.mini.describe import describe
 from train.mini.image_tower import init_tower
@@ -28,7 +30,7 @@ from train.mini.recipe import CONFIG, SHIPPED_CLIP, Machine, carry, part_command
 from train.mini.scene_index import add_scene_index
 from train.mini.towers import EMBED_DIM, build_clip, embed, open_scenes
 
-CPU = Machine("no", 0, False)
+CPU = Machine(0, False)
 ROOT = Path(__file__).parents[3]
 
 
@@ -49,7 +51,7 @@ def test_gpt_sees_each_scene_in_another_layout_than_it_generates(tmp_path: Path)
 
 
 def test_cores_of_a_cpu_share_the_steps_of_vqgan_and_gpt(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    four = Machine("no", 0, False, processes=4)
+    four = Machine(0, False, processes=4)
     for part in ("vqgan", "gpt"):
         line = part_command(part, arguments(tmp_path), four)
         assert line[line.index("--nproc-per-node") + 1] == "4"
@@ -60,6 +62,16 @@ def test_cores_of_a_cpu_share_the_steps_of_vqgan_and_gpt(tmp_path: Path, monkeyp
         assert Machine.here().processes == (1 if Machine.here().has_gpu else processes)
 
 
+def test_precision_that_gpt_cannot_train_in_is_refused_before_the_first_part(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr("torch.accelerator.is_available", lambda: False)
+    monkeypatch.setattr(recipe, "run_step", lambda *_: pytest.fail("a part was started"))
+    with pytest.raises(SystemExit) as stopped:
+        run(recipe, monkeypatch, "--work", tmp_path, "stage2.optimizer=adamw", "stage2.precision=fp16")
+    assert stopped.value.code == 2 and "precision=fp16 needs a GPU" in capsys.readouterr().err
+
+
 def test_overrides_reach_only_their_part(tmp_path: Path) -> None:
     args = arguments(tmp_path, overrides=["image.steps=5", "stage2.steps=7"], minutes=9.0)
     image, gpt, vqgan = (part_command(part, args, CPU) for part in ("image", "gpt", "vqgan"))
@@ -67,12 +79,11 @@ def test_overrides_reach_only_their_part(tmp_path: Path) -> None:
     assert "stage2.steps=7" in gpt and "steps=5" not in gpt
     assert "stage2.steps=7" not in vqgan
     assert image[image.index("--minutes") + 1] == "9"
-    assert 'stage1.precision="no"' in vqgan and "precision=no" in image
 
 
 def test_gpu_gets_larger_batches_and_more_workers(tmp_path: Path) -> None:
-    gpu = part_command("gpt", arguments(tmp_path), Machine("bf16", 14, True))
-    assert "stage2.batch_size=256" in gpu and "stage2.workers=14" in gpu and 'stage2.precision="bf16"' in gpu
+    gpu = part_command("gpt", arguments(tmp_path), Machine(14, True))
+    assert "stage2.batch_size=256" in gpu and "stage2.workers=14" in gpu
 
 
 def test_carried_weights_start_a_part_that_has_no_checkpoint(tmp_path: Path) -> None:

@@ -19,6 +19,7 @@ from scene_kit import OBJECTS, RENDERS, draw, draw_trained, scenes
 from clipgen.errors import DataError
 from clipgen.images.sources import open_source
 from train.data.images import Images
+from train.mini import objects
 from train.mini.attachments import ATTACHMENTS, can_have, kinds_of
 from train.mini.colours import COLOURS, recolour
 from train.mini.describe import describe
@@ -59,18 +60,19 @@ def difference(a: np.ndarray, b: np.ndarray) -> float:
 
 
 def test_names_of_objects_are_unique() -> None:
-    objects = read_objects()
-    names = Counter(name for thing in objects.values() for name in thing.names)
-    assert len(objects) > 200
+    found = read_objects()
+    names = Counter(name for thing in found.values() for name in thing.names)
+    assert len(found) > 200
     assert [name for name, count in names.items() if count > 1] == []
-    assert len({thing.code for thing in objects.values()}) == len(objects)
+    assert len({thing.code for thing in found.values()}) == len(found)
 
 
-def test_line_of_objects_without_a_section_is_named(tmp_path: Path) -> None:
+def test_line_of_objects_without_a_section_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     path = tmp_path / "objects.txt"
     path.write_text("1f34b lemon\n")
+    monkeypatch.setattr(objects, "OBJECTS_FILE", path)
     with pytest.raises(ValueError, match=r"objects\.txt:1 reads '1f34b lemon'"):
-        read_objects.__wrapped__(path)
+        read_objects.__wrapped__()
 
 
 def test_same_facts_and_seed_compose_the_same_image_in_any_composer(composer: Composer) -> None:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 import signal
-import socket
 import subprocess
 import sys
 from pathlib import Path
@@ -12,6 +11,7 @@ from typing import Any
 
 import pytest
 
+from clipgen.utils.listening import usable_address
 from train.loop.stopping import Stop
 
 
@@ -56,10 +56,8 @@ dist.destroy_process_group()
 
 @pytest.mark.slow
 def test_processes_wait_for_each_other_beyond_the_timeout_of_their_group(root: Path) -> None:
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = str(free.getsockname()[1])
-    environment = os.environ | {"PYTHONPATH": str(root), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
+    host, port = usable_address("127.0.0.1", 0)
+    environment = os.environ | {"PYTHONPATH": str(root), "MASTER_ADDR": host, "MASTER_PORT": str(port)}
     command = [sys.executable, "-c", _WAIT]
     both = [subprocess.Popen([*command, rank], env=environment) for rank in "01"]
     assert [process.wait(120) for process in both] == [0, 0]

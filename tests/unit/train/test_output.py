@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from clipgen.errors import OutputError
-from train.loop.script import check_output, lock_output
+from train.loop.output import check_output, lock_output
 
 
 @pytest.fixture
