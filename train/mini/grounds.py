@@ -3,29 +3,37 @@
 from __future__ import annotations
 
 import random
+from functools import cache
 
 import numpy as np
 
 from train.mini.colours import GROUND_COLOURS, Floats
 
-_JITTER = 0.04
-"""Of a ground's colour, of [0, 1]."""
+_SHADES = (-0.04, 0, 0.04)
+"""What is added to a ground's colour, of [0, 1]."""
+_VIEWS = 6
+"""Views of each place: few, as there are few textures."""
 
 
 def draw_ground(ground: str, second: str | None, size: int, rng: random.Random) -> Floats:
     """A ground, RGB (size, size, 3) in [0, 1]: a colour, two from top to bottom, or a place."""
     if ground in _PLACES:
-        return _PLACES[ground](size, rng)
+        return _place(ground, size, rng.randrange(_VIEWS))
     top = _colour(ground, rng)
     if second is None:
         return np.full((size, size, 3), top, np.float32)
     return _gradient(size, top, _colour(second, rng))
 
 
+@cache
+def _place(name: str, size: int, view: int) -> Floats:
+    return _PLACES[name](size, random.Random(view))
+
+
 def _colour(name: str, rng: random.Random) -> Floats:
     rgb = np.array(GROUND_COLOURS[name], np.float32) / 255
     if name != "white":
-        rgb = rgb + np.float32(rng.uniform(-_JITTER, _JITTER))
+        rgb = rgb + np.float32(rng.choice(_SHADES))
     return np.clip(rgb, 0, 1)
 
 

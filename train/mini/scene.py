@@ -27,6 +27,15 @@ Box = tuple[float, float, float, float]
 """Left, top, right, bottom."""
 _FLAT_STYLES = ("flat", "line art", "pixel art")
 """Styles that are painted over the flat renders; the others are over the 3D ones."""
+
+# A sprite that moves by whole patches keeps its tokens; else it has new ones at every pixel, angle and size, which the
+# GPT has to learn all. Hence figures move on the tokenizer's grid, in few angles and sizes.
+PATCH = 8
+"""Pixels between two places of a figure."""
+_ANGLES = (-8, 0, 8)
+"""Degrees that a figure may be turned by."""
+_SIZES_PER_OCTAVE = 4
+"""Sizes of a figure from one to its double."""
 _LEAST_CONTRAST = 0.14
 """Difference of the mean colours of a figure and its ground, of 1, below which the ground gives way."""
 
@@ -120,7 +129,7 @@ class Composer:
         box = anchors.box
         if thing.attachment is not None:
             bank = self._bank(base, thing.attachment, thing.kind)
-            layer = _attach(bank[rng.randrange(len(bank))], thing.attachment, anchors, rng)
+            layer = _attach(bank[rng.randrange(len(bank))], thing.attachment, anchors)
             layers.insert(0 if ATTACHMENTS[thing.attachment].behind else 1, layer)
             box = _union(box, layer.box)
         return Figure(layers, box)
@@ -128,16 +137,18 @@ class Composer:
     def _place(self, figure: Figure, slot: Slot, rng: random.Random) -> list[Cover]:
         """The layers of a figure in the frame."""
         left, top, right, bottom = figure.box
-        turn, mirror = np.radians(rng.gauss(0, 6)), rng.choice((-1, 1))
+        turn, mirror = np.radians(rng.choice(_ANGLES)), rng.choice((-1, 1))
         fit = min(slot.width / (right - left), slot.height / (bottom - top), slot.height / 90)
-        scale = self.size * fit * rng.uniform(0.88, 1.0)
-        room_x = max(0.0, slot.width - fit * (right - left)) / 2
-        room_y = max(0.0, slot.height - fit * (bottom - top)) / 2
-        x = self.size * (slot.x + rng.uniform(-0.7, 0.7) * room_x)
-        y = self.size * (slot.y + rng.uniform(-0.7, 0.7) * room_y)
+        step = np.floor(np.log2(self.size * fit * rng.uniform(0.88, 1.0)) * _SIZES_PER_OCTAVE)
+        scale = 2 ** (step / _SIZES_PER_OCTAVE)
+        room_x = max(0.0, self.size * slot.width - scale * (right - left)) / 2
+        room_y = max(0.0, self.size * slot.height - scale * (bottom - top)) / 2
+        x = self.size * slot.x + rng.uniform(-1, 1) * room_x
+        y = self.size * slot.y + rng.uniform(-1, 1) * room_y
         cos, sin = scale * np.cos(turn), scale * np.sin(turn)
         linear = np.array([[mirror * cos, -sin], [mirror * sin, cos]])
         shift = np.array([x, y]) - linear @ np.array([(left + right) / 2, (top + bottom) / 2])
+        shift = np.round(shift / PATCH) * PATCH
         covers = []
         for layer in figure.layers:
             move = np.hstack([linear * layer.scale, (linear @ [layer.left, layer.top] + shift)[:, None]])
@@ -185,14 +196,14 @@ def _union(a: Box, b: Box) -> Box:
     return min(a[0], b[0]), min(a[1], b[1]), max(a[2], b[2]), max(a[3], b[3])
 
 
-def _attach(image: Bytes, attachment: str, anchors: Anchors, rng: random.Random) -> Layer:
+def _attach(image: Bytes, attachment: str, anchors: Anchors) -> Layer:
     """Where an attachment goes on a thing with such anchors."""
     how = ATTACHMENTS[attachment]
     height, width = image.shape[:2]
     radius = anchors.radius
-    scale = how.width * radius / width * rng.uniform(0.95, 1.08)
-    x = anchors.face[0] + (how.right + rng.uniform(-0.05, 0.05)) * radius
-    y = (anchors.face[1] if how.at == "face" else anchors.top) + (how.down + rng.uniform(-0.04, 0.04)) * radius
+    scale = how.width * radius / width
+    x = anchors.face[0] + how.right * radius
+    y = (anchors.face[1] if how.at == "face" else anchors.top) + how.down * radius
     return Layer(image, scale, x - scale * width / 2, y - scale * height / 2)
 
 

@@ -39,7 +39,7 @@ from train.mini.facts import (
 from train.mini.objects import read_objects
 from train.mini.renders import write_renders
 from train.mini.sampling import draw_facts, draw_trained_facts
-from train.mini.scene import Composer
+from train.mini.scene import PATCH, Composer
 from train.mini.sprites import load_render
 
 HELD_OUT_SAMPLE = [
@@ -78,12 +78,24 @@ def test_line_of_objects_without_a_section_is_named(tmp_path: Path, monkeypatch:
 def test_same_facts_and_seed_compose_the_same_image_in_any_composer(composer: Composer) -> None:
     rng = random.Random(5)
     other = Composer(RENDERS)
+    same = 0
     for seed in range(40):
         facts = draw(rng)
         image = composer.compose(facts, seed)
         assert image.shape == (128, 128, 3) and image.dtype == np.uint8
         assert np.array_equal(image, other.compose(facts, seed))
-        assert difference(image, composer.compose(facts, seed + 1)) > 0.5  # another pose
+        same += difference(image, composer.compose(facts, seed + 1)) < 0.5
+    assert same <= 2, "another seed is another pose, nearly always"
+
+
+def test_figures_move_by_whole_patches_in_few_angles_and_sizes(composer: Composer) -> None:
+    facts, poses, images = replace(LEMON, style="flat"), Counter[bytes](), set()
+    for seed in range(200):
+        image = composer.compose(facts, seed)
+        rows, columns = (np.flatnonzero((image < 250).any(axis=(2, axis))) // PATCH * PATCH for axis in (1, 0))
+        poses[image[rows[0] : rows[-1] + PATCH, columns[0] : columns[-1] + PATCH].tobytes()] += 1
+        images.add(image.tobytes())
+    assert len(poses) <= 36 and len(images) > 2 * len(poses)
 
 
 @pytest.mark.parametrize("style", STYLES)
@@ -247,7 +259,7 @@ def test_source_of_scenes_is_read_like_a_folder() -> None:
 def test_scenes_of_another_layout_seed_show_the_same_facts_in_other_places() -> None:
     one, other = scenes("20"), scenes("20", layout_seed=9)
     assert [one.facts(i) for i in range(20)] == [other.facts(i) for i in range(20)]
-    assert not any(np.array_equal(one.image(i), other.image(i)) for i in range(20))
+    assert sum(np.array_equal(one.image(i), other.image(i)) for i in range(20)) <= 1
     assert one.fingerprint() != other.fingerprint()
 
 
