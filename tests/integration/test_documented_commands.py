@@ -157,7 +157,7 @@ def help_of(program: str) -> tuple[object, str]:
         result = CliRunner().invoke(app, [*words, "--help"], env={"COLUMNS": "200"})
         return result.exit_code, result.output
     run, name = (runpy.run_module, words[1]) if words[0] == "-m" else (runpy.run_path, str(ROOT / words[0]))
-    shown, code = io.StringIO(), None
+    shown, code, at_ctrl_c = io.StringIO(), None, signal.getsignal(signal.SIGINT)
     with pytest.MonkeyPatch.context() as patch, redirect_stdout(shown), redirect_stderr(shown):
         patch.setenv("COLUMNS", "200")
         patch.setattr(sys, "argv", [program, "--help"])
@@ -165,6 +165,8 @@ def help_of(program: str) -> tuple[object, str]:
             run(name, run_name="__main__")
         except SystemExit as end:
             code = end.code
+        finally:
+            signal.signal(signal.SIGINT, at_ctrl_c)  # programs set it first of all
     return code, shown.getvalue()
 
 
