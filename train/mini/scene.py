@@ -32,6 +32,8 @@ _FLAT_STYLES = ("flat", "line art", "pixel art")
 # GPT has to learn all. Hence figures move on the tokenizer's grid, in few angles and sizes.
 PATCH = 8
 """Pixels between two places of a figure."""
+_FARTHEST = 8
+"""Pixels that a figure stands at most from the middle of its slot, before it is moved to the grid."""
 _ANGLES = (-8, 0, 8)
 """Degrees that a figure may be turned by."""
 _SIZES_PER_OCTAVE = 4
@@ -138,11 +140,12 @@ class Composer:
         """The layers of a figure in the frame."""
         left, top, right, bottom = figure.box
         turn, mirror = np.radians(rng.choice(_ANGLES)), rng.choice((-1, 1))
-        fit = min(slot.width / (right - left), slot.height / (bottom - top), slot.height / 90)
-        step = np.floor(np.log2(self.size * fit * rng.uniform(0.88, 1.0)) * _SIZES_PER_OCTAVE)
+        width, height = self.size * slot.width - PATCH / 2, self.size * slot.height - PATCH / 2  # the grid takes the rest
+        fit = min(width / (right - left), height / (bottom - top), height / 90)
+        step = np.floor(np.log2(fit * rng.uniform(0.88, 1.0)) * _SIZES_PER_OCTAVE)
         scale = 2 ** (step / _SIZES_PER_OCTAVE)
-        room_x = max(0.0, self.size * slot.width - scale * (right - left)) / 2
-        room_y = max(0.0, self.size * slot.height - scale * (bottom - top)) / 2
+        room_x = min((width - scale * (right - left)) / 2, _FARTHEST)
+        room_y = min((height - scale * (bottom - top)) / 2, _FARTHEST)
         x = self.size * slot.x + rng.uniform(-1, 1) * room_x
         y = self.size * slot.y + rng.uniform(-1, 1) * room_y
         cos, sin = scale * np.cos(turn), scale * np.sin(turn)
