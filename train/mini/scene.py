@@ -140,7 +140,7 @@ class Composer:
         """The layers of a figure in the frame."""
         left, top, right, bottom = figure.box
         turn, mirror = np.radians(rng.choice(_ANGLES)), rng.choice((-1, 1))
-        width, height = self.size * slot.width - PATCH / 2, self.size * slot.height - PATCH / 2  # the grid takes the rest
+        width, height = (self.size * side - PATCH / 2 for side in (slot.width, slot.height))  # the grid takes the rest
         fit = min(width / (right - left), height / (bottom - top), height / 90)
         step = np.floor(np.log2(fit * rng.uniform(0.88, 1.0)) * _SIZES_PER_OCTAVE)
         scale = 2 ** (step / _SIZES_PER_OCTAVE)
