@@ -176,15 +176,13 @@ def test_server_ended_by_sigterm_leaves_no_files(tiny_weights: Path, tmp_path: P
     """With Ctrl-C the browser tests end theirs."""
     if find_spec("gradio") is None:
         pytest.skip(PAGE_NEEDS_GRADIO)
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
+    host, port = usable_address("127.0.0.1", 0)
     command = [sys.executable, "-m", "clipgen", "app", "--port", str(port), "--weights", str(tiny_weights)]
     environment = {**os.environ, "TMPDIR": str(tmp_path), "CLIPGEN_DEVICE": "cpu"}
     with (tmp_path / "log").open("w") as log:
         server = subprocess.Popen(command, env=environment, stdout=log, stderr=log)
     try:
-        there = f"http://127.0.0.1:{port}"
+        there = f"http://{host}:{port}"
         wait_until(lambda: server.poll() is not None or answers(there))
         [folder] = tmp_path.glob("clipgen-app-*")
         with save_image(Image.new("RGB", (9, 9)), tmp_path / "a.png").open("rb") as file:

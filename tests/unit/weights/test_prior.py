@@ -44,7 +44,8 @@ def test_text_about_two_objects_becomes_two_embeddings() -> None:
     images = random_images(60)
     images[41] = F.normalize(images[40] + 0.3 * images[41], dim=0)  # a thing and one much like it
     index = make_index(images)
-    assert IndexPrior(index, num_slots=2).project(images[1], num_things=2).shape == (1, 32), "no things, no pairs"
+    pair = F.normalize(images[30] + 0.9 * images[31], dim=0)
+    assert IndexPrior(index, num_slots=2).project(pair, num_things=2).shape == (1, 32), "no things, no pairs"
     index.things = torch.arange(30, 60)
     prior = IndexPrior(index, num_slots=2)
     for a, b in ((30, 31), (59, 45), (40, 33)):
