@@ -12,7 +12,7 @@ from train.mini.colours import GROUND_COLOURS, Floats
 _SHADES = (-0.04, 0, 0.04)
 """What is added to a ground's colour, of [0, 1]."""
 _VIEWS = 6
-"""Views of each place: few, as there are few textures."""
+"""Views of each place: few, so that the GPT can learn them."""
 
 
 def draw_ground(ground: str, second: str | None, size: int, rng: random.Random) -> Floats:

@@ -1,7 +1,7 @@
 """Facts -> pixels: the same facts and seed give the same image, composed in a few milliseconds.
 
 A figure is a thing with what is on it: layers in the pixels of the thing's sprite. Figures are put in places of the
-frame, at random sizes and angles, on a ground, and the style is painted over all.
+frame, at random sizes, mirrored or not, on a ground, and the style is painted over all.
 """
 
 from __future__ import annotations
@@ -29,14 +29,12 @@ _FLAT_STYLES = ("flat", "line art", "pixel art")
 """Styles that are painted over the flat renders; the others are over the 3D ones."""
 
 # A sprite that moves by whole patches keeps its tokens; else it has new ones at every pixel, angle and size, which the
-# GPT has to learn all. Hence figures move on the tokenizer's grid, in few angles and sizes.
+# GPT has to learn all. Hence figures stand upright, in few sizes, and move on the tokenizer's grid.
 PATCH = 8
 """Pixels between two places of a figure."""
 _FARTHEST = 8
 """Pixels that a figure stands at most from the middle of its slot, before it is moved to the grid."""
-_ANGLES = (-8, 0, 8)
-"""Degrees that a figure may be turned by."""
-_SIZES_PER_OCTAVE = 4
+_SIZES_PER_OCTAVE = 3
 """Sizes of a figure from one to its double."""
 _LEAST_CONTRAST = 0.14
 """Difference of the mean colours of a figure and its ground, of 1, below which the ground gives way."""
@@ -122,7 +120,7 @@ class Composer:
         alpha = np.zeros(frame.shape[:2], np.float32)
         for cover in covers:
             cover.blend(frame, alpha)
-        painted = _paint(facts.style, frame, alpha, ground[0, 0], rng)
+        painted = _paint(facts.style, frame, alpha, ground[0, 0])
         return (np.clip(painted, 0, 1) * 255 + 0.5).astype(np.uint8)
 
     def _figure(self, thing: Thing, base: str, rng: random.Random) -> Figure:
@@ -139,17 +137,15 @@ class Composer:
     def _place(self, figure: Figure, slot: Slot, rng: random.Random) -> list[Cover]:
         """The layers of a figure in the frame."""
         left, top, right, bottom = figure.box
-        turn, mirror = np.radians(rng.choice(_ANGLES)), rng.choice((-1, 1))
         width, height = (self.size * side - PATCH / 2 for side in (slot.width, slot.height))  # the grid takes the rest
         fit = min(width / (right - left), height / (bottom - top), height / 90)
-        step = np.floor(np.log2(fit * rng.uniform(0.88, 1.0)) * _SIZES_PER_OCTAVE)
+        step = np.floor(np.log2(fit) * _SIZES_PER_OCTAVE)
         scale = 2 ** (step / _SIZES_PER_OCTAVE)
         room_x = min((width - scale * (right - left)) / 2, _FARTHEST)
         room_y = min((height - scale * (bottom - top)) / 2, _FARTHEST)
         x = self.size * slot.x + rng.uniform(-1, 1) * room_x
         y = self.size * slot.y + rng.uniform(-1, 1) * room_y
-        cos, sin = scale * np.cos(turn), scale * np.sin(turn)
-        linear = np.array([[mirror * cos, -sin], [mirror * sin, cos]])
+        linear = np.diag((scale * rng.choice((-1, 1)), scale))  # mirrored or not
         shift = np.array([x, y]) - linear @ np.array([(left + right) / 2, (top + bottom) / 2])
         shift = np.round(shift / PATCH) * PATCH
         covers = []
@@ -249,13 +245,13 @@ def _pair_slots(relation: str) -> list[Slot]:
     }[relation]
 
 
-def _paint(style: str, frame: Floats, alpha: Floats, paper: Floats, rng: random.Random) -> Floats:
+def _paint(style: str, frame: Floats, alpha: Floats, paper: Floats) -> Floats:
     if style == "sketch":
-        return styles.sketch(frame, paper, rng)
+        return styles.sketch(frame, paper)
     if style == "line art":
         return styles.line_art(frame, alpha, paper)
     if style == "oil painting":
-        return styles.oil_painting(frame, rng)
+        return styles.oil_painting(frame)
     if style == "watercolor":
-        return styles.watercolor(frame, alpha, rng)
-    return styles.pixel_art(frame, alpha, rng) if style == "pixel art" else frame
+        return styles.watercolor(frame, alpha)
+    return styles.pixel_art(frame, alpha) if style == "pixel art" else frame

@@ -67,7 +67,7 @@ class Scenes:
             seed: of the facts.
             count: number of scenes.
             size: side of an image, px.
-            layout_seed: of places, sizes, angles and whatever else is not a fact; by default `seed`.
+            layout_seed: of places, sizes and whatever else is not a fact; by default `seed`.
         """
         self.names: Sequence[str] = _Numbered(count)
         self.unused = Counter[str]()

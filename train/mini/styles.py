@@ -5,17 +5,12 @@ Frames are RGB floats (S, S, 3) in [0, 1].
 
 from __future__ import annotations
 
-import random
 from functools import lru_cache
 
 import cv2
 import numpy as np
 
 from train.mini.colours import Floats, floats
-
-_PARTS = (0, 1)
-"""Halves of a frame by which its texture is moved."""
-
 
 @lru_cache(maxsize=4)
 def _grid(size: int) -> tuple[Floats, Floats]:
@@ -29,29 +24,26 @@ def _grey(frame: Floats) -> Floats:
 
 
 @lru_cache(maxsize=8)
-def _noise(size: int, sigma_x: float, sigma_y: float, angle: float) -> Floats:
-    """Smooth noise of unit deviation, as strokes along an angle, larger than a frame so that parts of it differ."""
+def _texture(size: int, sigma_x: float, sigma_y: float, angle: float = 0) -> Floats:
+    """Smooth noise of unit deviation, as strokes along an angle.
+
+    Always the same: a texture that never comes again is all that the GPT's loss would be about.
+    """
     side = size * 2
     noise = np.random.default_rng(0).normal(size=(side, side)).astype(np.float32)
     noise = floats(cv2.GaussianBlur(noise, (0, 0), sigma_x, sigmaY=sigma_y))
     turn = cv2.getRotationMatrix2D((side / 2, side / 2), angle, 1)
     noise = floats(cv2.warpAffine(noise, turn, (side, side), borderMode=cv2.BORDER_REFLECT))
-    return (noise / noise.std()).astype(np.float32)
+    return (noise / noise.std()).astype(np.float32)[:size, :size]
 
 
-def _texture(size: int, rng: random.Random, sigma_x: float, sigma_y: float, angle: float = 0) -> Floats:
-    """One of few textures: noise that never comes again is all that the GPT's loss would be about."""
-    y, x = rng.choice(_PARTS) * size // 2, rng.choice(_PARTS) * size // 2
-    return _noise(size, sigma_x, sigma_y, angle)[y : y + size, x : x + size]
-
-
-def sketch(frame: Floats, paper: Floats, rng: random.Random) -> Floats:
+def sketch(frame: Floats, paper: Floats) -> Floats:
     """Pencil: soft lines, hatched shade, on paper of a colour (3,)."""
     grey = cv2.GaussianBlur(_grey(frame), (0, 0), 0.8)
-    around = cv2.GaussianBlur(1 - grey, (0, 0), rng.uniform(2.4, 3.4))
+    around = cv2.GaussianBlur(1 - grey, (0, 0), 2.9)
     lines = np.clip(grey / np.maximum(1e-3, 1 - around), 0, 1)
     lines = np.clip((lines - 0.62) / 0.36, 0, 1) ** 1.8
-    hatch = _texture(len(frame), rng, 7.0, 0.75, 45)
+    hatch = _texture(len(frame), 7.0, 0.75, 45)
     shade = np.clip(1.02 - grey, 0, 1) * 0.62
     tone = np.clip(lines * (1 - shade * (0.72 + 0.3 * hatch)), 0.16, 1)[..., None]
     return np.clip(paper * tone + (1 - tone) * 0.05, 0, 1).astype(np.float32)
@@ -86,10 +78,10 @@ def _kuwahara(frame: Floats, reach: int) -> Floats:
     return out
 
 
-def oil_painting(frame: Floats, rng: random.Random) -> Floats:
+def oil_painting(frame: Floats) -> Floats:
     """Dabs of thick paint in coarse strokes, strong colours."""
     size = len(frame)
-    strokes = _texture(size, rng, 4.2, 1.7, rng.choice((25, 65, 115, 155)))
+    strokes = _texture(size, 4.2, 1.7, 65)
     bend = 1.3 * strokes
     y, x = _grid(size)
     moved = cv2.remap(frame, x + bend, y + bend, cv2.INTER_LINEAR, borderMode=cv2.BORDER_REFLECT)
@@ -99,13 +91,13 @@ def oil_painting(frame: Floats, rng: random.Random) -> Floats:
     return np.clip((rich - 0.5) * 1.05 + 0.47 + 0.055 * strokes[..., None], 0, 1).astype(np.float32)
 
 
-def watercolor(frame: Floats, alpha: Floats, rng: random.Random) -> Floats:
+def watercolor(frame: Floats, alpha: Floats) -> Floats:
     """Thin washes that pool at their edges and let the paper shine through, on a frayed patch of ground."""
     size = len(frame)
-    blotches = _texture(size, rng, 9.0, 9.0)
-    grain = _texture(size, rng, 1.0, 1.0)
+    blotches = _texture(size, 9.0, 9.0)
+    grain = _texture(size, 1.0, 1.0)
     y, x = _grid(size)
-    bend = 1.6 * _texture(size, rng, 4.0, 4.0)
+    bend = 1.6 * _texture(size, 4.0, 4.0)
     soft = cv2.remap(frame, x + bend, y - bend, cv2.INTER_LINEAR, borderMode=cv2.BORDER_REFLECT)
     soft = cv2.blur(soft, (3, 3))
     shape = cv2.remap(alpha, x + bend, y - bend, cv2.INTER_LINEAR)
@@ -119,7 +111,7 @@ def watercolor(frame: Floats, alpha: Floats, rng: random.Random) -> Floats:
     return np.clip(washed + 0.014 * grain[..., None], 0, 1).astype(np.float32)
 
 
-def pixel_art(frame: Floats, alpha: Floats, rng: random.Random) -> Floats:
+def pixel_art(frame: Floats, alpha: Floats) -> Floats:
     """Large squares of few colours, things outlined in black."""
     size = len(frame)
     cells = size // 4

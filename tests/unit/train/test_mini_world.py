@@ -88,14 +88,14 @@ def test_same_facts_and_seed_compose_the_same_image_in_any_composer(composer: Co
     assert same <= 2, "another seed is another pose, nearly always"
 
 
-def test_figures_move_by_whole_patches_in_few_angles_and_sizes(composer: Composer) -> None:
+def test_figures_move_by_whole_patches_in_few_sizes(composer: Composer) -> None:
     facts, poses, images = replace(LEMON, style="flat"), Counter[bytes](), set()
     for seed in range(200):
         image = composer.compose(facts, seed)
         rows, columns = (np.flatnonzero((image < 250).any(axis=(2, axis))) // PATCH * PATCH for axis in (1, 0))
         poses[image[rows[0] : rows[-1] + PATCH, columns[0] : columns[-1] + PATCH].tobytes()] += 1
         images.add(image.tobytes())
-    assert len(poses) <= 36 and len(images) > 2 * len(poses)
+    assert len(poses) <= 6 and len(images) > 2 * len(poses)
 
 
 @pytest.mark.parametrize("style", STYLES)
