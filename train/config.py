@@ -84,7 +84,7 @@ class Stage1Config(TrainConfig):
     codes: str = "gradient"
     """How codes are learned: by gradient, or ema, as moving averages of their latents (arXiv 1711.00937)."""
     revive_every: int = 200
-    """Codes that went unused for this many steps move onto latents; 0 never moves them."""
+    """Before `disc_start`, codes that went unused for this many steps move onto latents; 0 never moves them."""
     only_decoder: bool = False
     """Train the decoder of `init` alone: encoder and codes stay, so the tokens that a GPT has learned do too."""
 
@@ -144,7 +144,7 @@ class Stage2Config(TrainConfig):
     prompts: list[str] = field(default_factory=list)
     """Sentences to generate samples for during training, besides the held-out images."""
     views: int = 1
-    """Random crops per image that are encoded."""
+    """Random crops per image that are encoded, every second one flipped."""
     from_pixels: bool = False
     """Encode images in every step instead of once before training: slower, but nothing is stored."""
     min_scale: float = 1.0
@@ -177,6 +177,11 @@ class Stage2Config(TrainConfig):
         )
         require_weights(self, "weight_decay", "clip_weight")
         require(0 < self.min_scale <= 1, f"min_scale is {self.min_scale}; use (0, 1]")
+        require(
+            self.views <= 2 or self.min_scale < 1,
+            f"views is {self.views} with min_scale=1; whole images have two, one of them flipped: use views=2, or a "
+            "smaller min_scale",
+        )
         require(0 <= self.condition_dropout < 1, f"condition_dropout is {self.condition_dropout}; use [0, 1)")
         require(0 <= self.noise_angle < 90, f"noise_angle is {self.noise_angle} degrees; use [0, 90)")
 

@@ -43,7 +43,7 @@ from train.loop.checkpoint import save_tensors
 from train.loop.loader import image_batches
 from train.loop.optimization import load_model_weights
 from train.loop.output import check_output, lock_output
-from train.loop.script import command, parse_args, report_failures
+from train.loop.script import command, list_failures, parse_args, report_failures
 from train.loop.stopping import Stop
 
 ROWS = 4096
@@ -103,7 +103,7 @@ class Encoders:
         encoded = map(self._encode, images)
         for rows in parts:
             tokens, embeddings = zip(*islice(encoded, -(-len(rows) // BATCH)), strict=True)
-            yield torch.cat(tokens), torch.cat(embeddings)
+            yield torch.cat(tokens).cpu(), torch.cat(embeddings).cpu()
 
     def batches(
         self, rows: Callable[[int], Rows], start: int, workers: int, stop: Stop | None = None
@@ -115,11 +115,12 @@ class Encoders:
             return self._keys(step_rows)[process_rows(self.accelerator, len(step_rows))]
 
         for batch in image_batches(self.data, keys, count(start), workers, stop):
-            tokens, embeddings = (part.to(self.accelerator.device) for part in self._encode(batch))
-            yield self.accelerator.gather(tokens).cpu(), self.accelerator.gather(embeddings).cpu()
+            tokens, embeddings = map(self.accelerator.gather, self._encode(batch))
+            yield tokens.cpu(), embeddings.cpu()
 
     def _keys(self, rows: Rows) -> list[Key]:
-        return [(row % len(self.data), self.seed + row // len(self.data)) for row in rows]
+        # Odd seeds mirror: so an image's views alternate.
+        return [(row % len(self.data), 2 * hash((self.seed, row)) + row // len(self.data) % 2) for row in rows]
 
     @torch.no_grad()
     def _encode(self, batch: Batch) -> tuple[Tensor, Tensor]:
@@ -128,7 +129,7 @@ class Encoders:
             z = self.vqgan.encode(to_device(batch.pixels, device))
             embeddings = self.clip.encode_image(to_device(batch.clip, device))
         # Outside of autocast: the nearest code must be the one that decoding will use.
-        return self.vqgan.quantizer(z)[2].cpu(), embeddings.half().float().cpu()  # rounded as in the shards
+        return self.vqgan.quantizer(z)[2], embeddings.half().float()  # rounded as in the shards
 
 
 def load_encoders(
@@ -205,11 +206,18 @@ def write_shards(encoders: Encoders, out: Path, workers: int, stop: Stop) -> Non
     missing = [n for n in range(-(-total // ROWS)) if not shard_path(out, n).is_file()]
     stop.wait_for_others()  # no process writes a shard before all have listed the missing ones
     own = missing[accelerator.process_index :: accelerator.num_processes]
-    show_progress = accelerator.is_main_process and own
     encoded = encoders.read_each([range(n * ROWS, min(total, (n + 1) * ROWS)) for n in own], workers)
-    for n in track(own, f"encoding {len(missing)} shards of {ROWS} crops") if show_progress else own:
-        tokens, embeddings = next(encoded)
-        save_tensors({"tokens": tokens.to(torch.int32), "embeddings": embeddings.half()}, shard_path(out, n))
+    rounds = range(-(-len(missing) // accelerator.num_processes))
+    shown = f"encoding {len(missing)} shards of {ROWS} crops"
+    for i in track(rounds, shown) if accelerator.is_main_process and rounds else rounds:
+        if stop.requested():
+            stop.leave(f"{len(missing) - i * accelerator.num_processes} shards of {out} are missing")
+        tokens, embeddings = next(encoded, (None, None))
+        stop.wait_for_others()
+        # Listed before the shard exists: what is there is not encoded again, so its failures would never be known.
+        list_failures(accelerator, out, encoders.failures)
+        if tokens is not None and embeddings is not None:
+            save_tensors({"tokens": tokens.to(torch.int32), "embeddings": embeddings.half()}, shard_path(out, own[i]))
     stop.wait_for_others()  # until every process has written its last shard
     report_failures(accelerator, out, encoders.failures)
     if accelerator.is_main_process:
@@ -270,7 +278,8 @@ class Encoded:
         header = read_index(index)
         if not header["complete"]:
             raise DataError(f"{folder} is not complete; run train/encode.py again, it goes on where it stopped")
-        origin = header["origin"]
+        self.origin: Mapping[str, Any] = header["origin"]
+        origin = self.origin
         self.fingerprint: str = origin.get("images", origin.get("pictures", ""))  # "pictures" in earlier versions
         self._rows, self._per_shard = int(header["rows"]), int(header["rows_per_shard"])
         self.views = origin["settings"]["views"]

@@ -105,6 +105,8 @@ def train(args: Namespace, config: Config) -> None:
     fixed = fixed_settings(c, data.fingerprint(), vqgan=config.model.vqgan)
     checkpoints = Checkpoints(accelerator, args.out, c.keep, fixed, asdict(config))
     start = checkpoints.load(args.resume_step)
+    if not is_main:
+        usage.clear()  # the main process has restored the counts of all
     sampler, own_rows = ResumableSampler(len(rows), c.seed), process_rows(accelerator, c.batch_size)
 
     def keys(step: int) -> list[tuple[int, int]]:
@@ -175,6 +177,7 @@ def train(args: Namespace, config: Config) -> None:
             sampling = done % c.sample_every == 0 or done == c.steps
             if sampling or done % c.log_every == 0:
                 line = all_reduce_mean(scalars) | usage.report(all_reduce_sum)
+                check_finite(done, line)  # before images of such weights, which would be refused with a lesser message
                 if is_main:
                     quality = validate_vqgan(average, reconstruction_loss, held_out_images) if sampling else {}
                     log.scalars(done, line | quality)
@@ -189,6 +192,7 @@ def train(args: Namespace, config: Config) -> None:
                 check_finite(done, {name: all_reduce_mean(scalars[name]) for name in numbers})
                 if is_main:
                     save_vqgan(average, args.out)
+                usage.gather(all_reduce_sum, is_main)
                 checkpoints.save(done)
             if stopping:
                 report_failures(accelerator, args.out, data.failures)

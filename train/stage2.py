@@ -74,10 +74,10 @@ from train.loop.optimization import (
     init_weights,
     set_lr,
 )
-from train.loop.output import lock_output
+from train.loop.output import check_output, lock_output
 from train.loop.samples import sample, sample_grid, token_grid
 from train.loop.script import command, parse_args, report_failures
-from train.loop.sharding import ShardedState, full_state_dict, shard_model
+from train.loop.sharding import ShardedState, check_processes, full_state_dict, shard_model
 from train.loop.stopping import Stop
 from train.losses.embedding import EmbeddingLoss, clip_loss_rows
 
@@ -86,6 +86,8 @@ from train.losses.embedding import EmbeddingLoss, clip_loss_rows
 def main() -> None:
     paths = {"vqgan": "folder of stage 1, with vqgan.safetensors", "clip": "CLIP weights, .safetensors"}
     args, config = parse_args(__doc__ or "", paths, {"seen": "images for CLIP, in place of --data"}, tracked=True)
+    if args.seen:
+        check_output(args.seen, args.out)
     with lock_output(args.out):
         train(args, config)
 
@@ -98,20 +100,24 @@ def train(args: Namespace, config: Config) -> None:
     all_reduce_mean = partial(accelerator.reduce, reduction="mean")
 
     stop = Stop(args.minutes)
+    if c.parallel == "fsdp":
+        check_processes()
 
     files = {"vqgan": args.vqgan / "vqgan.safetensors", "clip": args.clip}
     vqgan = load_vqgan(config.model.vqgan, files["vqgan"]).to(device)
     clip = load_clip(config.model.gpt, files["clip"]).to(device) if c.clip_weight or c.prompts else None
+    embedding_loss = EmbeddingLoss(vqgan, clip) if c.clip_weight and clip is not None else None
+    embedded_rows = clip_loss_rows(c, accelerator.num_processes) if embedding_loss else slice(None)
+    gpt = GPT(config.model.gpt)
+    init_weights(gpt, c)
     data = open_data(config, args.data, args.seen, args.out, vqgan, files, accelerator, stop)
     trained, held_out = split_held_out(data.num_images, c.held_out)
     rows = crop_rows(trained, data.num_images, data.views)
     neighbours = None
     if c.neighbours and isinstance(data, Encoded):  # the configuration refuses neighbours from pixels
         embeddings = data.embeddings()[rows]
-        neighbours = nearest_neighbours(embeddings, c.neighbours)
+        neighbours = nearest_neighbours(embeddings.to(device), c.neighbours).cpu()
 
-    gpt = GPT(config.model.gpt)
-    init_weights(gpt, c)
     ema = MovingAverage(gpt.to(device), c.ema)
     if c.recompute:
         enable_recompute(gpt, (Block,))
@@ -128,11 +134,11 @@ def train(args: Namespace, config: Config) -> None:
         accelerator.register_for_checkpointing(ema)
     lowest, lr_factor = LowestLoss(), cosine_schedule(c)
     accelerator.register_for_checkpointing(lowest)
-    embedding_loss = EmbeddingLoss(vqgan, clip) if c.clip_weight and clip is not None else None
-    embedded_rows = clip_loss_rows(c, accelerator.num_processes) if embedding_loss else slice(None)
 
     fixed = fixed_settings(c, data.fingerprint, gpt=config.model.gpt)
+    fixed |= {name: data.origin[name][:16] for name in files if name in data.origin}
     checkpoints = Checkpoints(accelerator, args.out, c.keep, fixed, asdict(config), sharded)
+    torch.manual_seed(c.seed + accelerator.process_index)  # of dropout, in different images
     start = checkpoints.load(args.resume_step)
     sampler, own_rows = ResumableSampler(len(rows), c.seed), process_rows(accelerator, c.batch_size)
     batch_rows = partial(step_rows, sampler, c.batch_size)
@@ -186,6 +192,7 @@ def train(args: Namespace, config: Config) -> None:
             weights = full_state_dict(ema.module) if sampling or saving else {}
             if sampling or done % c.log_every == 0:
                 line = all_reduce_mean(scalars) | {"lr": torch.tensor(c.lr * lr_factor(step))}
+                check_finite(done, line)
                 if is_main:
                     quality = {}
                     if sampling:

@@ -21,6 +21,7 @@ from training_kit import (
 )
 
 from clipgen.config import ModelConfig
+from clipgen.utils.listening import usable_address
 from train import stage2
 from train.encode import Encoded
 
@@ -100,6 +101,25 @@ def test_two_processes_resume_the_checkpoint_of_one(flags, alone: Path, tmp_path
     assert several[(6, "discriminator")] == pytest.approx(one[(6, "discriminator")], abs=1e-4)
 
 
+def test_process_without_the_checkpoint_of_the_main_one_is_refused(flags, alone: Path, tmp_path: Path) -> None:
+    shutil.copytree(alone / "vqgan", tmp_path / "0")
+    host, port = usable_address("127.0.0.1", 0)
+    common = {"WORLD_SIZE": "2", "MASTER_ADDR": host, "MASTER_PORT": str(port)}
+    processes = []
+    for rank in ("0", "1"):  # as on two machines that do not share a disk
+        environment = common | {"RANK": rank, "LOCAL_RANK": rank}
+        arguments = [*flags, "--out", tmp_path / rank, "stage1.steps=8"]
+        processes.append(start("train.stage1", arguments, tmp_path / f"log{rank}", environment))
+    try:
+        assert finish(processes[1]) == 2
+        said = (tmp_path / "log1").read_text()
+        assert "step_000006 is not on this machine; all machines must share the folder of --out" in said
+    finally:
+        for process in processes:
+            process.kill()
+            process.join()
+
+
 @pytest.fixture(scope="module")
 def sharded(flags, parts, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Folder of a GPT that two processes trained, each with half of it."""
@@ -148,7 +168,7 @@ def test_two_processes_encode_the_shards_of_one(flags, parts, tmp_path: Path) ->
     folders = {}
     for processes in (1, 2):
         out = folders[processes] = tmp_path / str(processes)
-        arguments = [*flags, *parts, "--out", out, "stage2.views=3"]
+        arguments = [*flags, *parts, "--out", out, "stage2.views=3", "stage2.min_scale=0.8"]
         together = start_together("train.encode", arguments, tmp_path / "log", processes)
         assert [finish(p) for p in together] == [0] * processes, (tmp_path / "log").read_text()
     assert len(Encoded(folders[2])) == 75

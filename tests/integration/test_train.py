@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import shutil
 from pathlib import Path
 
@@ -120,6 +121,16 @@ def test_non_finite_loss_stops_training_and_keeps_earlier_checkpoints(
     assert stop.value.code == 2
     assert "step 4: discriminator not finite" in capsys.readouterr().err
     assert [p.name for p in sorted((tmp_path / "run" / "checkpoints").iterdir())] == ["step_000002", "step_000003"]
+
+
+def test_divergence_at_a_step_with_sample_images_is_told_as_such(
+    images: Path, config: Path, tmp_path: Path, monkeypatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    flags = ["--config", config, "--data", images, "--out", tmp_path / "run"]
+    with pytest.raises(SystemExit) as stop:
+        run(stage1, monkeypatch, *flags, "stage1.lr=1e20", "stage1.warmup=0", "stage1.log_every=3")
+    assert stop.value.code == 2
+    assert re.search(r"step 3: .*not finite, so the weights are lost", capsys.readouterr().err)
 
 
 STEPS = ["log_every=2", "patience=3", "warmup=0", "save_every=5", "sample_every=1000"]

@@ -117,6 +117,7 @@ model:
         ("stage2.noise_angle=90", "noise_angle is 90.0 degrees; use [0, 90)"),
         ("stage2.views=0", "views is 0"),
         ("stage2.min_scale=1.5", "min_scale is 1.5"),
+        ("stage2.views=3", "views is 3 with min_scale=1; whole images have two"),
         ("=3", ""),
     ],
 )

@@ -24,7 +24,7 @@ from clipgen.images.pixels import load_image, to_clip, to_pixels
 from clipgen.images.sources import Source, open_source
 
 Key = tuple[int, int]
-"""Index of an image, and the seed of its crop and flip."""
+"""Index of an image, and the seed of its crop; an odd seed flips the image."""
 
 
 def readable_images(source: Source) -> Iterator[Image.Image]:
@@ -89,7 +89,7 @@ class Images(Dataset[Batch]):
             name = self.source.names[position]
             try:
                 if name not in self.failures:
-                    crop = self.augment(load_image(self.source.read(position)), random.Random(seed))
+                    crop = self.augment(load_image(self.source.read(position)), seed)
                     pixels = to_pixels([crop], self.size) if self.size else torch.empty(1, 0)
                     clip = to_clip([crop], self.clip_size) if self.clip_size else torch.empty(1, 0)
                     return Batch(pixels, clip, failures)
@@ -98,13 +98,14 @@ class Images(Dataset[Batch]):
             failures.append((name, self.failures[name]))
         raise DataError(f"none of the {len(self)} images can be read, {failures[0][0]}: {failures[0][1]}")
 
-    def augment(self, image: Image.Image, rng: random.Random) -> Image.Image:
-        """A random square crop of at least `min_scale` of the shorter side, flipped half of the time."""
+    def augment(self, image: Image.Image, seed: int) -> Image.Image:
+        """A random square crop of at least `min_scale` of the shorter side, flipped if the seed is odd."""
         if self.min_scale < 1:
+            rng = random.Random(seed)
             side = max(1, round(min(image.size) * rng.uniform(self.min_scale, 1)))
             x, y = rng.randint(0, image.width - side), rng.randint(0, image.height - side)
             image = image.crop((x, y, x + side, y + side))
-        if self.flip and rng.random() < 0.5:
+        if self.flip and seed % 2:
             image = image.transpose(Image.Transpose.FLIP_LEFT_RIGHT)
         return image
 

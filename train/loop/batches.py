@@ -98,7 +98,10 @@ def process_rows(accelerator: Accelerator, batch_size: int) -> slice:
 
 
 def micro_batches(accelerator: Accelerator, model: nn.Module, parts: Sequence[Any]) -> Iterator[Any]:
-    """Yield the micro-batches of a step; gradients are exchanged between processes after the last one only."""
+    """Yield the micro-batches of a step; gradients are exchanged between processes after the last one only.
+
+    Those of a sharded model are exchanged after each: kept whole, they would take the memory that sharding saves.
+    """
     for part in parts[:-1]:
         with accelerator.no_sync(model):
             yield part

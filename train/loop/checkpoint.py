@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import shutil
 from collections.abc import Mapping
 from contextlib import suppress
@@ -18,6 +19,7 @@ from pathlib import Path
 from typing import Any
 
 from accelerate import Accelerator
+from accelerate.utils import broadcast_object_list
 from safetensors import SafetensorError
 from torch import Tensor
 from torch.distributed.checkpoint.api import CheckpointException
@@ -30,7 +32,7 @@ from train.loop.sharding import ShardedState
 
 FIXED_SETTINGS = (
     *("batch_size", "seed", "held_out", "optimizer", "weight_decay", "betas", "views", "min_scale"),
-    *("disc_ch", "disc_regularisation", "codes", "parallel"),
+    *("disc_ch", "disc_regularisation", "codes", "only_decoder", "parallel"),
 )
 """Settings that a resumed training must not change; all others may change."""
 
@@ -83,7 +85,7 @@ class Checkpoints:
             CheckpointError: it could not be written; earlier ones are intact.
         """
         wait, main = self.accelerator.wait_for_everyone, self.accelerator.is_main_process
-        final = self.folder / f"step_{step:06d}"
+        final = self.path(step)
         temporary = final.with_suffix(".tmp")
         if main:
             self._remove_leftovers()
@@ -119,26 +121,37 @@ class Checkpoints:
             The step to continue from, 0 if there is no checkpoint.
 
         Raises:
-            CheckpointError: it is damaged, or belongs to another model or to a training with other fixed settings.
+            CheckpointError: it is damaged, is not on this machine, or belongs to another model or to a training with
+                other fixed settings.
         """
-        complete = dict(self.complete())
-        if step is not None and step not in complete:
-            there = ", ".join(map(str, complete)) or "none"
-            raise CheckpointError(f"{self.folder} has no checkpoint of step {step}; there is {there}")
-        if not complete:
+        # The main process decides: another machine may see an older list of files, or another folder.
+        (step,) = broadcast_object_list([self._choose(step) if self.accelerator.is_main_process else None])
+        if step == 0:
             return 0
-        step = max(complete) if step is None else step
+        path = self.path(step)
+        if not path.is_dir():
+            raise CheckpointError(f"{path} is not on this machine; all machines must share the folder of --out")
         try:
-            self._restore(complete[step])
+            self._restore(path)
         except CheckpointError:
             raise
         except Exception as error:  # pickle, zipfile, safetensors and DCP each raise their own
             raise self._load_error(step, error) from error
         self.accelerator.wait_for_everyone()
         if self.accelerator.is_main_process:
-            for later in (path for other, path in complete.items() if other > step):
+            for later in (path for other, path in self.complete() if other > step):
                 os.replace(later, later.with_suffix(".tmp"))
             self._remove_leftovers()
+        return step
+
+    def _choose(self, step: int | None) -> int:
+        """The step to restore: the newest one, or `step`, if there is a checkpoint of it; 0 if there is none."""
+        steps = [each for each, _ in self.complete()]
+        if step is None:
+            return max(steps, default=0)
+        if step not in steps:
+            there = ", ".join(map(str, steps)) or "none"
+            raise CheckpointError(f"{self.folder} has no checkpoint of step {step}; there is {there}")
         return step
 
     def _restore(self, path: Path) -> None:
@@ -151,14 +164,25 @@ class Checkpoints:
             raise CheckpointError(
                 f"{path} was trained with {'; '.join(changed)}. Continue with these, or give a new --out"
             )
-        self.accelerator.load_state(str(path))
+        scaler = self.accelerator.scaler
+        if not (path / "scaler.pt").is_file():  # saved in another precision: loss scaling starts anew
+            self.accelerator.scaler = None
+        try:
+            self.accelerator.load_state(str(path))
+        finally:
+            self.accelerator.scaler = scaler
         if self.sharded:
             self.sharded.load(path / "sharded")
 
     def complete(self) -> list[tuple[int, Path]]:
         """Steps and folders of the complete checkpoints, oldest first."""
-        paths = [path.parent for path in self.folder.glob("step_*/state.json") if path.parent.suffix != ".tmp"]
-        return sorted((int(path.name.removeprefix("step_")), path) for path in paths)
+        paths = [state.parent for state in self.folder.glob("step_*/state.json")]
+        steps = [(int(path.name[5:]), path) for path in paths if re.fullmatch(r"step_\d+", path.name)]
+        return sorted(steps)
+
+    def path(self, step: int) -> Path:
+        """Folder of the checkpoint of a step."""
+        return self.folder / f"step_{step:06d}"
 
     def _remove_leftovers(self) -> None:
         """Remove checkpoints that are too old or were never completed."""
@@ -176,7 +200,7 @@ class Checkpoints:
         advice = "no older one is intact: delete it to start again"
         if intact is not None:
             advice = f"that of step {intact} is intact: add --resume-step {intact} to continue from it"
-        return CheckpointError(f"the checkpoint {dict(self.complete())[step]} is damaged ({_cause(error)}); {advice}")
+        return CheckpointError(f"the checkpoint {self.path(step)} is damaged ({_cause(error)}); {advice}")
 
     def _save_error(self, step: int, error: BaseException) -> CheckpointError:
         complete = self.complete()

@@ -1,4 +1,4 @@
-"""Detects trainings that have gone wrong: warns first, then stops them before a good checkpoint is overwritten."""
+"""Detection of trainings that have gone wrong: warnings first, then an error."""
 
 from __future__ import annotations
 
@@ -25,12 +25,19 @@ class Symptom:
     Attributes:
         present: whether a log line shows it; False for lines without the scalars it needs.
         message: what is wrong, a format string of the line's scalars.
-        advice: what to try.
+        advice: what to change when continuing from an earlier checkpoint.
+        restart: what only a new training can change; may be empty.
     """
 
     present: Callable[[Mapping[str, float]], bool]
     message: str
     advice: str
+    restart: str = ""
+
+    @property
+    def remedies(self) -> str:
+        """Everything to try."""
+        return self.advice + (f"; or start again with {self.restart}" if self.restart else "")
 
 
 def collapsed_codes(codebook_size: int) -> Symptom:
@@ -39,7 +46,8 @@ def collapsed_codes(codebook_size: int) -> Symptom:
     return Symptom(
         lambda line: line.get("perplexity", math.inf) < threshold,
         f"the codebook collapses: perplexity {{perplexity:.1f}} of {codebook_size} codes",
-        "use model.vqgan.l2_codes=true, a smaller stage1.revive_every above 0, or a lower stage1.lr",
+        "use a lower stage1.lr, or before stage1.disc_start a smaller stage1.revive_every above 0",
+        "model.vqgan.l2_codes=true",
     )
 
 
@@ -48,7 +56,8 @@ def discriminator_wins() -> Symptom:
     return Symptom(
         lambda line: line.get("discriminator", math.inf) < 0.05,
         "the discriminator wins: it tells every image from its reconstruction, loss {discriminator:.3f}",
-        "lower stage1.disc_lr or start it later (stage1.disc_start), or use stage1.disc_regularisation=lecam or r1",
+        "lower stage1.disc_lr or start it later (stage1.disc_start)",
+        "stage1.disc_regularisation=lecam stage1.disc_regularisation_weight=0.01, or r1 and 10",
     )
 
 
@@ -94,12 +103,14 @@ class Health:
             message = symptom.message.format(**line)
             if lines + 1 == self.patience:
                 raise TrainingError(
-                    f"step {step}: {message}, since step {first}. To continue from a checkpoint, {symptom.advice}; "
-                    "patience=0 never stops for this"
+                    f"step {step}: {message}, since step {first}. To continue from an earlier checkpoint "
+                    f"(--resume-step), {symptom.remedies}; patience=0 never stops for this"
                 )
             if not lines and self.verbose:
                 print(
-                    f"warning: step {step}: {message}; if that persists, {symptom.advice}", file=sys.stderr, flush=True
+                    f"warning: step {step}: {message}; if that persists, {symptom.remedies}",
+                    file=sys.stderr,
+                    flush=True,
                 )
 
 

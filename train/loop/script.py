@@ -89,15 +89,27 @@ command = entry_point(stopped="stopped; the same command continues from what is 
 """Decorator of a training script's main function. Processes that end together leave their group before they exit."""
 
 
-def report_failures(accelerator: Accelerator, out: Path, failures: Mapping[str, str]) -> None:
-    """Add unreadable images to OUT/skipped.txt and print how many there are. All processes call this.
+def list_failures(accelerator: Accelerator, out: Path, failures: Mapping[str, str]) -> list[str]:
+    """Add unreadable images to OUT/skipped.txt. All processes call this.
 
     Args:
         failures: name -> reason, as far as this process knows.
+
+    Returns:
+        On the main process, all lines of the file, sorted.
     """
     lines = {f"{name}: {reason}" for part in gather_object([dict(failures)]) for name, reason in part.items()}
-    if lines and accelerator.is_main_process:
-        path = out / "skipped.txt"
-        lines |= set(read_lines(path, errors="surrogateescape") if path.exists() else ())
-        write_text(path, "".join(f"{line}\n" for line in sorted(lines)))
-        print(f"{len(lines)} images could not be read, all listed in {path}; {printable(min(lines))}", flush=True)
+    if not accelerator.is_main_process:
+        return []
+    path = out / "skipped.txt"
+    before = set(read_lines(path, errors="surrogateescape") if path.exists() else ())
+    if lines - before:
+        write_text(path, "".join(f"{line}\n" for line in sorted(lines | before)))
+    return sorted(lines | before)
+
+
+def report_failures(accelerator: Accelerator, out: Path, failures: Mapping[str, str]) -> None:
+    """Add unreadable images to OUT/skipped.txt and print how many there are; as `list_failures`."""
+    if lines := list_failures(accelerator, out, failures):
+        count, path = len(lines), out / "skipped.txt"
+        print(f"{count} images could not be read, all listed in {path}; {printable(lines[0])}", flush=True)

@@ -29,18 +29,23 @@ from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 from clipgen.errors import ConfigError
 
 
+def check_processes() -> None:
+    """Check that there are processes to shard a model over.
+
+    Raises:
+        ConfigError: this one was not started by torchrun.
+    """
+    if not dist.is_initialized():
+        raise ConfigError("parallel=fsdp shards the model over processes: start it with torchrun, or use parallel=ddp")
+
+
 def shard_model(model: nn.Module, blocks: Iterable[nn.Module], device: torch.device, bf16: bool) -> None:
     """Shard a model's parameters over all processes, in place. Build optimizers afterwards.
 
     Args:
         blocks: submodules that are gathered one at a time; the rest is gathered together.
         bf16: whether weights are gathered in bfloat16; they are stored, and gradients reduced, in float32.
-
-    Raises:
-        ConfigError: the process was not started by torchrun.
     """
-    if not dist.is_initialized():
-        raise ConfigError("parallel=fsdp shards the model over processes: start it with torchrun, or use parallel=ddp")
     mesh = init_device_mesh(device.type, (dist.get_world_size(),))
     policy = MixedPrecisionPolicy(torch.bfloat16, torch.float32) if bf16 else MixedPrecisionPolicy()
     for module in (*blocks, model):

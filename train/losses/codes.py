@@ -38,6 +38,17 @@ class CodeUsage(nn.Module):
         self.counts += chosen
         self.recent += chosen
 
+    def gather(self, all_reduce: AllReduce, is_main: bool) -> None:
+        """Move the counts of all processes to the main one, the only one whose counts a checkpoint holds."""
+        for counts in (self.counts, self.recent):
+            total = all_reduce(counts.clone())
+            counts.copy_(total) if is_main else counts.zero_()
+
+    def clear(self) -> None:
+        """Start counting afresh."""
+        self.counts.zero_()
+        self.recent.zero_()
+
     def report(self, all_reduce: AllReduce) -> dict[str, Tensor]:
         """Fraction of codes used and their perplexity (1 to V) since the last report; then start counting afresh."""
         counts = all_reduce(self.recent.clone())

@@ -73,7 +73,12 @@ class Scenes:
         self.unused = Counter[str]()
         self.draw, self.seed = draw, seed
         self.layout_seed = seed if layout_seed is None else layout_seed
-        self.composer = _composer(renders, size)
+        self.renders, self.size = renders, size
+
+    @property
+    def composer(self) -> Composer:
+        """The process's composer: not an attribute, since its caches cannot be sent to worker processes."""
+        return _composer(self.renders, self.size)
 
     def facts(self, index: int) -> Facts:
         """What a scene shows."""

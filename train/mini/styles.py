@@ -12,6 +12,7 @@ import numpy as np
 
 from train.mini.colours import Floats, floats
 
+
 @lru_cache(maxsize=4)
 def _grid(size: int) -> tuple[Floats, Floats]:
     """The y and the x of every pixel, (S, S) each."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 
@@ -98,3 +99,23 @@ def test_checkpoint_of_other_images_is_refused_and_of_earlier_versions_loaded(ch
     del state["fixed"]["images"], state["files"]
     path.write_text(json.dumps(state))
     assert others.load() == 3
+
+
+def test_checkpoint_of_another_precision_is_resumed_with_a_new_loss_scale(checkpoints: Checkpoints) -> None:
+    scaler = torch.amp.GradScaler("cpu", init_scale=64.0)
+    checkpoints.accelerator.scaler = scaler
+    assert checkpoints.load() == 3
+    assert checkpoints.accelerator.scaler is scaler and scaler.state_dict()["scale"] == 64.0
+
+
+def test_copy_of_a_checkpoint_under_another_name_is_left_alone(checkpoints: Checkpoints) -> None:
+    shutil.copytree(checkpoints.folder / "step_000002", checkpoints.folder / "step_000002_backup")
+    assert checkpoints.load() == 3
+    assert (checkpoints.folder / "step_000002_backup").is_dir()
+
+
+def test_decoder_alone_is_not_resumed_from_a_training_of_the_whole_vqgan(checkpoints: Checkpoints) -> None:
+    config = Stage1Config(only_decoder=True, init="vqgan.safetensors", revive_every=0)
+    other = Checkpoints(checkpoints.accelerator, checkpoints.out, fixed=fixed_settings(config, "a" * 64))
+    with pytest.raises(CheckpointError, match="was trained with only_decoder False, not True"):
+        other.load()

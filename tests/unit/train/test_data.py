@@ -5,15 +5,20 @@ from __future__ import annotations
 from itertools import count, islice
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
+import torch.nn as nn
+from accelerate import Accelerator
 from hypothesis import given
 from hypothesis import strategies as st
 from image_files import BAD, GOOD, photo, write_difficult_images
+from PIL import Image
 
 from clipgen.errors import DataError
 from clipgen.images.pixels import to_clip
 from train.data.images import Images, ResumableSampler
+from train.encode import Encoders
 from train.loop.loader import image_batches
 
 
@@ -74,3 +79,17 @@ def test_batches_start_at_any_step_and_do_not_depend_on_workers(nasty: Path) -> 
     later = list(islice(image_batches(fresh, keys, count(3), workers=2), 5))
     assert all(torch.equal(a.pixels, b.pixels) for a, b in zip(whole[3:], later, strict=True))
     assert fresh.failures and fresh.failures.items() <= data.failures.items()  # those of the workers reach this process
+
+
+def test_crops_differ_between_images_and_every_second_view_is_flipped(tmp_path: Path) -> None:
+    gradient = np.linspace(0, 255, 64, dtype=np.uint8)
+    picture = Image.fromarray(np.stack([*np.meshgrid(gradient, gradient), np.zeros((64, 64), np.uint8)], axis=-1))
+    for name in "abcdef":
+        picture.save(tmp_path / f"{name}.png")
+    images = Images(tmp_path, 16, min_scale=0.5)
+    encoders = Encoders(Accelerator(cpu=True), images, nn.Identity(), nn.Identity(), 2, 0, {})  # type: ignore[arg-type]
+    keys = encoders._keys(range(12))
+    pixels = images.batch(keys).pixels
+    assert len({pixels[row].numpy().tobytes() for row in range(12)}) == 12
+    rises = [bool(pixels[row, 0, 8, -1] > pixels[row, 0, 8, 0]) for row in range(12)]
+    assert rises == 6 * [True] + 6 * [False]

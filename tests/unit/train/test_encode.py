@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 from PIL import Image
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from training_kit import run, same_weights, scalars, write_config, write_images
 
 from clipgen.config import ModelConfig
@@ -148,10 +148,10 @@ def test_set_of_another_vqgan_images_or_views_is_refused(
         flags[-1] = shutil.copytree(flags[-1], tmp_path / "more")
         run(encode, monkeypatch, *flags, "--out", out)  # the same images in another place
         shutil.copy(tmp_path / "more" / "0" / "03.png", tmp_path / "more" / "0" / "00.png")
-    more = ["stage2.views=3"] if changed == "views" else []
+    more = ["stage2.views=1"] if changed == "views" else []
     with pytest.raises(SystemExit) as stop:
         run(encode, monkeypatch, *flags, "--out", out, *more)
-    expected = "views (2, not 3)" if changed == "views" else changed
+    expected = "views (2, not 1)" if changed == "views" else changed
     assert stop.value.code == 2 and f"was encoded with another {expected}" in capsys.readouterr().err
     if changed == "vqgan":  # stage 2 on the set itself
         flags[-1] = out
@@ -202,3 +202,64 @@ def test_damaged_index_is_named(text: str, tmp_path: Path) -> None:
     for read in (encode.Encoded, lambda folder: encode.check_origin(folder / "index.json", {})):
         with pytest.raises(encode.DataError, match=r"index\.json is damaged or not the index of an encoded set"):
             read(tmp_path)
+
+
+def test_unreadable_images_of_an_interrupted_encoding_are_listed_by_the_next_one(
+    flags, tmp_path: Path, monkeypatch
+) -> None:
+    out, save = tmp_path / "encoded", encode.save_tensors
+
+    def save_but_the_last(weights, path: Path) -> None:
+        if path.name == "000002.safetensors":
+            raise KeyboardInterrupt
+        save(weights, path)
+
+    monkeypatch.setattr(encode, "save_tensors", save_but_the_last)
+    with pytest.raises(SystemExit):
+        run(encode, monkeypatch, *flags, "--out", out)
+    monkeypatch.setattr(encode, "save_tensors", save)
+    assert not (out / "000002.safetensors").exists() and (out / "000001.safetensors").exists()
+    first = (out / "skipped.txt").read_text()
+    run(encode, monkeypatch, *flags, "--out", out)
+    assert "broken.jpg: is not an image" in first and (out / "skipped.txt").read_text() == first
+
+
+def test_budget_of_minutes_ends_an_encoding_between_shards(flags, tmp_path: Path, monkeypatch, capsys) -> None:
+    out = tmp_path / "gpt"
+    with pytest.raises(SystemExit) as stop:
+        run(stage2, monkeypatch, *flags, "--out", out, "--minutes", "1e-9")
+    assert stop.value.code == 0 and "its budget of 1e-09 minutes: 3 shards of" in capsys.readouterr().out
+    assert not list((out / "encoded").glob("*.safetensors"))
+    run(stage2, monkeypatch, *flags, "--out", out)
+    assert (out / "gpt.safetensors").is_file()
+
+
+@pytest.mark.parametrize(
+    ("settings", "said"),
+    [
+        (["stage2.init=nowhere.safetensors"], "nowhere.safetensors"),
+        (["stage2.optimizer=adamw", "stage2.parallel=fsdp"], "start it with torchrun"),
+        (["stage2.clip_weight=0.2", "stage2.clip_batch=1", "stage2.accumulate=2"], "clip_batch is 1"),
+    ],
+)
+def test_mistakes_are_refused_before_the_images_are_encoded(
+    settings: list[str], said: str, flags, tmp_path: Path, monkeypatch, capsys
+) -> None:
+    with pytest.raises(SystemExit) as stop:
+        run(stage2, monkeypatch, *flags, "--out", tmp_path / "gpt", *settings)
+    assert stop.value.code == 2 and said in capsys.readouterr().err
+    assert not (tmp_path / "gpt" / "encoded").exists()
+
+
+def test_training_is_not_resumed_with_another_vqgan(
+    flags, tiny_weights: Path, tmp_path: Path, monkeypatch, capsys
+) -> None:
+    pixels = ["stage2.from_pixels=true", "stage2.neighbours=0"]
+    run(stage2, monkeypatch, *flags, "--out", tmp_path / "gpt", *pixels, "stage2.steps=2")
+    other = load_file(tiny_weights / "vqgan.safetensors")
+    other["quantizer.embedding.weight"] = -other["quantizer.embedding.weight"]
+    (tmp_path / "vqgan").mkdir()
+    save_file(other, tmp_path / "vqgan" / "vqgan.safetensors")
+    with pytest.raises(SystemExit):
+        run(stage2, monkeypatch, *flags, "--vqgan", tmp_path / "vqgan", "--out", tmp_path / "gpt", *pixels)
+    assert "was trained with vqgan " in capsys.readouterr().err

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import re
 from functools import partial
 
 import pytest
@@ -11,10 +12,11 @@ import torch.nn.functional as F
 from hypothesis import given
 from hypothesis import strategies as st
 
-from clipgen.config import ModelConfig
+from clipgen.config import ModelConfig, VQGANConfig
 from clipgen.models.vqgan import VQGAN
 from train.config import Stage1Config
 from train.loop.batches import split_held_out
+from train.loop.checkpoint import fixed_settings
 from train.loop.health import (
     Health,
     TrainingError,
@@ -151,6 +153,19 @@ def test_ema_codes_converge_to_their_latents_and_revived_codes_start_there(tiny_
     assert torch.allclose(vqgan.quantizer.codes()[moved], target.expand(10, 8), atol=1e-4)
 
 
+def test_code_counts_of_all_processes_are_gathered_on_the_main_one_for_a_checkpoint() -> None:
+    ranks = [CodeUsage(4), CodeUsage(4)]
+    for usage, codes in zip(ranks, ([0, 0, 1], [2, 1]), strict=True):
+        usage.update(torch.tensor(codes))
+    before = [usage.counts.clone() for usage in ranks]
+    for rank, usage in enumerate(ranks):
+        usage.gather(lambda counts: before[0] + before[1], is_main=rank == 0)
+    assert [usage.counts.tolist() for usage in ranks] == [[2, 2, 1, 0], [0, 0, 0, 0]]
+    assert [usage.recent.tolist() for usage in ranks] == [[2, 2, 1, 0], [0, 0, 0, 0]]
+    ranks[0].clear()
+    assert not ranks[0].counts.any() and not ranks[0].recent.any()
+
+
 def test_code_usage_counts_since_the_last_report() -> None:
     assert perplexity(torch.ones(8)).item() == pytest.approx(8.0)
     assert perplexity(torch.tensor([5.0, 0, 0])).item() == pytest.approx(1.0)
@@ -200,13 +215,27 @@ def test_persistent_symptom_stops_training(
     for step, value in enumerate([bad, bad, HEALTHY[name], bad, bad], start=1):
         health.check(step, HEALTHY | {name: torch.tensor(value)})
     assert capsys.readouterr().err.count(f"warning: step 1: {said}") == 1
-    with pytest.raises(TrainingError, match=rf"step 6: {said}.*since step 4.*To continue from a checkpoint, ") as error:
+    with pytest.raises(
+        TrainingError, match=rf"step 6: {said}.*since step 4.*To continue from an earlier checkpoint"
+    ) as error:
         health.check(6, HEALTHY | {name: bad})
     assert "stage" in str(error.value)
     patient = Health(0, symptoms, verbose=False)
     for step in range(50):
         patient.check(step, HEALTHY | {name: bad})
     assert capsys.readouterr().err == ""
+
+
+@pytest.mark.parametrize("name", ["perplexity", "discriminator"])
+def test_settings_that_a_resumed_training_refuses_are_advised_for_a_new_one_only(name: str) -> None:
+    health = Health(1, [collapsed_codes(1024), discriminator_wins()])
+    with pytest.raises(TrainingError) as error:
+        health.check(1, HEALTHY | {name: 0.01})
+    to_continue, _, anew = str(error.value).partition("start again with")
+    fixed = fixed_settings(Stage1Config(), "", vqgan=VQGANConfig())
+    advised = re.findall(r"(?:stage1|model)\.([\w.]+)", to_continue), re.findall(r"(?:stage1|model)\.([\w.]+)", anew)
+    assert advised[0] and not set(advised[0]) & set(fixed)
+    assert advised[1] and set(advised[1]) & set(fixed)
 
 
 def test_non_finite_scalars_stop_training_at_once() -> None:

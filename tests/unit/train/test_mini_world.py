@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import pickle
 import random
 import subprocess
 import sys
@@ -312,3 +313,9 @@ def test_package_without_an_emoji_that_scenes_need_is_named(tmp_path: Path) -> N
     with pytest.raises(DataError, match="no 3d drawing of"):
         write_renders(tmp_path, tmp_path / "out")
     assert not (tmp_path / "out").exists()
+
+
+def test_scenes_can_be_sent_to_worker_processes() -> None:
+    source = scenes("50")
+    source.image(0)
+    assert np.array_equal(pickle.loads(pickle.dumps(source)).image(5), source.image(5))

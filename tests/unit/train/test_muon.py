@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from train.loop.muon import Muon, orthogonalise
+from train.loop.muon import Muon, orthogonalise, share
 
 SHAPES = [(16, 48), (48, 16), (16, 48), (16, 16)]
 
@@ -46,3 +46,12 @@ def test_singular_values_come_near_one_and_zeros_stay_finite(shape: tuple[int, i
     values = torch.linalg.svdvals(found[0])
     assert values.min() > 0.5 and values.max() < 1.4
     assert found[1].eq(0).all()
+
+
+@pytest.mark.parametrize("processes", [1, 2, 3, 8])
+def test_matrices_are_shared_by_processes_at_about_equal_cost(processes: int) -> None:
+    shapes = 3 * [(768, 256), (256, 256), (1024, 256), (256, 1024)]
+    parts = share([torch.empty(shape, device="meta") for shape in shapes], processes)
+    assert sorted(index for part in parts for index in part) == list(range(len(shapes)))
+    loads = [sum(shapes[index][0] * shapes[index][1] for index in part) for part in parts]
+    assert max(loads) <= 4 / 3 * max(sum(loads) / processes, 1024 * 256)  # Graham's bound
