@@ -6,6 +6,7 @@ built, so a bad configuration fails before any tensor is created.
 
 from __future__ import annotations
 
+import json
 import math
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -20,6 +21,10 @@ from clipgen.request import SamplingParams
 from clipgen.utils.text import first_line
 
 CONFIGS = Path(__file__).parent / "configs"
+MAX_DEPTH = 1024
+"""Layers of a network."""
+MAX_NAME = 100
+"""Characters of a model's name, which every receipt holds."""
 
 
 def require(condition: bool, message: str) -> None:
@@ -33,6 +38,12 @@ def require_sizes(config: object, *names: str, at_least: int = 1, section: str =
     for name in names:
         value = getattr(config, name)
         require(value >= at_least, f"{section}{name} is {value}; it must be at least {at_least}")
+
+
+def require_depth(config: object, name: str, section: str) -> None:
+    """Refuse more layers than any model has: building them would take hours before their weights are compared."""
+    value = getattr(config, name)
+    require(value <= MAX_DEPTH, f"{section}{name} is {value}; it must be at most {MAX_DEPTH}")
 
 
 def require_weights(config: object, *names: str, section: str = "") -> None:
@@ -74,9 +85,11 @@ class VQGANConfig:
         sizes = ("image_size", "patch", "ch", "num_res_blocks", "z_channels", "embed_dim")
         require_sizes(self, *sizes, section="vqgan.")
         require_sizes(self, "codebook_size", at_least=2, section="vqgan.")
+        require_depth(self, "num_res_blocks", "vqgan.")
         require_weights(self, "beta", section="vqgan.")
         require(0 < self.norm_eps < 1, f"vqgan.norm_eps is {self.norm_eps}; it must be between 0 and 1")
-        require(len(self.ch_mult) >= 1, "vqgan.ch_mult is empty; give one multiplier per resolution")
+        levels = len(self.ch_mult)
+        require(1 <= levels <= 16, f"vqgan.ch_mult has {levels} multipliers; give 1 to 16, one for each resolution")
         require(min(self.ch_mult) >= 1, f"vqgan.ch_mult is {self.ch_mult}; every multiplier must be at least 1")
         require_choice(self, "norm", "group", "none")
         require(self.norm == "none" or self.ch % 32 == 0, f"vqgan.ch is {self.ch}; GroupNorm needs a multiple of 32")
@@ -120,6 +133,7 @@ class GPTConfig:
     def __post_init__(self) -> None:
         sizes = ("n_layer", "n_head", "n_embd", "vocab_size", "block_size", "n_cond")
         require_sizes(self, *sizes, section="gpt.")
+        require_depth(self, "n_layer", "gpt.")
         require(self.n_embd % self.n_head == 0, f"gpt.n_embd {self.n_embd} is not divisible by n_head {self.n_head}")
         require(0 <= self.dropout < 1, f"gpt.dropout is {self.dropout}; it must be in [0, 1)")
 
@@ -136,6 +150,7 @@ class ModelConfig:
     """Name of the map from embeddings to conditions (`clipgen.weights.prior`); empty for plain CLIP-GEN."""
 
     def __post_init__(self) -> None:
+        require(len(self.name) <= MAX_NAME, f"name has {len(self.name)} characters; it must have at most {MAX_NAME}")
         require(
             self.gpt.vocab_size == self.vqgan.codebook_size,
             f"gpt.vocab_size {self.gpt.vocab_size} differs from vqgan.codebook_size {self.vqgan.codebook_size}",
@@ -195,7 +210,10 @@ def load_model_config(path: Path) -> ModelConfig:
     if not path.is_file():
         raise ConfigError(f"{path} is missing; a folder of weights holds a config.yaml")
     values = read_yaml(path)
-    if OmegaConf.is_dict(values) and "prior" not in values:
+    # ${oc.env:HF_TOKEN} in a stranger's file would put the user's secrets into names, receipts and logs.
+    if "${" in json.dumps(OmegaConf.to_container(values, resolve=False), default=str):
+        raise ConfigError(f"{path} holds ${{...}}; a folder of weights must state its values")
+    if "prior" not in values:
         _name_prior(values, path.parent)
     return build(ModelConfig, values, str(path))
 
@@ -213,9 +231,11 @@ def read_yaml(path: Path, overrides: list[str] | None = None) -> Any:
     """Read a YAML file and apply overrides such as `stage1.lr=1e-4`.
 
     Raises:
-        ConfigError: it cannot be read.
+        ConfigError: it cannot be read, or is not a mapping of names to values.
     """
     try:
-        return OmegaConf.merge(OmegaConf.load(path), OmegaConf.from_dotlist(overrides or []))
-    except (OmegaConfBaseException, YAMLError, ValueError, TypeError) as error:
+        values = OmegaConf.load(path)
+        require(OmegaConf.is_dict(values), "is not a mapping of names to values, such as `name: mini`")
+        return OmegaConf.merge(values, OmegaConf.from_dotlist(overrides or []))
+    except (OmegaConfBaseException, YAMLError, OSError, ValueError, TypeError, RecursionError) as error:
         raise ConfigError(f"{path}: {first_line(error)}") from error

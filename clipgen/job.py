@@ -30,7 +30,15 @@ class Job:
     negative_condition: Tensor | None  # (n_cond,)
     prefix_tokens: Tensor | None
     match: IndexMatch | None
-    candidates: list[tuple[int, DecodedImage]] = field(default_factory=list)  # by seed
+    num_generated: int = 0
+    best: list[tuple[int, DecodedImage]] = field(default_factory=list)
+    """Seeds and images of the best candidates so far, at most the requested number, best first."""
+
+    def add(self, seed: int, image: DecodedImage) -> None:
+        """Count a candidate, and keep it if it is one of the best."""
+        self.num_generated += 1
+        self.best = sorted([*self.best, (seed, image)], key=lambda candidate: -candidate[1].score)
+        del self.best[self.request.num_outputs :]
 
     def sequence(self, seed: int) -> ImageSequence:
         """A candidate's sequence for the engine."""
@@ -38,20 +46,16 @@ class Job:
 
     def next_wave(self, start: float) -> range:
         """The seeds to generate next: all without a budget, else a few until time is up or the target is met."""
-        request, have = self.request, len(self.candidates)
+        request, have = self.request, self.num_generated
         if request.target_score is None and request.seconds is None:
             return range(self.seed + have, self.seed + request.num_candidates)
         if have:
             is_late = request.seconds is not None and time.perf_counter() - start >= request.seconds
-            is_met = request.target_score is not None and self.best()[-1][1].score >= request.target_score
+            is_met = request.target_score is not None and self.best[-1][1].score >= request.target_score
             if is_late or is_met:
                 return range(0)
         size = max(WAVE, request.num_outputs)
         return range(self.seed + have, self.seed + min(have + size, request.num_candidates))
-
-    def best(self) -> list[tuple[int, DecodedImage]]:
-        """The best candidates so far, at most the requested number."""
-        return sorted(self.candidates, key=lambda candidate: -candidate[1].score)[: self.request.num_outputs]
 
 
 def preview_interval(grid: int, previews: int) -> int:

@@ -119,6 +119,8 @@ class ClipGen:
         gpt = precision.build_gpt(config.gpt, parts.pop("gpt"), place)
         vqgan = build_module(VQGAN, config.vqgan, parts.pop("vqgan"), place, precision.compute).prepack()
         index = TrainingIndex.load(folder)
+        if index is not None and index.embed_dim != clip.embed_dim:
+            raise WeightsError(f"the index in {folder} is of embeddings of {index.embed_dim} numbers, not this CLIP's")
         prior = load_prior(folder, config, index, clip.embed_dim)
         return cls(config, clip, gpt, vqgan, index, prior, weights_digest(folder), compute)
 
@@ -179,7 +181,7 @@ class ClipGen:
         return self.compute.run(self._encode_prompt, prompt)[0]
 
     def condition(self, prompt: Prompt) -> Tensor:
-        """What the GPT is conditioned on, (n_cond,) float32: the embedding, or what the prior makes of it.
+        """Compute the GPT's condition, (n_cond,) float32: the prompt's embedding, or the prior's output.
 
         Raises:
             RequestError: as `embed`.
@@ -224,31 +226,30 @@ class ClipGen:
         total = length * sum(request.num_candidates for request in requests)
         while wave := [(job, seed) for job in jobs for seed in job.next_wave(start)]:
             with _timed(seconds, "decode_tokens"):
-                output = self.engine.generate(
+                decoded = self.engine.generate(
                     [job.sequence(seed) for job, seed in wave],
                     None if progress is None else _offset(progress, done, total),
                     is_cancelled,
                     None if on_preview is None else previewer(self.image_decoder, on_preview, wave),
                     every=preview_interval(self.config.vqgan.grid, previews),
                 )
-            seconds["queue"] += output.queue_time
-            seconds["decode_tokens"] -= output.queue_time
+            seconds["queue"] += decoded.queue_time
+            seconds["decode_tokens"] -= decoded.queue_time
             embeddings = torch.stack([job.embedding for job, _ in wave])
             for (job, seed), image in zip(
-                wave, self.image_decoder.decode(output.tokens, embeddings, is_cancelled), strict=True
+                wave, self.image_decoder.decode(decoded.tokens, embeddings, is_cancelled), strict=True
             ):
-                job.candidates.append((seed, image))
+                job.add(seed, image)
                 for stage, spent in zip(("decode_pixels", "rank"), image.seconds, strict=True):
                     seconds[stage] += spent
             done += length * len(wave)
         if progress is not None and done < total:  # a budget ended it early
             progress(total, total)
         seconds["total"] = time.perf_counter() - start
-        return self.compute.run(lambda: [self._output(job, seconds) for job in jobs])
-
-    def close(self) -> None:
-        """Generate nothing more; see `Engine.close`."""
-        self.engine.close()
+        outputs = self.compute.run(lambda: [self._output(job, seconds) for job in jobs])
+        for output in outputs if self.digest else ():  # hashing large images here holds up no other thread
+            output.receipts.extend(receipts(self, output, self.digest))
+        return outputs
 
     # --- on the compute thread ---
 
@@ -305,24 +306,21 @@ class ClipGen:
         return self.vqgan.encode_tokens(pixels)[0, : request.keep_rows * config.grid]
 
     def _output(self, job: Job, seconds: dict[str, float]) -> GenerationOutput:
-        best, request = job.best(), job.request
+        request = job.request
         negative = [] if request.negative_prompt is None else parts_of(request.negative_prompt)
         texts = [part for part, _ in parts_of(request.prompt) + negative if isinstance(part, str)]
         _, cut = self.clip.tokenize(texts)
-        output = GenerationOutput(
-            images=from_pixels(torch.stack([image.pixels for _, image in best])),
-            scores=[image.score for _, image in best],
-            seeds=[seed for seed, _ in best],
+        return GenerationOutput(
+            images=from_pixels(torch.stack([image.pixels for _, image in job.best])),
+            scores=[image.score for _, image in job.best],
+            seeds=[seed for seed, _ in job.best],
             seed=job.seed,
             request=request,
             truncated=" ".join(filter(None, cut)),
             seconds=dict(seconds),
-            num_generated=len(job.candidates),
+            num_generated=job.num_generated,
             match=job.match,
         )
-        if self.digest:
-            output.receipts.extend(receipts(self, output, self.digest))
-        return output
 
 
 @contextmanager

@@ -185,7 +185,10 @@ def parts_of(prompt: Prompt, field: str = "prompt") -> list[tuple[Part, float]]:
     parts = [part if isinstance(part, tuple) else (part, 1.0) for part in raw]
     if not 1 <= len(parts) <= MAX_PARTS:
         raise RequestError(field, f"has {len(parts)} parts; give 1 to {MAX_PARTS}")
-    for part, weight in parts:
+    for item in parts:
+        if len(item) != 2:
+            raise RequestError(field, f"has a part of {len(item)} values; give text, an image or (part, weight)")
+        part, weight = item
         if isinstance(part, str) and is_blank(part):
             raise RequestError(field, "is empty; write what to draw, or give an image")
         if not isinstance(part, (str, Image.Image)):

@@ -153,7 +153,6 @@ def race(bench: Bench) -> Iterator[Figure]:
         alone = {i: np.asarray(pipe(PROMPTS[i % 4], seed=i).images[0], int) for i in range(8)}
         same += sum(i in found and np.abs(found[i] - alone[i]).mean() < 0.5 for i in range(8))
         graphs += pipe.engine.graphs is not None
-        pipe.close()
     count = f"{same} of {8 * rounds}"
     yield Figure("requests with the images of sequential ones", count, goal="9 in 10", met=same >= 7.2 * rounds)
     if bench.is_cuda:

@@ -64,7 +64,6 @@ def images(bench: Bench) -> Iterator[Figure]:
         if bench.is_cuda:
             peak = torch.cuda.max_memory_allocated(bench.device) / 1e9
             yield Figure(f"{name}: peak memory", peak, "GB", f"at most {memory:g} GB", peak <= memory)
-        pipe.close()
         del pipe
 
 

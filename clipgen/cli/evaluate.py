@@ -75,7 +75,6 @@ def evaluate(
     from clipgen.evaluation.caption_score import Captioner
     from clipgen.evaluation.evaluate import evaluate_model
     from clipgen.evaluation.features import build_extractor, build_lpips, fetched, is_here
-    from clipgen.outputs.metadata import weights_digest
     from clipgen.pipeline import ClipGen
 
     folder = find_weights(weights)
@@ -87,7 +86,7 @@ def evaluate(
     with progress("measuring", f"measured {count} images") as report:
         result = evaluate_model(pipe, extractor, texts, source, lpips, reader, seed, candidates, processes, report)
     named = {"weights": str(folder), "prompts": prompts and str(prompts), "reference": reference}
-    result = {"given": named, "weights_sha256": weights_digest(folder), **result}
+    result = {"given": named, "weights_sha256": pipe.digest, **result}
     if processes.rank == 0:
         _show(result, out)
 

@@ -90,7 +90,7 @@ def arc(a: Tensor, b: Tensor, steps: int) -> list[tuple[float, float]]:
     a and b. The weighted sum has unit norm, so a request with these parts is embedded exactly there. The weights are
     linear where a and b are equal, or opposite, when there is no shortest path.
     """
-    angle = math.acos(min(max(float(a.double() @ b.double()), -1), 1))
+    angle = math.acos(min(max(float(a.cpu().double() @ b.cpu().double()), -1), 1))
     shares = [i / (steps - 1) for i in range(steps)]
     if math.sin(angle) < 1e-6:
         return [(1 - s, s) for s in shares]

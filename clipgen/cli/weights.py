@@ -6,7 +6,6 @@ import json
 import os
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -221,8 +220,7 @@ def _convert(paths: dict[str, Path], out: Path, config: str) -> None:
 
     started = time.perf_counter()
     log(f"converting into {out} ...")
-    with _writing(out):
-        folder = convert_checkpoints(paths["clip"], paths["vqgan"], paths["gpt"], out, config)
+    folder = convert_checkpoints(paths["clip"], paths["vqgan"], paths["gpt"], out, config)
     log(f"converted in {time.perf_counter() - started:.0f} s; draw with: clipgen generate PROMPT --weights {folder}")
     typer.echo(folder)
 
@@ -235,24 +233,12 @@ def _convert_parts(paths: dict[str, Path], out: Path, config: str) -> None:
     from clipgen.weights.tensor_file import write_tensors
 
     parts = convert_parts(paths, load_preset(config))  # all of them before any is written
-    with _writing(out):
-        out.mkdir(parents=True, exist_ok=True)
-        for part, tensors in parts.items():
-            file = out / f"{part}.safetensors"
-            with replacing(file) as temporary:
-                write_tensors(temporary, tensors)
-            typer.echo(file)
-
-
-@contextmanager
-def _writing(out: Path) -> Iterator[None]:
-    """Turn a failed write into one line that names the folder."""
-    from safetensors import SafetensorError
-
-    try:
-        yield
-    except (OSError, SafetensorError) as error:
-        raise typer.BadParameter(f"{out} cannot be written: {getattr(error, 'strerror', None) or error}") from None
+    out.mkdir(parents=True, exist_ok=True)
+    for part, tensors in parts.items():
+        file = out / f"{part}.safetensors"
+        with replacing(file) as temporary:
+            write_tensors(temporary, tensors)
+        typer.echo(file)
 
 
 def _lines(facts: dict[str, Any], indent: str = "", in_bytes: bool = False) -> Iterator[str]:

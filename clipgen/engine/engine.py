@@ -20,14 +20,11 @@ from clipgen.engine.batch import Batch
 from clipgen.engine.cuda_graphs import CUDAGraphRunner, build_graphs
 from clipgen.engine.scheduler import FAIR_SHARE, RequestGroup, Scheduler
 from clipgen.engine.sequence import Sequence
-from clipgen.errors import Cancelled, EngineError, InsufficientMemoryError, UnavailableError
+from clipgen.errors import Cancelled, EngineError, InsufficientMemoryError
 from clipgen.models.gpt import GPT
 from clipgen.utils.compute_thread import ComputeThread
 from clipgen.utils.memory import MAX_NUM_SEQS, halve, is_out_of_memory, max_batch_size, token_bytes
 from clipgen.utils.text import first_line
-
-MAX_WAITING = 1024
-"""Sequences that may wait for a row before further calls are refused."""
 
 log = logging.getLogger(__name__)
 
@@ -55,9 +52,8 @@ class Engine:
         self.gpt = gpt
         self.max_num_rows = 2 * max_num_seqs * (FAIR_SHARE + 1) // FAIR_SHARE
         self._compute = compute or ComputeThread()
-        self._changed = threading.Condition()  # guards the scheduler and what follows
+        self._lock = threading.Lock()  # guards the scheduler and what follows
         self.scheduler = Scheduler()
-        self.is_closed = False
         self._is_active = False  # whether a round is queued or running
         # Only used on the compute thread. Graphs are captured now, while nothing else uses the device.
         self.graphs: CUDAGraphRunner | None = self._compute.run(self._build_graphs)
@@ -83,13 +79,10 @@ class Engine:
 
         Raises:
             Cancelled: `is_cancelled` returned True; the rows were free before the next step.
-            UnavailableError: MAX_WAITING sequences wait already, or the engine is closed.
             InsufficientMemoryError: not even one image fits.
             EngineError: a step failed otherwise.
         """
         own = [replace(seq) for seq in sequences]  # identified by identity, in this call only
-        if not own:
-            return EngineOutput(torch.empty(0, self.gpt.config.block_size, dtype=torch.long), 0.0)
         group = RequestGroup(own, progress, is_cancelled, every if on_tokens else 0)
         self._submit(group)
         try:
@@ -105,18 +98,8 @@ class Engine:
         tokens = torch.stack([group.tokens[seq] for seq in own])
         return EngineOutput(tokens, group.started - group.submitted)
 
-    def close(self) -> None:
-        """Refuse new calls and wait for the running ones."""
-        with self._changed:
-            self.is_closed = True
-            self._changed.wait_for(lambda: not self.scheduler.groups)
-
     def _submit(self, group: RequestGroup) -> None:
-        with self._changed:
-            if self.is_closed:
-                raise UnavailableError("the engine is closed and generates nothing more")
-            if (waiting := self.scheduler.num_waiting) >= MAX_WAITING:
-                raise UnavailableError(f"{waiting} images are waiting already; try again in a moment")
+        with self._lock:
             self.scheduler.groups.append(group)
             if not self._is_active:
                 self._is_active = True
@@ -135,7 +118,7 @@ class Engine:
             log.exception("the engine could not recover")
             self._end_with_error(list(self.scheduler.groups), EngineError(f"the engine failed: {first_line(error)}"))
         finally:
-            with self._changed:
+            with self._lock:
                 self._is_active = bool(self.scheduler.groups)
                 if self._is_active:
                     self._compute.submit(self._round)
@@ -155,7 +138,7 @@ class Engine:
         for group in groups:
             group.check_cancelled()
         self._end({group for group in groups if group.error is not None})
-        with self._changed:
+        with self._lock:
             if not self.scheduler.max_num_rows:
                 self._set_limits()
             admitted = self.scheduler.schedule()
@@ -170,7 +153,7 @@ class Engine:
         bad = {self.scheduler.running[seq] for seq in self.batch.non_finite(finished)}
         for group in bad:
             group.error = EngineError("the GPT's logits are not finite: damaged weights, or an overflow of this dtype")
-        with self._changed:
+        with self._lock:
             ended = {self.scheduler.finish(seq, tokens) for seq, tokens in finished.items()}
         self.batch.remove(set(finished))
         self._end(bad | {group for group in ended if group.is_finished})
@@ -222,12 +205,11 @@ class Engine:
         """End groups, finished or not, free their rows and wake their callers."""
         if not groups:
             return
-        with self._changed:
+        with self._lock:
             dropped = self.scheduler.remove(groups)
             is_idle = not self.scheduler.groups
             if is_idle:
                 self.scheduler.max_num_rows = self.scheduler.max_num_seqs = 0  # measured anew for the next request
-            self._changed.notify_all()
         for group in groups:
             group.updates.put(None)
         if is_idle:  # give the cache back
@@ -237,7 +219,7 @@ class Engine:
 
     def _recover(self, reason: str, cause: BaseException | None) -> None:
         """After a failed step: its groups fail, or, when memory ran out, all unfinished sequences start again."""
-        with self._changed:
+        with self._lock:
             count = len(self.scheduler.running)
             groups = set(self.scheduler.running.values()) or set(self.scheduler.groups)
             self.scheduler.restart()

@@ -81,11 +81,6 @@ class Scheduler:
         self.running: dict[Sequence, RequestGroup] = {}
 
     @property
-    def num_waiting(self) -> int:
-        """Sequences that wait for a row."""
-        return sum(len(group.waiting) for group in self.groups)
-
-    @property
     def num_rows(self) -> int:
         """Rows that the running sequences hold."""
         return sum(group.num_rows for group in self.groups)

@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 from PIL import Image
+from safetensors import SafetensorError
 from torch import Tensor
 
 from clipgen.errors import WeightsError
@@ -34,11 +35,15 @@ class Captioner:
         except ImportError as error:
             raise WeightsError("a captioner needs transformers; install requirements-dev.txt") from error
         try:
-            self.processor: Any = AutoProcessor.from_pretrained(folder, local_files_only=True)
-            model: Any = AutoModelForImageTextToText.from_pretrained(
-                folder, local_files_only=True, dtype=torch.float32, use_safetensors=True
+            local: dict[str, Any] = {"local_files_only": True, "trust_remote_code": False}
+            self.processor: Any = AutoProcessor.from_pretrained(folder, **local)
+            loaded: Any = AutoModelForImageTextToText.from_pretrained(
+                folder, **local, dtype=torch.float32, use_safetensors=True, output_loading_info=True
             )
-        except (OSError, ValueError, KeyError) as error:
+            model, loading = loaded
+            if missing := sorted(loading["missing_keys"]):  # transformers would make them up
+                raise ValueError(f"model.safetensors lacks {len(missing)} tensors, such as {missing[0]}")
+        except (OSError, ValueError, KeyError, RuntimeError, ImportError, SafetensorError) as error:
             raise WeightsError(
                 f"{folder} holds no captioner ({first_line(error)}); it needs config.json, "
                 "model.safetensors and the files of its processor, as of BLIP or GIT"
@@ -59,6 +64,6 @@ class Captioner:
         logits = self.model(pixel_values=inputs["pixel_values"], input_ids=ids, attention_mask=mask).logits
         # GIT's sequence begins with the image: the last positions are the text's.
         log_p = logits[:, -ids.shape[1] :].float().log_softmax(-1)[:, :-1]
-        kept = mask[:, 1:].double()
-        found = log_p.gather(2, ids[:, 1:, None]).squeeze(2).double() * kept
-        return (found.sum(1) / kept.sum(1)).exp().cpu()
+        kept = mask[:, 1:].cpu().double()  # Apple's GPUs have no float64
+        found = log_p.gather(2, ids[:, 1:, None]).squeeze(2).cpu().double() * kept
+        return (found.sum(1) / kept.sum(1)).exp()

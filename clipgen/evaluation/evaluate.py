@@ -147,7 +147,7 @@ class _Evaluation:
         if self.lpips is None:
             return torch.zeros((), dtype=torch.float64)
         x, y = (to_pixels(images, images[0].width).to(self.pipe.device) for images in (a, b))
-        return self.lpips(x, y).double().sum().cpu()
+        return self.lpips(x, y).cpu().double().sum()
 
     @torch.inference_mode()
     def embed_images(self, images: Sequence[Image.Image]) -> Tensor:

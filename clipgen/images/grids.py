@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from bisect import bisect_right
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -49,9 +50,8 @@ def shorten(text: str, font: ImageFont.FreeTypeFont | ImageFont.ImageFont, width
     """Cut a text off to fit into `width` pixels, with "..." where something is missing."""
     if font.getlength(text) <= width:
         return text
-    while text and font.getlength(text + "...") > width:
-        text = text[:-1]
-    return text + "..." if text else ""
+    fitting = bisect_right(range(1, len(text)), width, key=lambda length: font.getlength(text[:length] + "..."))
+    return text[:fitting] + "..." if fitting else ""
 
 
 def save_gif(images: Sequence[Image.Image], path: str | Path, seconds: float = 0.25, comment: str = "") -> Path:

@@ -171,7 +171,7 @@ def to_rgb(image: Image.Image) -> Image.Image:
             f"the image has 32 bits per channel (mode {image.mode}), whose range is unknown; convert it to 8 or 16"
         )
     if image.mode.startswith("I;16"):  # PIL's own conversion clips: everything above 255 would become white
-        return Image.fromarray((np.asarray(image) / 257).round().astype(np.uint8)).convert("RGB")
+        return Image.fromarray(((np.asarray(image) + np.uint32(128)) // 257).astype(np.uint8)).convert("RGB")
     if image.has_transparency_data:
         image = image.convert("RGBA")
         return Image.alpha_composite(Image.new("RGBA", image.size, "white"), image).convert("RGB")

@@ -267,6 +267,8 @@ def _index_shard(name: str, path: str, unused: Counter[str]) -> list[_Entry]:
         with tarfile.open(path, "r:") as tar:
             for member in tar:
                 tar.members = []  # type: ignore[attr-defined]  # or it keeps every header of a large shard in memory
+                if member.size < 0:  # the next header would be looked for before this one, for ever
+                    raise tarfile.ReadError(f"{member.name[:100]!r} has a negative size")
                 if member.isdir():
                     continue
                 if is_hidden(member.name):
@@ -277,7 +279,7 @@ def _index_shard(name: str, path: str, unused: Counter[str]) -> list[_Entry]:
                     unused["links and special files in shards"] += 1
     except FileNotFoundError:
         raise DataError(f"no shard {name}; check the numbers in the braces") from None
-    except (tarfile.TarError, OSError) as error:
+    except (tarfile.TarError, OSError, ValueError, OverflowError) as error:  # the last two of hostile headers
         raise DataError(f"shard {name}: {error}; shards are complete, uncompressed .tar files") from error
     return [files[member] for member in _select_images(list(files), unused)]
 

@@ -25,7 +25,7 @@ from clipgen.errors import DataError
 
 MAX_BYTES = 64 << 20
 MAX_SECONDS = 30.0
-"""Time limit of a whole download, redirects included."""
+"""Time limit of a whole download, redirects included; the lookup of a name has the system's own limit on top."""
 MAX_REDIRECTS = 5
 HOSTS_VARIABLE = "CLIPGEN_IMAGE_HOSTS"
 """Environment variable: hosts that may have private addresses, such as "minio:9000, images.internal"; empty: none."""
@@ -44,7 +44,7 @@ def read_url(url: str, is_cancelled: Callable[[], bool] = lambda: False) -> byte
 
     Args:
         url: an http(s): URL and its redirects must lead to public addresses, or to hosts in `HOSTS_VARIABLE`.
-        is_cancelled: polled ten times a second; True ends a download.
+        is_cancelled: polled ten times a second once a server is connected; True ends a download.
 
     Raises:
         DataError: the scheme is another, base64 is damaged, there are more than `MAX_BYTES`, the address is not
@@ -87,18 +87,32 @@ def _decode(rest: str) -> bytes:
     header, comma, data = rest.partition(",")
     if not comma:
         raise DataError("the data: URL has no comma; it must be like data:image/png;base64,...")
-    if len(data) > MAX_BYTES * 3 // 2:  # 4/3 for base64, the rest for line ends
+    if len(data) > MAX_BYTES * 3 // 2:  # 4/3 for base64, the rest for line ends; before anything is decoded
         raise DataError(_TOO_LARGE)
-    found = unquote_to_bytes(data)
-    if not re.search(r"; *base64 *$", header, re.IGNORECASE):
-        return found
-    found = found.translate(None, b" \t\n\f\r")
-    if len(found) % 4 and not found.endswith(b"="):
-        found += b"=" * (-len(found) % 4)
-    try:
-        return base64.b64decode(found, validate=True)
-    except binascii.Error as error:
-        raise DataError(f"the data: URL's base64 is damaged ({error}); encode the file again") from None
+    found = _unquote(data)
+    if re.search(r"; *base64 *$", header, re.IGNORECASE):
+        found = found.translate(None, b" \t\n\f\r")
+        if len(found) % 4 and not found.endswith(b"="):
+            found += b"=" * (-len(found) % 4)
+        try:
+            found = base64.b64decode(found, validate=True)
+        except binascii.Error as error:
+            raise DataError(f"the data: URL's base64 is damaged ({error}); encode the file again") from None
+    if len(found) > MAX_BYTES:
+        raise DataError(_TOO_LARGE)
+    return found
+
+
+def _unquote(text: str) -> bytes:
+    """`unquote_to_bytes` piece by piece: on the whole text it takes some 230 bytes of memory for each escape."""
+    found, start = bytearray(), 0
+    while start < len(text):
+        end = start + _CHUNK
+        if end < len(text) and (escape := text.rfind("%", end - 2, end)) >= 0:
+            end = escape  # do not cut it
+        found += unquote_to_bytes(text[start:end])
+        start = end
+    return bytes(found)
 
 
 def _download(url: str, is_cancelled: Callable[[], bool]) -> bytes:
@@ -142,7 +156,7 @@ def _connection(
     host = target.hostname or ""
     secure = target.scheme == "https"
     connection = (http.client.HTTPSConnection if secure else http.client.HTTPConnection)(host, target.port)
-    line = _connect(host, connection.port)
+    line = _connect(host, connection.port, end)
     with line, line.dup() as spare, _time_limit(spare, end, is_cancelled):  # TLS takes over `line` alone
         if secure:
             connection.sock = ssl.create_default_context().wrap_socket(line, server_hostname=host)
@@ -154,12 +168,21 @@ def _connection(
             connection.close()
 
 
-def _connect(host: str, port: int) -> socket.socket:
+def _connect(host: str, port: int, end: float) -> socket.socket:
+    """Connect to the first of a host's public addresses that answers before the time `end`."""
     found = [str(entry[4][0]) for entry in socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)]
     usable = found if is_allowed_host(host, port) else [address for address in found if is_public(address)]
     if not usable:
         raise DataError(f"the URL is not on the public internet; {_INSTEAD}")
-    return socket.create_connection((usable[0], port), _SOCKET_TIMEOUT)
+    for address in usable[:-1]:
+        with suppress(OSError):
+            return socket.create_connection((address, port), _time_left(end))
+    return socket.create_connection((usable[-1], port), _time_left(end))
+
+
+def _time_left(end: float) -> float:
+    """Seconds to wait for a connection."""
+    return max(0.1, min(_SOCKET_TIMEOUT, end - time.monotonic()))
 
 
 @contextmanager

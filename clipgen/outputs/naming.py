@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import os
 import re
 import unicodedata
 from pathlib import Path
@@ -18,6 +19,6 @@ def free_stem(out: Path, name: str, seed: int) -> Path:
     """
     words = re.sub(r"[\W_]+", "-", unicodedata.normalize("NFKC", name).lower())
     slug = words.encode()[:SLUG_BYTES].decode(errors="ignore").strip("-") or "image"
-    taken = {path.name for path in out.glob("*")}
+    taken = set(os.listdir(out)) if out.is_dir() else set()
     stems = (f"{slug}-{seed}" if copy == 1 else f"{slug}-{seed}-v{copy}" for copy in itertools.count(1))
     return out / next(stem for stem in stems if not any(name.startswith((f"{stem}-", f"{stem}.")) for name in taken))

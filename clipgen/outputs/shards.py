@@ -20,7 +20,7 @@ from dataclasses import fields, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from filelock import FileLock
+from filelock import FileLock, Timeout
 from PIL import Image
 
 from clipgen.errors import OutputError
@@ -89,8 +89,20 @@ def write_shard(pipe: ClipGen, path: Path, requests: Requests, suffix: str, log:
     """Generate the shard of some requests; it gets its name when it is complete. Returns the number of images in it.
 
     Raises:
-        OutputError: it cannot be written.
+        OutputError: it cannot be written, or another process is writing it.
     """
+    lock = path.with_name(f".{path.stem}.lock")
+    try:
+        with FileLock(lock, timeout=0):
+            try:
+                return 0 if path.is_file() else _write_locked(pipe, path, requests, suffix, log)
+            finally:
+                lock.unlink()  # whoever has opened it already finds the shard complete
+    except Timeout:
+        raise OutputError(f"{path} is being written by another process; wait for it, or stop it") from None
+
+
+def _write_locked(pipe: ClipGen, path: Path, requests: Requests, suffix: str, log: Callable[[str], None]) -> int:
     work, packed = (path.with_name(f".{path.stem}{end}") for end in ("", ".tmp"))
     shutil.rmtree(work, ignore_errors=True)
     try:
@@ -142,12 +154,13 @@ def _pack(files: Sequence[Path], path: Path) -> None:
 def _about(requests: Requests, weights: str, suffix: str) -> dict[str, Any]:
     """What a folder's shards hold, as JSON: the settings that all requests share, and a digest of the prompts."""
     some = next(iter(requests.values()))
-    prompts = [_to_json(requests[n].prompt) if n in requests else None for n in range(max(requests) + 1)]
+    digests: dict[int, str] = {}  # by identity: one image may be part of every prompt
+    prompts = [_to_json(requests[n].prompt, digests) if n in requests else None for n in range(max(requests) + 1)]
     return {
         "prompts": len(requests),
         "prompts_sha256": hashlib.sha256(json.dumps(prompts).encode()).hexdigest(),
         "prompts_per_shard": PROMPTS,
-        **{_NAMES.get(name, name): _to_json(getattr(some, name)) for name in _SETTINGS},
+        **{_NAMES.get(name, name): _to_json(getattr(some, name), digests) for name in _SETTINGS},
         "format": suffix,
         "weights": weights,
     }
@@ -157,8 +170,8 @@ _SETTINGS = [field.name for field in fields(GenerationRequest) if field.name not
 _NAMES = {"negative_prompt": "negative"}  # as in the folders that earlier versions began
 
 
-def _to_json(value: Any) -> Any:
-    """A prompt or a setting as JSON; images become their digests."""
+def _to_json(value: Any, digests: dict[int, str]) -> Any:
+    """A prompt or a setting as JSON; images become their digests, each computed once."""
     if isinstance(value, Image.Image):
-        return image_digest(value)
-    return [_to_json(item) for item in value] if isinstance(value, (list, tuple)) else value
+        return digests.get(id(value)) or digests.setdefault(id(value), image_digest(value))
+    return [_to_json(item, digests) for item in value] if isinstance(value, (list, tuple)) else value

@@ -40,22 +40,22 @@ def usable_cores() -> int:
 
 def cpu_quota(root: Path = CGROUPS, membership: Path = Path("/proc/self/cgroup")) -> float | None:
     """CPUs that the container, or any group above it, may use on average; None without a limit (cgroup v1 and v2)."""
-    limits = [limit for folder in _groups(root, membership) if (limit := _limit(folder)) is not None]
+    limits = [limit for folder in cgroups("cpu", root, membership) if (limit := _limit(folder)) is not None]
     return min(limits, default=None)
 
 
-def _groups(root: Path, membership: Path) -> Iterator[Path]:
-    """The folders of this process's CPU groups, up to the root of each hierarchy."""
-    yield from (root, root / "cpu", root / "cpu,cpuacct")  # a container's own group
+def cgroups(controller: str, root: Path = CGROUPS, membership: Path = Path("/proc/self/cgroup")) -> Iterator[Path]:
+    """Folders of this process's groups of a controller, "cpu" or "memory", up to the root of each hierarchy."""
+    yield from (root, root / controller, root / "cpu,cpuacct")  # a container's own group
     try:
         lines = membership.read_text().splitlines()
     except OSError:  # not Linux
         return
     for line in lines:
         _, controllers, path = line.split(":", 2)
-        if controllers and "cpu" not in controllers.split(","):
+        if controllers and controller not in controllers.split(","):
             continue
-        bases = [root / controllers, root / "cpu"] if controllers else [root, root / "unified"]
+        bases = [root / controllers, root / controller] if controllers else [root, root / "unified"]
         for base in bases:
             group = base / path.strip("/")
             yield group

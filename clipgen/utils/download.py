@@ -112,17 +112,18 @@ def download(
         DownloadError: it failed permanently or too often, or the disk is full.
     """
     job = _Job(url, path, size, checked, policy, report)
-    best, failures = _length(path), 0
+    before, failures, restarts = _length(path), 0, 0
     while True:
         try:
             return _attempt(job)
         except _Broken as broken:
-            reached = _length(path)
-            failures = 1 if reached >= best + PROGRESS else failures + 1
-            best = max(best, reached)
             if broken.restart:
                 discard(path)
-            if failures >= policy.attempts:
+            reached = _length(path)
+            failures = 1 if reached >= before + PROGRESS else failures + 1
+            restarts += reached < before  # the file has changed meanwhile
+            before = reached
+            if failures >= policy.attempts or restarts >= policy.attempts:
                 raise DownloadError(f"{url} {broken}; gave up after {failures} attempts in a row") from broken
             wait = min(policy.max_wait, max(broken.wait, policy.backoff * 2 ** (failures - 1)))
             log(f"{url} {broken}; trying again in {wait:.0f} s")

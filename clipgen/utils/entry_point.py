@@ -14,7 +14,7 @@ import threading
 from collections.abc import Callable
 from contextlib import suppress
 from functools import wraps
-from typing import Any, NamedTuple, TextIO, TypeVar, cast
+from typing import Any, TextIO, TypeVar, cast
 
 from clipgen.errors import ClipGenError
 from clipgen.utils.paths import place_library_caches
@@ -23,15 +23,12 @@ from clipgen.utils.text import printable
 F = TypeVar("F", bound=Callable[..., Any])
 
 
-def entry_point(
-    prefix: str = "error", stopped: str = "stopped", cleanup: Callable[[], None] | None = None
-) -> Callable[[F], F]:
+def entry_point(prefix: str = "error", stopped: str = "stopped") -> Callable[[F], F]:
     """Decorate a program's main function: it ends with one line on stderr and an exit code, not with a traceback.
 
     Args:
         prefix: what an error's line begins with.
         stopped: what Ctrl-C prints.
-        cleanup: called when `main` has returned or exited by itself, and its frames and all that they held are gone.
     """
 
     def decorate(main: F) -> F:
@@ -39,12 +36,7 @@ def entry_point(
         def run(*args: Any, **kwargs: Any) -> Any:
             open_closed_streams()
             place_library_caches()
-            outcome = _run(lambda: main(*args, **kwargs), prefix, stopped)
-            if cleanup and outcome.orderly:
-                cleanup()
-            if outcome.exit:
-                raise outcome.exit
-            return outcome.result
+            return _run(lambda: main(*args, **kwargs), prefix, stopped)
 
         return cast(F, run)
 
@@ -68,17 +60,7 @@ def open_closed_streams() -> None:
             setattr(sys, name, open(number, "r" if name == "stdin" else "w"))  # noqa: SIM115 lives as long as the process
 
 
-class _Outcome(NamedTuple):
-    """How a program's main function ended."""
-
-    result: Any = None
-    exit: SystemExit | None = None
-    """A new exception, which holds no frame of the function."""
-    orderly: bool = False
-    """It returned or exited by itself."""
-
-
-def _run(main: Callable[[], Any], prefix: str, stopped: str) -> _Outcome:
+def _run(main: Callable[[], Any], prefix: str, stopped: str) -> Any:
     interrupted = False
 
     def interrupt(*_: object) -> None:
@@ -94,24 +76,25 @@ def _run(main: Callable[[], Any], prefix: str, stopped: str) -> _Outcome:
     stdout = sys.stdout  # Typer replaces it when a pipe breaks
     try:
         try:
-            outcome = _Outcome(main(), orderly=True)
-        except SystemExit as error:
-            outcome = _Outcome(exit=SystemExit(error.code), orderly=True)
+            result = main()
+        except SystemExit:
+            stdout.flush()
+            raise
         stdout.flush()  # a full disk shows itself here at the latest
-        return outcome
+        return result
     except KeyboardInterrupt:
         interrupted = True
     except BrokenPipeError:
         _abandon(stdout)
-        return _Outcome(exit=SystemExit(141))
+        raise SystemExit(141) from None
     except ClipGenError as error:
-        return _exit(f"{prefix}: {error}", 2)
+        raise _exit(f"{prefix}: {error}", 2) from None
     except OSError as error:
         try:
             stdout.flush()
         except OSError:
             _abandon(stdout)
-        return _exit(f"{prefix}: {_describe(error)}", 2)
+        raise _exit(f"{prefix}: {_describe(error)}", 2) from None
     except Exception:
         if not interrupted:  # some extension modules turn an interrupt of their import into an error of another kind
             raise
@@ -120,13 +103,13 @@ def _run(main: Callable[[], Any], prefix: str, stopped: str) -> _Outcome:
             signal.signal(signal.SIGINT, before)
     if in_charge:
         signal.signal(signal.SIGINT, signal.SIG_DFL)  # a second Ctrl-C ends what is left to do
-    return _exit(stopped, 130)
+    raise _exit(stopped, 130)
 
 
-def _exit(message: str, code: int) -> _Outcome:
+def _exit(message: str, code: int) -> SystemExit:
     with suppress(OSError):  # perhaps nobody is there to read it
         print(printable(message), file=sys.stderr, flush=True)
-    return _Outcome(exit=SystemExit(code))
+    return SystemExit(code)
 
 
 def _describe(error: OSError) -> str:

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, TypeVar
 import torch
 
 from clipgen.errors import InsufficientMemoryError
+from clipgen.utils.cpu import CGROUPS, cgroups
 from clipgen.utils.text import first_line
 
 if TYPE_CHECKING:
@@ -35,6 +36,9 @@ MAX_DECODE_BATCH = 16
 _LIVE = 7
 """Largest feature maps that a decoder holds at a time: a residual block's input, its normalised and activated copies,
 the results of its convolutions, and a convolution's re-laid input."""
+
+_V1_NAMES = ("memory.limit_in_bytes", "memory.usage_in_bytes")
+"""Files of cgroup v1; a group without a limit has a very large one."""
 
 # Messages of allocators that have run out; only CUDA's has an exception of its own. cuDNN finds no engine for a
 # convolution when the workspace of every one is too large.
@@ -81,13 +85,21 @@ def _system_free() -> int | None:
     return int(values["MemAvailable"].split()[0]) * 1024 if "MemAvailable" in values else None
 
 
-def _container_free(root: Path = Path("/sys/fs/cgroup")) -> int | None:
-    """Bytes up to the container's limit (cgroup v2); cached file pages, such as mapped weights, count as free."""
+def _container_free(root: Path = CGROUPS, membership: Path = Path("/proc/self/cgroup")) -> int | None:
+    """Bytes up to the lowest limit of the container and the groups above it; None without one (cgroup v1 and v2)."""
+    free = [rest for folder in cgroups("memory", root, membership) if (rest := _group_free(folder)) is not None]
+    return min(free, default=None)
+
+
+def _group_free(folder: Path) -> int | None:
+    """Bytes up to a group's limit; cached file pages, such as mapped weights, count as free."""
+    names = ("memory.max", "memory.current") if (folder / "memory.max").is_file() else _V1_NAMES
     try:
-        limit, used = ((root / name).read_text().strip() for name in ("memory.max", "memory.current"))
-        stat = dict(line.split() for line in (root / "memory.stat").read_text().splitlines())
-        return None if limit == "max" else max(int(limit) - int(used) + int(stat.get("inactive_file", 0)), 0)
-    except (OSError, ValueError):
+        limit, used = ((folder / name).read_text().strip() for name in names)
+        stat = dict(line.split() for line in (folder / "memory.stat").read_text().splitlines())
+        cached = int(stat.get("total_inactive_file", stat.get("inactive_file", 0)))
+        return max(int(limit) - int(used) + cached, 0)
+    except (OSError, ValueError):  # no such group, or "max", which is no limit
         return None
 
 

@@ -12,7 +12,7 @@ from PIL import Image
 from clipgen.errors import RequestError
 from clipgen.images.pixels import load_image
 from clipgen.outputs.metadata import Receipt
-from clipgen.request import SAMPLING, GenerationRequest, Part, new_seed, shown
+from clipgen.request import MAX_SEED, SAMPLING, GenerationRequest, Part, new_seed, shown
 from clipgen.utils.text import is_blank
 
 MAX_OUTPUTS = 8
@@ -69,9 +69,10 @@ class Form:
             negative_prompt=None if is_blank(self.negative_prompt) else self.negative_prompt,
         )
 
-    def with_seed(self, seed: int) -> Form:
-        """The form that draws one image again: its own seed, and no other candidates."""
-        return replace(self, random_seed=False, seed=seed, num_outputs=1, candidates=1)
+    def with_receipt(self, record: Receipt) -> Form:
+        """The form that generates an image again, without other candidates where its own seed is one that can be."""
+        seed, candidates, num_outputs = seed_of(record)
+        return replace(self, random_seed=False, seed=seed, candidates=candidates, num_outputs=num_outputs)
 
     def _number(self, field: str) -> float:
         value = getattr(self, field)
@@ -86,6 +87,17 @@ class Form:
         return int(value)
 
 
+def seed_of(record: Receipt) -> tuple[int, int, int]:
+    """Seed, number of candidates and number of outputs that generate an image again.
+
+    The candidates of a request have the seeds that follow its own, which may be larger than that of any request: then
+    the image is one of the request's again.
+    """
+    if record.image_seed <= MAX_SEED:
+        return record.image_seed, 1, 1
+    return record.seed, record.candidates, record.num_outputs
+
+
 LINKED = ("prompt", "negative_prompt", "num_outputs", "candidates", *SAMPLING, "seed")
 """The settings in a link, under the names that the HTTP API gives them."""
 
@@ -97,7 +109,8 @@ def settings_of(record: Receipt) -> dict[str, Any]:
         for name, parts in (("prompt", record.prompt), ("negative_prompt", record.negative))
     }
     sampling = {name: getattr(record, name) for name in SAMPLING}
-    return {**texts, "num_outputs": 1, "candidates": 1, **sampling, "seed": record.image_seed}
+    seed, candidates, num_outputs = seed_of(record)
+    return {**texts, "num_outputs": num_outputs, "candidates": candidates, **sampling, "seed": seed}
 
 
 def to_link(settings: Mapping[str, Any]) -> str:
@@ -153,7 +166,7 @@ def read_receipt(path: str, form: Form) -> tuple[Form, str]:
             missing.append(f"{part.text or part.name or 'an image'} was avoided too, which has no field on this page")
     if record.keep:
         missing.append(f"its top {record.keep_rows} rows came from another image")
-    filled = replace(form, prompt=prompt, negative_prompt=negative, image=None).with_seed(record.image_seed)
+    filled = replace(form, prompt=prompt, negative_prompt=negative, image=None).with_receipt(record)
     filled = replace(filled, **{name: getattr(record, name) for name in SAMPLING})
     if image is not None:
         filled = replace(filled, image_weight=image.weight)

@@ -9,6 +9,8 @@ from typing import Any
 from starlette.responses import PlainTextResponse
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
+UPLOADS = ("/upload", "/gradio_api/upload")
+"""Paths that take files: exactly these, as the last part of a path may also be the name of a function to call."""
 MAX_BODY = 1 << 20
 """Bytes of a request that is not an upload; the page's own have some thousands."""
 
@@ -25,7 +27,7 @@ class LocalFilesOnly:
         if scope["type"] == "http":
             if re.search(r"/(file|proxy)=\s*\w+:", scope["path"]):
                 refusal = PlainTextResponse("Only files of this page are served.", 403)
-            elif scope["method"] == "POST" and not scope["path"].rstrip("/").endswith("/upload"):
+            elif scope["method"] == "POST" and scope["path"].rstrip("/") not in UPLOADS:
                 body = await _read(receive)
                 if body is None:
                     refusal = PlainTextResponse(f"The request has more than {MAX_BODY:,} bytes.", 413)

@@ -14,6 +14,7 @@ import gradio as gr
 from PIL import Image
 
 from clipgen.images.pixels import load_image
+from clipgen.request import MAX_SEED
 from clipgen.webui.form import MAX_CANDIDATES, MAX_OUTPUTS, MAX_PROMPT, Form, from_link, read_receipt
 from clipgen.webui.gallery import history_strip, history_value, image_gallery, preview_value, result_value
 from clipgen.webui.session import MAX_RUNNING, Files, Result, Session, Update, describe_error
@@ -175,8 +176,8 @@ class Page:
         """A handler that fills in a prompt and draws it."""
 
         def draw(data: dict[Any, Any], request: gr.Request) -> Iterator[dict[Any, Any]]:
-            for change in self._generate(replace(self._form(data), prompt=prompt), data, request):
-                yield change | {self.prompt: prompt}
+            yield {self.prompt: prompt}  # once: what the visitor types meanwhile stays
+            yield from self._generate(replace(self._form(data), prompt=prompt), data, request)
 
         return draw
 
@@ -275,11 +276,16 @@ class Page:
     def on_use_seed(self, data: dict[Any, Any]) -> dict[Any, Any]:
         """Fill in the settings that draw the selected image again."""
         result, index = self._selected(data)
-        seed = result.receipts[index].image_seed
-        form = result.form.with_seed(seed)
+        record = result.receipts[index]
+        form = result.form.with_receipt(record)
         changed = ("random_seed", "seed", "num_outputs", "candidates")
         filled = {self.fields[name]: getattr(form, name) for name in changed}
-        return filled | {self.status: _status(f"Seed {seed} is set: one image, no other candidates.")}
+        note = f"Seed {record.image_seed} is set: one image, no other candidates."
+        if form.seed != record.image_seed:
+            note = f"Seed {form.seed} and its candidates are set: {MAX_SEED} is the largest that can be."
+        if record.keep:
+            note += f" Its top {record.keep_rows} rows came from another image: keep them from there."
+        return filled | {self.status: _status(note)}
 
     def on_use_image(self, data: dict[Any, Any]) -> dict[Any, Any]:
         """Make the selected image the one to start from."""

@@ -29,7 +29,7 @@ def serve(weights: Path, host: str, port: int, device: str | None, dtype: str | 
         WeightsError, ConfigError, RequestError: see `ClipGen.from_pretrained`.
     """
     signal.signal(signal.SIGTERM, signal.default_int_handler)
-    _, port = usable_address(host, port)  # before the model is loaded, which takes a while
+    host, port = usable_address(host, port)  # before the model is loaded, which takes a while
     with tempfile.TemporaryDirectory(prefix="clipgen-app-") as folder:
         os.environ |= {"GRADIO_TEMP_DIR": folder, "GRADIO_ANALYTICS_ENABLED": "False", "HF_HUB_OFFLINE": "1"}
         with closing(Session(weights, Path(folder), device, dtype)) as session:

@@ -126,7 +126,10 @@ class Session:
         updates: queue.SimpleQueue[Update] = queue.SimpleQueue()
         try:
             yield Update("Starting …", progress=0.0)
-            self.threads.submit(self._run, form, keep, keep_rows, stop, updates)
+            try:
+                self.threads.submit(self._run, form, keep, keep_rows, stop, updates)
+            except RuntimeError:
+                updates.put(Update("The server is closed and generates nothing more.", error=True))
             while True:
                 update = updates.get()
                 yield update
@@ -142,10 +145,10 @@ class Session:
             stop.set()
 
     def close(self) -> None:
-        """Stop all requests and accept no more."""
+        """Stop all requests, accept no more, and wait for the threads."""
         for stop in list(self.running.values()):
             stop.set()
-        self.pipe.close()
+        self.threads.shutdown()
 
     def _run(
         self,

@@ -7,7 +7,7 @@ from typing import Any
 
 from clipgen.outputs.metadata import Receipt
 from clipgen.request import SAMPLING
-from clipgen.webui.form import settings_of
+from clipgen.webui.form import seed_of, settings_of
 
 START, KEPT = "start.png", "kept.png"
 """Image files that the user has to put beside the call: to start from, and whose top rows are kept."""
@@ -47,10 +47,14 @@ def as_python(record: Receipt, weights: str) -> str:
     if record.negative:
         arguments.append("negative_prompt=" + repr(" ".join(part.text for part in record.negative)))
     arguments += [f"{name}={getattr(record, name)!r}" for name in SAMPLING]
-    arguments.append(f"seed={record.image_seed}")
+    seed, candidates, num_outputs = seed_of(record)
+    if candidates > 1:
+        arguments.append(f"num_outputs={num_outputs}, candidates={candidates}")
+    arguments.append(f"seed={seed}")
     if record.keep:
         arguments.append(f"keep=Image.open({KEPT!r}), keep_rows={record.keep_rows}")
     lines = ["from PIL import Image", ""] if "Image.open(" in "".join(arguments) else []
     lines += ["from clipgen import ClipGen", "", f"pipe = ClipGen.from_pretrained({'weights/' + weights!r})"]
     lines += ["output = pipe(", *(f"    {argument}," for argument in arguments), ")"]
-    return "\n".join([*lines, "output.images[0].save('image.png')"])
+    index = record.index if candidates > 1 else 0
+    return "\n".join([*lines, f"output.images[{index}].save('image.png')"])

@@ -135,7 +135,7 @@ def expected_fingerprint(file: File, path: Path) -> tuple[int | None, str | None
     try:
         notes = json.loads(record.read_text(encoding="utf-8"))
         return file.size or int(notes["size"]), str(notes["sha256"])
-    except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
+    except (OSError, ValueError, KeyError, TypeError, OverflowError, RecursionError) as error:
         raise DownloadError(
             f"{record}, the record of the first download, cannot be read; restore it, or delete it to trust the "
             f"next {file.name} that comes"

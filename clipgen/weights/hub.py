@@ -41,7 +41,15 @@ def fetch_from_hub(address: str, settings: Settings, log: Callable[[str], None])
         log(f"fetching {address} (commit {commit[:10]})")
     for name in names:
         _fetch_file(match["repo"], commit, name, settings)
-    verify_model_dir(folder)
+    try:
+        verify_model_dir(folder)
+    except WeightsError as damage:
+        if settings.offline:
+            raise
+        log(f"{damage}. The files are fetched again")
+        for name in names:
+            _fetch_file(match["repo"], commit, name, settings, again=True)
+        verify_model_dir(folder)
     return folder
 
 
@@ -53,11 +61,17 @@ def _hub_cache(settings: Settings) -> Path:
     return (expand_home(home) if home else settings.cache) / "hub"
 
 
-def _fetch_file(repo: str, revision: str | None, name: str, settings: Settings) -> Path:
+def _network_error(hub_error: type[Exception]) -> type[Exception]:
+    """The error of huggingface_hub's HTTP library, such as for a broken connection: the base of its own."""
+    return next(base for base in hub_error.__bases__ if issubclass(base, Exception))
+
+
+def _fetch_file(repo: str, revision: str | None, name: str, settings: Settings, again: bool = False) -> Path:
     try:
         from huggingface_hub import hf_hub_download
         from huggingface_hub.errors import (
             EntryNotFoundError,
+            HfHubHTTPError,
             LocalEntryNotFoundError,
             RepositoryNotFoundError,
             RevisionNotFoundError,
@@ -76,6 +90,7 @@ def _fetch_file(repo: str, revision: str | None, name: str, settings: Settings) 
                 cache_dir=_hub_cache(settings),
                 endpoint=os.environ.get("HF_ENDPOINT") or None,
                 local_files_only=settings.offline,
+                force_download=again,
             )
         )
     except RevisionNotFoundError as error:
@@ -91,6 +106,6 @@ def _fetch_file(repo: str, revision: str | None, name: str, settings: Settings) 
         raise WeightsError(
             f"{place} has no {name}: it is not a clipgen model; `ClipGen.save_pretrained` writes what belongs there"
         ) from error
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, _network_error(HfHubHTTPError)) as error:
         reason = first_line(error)
         raise DownloadError(f"{place}: {name} cannot be fetched: {reason}") from error

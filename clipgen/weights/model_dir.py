@@ -72,7 +72,7 @@ def _storable(part: str, name: str, tensor: Tensor) -> Tensor:
     tensor = tensor.detach().cpu()
     if tensor.is_floating_point() and not tensor.isfinite().all():
         raise WeightsError(f"{part}: {name} holds NaN or infinity as {tensor.dtype}; nothing was saved")
-    return tensor.contiguous()
+    return tensor
 
 
 def load_model_dir(folder: str | Path) -> tuple[ModelConfig, dict[str, dict[str, Tensor]]]:
@@ -91,7 +91,7 @@ def load_model_dir(folder: str | Path) -> tuple[ModelConfig, dict[str, dict[str,
     config = load_model_config(folder / "config.yaml")
     parts = {part: load_tensors(folder / f"{part}.safetensors") for part in PARTS}
     projection = parts["clip"].get("text_projection")
-    width = 0 if projection is None else projection.shape[-1]
+    width = 0 if projection is None or not projection.ndim else projection.shape[-1]
     if not width or (config.gpt.n_cond % width if config.prior else config.gpt.n_cond != width):
         found = f"embeddings of {width} numbers" if width else "no text_projection"
         raise WeightsError(
@@ -111,6 +111,26 @@ def verify_model_dir(folder: Path) -> dict[str, dict[str, Any]]:
     """
     if not folder.is_dir():
         raise WeightsError(f"no weights in {folder}: no such folder; give one that holds {_names((*FILES, MANIFEST))}")
+    manifest = _check_sizes(folder)
+    for file, about in manifest.items():
+        found, expected = sha256(folder / file), about["sha256"]
+        if found != expected:
+            raise WeightsError(
+                f"{folder / file} is damaged or was changed: its SHA-256 is {found}, {MANIFEST} says {expected}; "
+                f"{_FETCH_AGAIN}"
+            )
+    return manifest
+
+
+def is_complete(folder: Path) -> bool:
+    """Whether a folder holds all files of a model, of the sizes in its manifest; their hashes are not compared."""
+    try:
+        return bool(_check_sizes(folder))
+    except WeightsError:
+        return False
+
+
+def _check_sizes(folder: Path) -> dict[str, dict[str, Any]]:
     manifest = read_manifest(folder / MANIFEST)
     for file, about in manifest.items():
         path = folder / file
@@ -120,13 +140,6 @@ def verify_model_dir(folder: Path) -> dict[str, dict[str, Any]]:
         if size != expected:
             problem = find_problem(path) or "is incomplete or another file"
             raise WeightsError(f"{path} has {size:,} bytes; {expected:,} were expected. It {problem}; {_FETCH_AGAIN}")
-    for file, about in manifest.items():
-        found, expected = sha256(folder / file), about["sha256"]
-        if found != expected:
-            raise WeightsError(
-                f"{folder / file} is damaged or was changed: its SHA-256 is {found}, {MANIFEST} says {expected}; "
-                f"{_FETCH_AGAIN}"
-            )
     return manifest
 
 
@@ -143,7 +156,7 @@ def read_manifest(path: Path) -> dict[str, dict[str, Any]]:
         version, files = manifest["version"], manifest["files"]
         named = (*FILES, *(file for file in EXTRAS if file in files))
         entries = {file: {"size": int(files[file]["size"]), "sha256": str(files[file]["sha256"])} for file in named}
-    except (ValueError, KeyError, TypeError, RecursionError) as error:
+    except (ValueError, KeyError, TypeError, OverflowError, RecursionError) as error:
         raise WeightsError(
             f'{path} is not a manifest of weights: it must be JSON with "version" and "files", and in "files" a '
             f'"size" and a "sha256" for each of {_names(FILES)}; {_FETCH_AGAIN}'
@@ -222,6 +235,8 @@ def check_shapes(expected: Mapping[str, tuple[int, ...]], weights: Mapping[str, 
         found = "; ".join(f"{len(names)} {kind}: {_names(sorted(names))}" for kind, names in kinds if names)
         raise WeightsError(f"the {model}'s tensors do not fit. {found}. {_USE_ITS_CONFIG}")
     for name, shape in expected.items():
+        if not weights[name].is_floating_point():
+            raise WeightsError(f"the {model}'s {name} holds {weights[name].dtype}; it must be floating-point")
         if tuple(weights[name].shape) != shape:
             found = str(tuple(weights[name].shape))
             raise WeightsError(f"the {model}'s {name} has the shape {found}; {shape} was expected. {_USE_ITS_CONFIG}")

@@ -58,9 +58,9 @@ def pick_device(device: str | None) -> torch.device:
             warnings.warn(f"using the CPU: {problem}", stacklevel=2)
         return torch.device("cpu")
     try:
-        torch.empty(1, device=device)
+        torch.empty(1, device=device).item()  # a meta device has no values
         return torch.device(device)
-    except (RuntimeError, AssertionError) as error:
+    except (RuntimeError, AssertionError, ImportError) as error:
         reason = first_line(error)
         raise RequestError("device", f"is {device!r}, which cannot be used here ({reason}); try cpu") from error
 

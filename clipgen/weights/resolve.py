@@ -17,7 +17,7 @@ from clipgen.weights.cache import Report, Settings, fetch
 from clipgen.weights.catalog import CATALOG
 from clipgen.weights.convert import convert_checkpoints
 from clipgen.weights.hub import PREFIX, fetch_from_hub
-from clipgen.weights.model_dir import MANIFEST
+from clipgen.weights.model_dir import MANIFEST, is_complete
 
 PREFERRED = ("coco", "mini")
 """Models to use when none is named, best first."""
@@ -77,19 +77,20 @@ def find_default() -> tuple[Path, str]:
         return SHIPPED / found[0], f"{SHIPPED / partial[0]} is incomplete: it has no {MANIFEST}"
     if len(found) > 1:
         return SHIPPED / found[0], f"it is the largest model in {SHIPPED}"
-    return SHIPPED / found[0], f"it is the only model in {SHIPPED}; `clipgen weights fetch coco` adds a larger one"
+    hint = "in a checkout `clipgen weights fetch coco` adds a larger one"
+    return SHIPPED / found[0], f"it is the only model in {SHIPPED}; {hint}"
 
 
 def _fetch_model(name: str, config: str, log: Callable[[str], None], report: Report) -> Path:
     """Fetch a published model into the cache and convert it there, unless that has happened before."""
     settings = Settings.from_environment()
     folder = settings.cache / "models" / name
-    if (folder / MANIFEST).is_file():
+    if is_complete(folder):
         return folder
     files = fetch(CATALOG[name], settings, report=report, log=log)
     folder.parent.mkdir(parents=True, exist_ok=True)
     with FileLock(folder.with_name(f"{name}.lock")):  # several containers may share a cache: the others wait
-        if not (folder / MANIFEST).is_file():
+        if not is_complete(folder):
             log(f"converting {name} into {folder}")
             convert_checkpoints(files["clip"], files["vqgan"], files["gpt"], folder, config)
     return folder

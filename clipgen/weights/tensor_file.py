@@ -55,14 +55,24 @@ def read_header(path: str | Path) -> dict[str, TensorInfo]:
 def write_tensors(path: Path, tensors: Mapping[str, Tensor]) -> None:
     """Write a .safetensors file that others may read, as far as the umask allows.
 
-    safetensors itself makes files that only their owner can read; a server often runs as another user.
+    safetensors itself makes files that only their owner can read, and refuses tensors that share their storage.
 
     Raises:
-        OSError, SafetensorError: it cannot be written.
+        OSError: it cannot be written.
     """
+    stored: dict[str, Tensor] = {}
+    storages: set[int] = set()
+    for name, tensor in tensors.items():
+        own = tensor.contiguous()
+        storage = own.untyped_storage().data_ptr()
+        stored[name] = own.clone() if storage in storages else own
+        storages.add(storage)
     path.touch()
     mode = path.stat().st_mode
-    save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, path)
+    try:
+        save_file(stored, path)
+    except SafetensorError as error:
+        raise OSError(f"{path} cannot be written: {first_line(error)}") from error
     path.chmod(mode)
 
 
@@ -90,6 +100,8 @@ def find_problem(path: Path) -> str | None:
         return f"cannot be read: {error.strerror}"
     if not start:
         return "is empty; fetch the file again"
+    if start[8:9] == b"{":  # a .safetensors file, whatever the bytes of its header's length look like
+        return None
     return next((problem for first, problem in _FIRST_BYTES if start.lstrip().startswith(first)), None)
 
 
@@ -110,6 +122,6 @@ def _find_safetensors_problem(path: Path) -> str | None:
     try:
         entries = [entry for name, entry in json.loads(header).items() if name != "__metadata__"]
         expected = 8 + length + max((int(entry["data_offsets"][1]) for entry in entries), default=0)
-    except (ValueError, LookupError, TypeError, AttributeError, RecursionError):
+    except (ValueError, LookupError, TypeError, AttributeError, OverflowError, RecursionError):
         return None
     return f"is cut off: it has {size:,} of {expected:,} bytes; fetch the file again" if size < expected else None

@@ -83,8 +83,13 @@ class TrainingIndex:
             fits = fits and bool((self.things >= 0).all() and (self.things < len(self.images)).all())
         except (KeyError, ValueError, TypeError, RuntimeError, IndexError, zlib.error) as error:
             raise WeightsError(f"{FILE} is not an index of training images ({error}); build it again") from error
-        if not fits or not len(self.measured):
+        if not fits or self.measured.ndim != 1 or not len(self.measured):
             raise WeightsError(f"{FILE} is not an index of training images: its parts do not fit; build it again")
+
+    @property
+    def embed_dim(self) -> int:
+        """Size of the embeddings, D."""
+        return len(self.gap)
 
     @classmethod
     def load(cls, folder: str | Path) -> TrainingIndex | None:

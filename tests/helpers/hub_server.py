@@ -23,12 +23,14 @@ class Hub:
 
     Attributes:
         private: token that is needed to see any repository; None for public ones.
+        cut: bytes of a file after which the connection breaks off; None for never.
     """
 
     address: str = ""
     repos: dict[str, dict[str, dict[str, bytes]]] = field(default_factory=dict)
     branches: dict[tuple[str, str], str] = field(default_factory=dict)
     private: str | None = None
+    cut: int | None = None
     requests: list[tuple[str, str]] = field(default_factory=list)
 
     def publish(self, folder: Path, repo: str = "someone/lemons", branch: str = "main") -> str:
@@ -71,7 +73,7 @@ def _handler(hub: Hub) -> type[BaseHTTPRequestHandler]:
             self.send_header("Content-Length", str(len(content)))
             self.end_headers()
             if with_body:
-                self.wfile.write(content)
+                self.wfile.write(content[: hub.cut])
 
         def refuse(self, status: int, code: str, commit: str = "") -> None:
             self.send_response(status)

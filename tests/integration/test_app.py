@@ -99,7 +99,7 @@ def test_result_written_twice_is_two_sets_of_files(session: Session) -> None:
 def test_form_with_the_seed_of_an_image_generates_it_again(session: Session) -> None:
     first = drawn(session, LEMON)
     for image, record in zip(first.images, first.receipts, strict=True):
-        again = drawn(session, first.form.with_seed(record.image_seed))
+        again = drawn(session, first.form.with_receipt(record))
         assert len(again.images) == 1
         assert difference(image, again.images[0]) <= 1, "the documented bound is 1 of 255 levels"
 

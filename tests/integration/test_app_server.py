@@ -158,6 +158,13 @@ def test_crafted_request_with_an_address_is_refused_and_fetches_nothing(
         assert inside.requests == [] and fetched == []
 
 
+def test_function_whose_name_looks_like_an_upload_is_guarded(url: str) -> None:
+    body = {"data": [{"path": "http://example.com/secret.png"}], "fn_index": 0, "session_hash": "x"}
+    for path in ("/gradio_api/run/upload", "/gradio_api/api/upload", "/gradio_api/call/upload"):
+        assert httpx.post(url + path, json=body).status_code == 403
+        assert httpx.post(url + path, content=b" " * (2 << 20)).status_code == 413
+
+
 def test_names_address_finds_addresses_at_any_depth_and_in_any_spelling() -> None:
     guard = pytest.importorskip("clipgen.webui.middleware", exc_type=ImportError)
     assert guard.names_address(b'{"data": [[{"a": {"path": "http://x/"}}]]}')

@@ -15,6 +15,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from filelock import FileLock
 from local_server import wait_until
 from PIL import Image
 from training_kit import finish, start
@@ -163,6 +164,27 @@ def test_folder_of_other_prompts_or_settings_is_refused(run: Run) -> None:
     for other in ("{", "[1]"):
         (Path("bulk") / "index.json").write_text(other)
         assert "--shards 'bulk' cannot be used" in run("--shards", "bulk", *few).stderr
+
+
+def test_image_in_every_prompt_is_hashed_once(run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    Path("prompts.txt").write_text("a\nb\nc\n")
+    Image.new("RGB", (40, 40), "red").save(tmp_path / "photo.png")
+    hashed: list[object] = []
+    digest = bulk.image_digest
+    monkeypatch.setattr(bulk, "image_digest", lambda image: hashed.append(image) or digest(image))
+    assert run("--shards", "bulk", *FEW, "--image", "photo.png").exit_code == 0
+    assert len(hashed) == 1
+
+
+def test_shard_that_another_process_writes_is_refused_and_left_alone(run: Run) -> None:
+    Path("prompts.txt").write_text("a\n")
+    Path("bulk", ".000000").mkdir(parents=True)
+    with FileLock("bulk/.000000.lock"):
+        result = run("--shards", "bulk", *FEW)
+    assert result.exit_code == 2 and "000000.tar is being written by another process" in result.stderr
+    assert Path("bulk", ".000000").is_dir() and not Path("bulk", "000000.tar").exists()
+    assert run("--shards", "bulk", *FEW).exit_code == 0
+    assert sorted(path.name for path in Path("bulk").iterdir()) == [".lock", "000000.tar", "index.json"]
 
 
 def test_shard_that_cannot_be_written_leaves_no_file(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -81,7 +81,10 @@ model:
         ("model.gpt.vocab_size=64", "gpt.vocab_size 64 differs from vqgan.codebook_size 2048"),
         ("model.gpt.block_size=64", "gpt.block_size 64 differs from the image's 144 tokens"),
         ("model.vqgan.ch=48", "vqgan.ch is 48; GroupNorm needs a multiple of 32"),
-        ("model.vqgan.ch_mult=[]", "vqgan.ch_mult is empty"),
+        ("model.vqgan.ch_mult=[]", "vqgan.ch_mult has 0 multipliers; give 1 to 16"),
+        ("model.gpt.n_layer=10000000", "gpt.n_layer is 10000000; it must be at most 1024"),
+        ("model.vqgan.num_res_blocks=10000000", "vqgan.num_res_blocks is 10000000"),
+        (f"model.name={'x' * 101}", "name has 101 characters; it must have at most 100"),
         ("model.vqgan.ch_mult=[1,0]", "vqgan.ch_mult"),
         ("model.vqgan.image_size=145", "vqgan.image_size 145 is no multiple of"),
         ("model.vqgan.image_size=-144", "vqgan.image_size is -144"),
@@ -202,3 +205,29 @@ def test_incompatible_settings_of_stage2_are_refused(settings: dict[str, Any], m
 
 def test_yaml_no_without_quotes_is_read_as_precision_no() -> None:
     assert load_config("mini", ["stage1.precision=no", 'stage2.precision="no"']).stage1.precision == "no"
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "name: ${oc.env:CLIPGEN_TEST_SECRET}",
+        'name: "\\x24{oc.env:CLIPGEN_TEST_SECRET}"',
+        "sampling: {top_k: '${oc.decode:${oc.env:CLIPGEN_TEST_SECRET}}'}",
+        "gpt: ${oc.env:CLIPGEN_TEST_SECRET}",
+    ],
+)
+def test_folder_of_weights_cannot_read_the_environment(
+    text: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("CLIPGEN_TEST_SECRET", "12345")
+    (tmp_path / "config.yaml").write_text(text)
+    with pytest.raises(ConfigError, match=r"holds \$\{\.\.\.\}; a folder of weights must state its values") as caught:
+        load_model_config(tmp_path / "config.yaml")
+    assert "12345" not in str(caught.value)
+
+
+@pytest.mark.parametrize("text", ["42", "[1, 2]", "a", "[" * 5000, ": : :", "\x00"])
+def test_file_that_is_no_mapping_is_named(text: str, tmp_path: Path) -> None:
+    (tmp_path / "config.yaml").write_text(text)
+    with pytest.raises(ConfigError, match=r"config\.yaml: "):
+        load_model_config(tmp_path / "config.yaml")

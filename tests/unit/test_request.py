@@ -36,3 +36,9 @@ def test_prompt_with_nothing_visible_is_empty(text: str) -> None:
 def test_prompt_with_one_visible_character_is_not_empty(text: str) -> None:
     assert not is_blank(text)
     assert GenerationRequest(text).prompt == text
+
+
+@pytest.mark.parametrize("part", [("a",), ("a", 1.0, 2.0), ()])
+def test_part_that_is_no_pair_is_refused(part: tuple) -> None:
+    with pytest.raises(RequestError, match=rf"prompt has a part of {len(part)} values"):
+        GenerationRequest([part])  # type: ignore[list-item]

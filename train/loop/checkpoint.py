@@ -247,7 +247,7 @@ def save_tensors(weights: Mapping[str, Tensor], path: Path) -> None:
     try:
         write_tensors(temporary, weights)
         os.replace(temporary, path)
-    except (OSError, SafetensorError) as error:
+    except OSError as error:
         temporary.unlink(missing_ok=True)
         raise CheckpointError(f"{path} could not be written: {_cause(error)}") from error
 

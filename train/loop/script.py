@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import argparse
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from functools import wraps
 from pathlib import Path
 
 import torch.distributed as dist
@@ -85,8 +86,22 @@ def leave_group() -> None:
         dist.destroy_process_group()
 
 
-command = entry_point(stopped="stopped; the same command continues from what is saved", cleanup=leave_group)
-"""Decorator of a training script's main function. Processes that end together leave their group before they exit."""
+def command(main: Callable[[], None]) -> Callable[[], None]:
+    """Decorate a training script's main function; processes that end together leave their group before they exit."""
+
+    @entry_point(stopped="stopped; the same command continues from what is saved")
+    @wraps(main)
+    def run() -> None:
+        ended = None
+        try:
+            main()
+        except SystemExit as stop:
+            ended = SystemExit(stop.code)  # a new one: no frame of `main` is held, nor what uses the group there
+        leave_group()
+        if ended is not None:
+            raise ended
+
+    return run
 
 
 def list_failures(accelerator: Accelerator, out: Path, failures: Mapping[str, str]) -> list[str]:

@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-import threading
-from collections.abc import Iterator
-
 import pytest
 from engine_kit import sharp_gpt
 
@@ -18,10 +15,5 @@ def gpt() -> GPT:
 
 
 @pytest.fixture
-def engine(gpt: GPT) -> Iterator[Engine]:
-    engine = Engine(gpt)
-    yield engine
-    closing = threading.Thread(target=engine.close, daemon=True)
-    closing.start()
-    closing.join(60)
-    assert not closing.is_alive(), "a call still runs"
+def engine(gpt: GPT) -> Engine:
+    return Engine(gpt)

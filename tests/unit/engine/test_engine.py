@@ -14,10 +14,9 @@ import torch
 from engine_kit import SAMPLINGS, SMALL, alone, make_sequences, uncached
 from torch import Tensor
 
-from clipgen.engine import engine as engine_module
 from clipgen.engine.batch import Batch
 from clipgen.engine.engine import Engine
-from clipgen.errors import Cancelled, UnavailableError
+from clipgen.errors import Cancelled
 from clipgen.models.gpt import GPT
 from clipgen.request import SamplingParams
 from clipgen.utils import memory
@@ -41,15 +40,10 @@ def test_concurrent_calls_share_steps_and_get_their_own_tokens(
         assert result.queue_time >= 0
 
 
-def test_generate_without_sequences_returns_no_tokens(engine: Engine) -> None:
-    assert engine.generate([]).tokens.shape == (0, SMALL.block_size)
-
-
 def test_more_sequences_than_rows_are_returned_in_order(gpt: GPT) -> None:
     engine = Engine(gpt, max_num_seqs=2)
     sequences = make_sequences(9, SAMPLINGS[1])
     output = engine.generate(sequences).tokens
-    engine.close()
     assert torch.equal(output, torch.stack([alone(gpt, seq) for seq in sequences]))
 
 
@@ -109,7 +103,6 @@ def test_small_request_starts_at_once_beside_a_large_one(gpt: GPT, gate: Gate) -
         gate.open()
         assert len(many.result(30).tokens) == 64
     assert len(gate.steps) == 4 * SMALL.block_size  # the single one ran in shared steps only
-    engine.close()
 
 
 def test_waiting_requests_start_in_order_of_arrival(gpt: GPT, gate: Gate) -> None:
@@ -123,7 +116,6 @@ def test_waiting_requests_start_in_order_of_arrival(gpt: GPT, gate: Gate) -> Non
         for future in futures:
             future.result(30)
     assert list(gate.steps[:: SMALL.block_size]) == [[0], [1], [2], [3]]
-    engine.close()
 
 
 def test_cancelled_request_frees_its_rows_before_the_next_step(gpt: GPT, gate: Gate) -> None:
@@ -142,7 +134,6 @@ def test_cancelled_request_frees_its_rows_before_the_next_step(gpt: GPT, gate: G
             stopped.result(30)
         gate.open()
         assert torch.equal(going.result(30).tokens[0], uncached(gpt, make_sequences(1, first=50)[0]))
-    engine.close()
 
 
 def test_waiting_request_can_be_cancelled(gpt: GPT, gate: Gate) -> None:
@@ -157,21 +148,6 @@ def test_waiting_request_can_be_cancelled(gpt: GPT, gate: Gate) -> None:
             second.result(30)
         gate.open()
         first.result(30)
-    engine.close()
-
-
-def test_full_queue_refuses_and_names_its_length(gpt: GPT, gate: Gate, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(engine_module, "MAX_WAITING", 3)
-    engine = Engine(gpt, max_num_seqs=1)
-    with ThreadPoolExecutor() as pool:
-        first = pool.submit(engine.generate, make_sequences(5, SAMPLINGS[1]))
-        until(lambda: engine.scheduler.num_waiting == 3)
-        with pytest.raises(UnavailableError, match=r"\d images are waiting .* try again"):
-            engine.generate(make_sequences(1))
-        gate.open()
-        first.result(30)
-        engine.generate(make_sequences(1))
-    engine.close()
 
 
 # --- callbacks ---
@@ -226,14 +202,13 @@ def test_on_tokens_receives_snapshots_in_the_callers_thread(gpt: GPT) -> None:
         threads.add(threading.get_ident())
 
     final = engine.generate(sequences, on_tokens=watch, every=5).tokens
-    engine.close()
     assert threads == {threading.get_ident()}
     assert [int((tokens >= 0).sum()) for tokens in seen] == [10, 20, 30, 40, 45, 50, 55]  # the last ones are the result
     for tokens in seen:
         assert torch.equal(tokens[tokens >= 0], final[tokens >= 0])
 
 
-# --- closing ---
+# --- idle ---
 
 
 def test_idle_engine_holds_neither_cache_nor_threads(engine: Engine) -> None:
@@ -242,21 +217,6 @@ def test_idle_engine_holds_neither_cache_nor_threads(engine: Engine) -> None:
     until(lambda: engine.batch.cache.data.nbytes == 0)
     assert not engine.scheduler.groups
     assert threading.active_count() <= threads  # threads of earlier tests may have ended meanwhile
-
-
-def test_close_waits_for_running_and_waiting_requests(gpt: GPT, gate: Gate) -> None:
-    engine = Engine(gpt, max_num_seqs=1)
-    with ThreadPoolExecutor() as pool:
-        calls = [pool.submit(engine.generate, make_sequences(1)) for _ in range(2)]
-        until(lambda: len(engine.scheduler.groups) == 2)
-        closing = pool.submit(engine.close)
-        until(lambda: engine.is_closed)
-        with pytest.raises(UnavailableError):
-            engine.generate(make_sequences(1))
-        assert not closing.done()
-        gate.open()
-        closing.result(30)
-        assert all(len(call.result(30).tokens) == 1 for call in calls)
 
 
 def test_sequences_that_wait_get_as_many_rows_as_those_before_them(
@@ -268,5 +228,4 @@ def test_sequences_that_wait_get_as_many_rows_as_those_before_them(
     monkeypatch.setattr(memory, "free_bytes", lambda device: int(room) + 1 - engine.batch.cache.data.nbytes)
     gate.open()
     engine.generate(make_sequences(20, SamplingParams(guidance=1.0)))
-    engine.close()
     assert [len(seeds) for seeds in gate.steps[:: SMALL.block_size]] == [7, 7, 6]  # 7 of 8 rows for one request

@@ -55,7 +55,6 @@ def test_failing_step_spares_waiting_requests(gpt: GPT, monkeypatch: pytest.Monk
         with pytest.raises(EngineError):
             bad.result(30)
         assert len(good.result(30).tokens) == 1
-    engine.close()
 
 
 def test_out_of_memory_halves_the_batch_and_changes_no_token(
@@ -104,7 +103,6 @@ def test_non_finite_logits_fail_the_request_and_the_next_one_works(gpt: GPT) -> 
             engine.generate(make_sequences(2))
         broken.head.bias.copy_(gpt.head.bias)
     assert torch.equal(engine.generate(make_sequences(1)).tokens[0], alone(gpt, make_sequences(1)[0]))
-    engine.close()
 
 
 @pytest.mark.parametrize(

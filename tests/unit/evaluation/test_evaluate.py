@@ -14,7 +14,7 @@ from pathlib import Path
 import pytest
 import torch
 from PIL import Image
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from tracebacks import has_traceback
 from training_kit import finish, start_together, write_images
 from typer.testing import CliRunner
@@ -203,6 +203,14 @@ def test_caption_score_is_the_geometric_mean_likelihood_of_the_tokens(tmp_path: 
     found = json.loads(run(*flags, "--prompts", "prompts.txt").stdout)
     assert 0 < found["figures"]["caption_score"] < 1 and "caption_score" not in found["left_out"]
     assert "captioner needs sentences" in run(*flags).stderr
+    weights = load_file(tmp_path / "blip" / "model.safetensors")
+    lost = next(name for name in weights if name.startswith("text_decoder"))
+    save_file({name: tensor for name, tensor in weights.items() if name != lost}, tmp_path / "blip/model.safetensors")
+    with pytest.raises(WeightsError, match=r"lacks 1 tensors, such as text_decoder"):
+        Captioner(tmp_path / "blip", torch.device("cpu"))
+    (tmp_path / "blip" / "model.safetensors").write_bytes(bytes(8))
+    with pytest.raises(WeightsError, match="holds no captioner"):
+        Captioner(tmp_path / "blip", torch.device("cpu"))
     (tmp_path / "blip" / "config.json").write_text("{}")
     with pytest.raises(WeightsError, match=r"holds no captioner .* needs config\.json"):
         Captioner(tmp_path / "blip", torch.device("cpu"))

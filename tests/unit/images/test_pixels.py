@@ -15,9 +15,10 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from image_files import encoded, photo, png
-from PIL import ExifTags, Image
+from PIL import ExifTags, Image, ImageFont
 
 from clipgen.errors import DataError
+from clipgen.images.grids import shorten
 from clipgen.images.pixels import (
     CLIP_STD,
     clip_from_pixels,
@@ -317,3 +318,18 @@ def test_failed_write_keeps_the_old_file(tmp_path: Path) -> None:
 def test_to_rgb_returns_an_rgb_image_itself() -> None:
     image = photo(0)
     assert to_rgb(image) is image
+
+
+def test_16_bit_greys_are_rounded_to_8_bits() -> None:
+    values = np.arange(65536, dtype=np.uint16).reshape(256, 256)
+    found = np.asarray(to_rgb(Image.fromarray(values)))
+    assert np.array_equal(found[..., 0], np.round(values / 257).astype(np.uint8)) and (found[..., :1] == found).all()
+
+
+def test_label_is_cut_to_the_longest_text_that_fits() -> None:
+    font = ImageFont.load_default(14)
+    text = "a very long label, " * 400
+    short = shorten(text, font, 200)
+    assert short.endswith("...") and text.startswith(short[:-3])
+    assert font.getlength(short) <= 200 < font.getlength(text[: len(short) - 2] + "...")
+    assert shorten("abc", font, 200) == "abc" and shorten("abc", font, 1) == ""

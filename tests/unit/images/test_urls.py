@@ -9,7 +9,9 @@ import socket
 import subprocess
 import threading
 import time
+import tracemalloc
 from collections.abc import Iterator
+from urllib.parse import quote_from_bytes
 
 import pytest
 from hypothesis import given
@@ -237,3 +239,39 @@ def test_silent_server_ends_at_the_deadline(monkeypatch: pytest.MonkeyPatch) -> 
     monkeypatch.setattr(urls, "MAX_SECONDS", 0.3)
     with socket.create_server(("127.0.0.1", 0)) as silent, pytest.raises(DataError, match="took more than"):
         read_url(f"http://127.0.0.1:{silent.getsockname()[1]}/a")
+
+
+def test_escaped_data_is_decoded_whole_and_in_little_memory() -> None:
+    data = bytes(range(256)) * 1000
+    text = "data:," + "".join(f"%{byte:02x}" for byte in data)
+    tracemalloc.start()
+    found = read_url(text)
+    _, peak = tracemalloc.get_traced_memory()
+    tracemalloc.stop()
+    assert found == data and peak < 40e6  # at once: 60 MB
+    for shift in range(4):
+        assert read_url("data:," + "x" * shift + quote_from_bytes(data)) == b"x" * shift + data
+
+
+@pytest.mark.parametrize("kind", ["", ";base64"])
+def test_data_above_the_limit_is_refused_after_decoding_too(kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(urls, "MAX_BYTES", 100)
+    text = {"": "a" * 101, ";base64": base64.b64encode(bytes(101)).decode()}[kind]
+    with pytest.raises(DataError, match="has more than"):
+        read_url(f"data:{kind},{text}")
+
+
+def test_next_address_of_a_host_is_tried_where_the_first_does_not_answer(
+    server: Server, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    real = socket.getaddrinfo
+
+    def both(host: str, port: int, *more: object, **settings: object) -> list[tuple]:
+        if host != "two.example":
+            return real(host, port, *more, **settings)
+        [entry, *_] = real("127.0.0.1", port, type=socket.SOCK_STREAM)
+        return [(*entry[:4], ("127.0.0.77", port)), entry]  # nothing listens at the first
+
+    monkeypatch.setattr(socket, "getaddrinfo", both)
+    url = server.put("/a", b"image")
+    assert read_url(url.replace("127.0.0.1", "two.example")) == b"image"

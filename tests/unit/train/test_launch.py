@@ -46,3 +46,44 @@ def test_signal_stops_all_processes_without_a_traceback(
     process.send_signal(number)
     _, said = process.communicate(timeout=120)
     assert process.returncode == code and not has_traceback(said)
+
+
+ENDING = """
+import sys
+from clipgen.errors import ConfigError
+from train.loop import script
+
+
+class Held:
+    def __del__(self):
+        print("freed", flush=True)
+
+
+script.leave_group = lambda: print("left", flush=True)
+
+
+@script.command
+def main():
+    held = Held()
+    {end}
+
+
+main()
+"""
+
+
+@pytest.mark.parametrize(("end", "code"), [("return", 0), ("sys.exit(0)", 0), ("sys.exit(143)", 143)])
+def test_process_leaves_its_group_when_nothing_uses_it_any_more(
+    end: str, code: int, root: Path, tmp_path: Path
+) -> None:
+    (tmp_path / "script.py").write_text(ENDING.format(end=end))
+    environment = os.environ | {"PYTHONPATH": str(root)}
+    done = subprocess.run([sys.executable, "script.py"], cwd=tmp_path, env=environment, capture_output=True, text=True)
+    assert (done.returncode, done.stdout.split()) == (code, ["freed", "left"]), done.stderr
+
+
+def test_process_that_fails_leaves_its_group_to_its_end(root: Path, tmp_path: Path) -> None:
+    (tmp_path / "script.py").write_text(ENDING.format(end="raise ConfigError('a mistake')"))
+    environment = os.environ | {"PYTHONPATH": str(root)}
+    done = subprocess.run([sys.executable, "script.py"], cwd=tmp_path, env=environment, capture_output=True, text=True)
+    assert done.returncode == 2 and "left" not in done.stdout and done.stderr == "error: a mistake\n"

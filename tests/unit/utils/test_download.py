@@ -218,6 +218,20 @@ def test_breaks_with_progress_in_between_do_not_count_as_failures_in_a_row(
     assert part.read_bytes() == CONTENT and len(server.requests) == 15
 
 
+def test_download_that_starts_over_counts_its_progress_afresh(
+    server: Server, part: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(module, "PROGRESS", 20_000)
+    server.answers = [Answer(cut=200_000)]
+    with pytest.raises(DownloadError):
+        download(f"{server.address}/file", part, policy=RetryPolicy(attempts=1))
+    server.etag = '"two"'
+    server.put("/file", CONTENT[::-1])
+    server.default = Answer(cut=20_000)
+    download(f"{server.address}/file", part, policy=RetryPolicy(attempts=3, backoff=0))
+    assert part.read_bytes() == CONTENT[::-1]
+
+
 def test_redirects_within_http_are_followed(server: Server, part: Path) -> None:
     server.answers = [Answer(status=302, headers={"Location": "/file"}), Answer(cut=100_000)]
     server.answers.append(Answer(status=302, headers={"Location": "/file"}))

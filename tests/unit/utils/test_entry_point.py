@@ -66,15 +66,6 @@ def test_result_and_exit_code_of_main_are_kept(tmp_path: Path) -> None:
     assert done.returncode == 1 and done.stderr == "a message\n"
 
 
-def test_cleanup_runs_after_the_frames_of_main_are_freed(tmp_path: Path) -> None:
-    held = "class Held:\n    def __del__(self): print('freed')\nheld = Held()\n"
-    decorator = "entry_point(cleanup=lambda: print('cleanup'))"
-    for end in ("", "sys.exit(0)"):
-        done = run(program(tmp_path, held + end, decorator))
-        assert done.stdout.split() == ["freed", "cleanup"], done.stderr
-    assert "cleanup" not in run(program(tmp_path, "raise ConfigError('x')", decorator)).stdout
-
-
 @pytest.mark.parametrize("flush", ["False", "True"])
 def test_broken_pipe_ends_the_program_quietly(tmp_path: Path, flush: str) -> None:
     read, write = os.pipe()

@@ -276,8 +276,41 @@ def test_free_memory_of_this_machine_is_positive_or_unknown() -> None:
 def test_free_memory_respects_the_container_limit(tmp_path: Path, limit: str, stat: str, expected: int | None) -> None:
     for name, text in {"memory.max": limit, "memory.current": "400\n", "memory.stat": stat}.items():
         (tmp_path / name).write_text(text)
-    assert memory._container_free(tmp_path) == expected
+    assert memory._container_free(tmp_path, tmp_path / "none") == expected
+
+
+@pytest.mark.parametrize(
+    ("contents", "membership", "expected"),
+    [
+        (  # cgroup v1
+            {
+                "memory/memory.limit_in_bytes": "1000\n",
+                "memory/memory.usage_in_bytes": "400\n",
+                "memory/memory.stat": "inactive_file 1\ntotal_inactive_file 100\n",
+            },
+            "4:memory:/\n",
+            700,
+        ),
+        (  # a group within one that has the lower limit
+            {
+                **{"a/memory.max": "1000\n", "a/memory.current": "900\n", "a/memory.stat": "inactive_file 0\n"},
+                **{"a/b/memory.max": "max\n", "a/b/memory.current": "500\n", "a/b/memory.stat": "anon 1\n"},
+            },
+            "0::/a/b\n",
+            100,
+        ),
+    ],
+)
+def test_free_memory_respects_the_lowest_limit_of_all_cgroups(
+    tmp_path: Path, contents: dict[str, str], membership: str, expected: int
+) -> None:
+    for name, text in contents.items():
+        path = tmp_path / "cgroup" / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(text)
+    (tmp_path / "membership").write_text(membership)
+    assert memory._container_free(tmp_path / "cgroup", tmp_path / "membership") == expected
 
 
 def test_free_memory_without_a_container_has_no_limit(tmp_path: Path) -> None:
-    assert memory._container_free(tmp_path) is None
+    assert memory._container_free(tmp_path, tmp_path / "none") is None

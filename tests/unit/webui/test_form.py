@@ -12,7 +12,9 @@ from receipt_kit import RECEIPT
 from clipgen.errors import DataError, RequestError
 from clipgen.images.pixels import save_image
 from clipgen.outputs.metadata import PromptPart, Receipt
+from clipgen.request import MAX_SEED
 from clipgen.webui.form import LINKED, MAX_PROMPT, Form, from_link, read_receipt, settings_of, to_link
+from clipgen.webui.snippets import as_python
 
 LEMON = Form(prompt="a lemon", num_outputs=2, candidates=3, random_seed=False, seed=7)
 
@@ -68,6 +70,16 @@ def test_link_of_an_image_restores_its_settings() -> None:
     assert form.image_weight == 2.0, "links leave other fields as they are"
 
 
+def test_image_whose_own_seed_is_too_large_is_made_again_among_its_candidates() -> None:
+    record = replace(RECEIPT, seed=MAX_SEED - 1, image_seed=MAX_SEED + 1, index=1, num_outputs=2, candidates=4)
+    form = LEMON.with_receipt(record)
+    assert (form.seed, form.candidates, form.num_outputs) == (MAX_SEED - 1, 4, 2)
+    assert form.request().seed == MAX_SEED - 1
+    settings = settings_of(record)
+    assert from_link(to_link(settings), LEMON).request().candidates == 4
+    assert "seed=2147483646" in as_python(record, "mini") and "output.images[1]" in as_python(record, "mini")
+
+
 def test_link_holds_the_longest_prompts_in_any_script() -> None:
     form = Form(prompt="🍋" * MAX_PROMPT, negative_prompt="レ" * MAX_PROMPT, guidance=2.0)
     link = to_link({"prompt": form.prompt, "negative_prompt": form.negative_prompt, "guidance": 2.0})
@@ -106,7 +118,7 @@ def test_receipt_fills_in_the_form(tmp_path: Path) -> None:
     record = replace(RECEIPT, negative=(PromptPart(1.0, "a dog"),))
     form, note = read_receipt(write(tmp_path, record), LEMON)
     expected = replace(LEMON, negative_prompt="a dog", guidance=1.5, temperature=0.8, top_k=9, top_p=0.5)
-    assert form == expected.with_seed(9)
+    assert form == expected.with_receipt(record)
     assert note == "The settings of this image are filled in."
 
 

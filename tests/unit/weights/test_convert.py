@@ -247,7 +247,7 @@ def written_vqgan(folder: Path) -> Path:
     path = folder / "zeros.safetensors"
     with torch.device("meta"):
         shapes = VQGAN(load_config("coco").model.vqgan).state_dict()
-    save_file({name: torch.zeros(t.shape, dtype=torch.int8) for name, t in shapes.items()}, path)
+    save_file({name: torch.zeros(t.shape, dtype=torch.float8_e4m3fn) for name, t in shapes.items()}, path)
     return path
 
 

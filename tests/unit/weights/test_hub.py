@@ -154,3 +154,22 @@ def test_missing_client_is_named_with_the_extra(hub: Hub, monkeypatch: pytest.Mo
     monkeypatch.setitem(sys.modules, "huggingface_hub", None)
     with pytest.raises(DownloadError, match=r"needs the package huggingface_hub: pip install 'clipgen\[hub\]'"):
         resolve_weights("hf://someone/lemons")
+
+
+def test_damaged_file_in_the_cache_is_fetched_again(hub: Hub, model: Path) -> None:
+    hub.publish(model)
+    weights = resolve_weights("hf://someone/lemons") / "gpt.safetensors"
+    whole = weights.read_bytes()
+    weights.resolve().write_bytes(whole[:-10])
+    lines: list[str] = []
+    folder = resolve_weights("hf://someone/lemons", lines.append)
+    assert (folder / "gpt.safetensors").read_bytes() == whole
+    assert "gpt.safetensors has" in lines[0] and "fetched again" in lines[0]
+
+
+def test_connection_that_breaks_off_is_one_line(hub: Hub, model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    hub.publish(model)
+    hub.cut = 10
+    monkeypatch.setattr("time.sleep", lambda seconds: None)  # between the client's attempts
+    with pytest.raises(DownloadError, match=r"hf://someone/lemons: manifest\.json"):
+        resolve_weights("hf://someone/lemons")

@@ -222,6 +222,10 @@ def test_clip_of_another_embedding_size_is_refused(folder: Path) -> None:
             r"head\.bias has the shape \(63,\); \(64,\) was expected\. Use the configuration",
         ),
         (lambda w: w.clear(), r"missing: .* and \d+ more"),
+        (
+            lambda w: w.update({"head.bias": torch.zeros(64, dtype=torch.int8)}),
+            r"head\.bias holds torch\.int8; it must be floating-point",
+        ),
     ],
 )
 def test_tensors_that_do_not_fit_the_network_are_named(

@@ -55,3 +55,9 @@ def test_int8_on_a_gpu_is_refused_with_a_faster_alternative(monkeypatch: pytest.
     with pytest.raises(RequestError, match="dtype is 'int8', which is slower than float16 on a GPU; use float16"):
         pick_precision("int8", torch.device("cuda"))
     assert pick_precision(None, torch.device("cuda")).name == "float16"
+
+
+@pytest.mark.parametrize("device", ["meta", "hpu", "nonsense"])
+def test_device_that_cannot_compute_is_refused(device: str) -> None:
+    with pytest.raises(RequestError, match=f"device is '{device}', which cannot be used here"):
+        pick_device(device)

@@ -136,6 +136,10 @@ def test_published_model_is_fetched_and_converted_once(
     assert ClipGen.from_pretrained(folder, device="cpu").config.name == "tiny"
     asked = len(mirror.requests)
     assert resolve_weights("tiny", lines.append) == folder and len(mirror.requests) == asked == 3
+    lines.clear()
+    (folder / "gpt.safetensors").write_bytes(b"cut off")  # as by a disk that was full
+    assert resolve_weights("tiny", lines.append) == folder and lines == [f"converting tiny into {folder}"]
+    assert ClipGen.from_pretrained(folder, device="cpu").config.name == "tiny"
 
 
 def test_published_model_that_is_not_in_the_cache_is_refused_offline(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -9,11 +9,13 @@ from pathlib import Path
 
 import pytest
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import save_file
 
 from clipgen.config import GPTConfig
 from clipgen.errors import WeightsError
-from clipgen.weights.tensor_file import TensorInfo, load_tensors, read_header
+from clipgen.weights import tensor_file
+from clipgen.weights.tensor_file import TensorInfo, find_problem, load_tensors, read_header, write_tensors
 from train.encode import load_clip
 from train.loop.optimization import load_model_weights
 
@@ -103,6 +105,36 @@ def test_offsets_beyond_the_file_are_refused(tmp_path: Path) -> None:
     header = json.dumps({"a": {"dtype": "F32", "shape": [2], "data_offsets": [0, 10**15]}}).encode()
     (tmp_path / "w.safetensors").write_bytes(struct.pack("<Q", len(header)) + header + bytes(8))
     refused(tmp_path / "w.safetensors")
+
+
+def test_header_whose_length_looks_like_a_web_page_is_read(tmp_path: Path) -> None:
+    path = tmp_path / "w.safetensors"
+    for length in (0x3C20, 0x3C0A):  # " <" and a line break before "<"
+        entry = json.dumps({"a": {"dtype": "F32", "shape": [1], "data_offsets": [0, 4]}}).encode()
+        path.write_bytes(struct.pack("<Q", length) + entry.ljust(length) + bytes(4))
+        assert find_problem(path) is None and load_tensors(path)["a"].tolist() == [0.0]
+
+
+def test_endless_offsets_are_refused(tmp_path: Path) -> None:
+    header = b'{"a": {"dtype": "F32", "shape": [1], "data_offsets": [0, 1e999]}}'
+    (tmp_path / "w.safetensors").write_bytes(struct.pack("<Q", len(header)) + header + bytes(4))
+    refused(tmp_path / "w.safetensors")
+
+
+def test_tensors_that_share_storage_are_written(tmp_path: Path) -> None:
+    table = torch.arange(6.0).view(2, 3)
+    write_tensors(tmp_path / "w.safetensors", {"a": table, "b": table, "c": table[1]})
+    found = load_tensors(tmp_path / "w.safetensors")
+    assert found["a"].equal(table) and found["b"].equal(table) and found["c"].equal(table[1])
+
+
+def test_full_disk_is_an_error_of_the_system(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(*_: object) -> None:
+        raise SafetensorError("Error while serializing: I/O error: No space left on device (os error 28)")
+
+    monkeypatch.setattr(tensor_file, "save_file", full)
+    with pytest.raises(OSError, match=r"w\.safetensors cannot be written: .*No space left"):
+        write_tensors(tmp_path / "w.safetensors", {"a": torch.zeros(1)})
 
 
 @pytest.mark.parametrize("content", [LFS, b"", b"PK\x03\x04 a checkpoint", b"<html>"])

@@ -163,3 +163,18 @@ def test_modality_gap_is_subtracted_for_texts_but_not_for_images(folder: Path) -
     assert pipe.query_index("a") == pipe.index.query(pipe.embed("a"), text_share=1)
     mixed = [("a", 1.0), (image, -3.0)]
     assert pipe.query_index(mixed) == pipe.index.query(pipe.embed(mixed), text_share=0.25)
+
+
+def test_index_of_another_clip_is_refused(folder: Path, tmp_path: Path) -> None:
+    other = Path(shutil.copytree(folder, tmp_path / "other"))
+    generator = torch.Generator().manual_seed(0)
+    embeddings = F.normalize(torch.randn(60, 48, generator=generator), dim=1)
+    write_index(other, build_index(embeddings, [f"{i}.png" for i in range(60)], embeddings[:30].clone()))
+    with pytest.raises(WeightsError, match="is of embeddings of 48 numbers, not this CLIP's"):
+        ClipGen.from_pretrained(other, device="cpu")
+
+
+def test_distances_without_an_axis_are_refused(folder: Path) -> None:
+    tensors = load_tensors(folder / FILE)
+    with pytest.raises(WeightsError, match="its parts do not fit"):
+        TrainingIndex(tensors | {"held": torch.tensor(0.5)})
