@@ -136,10 +136,10 @@ renders: $(VENV)/.dev ## the parts of scenes: emoji art from npm, rendered to da
 scenes: renders ## a contact sheet of the scenes of version 3, outputs/scenes.png
 	$(BIN)/python -m train.mini.sheet --data data/emoji --out outputs/scenes.png
 
-mini3: renders ## train version 3 of the mini model, in development, to weights/mine [MINUTES=60 a part]; needs WordNet
+mini3: renders ## train version 3 of the mini model, in development, to weights/mine [MINUTES=60 per part]; needs WordNet
 	$(BIN)/python -m train.mini.recipe --data data/emoji --out weights/mine $(if $(MINUTES),--minutes $(MINUTES)) $(ARGS)
 
-mini: emoji ## train on version 2's images, one embedding as the condition (hours); run it again to resume; needs WordNet (wordnet-base)
+mini: emoji ## train on version 2's images, one embedding as the condition, no prior, to weights/mine (hours; rerun to resume); needs WordNet (wordnet-base)
 	$(BIN)/python train/mini/clip_image.py --data data/emoji --out runs/clip
 	$(BIN)/python train/mini/clip_text.py --data data/emoji --out runs/clip
 	$(BIN)/python train/stage1.py --config mini --data data/emoji/train --out runs/vqgan
@@ -148,8 +148,8 @@ mini: emoji ## train on version 2's images, one embedding as the condition (hour
 	$(BIN)/python train/stage2.py --config mini --data runs/encoded --vqgan runs/vqgan \
 		--clip runs/clip/clip.safetensors --out runs/gpt
 	$(BIN)/python -m train.export --config mini --clip runs/clip/clip.safetensors --vqgan runs/vqgan --gpt runs/gpt \
-		--out weights/mini
-	$(BIN)/python -m train.mini.index --weights weights/mini --encoded runs/encoded --data data/emoji/stage2
+		--out weights/mine
+	$(BIN)/python -m train.mini.index --weights weights/mine --encoded runs/encoded --data data/emoji/stage2
 
 clean: ## remove caches and build products; keeps .venv, data, runs and outputs
 	@rm -rf .pytest_cache .mypy_cache .ruff_cache .hypothesis .cog *.egg-info

@@ -44,8 +44,8 @@ class InsufficientMemoryError(ClipGenError):
 
 
 class EngineError(RuntimeError):
-    """A decoding step failed for a reason that no user can change; `__cause__` tells it."""
+    """Failure of a decoding step that no user can fix; `__cause__` is the original error."""
 
 
 class Cancelled(Exception):
-    """Generation was asked to stop; nothing of it is kept."""
+    """Canceled generation; its results are discarded."""

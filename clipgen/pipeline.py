@@ -42,7 +42,7 @@ log = logging.getLogger(__name__)
 
 
 class ClipGen:
-    """CLIP, the GPT and the VQGAN working together, for any number of threads at once.
+    """Text-to-image pipeline of CLIP, GPT and VQGAN. Thread-safe.
 
     Args:
         index: the training images, to tell how far a prompt is from them.
@@ -126,17 +126,17 @@ class ClipGen:
 
     @property
     def device(self) -> torch.device:
-        """Where the models are."""
+        """Device of the models."""
         return self.clip.device
 
     @property
     def dtype(self) -> torch.dtype:
-        """Arithmetic of CLIP and the VQGAN."""
+        """Compute dtype of CLIP and the VQGAN."""
         return self.vqgan.post_quant_conv.weight.dtype
 
     @property
     def precision(self) -> str:
-        """Of the GPT's large weights: one of `PRECISIONS`."""
+        """Precision of the GPT's large weights, one of `PRECISIONS`."""
         return self.gpt.quantised or str(self.gpt.head.weight.dtype).removeprefix("torch.")
 
     @property

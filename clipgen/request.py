@@ -28,7 +28,7 @@ MAX_PARTS = 64
 
 @dataclass
 class SamplingParams:
-    """How tokens are sampled. The one place that knows the ranges.
+    """Sampling parameters; the only definition of their ranges.
 
     Raises:
         RequestError: a value is out of its range.
@@ -57,7 +57,7 @@ SAMPLING = tuple(field.name for field in dataclasses.fields(SamplingParams))
 
 @dataclass(frozen=True)
 class GenerationRequest:
-    """What to generate and how, checked when built. None stands for the model's own default.
+    """Generation request, validated on construction. None means the model's default.
 
     Raises:
         RequestError: a value is out of its range.
@@ -157,7 +157,7 @@ class GenerationOutput:
 
 
 def shown(value: object) -> str:
-    """A value as messages quote it: at most 100 characters."""
+    """Format a value for an error message, at most 100 characters."""
     text = repr(value)
     return text if len(text) <= 100 else f"{text[:100]}..."
 

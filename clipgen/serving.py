@@ -148,7 +148,7 @@ class PredictionService:
         return cls(pipe)
 
     async def predict(self, record: Record, **inputs: Any) -> list[Path]:
-        """Draw, and write the images into a new folder, best first; metrics go to `record`.
+        """Generate images, write them to a new folder, best first, and pass metrics to `record`.
 
         Raises:
             RequestError: an input is wrong; see `PredictionInputs` for their names.

@@ -109,7 +109,7 @@ clipgen generate "a lemon" --weights THIS_FOLDER
 {parts}
 
 ## Data
-`{data}`; SHA-256 of the list of images used for evaluation: `{reference["sha256"]}`. What may be done with the
+`{data}`; SHA-256 of the images used for evaluation: `{reference["sha256"]}`. What may be done with the
 model depends on what may be done with these images.
 
 ## Training

@@ -107,7 +107,7 @@ class Batch:
         return {self.sequences[i]: self.tokens[i].clone() for i in complete}
 
     def non_finite(self, sequences: Iterable[Sequence]) -> list[Sequence]:
-        """Those of the sequences whose logits had a NaN or an infinity. Waits for the device."""
+        """Return the sequences with non-finite logits. Synchronizes with the device."""
         flags = dict(zip(self.sequences, self.is_finite.tolist(), strict=True))
         return [seq for seq in sequences if not flags[seq]]
 

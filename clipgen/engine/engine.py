@@ -159,13 +159,13 @@ class Engine:
         self._end(bad | {group for group in ended if group.is_finished})
 
     def _set_limits(self) -> None:
-        """While no cache is held: as many rows as fit into the memory that is free now."""
+        """Set the row limits from the memory that is free now. Call only while no cache is allocated."""
         rows = self.graphs.max_num_rows if self.graphs else self._fitting_rows()
         self.scheduler.max_num_rows = rows
         self.scheduler.max_num_seqs = self.scheduler.max_num_seqs or rows
 
     def _fitting_rows(self, share: int = 1) -> int:
-        """Rows of a cache that takes 1 / share of the memory that may be planned with."""
+        """Number of cache rows that fit into 1 / `share` of the usable memory."""
         row = token_bytes(self.gpt.config, self.gpt.allocate(0).data.dtype, guided=False)
         return max(2, max_batch_size(share * row, self.gpt.head.weight.device, self.max_num_rows))
 

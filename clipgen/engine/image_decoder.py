@@ -109,7 +109,7 @@ class ImageDecoder:
         return max_batch_size(pixel_bytes(self.vqgan.config, weight.dtype), weight.device, MAX_DECODE_BATCH)
 
     def _decode_waiting(self) -> None:
-        """Decode one batch of the items that have waited longest, whoever submitted them."""
+        """Decode one batch of the longest-waiting items of all callers."""
         size = self._batch_size()
         items: list[_Item] = []
         while self._waiting and len(items) < size:

@@ -24,7 +24,7 @@ FAIR_SHARE = 4
 
 @dataclass(eq=False)
 class RequestGroup:
-    """The sequences of one `Engine.generate` call, and who to tell about them."""
+    """Sequences of one `Engine.generate` call and its callbacks."""
 
     sequences: list[Sequence]
     progress: Callable[[int, int], None] | None = None
@@ -110,7 +110,7 @@ class Scheduler:
         return group
 
     def remove(self, groups: Collection[RequestGroup]) -> list[Sequence]:
-        """Forget groups, finished or not; returns their running sequences, whose rows are free now."""
+        """Remove groups, finished or not. Returns their running sequences, whose rows are now free."""
         dropped = [seq for seq, group in self.running.items() if group in groups]
         for seq in dropped:
             del self.running[seq]

@@ -55,7 +55,7 @@ def shorten(text: str, font: ImageFont.FreeTypeFont | ImageFont.ImageFont, width
 
 
 def save_gif(images: Sequence[Image.Image], path: str | Path, seconds: float = 0.25, comment: str = "") -> Path:
-    """Write an animation of images of one size that runs there and back for ever; both ends stay twice as long.
+    """Write a looping GIF of images of one size, forward and back; the ends are shown twice as long.
 
     Raises:
         DataError: there are no images, or the file cannot be written.

@@ -209,7 +209,7 @@ def describe_unused(source: Source, prefix: str = "not used: ") -> str:
 
 
 class _Collector:
-    """What a search has come across so far."""
+    """Images, shards and unused files found so far."""
 
     def __init__(self) -> None:
         self.images: list[str] = []

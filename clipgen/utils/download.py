@@ -173,7 +173,7 @@ def _headers(have: int, origin: _Origin | None) -> dict[str, str]:
 
 
 class _Redirects(urllib_request.HTTPRedirectHandler):
-    """Python's own also follows to ftp."""
+    """Redirect handler for http(s) only; Python's default also follows ftp."""
 
     def redirect_request(self, req: Any, fp: Any, code: int, msg: str, headers: Any, newurl: str) -> Any:
         allowed = {"https"} if urlsplit(req.full_url).scheme == "https" else {"http", "https"}

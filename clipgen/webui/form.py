@@ -23,7 +23,7 @@ MAX_PROMPT = 2000
 
 @dataclass(frozen=True)
 class Form:
-    """The fields of the page as they arrive: an emptied number is None."""
+    """Field values sent by the page; a cleared number is None."""
 
     prompt: str = ""
     negative_prompt: str = ""

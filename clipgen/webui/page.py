@@ -169,7 +169,7 @@ class Page:
     # --- drawing
 
     def on_generate(self, data: dict[Any, Any], request: gr.Request) -> Iterator[dict[Any, Any]]:
-        """Draw the form."""
+        """Generate images from the form."""
         yield from self._generate(self._form(data), data, request)
 
     def on_example(self, prompt: str) -> Callable[[dict[Any, Any], gr.Request], Iterator[dict[Any, Any]]]:
@@ -225,7 +225,7 @@ class Page:
         }
 
     def _idle(self, has_result: bool) -> dict[Any, Any]:
-        """The buttons while nothing is drawn."""
+        """Button states while no request is running."""
         on = gr.update(interactive=True)
         return {
             self.stop: gr.update(interactive=False),

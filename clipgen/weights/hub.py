@@ -21,7 +21,7 @@ _ADDRESS = re.compile(r"hf://(?P<repo>[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*)(?:@
 
 
 def fetch_from_hub(address: str, settings: Settings, log: Callable[[str], None]) -> Path:
-    """Have the model folder "hf://user/repo[@branch, tag or commit]" in the cache, complete and verified.
+    """Fetch the model folder "hf://user/repo[@branch, tag or commit]" into the cache and verify it.
 
     HF_ENDPOINT and HF_TOKEN work as for other tools. Files are kept in $HF_HOME or $HF_HUB_CACHE if set, else in
     `hub` in our own cache. Without a connection, what was fetched before is used.
@@ -54,7 +54,7 @@ def fetch_from_hub(address: str, settings: Settings, log: Callable[[str], None])
 
 
 def _hub_cache(settings: Settings) -> Path:
-    """The cache that other tools use too, where the environment names one, else a folder in ours."""
+    """Cache folder: $HF_HUB_CACHE or $HF_HOME/hub if set, else `hub` in clipgen's cache."""
     if named := os.environ.get("HF_HUB_CACHE"):
         return expand_home(named)
     home = os.environ.get("HF_HOME")

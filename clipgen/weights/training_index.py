@@ -48,7 +48,7 @@ class IndexMatch:
         return self.percentile < 100 * OUT_OF_DISTRIBUTION
 
     def warning(self, name: str) -> str:
-        """One line for whoever asked for `name`, where it is out of distribution."""
+        """One-line warning that the prompt `name` is out of distribution."""
         [nearest, *_] = self.captions
         return f"this model has seen little like {name}; the nearest of its training images is {nearest}"
 

@@ -147,6 +147,6 @@ class EMACodebook(nn.Module):
 
     @torch.no_grad()
     def reset(self, codes: Tensor) -> None:
-        """Restart the averages of revived codes (M,) from where these are now."""
+        """Reset the averages of revived codes (M,) to their current values."""
         self.sizes[codes] = 1.0
         self.sums[codes] = self._quantizer[0].codes()[codes]

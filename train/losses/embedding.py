@@ -24,7 +24,7 @@ class EmbeddingLoss(nn.Module):
         self.requires_grad_(False)
 
     def forward(self, logits: Tensor, condition: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
-        """Mean cosine distance (0 to 2), a scalar whose gradient reaches the logits, and it again for the log.
+        """Compute the mean cosine distance in [0, 2], differentiable in the logits, and its log entry.
 
         The forward pass decodes the code of the most likely token; the backward pass sees the mean code by
         probability (the straight-through estimator of Bengio et al., arXiv 1308.3432).
@@ -45,7 +45,7 @@ class EmbeddingLoss(nn.Module):
 
 
 def clip_loss_rows(config: Stage2Config, processes: int) -> slice:
-    """Which rows of each micro-batch the embedding loss looks at, so that `clip_batch` rows of the batch are seen.
+    """Rows of each micro-batch used by the embedding loss, `clip_batch` per batch in all.
 
     Raises:
         ConfigError: the micro-batches cannot have equally many.

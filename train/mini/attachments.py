@@ -63,7 +63,7 @@ _WINGED = {"bat", "butterfly", "bee", "duck", "eagle", "parrot", "swan"}
 
 
 def can_have(thing: Object, attachment: str) -> bool:
-    """Whether it makes sense: what has a face gets no second one, a man has hair already."""
+    """Whether an object can have an attachment, such as a face only if it has none."""
     if attachment == "face":
         return not thing.has_face
     taken = {"hair": _HAIRY, "beard": _BEARDED, "moustache": _BEARDED, "wings": _WINGED}

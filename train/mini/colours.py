@@ -41,7 +41,7 @@ _DARK_LINE = 28.0
 
 
 def floats(image: NDArray[Any]) -> Floats:
-    """The same array, as OpenCV's types do not say what they return."""
+    """Cast to float32, for type checkers: OpenCV's stubs give no dtype."""
     return image.astype(np.float32, copy=False)
 
 

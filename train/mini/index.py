@@ -74,7 +74,7 @@ def add_index(weights: Path, encoded: Path, data: str | Path, prompts: Path | No
 
 
 def _unit(embeddings: Tensor) -> Tensor:
-    """Stored in half precision, they are a little off."""
+    """Normalize embeddings, which half precision leaves slightly off unit norm."""
     return torch.nn.functional.normalize(embeddings, dim=1)
 
 

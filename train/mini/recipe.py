@@ -55,7 +55,7 @@ _ON_GPU = {
 
 @dataclass(frozen=True)
 class Machine:
-    """What training on this machine is like.
+    """Training resources of a machine.
 
     Attributes:
         workers: processes that compose scenes; 0 where there is no core to spare.
@@ -69,7 +69,7 @@ class Machine:
 
     @classmethod
     def here(cls) -> Machine:
-        """This one."""
+        """Detect the resources of this machine."""
         cores = thread_count(usable_cores())
         if pick_device(None).type == "cuda":
             return cls(max(0, cores - 2), True)

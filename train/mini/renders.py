@@ -35,7 +35,7 @@ def needed_codes() -> set[str]:
 
 
 def write_renders(npm: Path, out: Path) -> int:
-    """Render what is needed; how many files.
+    """Render the needed emoji. Returns the number of files.
 
     Raises:
         DataError: the packages lack an emoji; nothing is left out silently.

@@ -36,7 +36,7 @@ _CAPTION = 30
 
 
 def chapters(rng: random.Random) -> list[tuple[str, list[Facts]]]:
-    """What there is of everything: a title and scenes."""
+    """Sections of the sheet: titles and example scenes."""
     objects = list(read_objects().values())
 
     def any_name() -> str:
