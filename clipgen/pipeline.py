@@ -207,8 +207,9 @@ class ClipGen:
         """Generate several requests together; each gives the same images as alone, whatever other threads generate.
 
         Args:
-            progress: called with (tokens done, tokens in all) over all requests. Everyone waits for it: be quick.
-            is_cancelled: called before each token and before each batch of images is decoded; likewise.
+            progress: called with (tokens done, tokens in all) over all requests.
+            is_cancelled: called before each token and before each batch of images is decoded. Everyone waits for it: be
+                quick.
             on_preview: called with the first `num_outputs` candidates of each request as far as they are decoded, the
                 rest grey. CLIP may pick others in the end.
             previews: how often at most, from 1 to the rows of tokens less one.

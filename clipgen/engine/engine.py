@@ -71,9 +71,8 @@ class Engine:
 
         Args:
             sequences: n of them.
-            progress: called with (tokens done, tokens in all) after each step, in the caller's context but on the
-                compute thread: it must be quick, since everyone waits for it.
-            is_cancelled: called before each step, likewise.
+            progress: called in the caller's own thread with (tokens done, tokens in all) after each step.
+            is_cancelled: called before each step, on the compute thread: it must be quick, since everyone waits for it.
             on_tokens: called in the caller's own thread with the tokens so far (n, T), -1 where there is none yet,
                 after every `every` steps until all are there.
 
@@ -83,13 +82,18 @@ class Engine:
             EngineError: a step failed otherwise.
         """
         own = [replace(seq) for seq in sequences]  # identified by identity, in this call only
-        group = RequestGroup(own, progress, is_cancelled, every if on_tokens else 0)
+        group = RequestGroup(own, is_cancelled, bool(progress or on_tokens), every if on_tokens else 0)
         self._submit(group)
+        most, total = 0, len(own) * self.gpt.config.block_size
         try:
-            while (snapshot := group.updates.get()) is not None:
-                if on_tokens is not None:
+            while (update := group.updates.get()) is not None:
+                done, snapshot = update
+                if progress is not None and done > most:  # it never goes back, even where sequences had to start again
+                    most = done
+                    progress(done, total)
+                if on_tokens is not None and snapshot is not None:
                     on_tokens(snapshot)
-        except BaseException:  # Ctrl-C, or `on_tokens` failed: the next round drops the group
+        except BaseException:  # Ctrl-C, or a callback failed: the next round drops the group
             group.error = group.error or Cancelled()
             raise
         if group.error is not None:
@@ -182,9 +186,9 @@ class Engine:
             group.num_steps += 1
             total = length * len(group.sequences)
             count += length * len(group.tokens)
-            group.report_progress(count, total)
-            if count < total and group.snapshot_every and group.num_steps % group.snapshot_every == 0:
-                group.updates.put(self._snapshot(group))
+            is_due = count < total and group.snapshot_every and group.num_steps % group.snapshot_every == 0
+            if group.reports:
+                group.updates.put((count, self._snapshot(group) if is_due else None))
 
     def _snapshot(self, group: RequestGroup) -> Tensor:
         """All tokens of a group so far, (n, T), -1 where there is none yet."""

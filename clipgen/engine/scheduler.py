@@ -10,7 +10,6 @@ from __future__ import annotations
 import time
 from collections import deque
 from collections.abc import Callable, Collection
-from contextvars import Context, copy_context
 from dataclasses import dataclass, field
 from queue import SimpleQueue
 
@@ -27,23 +26,22 @@ class RequestGroup:
     """Sequences of one `Engine.generate` call and its callbacks."""
 
     sequences: list[Sequence]
-    progress: Callable[[int, int], None] | None = None
     is_cancelled: Callable[[], bool] | None = None
+    reports: bool = False
+    """Whether the caller wants updates."""
     snapshot_every: int = 0
     """Steps from one snapshot of the tokens to the next; 0 for none."""
-    context: Context = field(default_factory=copy_context)
     waiting: deque[Sequence] = field(default_factory=deque)
     num_rows: int = 0
     """Rows of the cache that its running sequences hold."""
     num_steps: int = 0
-    last_progress: int = 0
     tokens: dict[Sequence, Tensor] = field(default_factory=dict)
     """Of the finished sequences."""
     submitted: float = field(default_factory=time.perf_counter)
     started: float | None = None
     error: BaseException | None = None
-    updates: SimpleQueue[Tensor | None] = field(default_factory=SimpleQueue)
-    """Snapshots of the tokens for the caller's thread; None at the end."""
+    updates: SimpleQueue[tuple[int, Tensor | None] | None] = field(default_factory=SimpleQueue)
+    """For the caller's thread: the number of tokens so far, and now and then a snapshot of them; None at the end."""
 
     def __post_init__(self) -> None:
         self.waiting.extend(self.sequences)
@@ -54,19 +52,10 @@ class RequestGroup:
         return len(self.tokens) == len(self.sequences)
 
     def check_cancelled(self) -> None:
-        """Ask the caller whether to go on, in the caller's context; an exception of the callback ends the group."""
+        """Ask the caller whether to go on; an exception of the callback ends the group."""
         try:
-            if self.error is None and self.is_cancelled is not None and self.context.run(self.is_cancelled):
+            if self.error is None and self.is_cancelled is not None and self.is_cancelled():
                 self.error = Cancelled()
-        except BaseException as error:
-            self.error = error
-
-    def report_progress(self, done: int, total: int) -> None:
-        """Report progress, which never goes back, even where sequences had to start again."""
-        try:
-            if self.progress is not None and done > self.last_progress:
-                self.last_progress = done
-                self.context.run(self.progress, done, total)
         except BaseException as error:
             self.error = error
 

@@ -204,7 +204,7 @@ class Session:
 
 
 class _Reporter:
-    """Turns the pipeline's callbacks into updates, a few a second. It must be quick: the engine waits for it."""
+    """Turns the pipeline's callbacks into updates, a few a second."""
 
     def __init__(self, updates: queue.SimpleQueue[Update], candidates: int) -> None:
         self.updates = updates

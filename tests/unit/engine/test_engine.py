@@ -178,6 +178,21 @@ def test_callbacks_run_in_their_callers_context(engine: Engine) -> None:
     assert seen == {"a": {"a"}, "b": {"b"}}
 
 
+def test_slow_progress_callback_holds_up_its_own_caller_only(engine: Engine) -> None:
+    begun, done = threading.Event(), threading.Event()
+
+    def slow(*_: object) -> None:
+        begun.set()
+        assert done.wait(30), "the other call waits for this callback"
+
+    with ThreadPoolExecutor() as pool:
+        first = pool.submit(engine.generate, make_sequences(1), slow)
+        assert begun.wait(30)
+        pool.submit(engine.generate, make_sequences(1, first=5)).result(20)
+        done.set()
+        assert len(first.result(30).tokens) == 1
+
+
 @pytest.mark.parametrize("name", ["progress", "is_cancelled", "on_tokens"])
 def test_failing_callback_fails_only_its_own_call(engine: Engine, gpt: GPT, name: str) -> None:
     def broken(*_: object) -> bool:
