@@ -174,15 +174,15 @@ def _connect(host: str, port: int, end: float) -> socket.socket:
     usable = found if is_allowed_host(host, port) else [address for address in found if is_public(address)]
     if not usable:
         raise DataError(f"the URL is not on the public internet; {_INSTEAD}")
-    for address in usable[:-1]:
-        with suppress(OSError):
-            return socket.create_connection((address, port), _time_left(end))
-    return socket.create_connection((usable[-1], port), _time_left(end))
-
-
-def _time_left(end: float) -> float:
-    """Seconds to wait for a connection."""
-    return max(0.1, min(_SOCKET_TIMEOUT, end - time.monotonic()))
+    for address in usable:
+        try:
+            line = socket.create_connection((address, port), max(0.1, min(_SOCKET_TIMEOUT, end - time.monotonic())))
+        except OSError as error:
+            failure = error
+            continue
+        line.settimeout(_SOCKET_TIMEOUT)
+        return line
+    raise failure
 
 
 @contextmanager

@@ -209,13 +209,17 @@ def build_module(
     Raises:
         WeightsError: missing, unexpected or wrongly shaped weights.
     """
+    part = getattr(kind, "__name__", repr(kind))
     with meta_init():
         model = kind(config)
     check_shapes(
         {name: tuple(value.shape) for name, value in model.state_dict().items()},
         weights,
-        getattr(kind, "__name__", repr(kind)),
+        part,
     )
+    for name, value in model.state_dict().items():
+        if value.is_floating_point() and not weights[name].is_floating_point():
+            raise WeightsError(f"{part}: {name} holds {weights[name].dtype}; it must be floating-point")
     placed = {
         name: value.to(device, dtype if value.is_floating_point() else value.dtype) for name, value in weights.items()
     }
@@ -235,8 +239,6 @@ def check_shapes(expected: Mapping[str, tuple[int, ...]], weights: Mapping[str, 
         found = "; ".join(f"{len(names)} {kind}: {_names(sorted(names))}" for kind, names in kinds if names)
         raise WeightsError(f"the {model}'s tensors do not fit. {found}. {_USE_ITS_CONFIG}")
     for name, shape in expected.items():
-        if not weights[name].is_floating_point():
-            raise WeightsError(f"the {model}'s {name} holds {weights[name].dtype}; it must be floating-point")
         if tuple(weights[name].shape) != shape:
             found = str(tuple(weights[name].shape))
             raise WeightsError(f"the {model}'s {name} has the shape {found}; {shape} was expected. {_USE_ITS_CONFIG}")

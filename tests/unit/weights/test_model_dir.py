@@ -224,7 +224,7 @@ def test_clip_of_another_embedding_size_is_refused(folder: Path) -> None:
         (lambda w: w.clear(), r"missing: .* and \d+ more"),
         (
             lambda w: w.update({"head.bias": torch.zeros(64, dtype=torch.int8)}),
-            r"head\.bias holds torch\.int8; it must be floating-point",
+            r"GPT: head\.bias holds torch\.int8; it must be floating-point",
         ),
     ],
 )
