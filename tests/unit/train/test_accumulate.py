@@ -30,7 +30,7 @@ def test_stage1_in_micro_batches_gives_the_same_curves(kind: str, flags, tmp_pat
         f"stage1.disc_regularisation={kind}",
         "stage1.disc_regularisation_weight=0.1",
         "stage1.codes=ema",
-        "stage1.lr=1e-4",
+        "stage1.lr=3e-5",  # with a higher rate, Adam turns rounding differences into others now and then
     ]
     run(stage1, monkeypatch, *flags, "--out", tmp_path / "whole", *more)
     run(stage1, monkeypatch, *flags, "--out", tmp_path / "parts", *more, "stage1.accumulate=4", "stage1.recompute=true")
