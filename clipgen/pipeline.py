@@ -217,7 +217,7 @@ class ClipGen:
         Raises:
             RequestError: a prompt cannot be embedded, or more rows are to be kept than there are.
             Cancelled: `is_cancelled` returned True.
-            UnavailableError, EngineError, InsufficientMemoryError: see `Engine.generate`.
+            EngineError, InsufficientMemoryError: see `Engine.generate`.
         """
         seconds: dict[str, float] = defaultdict(float)
         start = time.perf_counter()
