@@ -36,7 +36,7 @@ class DownloadError(ClipGenError):
 
 
 class UnavailableError(ClipGenError):
-    """Busy or closed: try again later or elsewhere."""
+    """Nothing can listen there, or all is in use: try another address, or later."""
 
 
 class InsufficientMemoryError(ClipGenError):

@@ -82,12 +82,8 @@ def test_several_processes_give_the_curves_of_one(
 @pytest.mark.slow
 @pytest.mark.parametrize("kind", ["lecam", "r1"])
 def test_averages_of_stage1_are_reduced_over_all_processes(kind: str, flags, tmp_path: Path) -> None:
-    more = [
-        "stage1.lr=3e-5",
-        "stage1.codes=ema",
-        f"stage1.disc_regularisation={kind}",
-        "stage1.disc_regularisation_weight=0.1",
-    ]
+    more = [f"stage1.disc_regularisation={kind}", "stage1.disc_regularisation_weight=0.1"]
+    more += ["stage1.codes=ema", "stage1.lr=3e-5"]
     for processes in (1, 2):
         arguments = [*flags, *more, f"stage1.accumulate={processes}", "--out", tmp_path / str(processes)]
         together = start_together("train.stage1", arguments, tmp_path / "log", processes)
