@@ -36,7 +36,7 @@ class DownloadError(ClipGenError):
 
 
 class UnavailableError(ClipGenError):
-    """Nothing can listen there, or all is in use: try another address, or later."""
+    """An address that no server can listen on: give another host or port."""
 
 
 class InsufficientMemoryError(ClipGenError):
