@@ -150,6 +150,14 @@ def _paths(predict: JSON) -> JSON:
     }
 
 
+def make_paths_absolute() -> None:
+    """Keep the folders that CLIPGEN_WEIGHTS and CLIPGEN_CACHE name when the working folder changes."""
+    for name in ("CLIPGEN_WEIGHTS", "CLIPGEN_CACHE"):
+        value = os.environ.get(name, "")
+        if value and (name == "CLIPGEN_CACHE" or Path(value).is_dir()):  # weights may also be a name or an address
+            os.environ[name] = os.path.abspath(os.path.expanduser(value))
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--host", default="127.0.0.1", help="name or address to listen on; there is no password")
@@ -164,6 +172,7 @@ def main() -> None:
     except UnavailableError as error:
         parser.error(str(error))
     host = f"[{address}]" if ":" in address else address  # Cog's server takes no names
+    make_paths_absolute()
     os.chdir(HERE)
     source = Path("predict.py").read_text(encoding="utf-8")
     try:

@@ -162,9 +162,10 @@ def to_table(report: dict) -> str:
         "|---" * 8 + "|",
     ]
     for kind, rows in report["kinds"].items():
-        one = next(iter(rows.values()))["per_second"]
+        one = rows.get("1")
         for n, row in rows.items():
-            rates = f"{row['per_second']:.2f} | {row['per_second'] / one:.1f}"
+            ratio = f"{row['per_second'] / one['per_second']:.1f}" if one else ""
+            rates = f"{row['per_second']:.2f} | {ratio}"
             latency = f"{row['p50']:.2f} | {row['p95']:.2f} | {row['p99']:.2f}"
             lines.append(f"| {kind} | {n} | {rates} | {latency} | {row['refusals']} |")
     return "\n".join(lines)

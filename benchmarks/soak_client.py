@@ -139,20 +139,23 @@ class Client:
         else:
             self.soak.problem(f"status {status}")
 
-    def check(self, inputs: dict[str, Any], answer: dict[str, Any]) -> None:
-        """Report a problem unless the receipts inside the images are those of the request."""
+    def check(self, inputs: dict[str, Any], answer: dict[str, Any]) -> bool:
+        """Whether the receipts inside the images are those of the request; if not, a problem is reported."""
         if answer["status"] != "succeeded" or len(answer["output"]) != inputs["num_outputs"]:
             self.soak.problem(f"{inputs}: {answer['status']} {str(answer.get('error'))[:100]}")
-            return
+            return False
         for place, file in enumerate(answer["output"]):
             receipt = read(file)
             found = (receipt.prompt[0].text, receipt.seed, receipt.candidates, receipt.index)
             if found != (inputs["prompt"], inputs["seed"], inputs["candidates"], place):
                 self.soak.problem(f"swapped: {inputs} came back as {found}")
+                return False
+        return True
 
     def plain(self) -> None:
         inputs, start = self.inputs(), time.monotonic()
-        self.check(inputs, self.send(inputs))
+        if not self.check(inputs, self.send(inputs)):
+            return
         with self.soak.lock:
             self.soak.times["plain"].append(time.monotonic() - start)
         self.soak.count("images asked for, right ones came")
@@ -162,6 +165,7 @@ class Client:
         answer = self.send(self.inputs() | change)
         if answer["status"] != "failed" or field not in answer["error"]:
             self.soak.problem(f"{change} was answered {answer['status']}: {str(answer.get('error'))[:100]}")
+            return
         self.soak.count("bad requests, refused by name")
 
     def cancel(self) -> None:
@@ -216,8 +220,8 @@ class Client:
         if str(calls[0].get("error", "")).startswith(CRASHED):
             self.soak.count("webhook told of the crash")
             return
-        self.check(inputs, calls[0])
-        self.soak.count("webhooks called, right images came")
+        if self.check(inputs, calls[0]):
+            self.soak.count("webhooks called, right images came")
 
 
 def read(file: str) -> Receipt:

@@ -299,8 +299,9 @@ def to_table(report: dict[str, Any]) -> str:
     for r in report["results"]:
         tokens = f"{r['tokens_per_s']:.0f}" if "tokens_per_s" in r else ""
         faster = f"{r['images_per_s'] / plain:.2f}x" if plain and r["part"].startswith("stage 1") else ""
-        rate = f"{r['share']:.0%} of {r['matrix_flops'] / 1e9:.0f} GFLOP/s"
-        cells = (r["part"], r["batch"], f"{r['images_per_s']:.2f}", tokens, f"{r['flops_per_image'] / 1e9:.1f}", rate)
+        rate = f"{r['share']:.0%} of {r['matrix_flops'] / 1e9:.0f} GFLOP/s" if r["share"] else ""
+        count = f"{r['flops_per_image'] / 1e9:.1f}" if r["flops_per_image"] else ""
+        cells = (r["part"], r["batch"], f"{r['images_per_s']:.2f}", tokens, count, rate)
         lines.append(f"| {' | '.join(map(str, cells))} | {faster} |")
     return "\n".join(lines)
 
@@ -329,13 +330,18 @@ def main() -> None:
         return
     default = [name for name in RECIPES if name != "compiled" or torch.cuda.is_available()]
     parts = [f"stage 1, {name}" for name in (default if args.recipes is None else args.recipes)] + list(PARTS[-2:])
-    flops = {"stage 1": stage1_flops(config), "stage 2": gpt_flops(config.model.gpt)}
+    # The encoders' operations, of which a step from pixels has many, are not counted.
+    flops = {
+        "stage 1": stage1_flops(config),
+        "stage 2": gpt_flops(config.model.gpt),
+        "stage 2, from pixels": None,
+    }
     results = []
     for part in parts:
         print(f"  {part} ...", file=sys.stderr, flush=True)
         common = ["--config", args.config, "--steps", str(args.steps), "--part", part, *args.overrides, *sizes]
-        found, counted = in_fresh_process(common), flops[part.split(",")[0]]
-        share = counted * found["images_per_s"] / found["matrix_flops"]
+        found, counted = in_fresh_process(common), flops.get(part, flops[part.split(",")[0]])
+        share = counted and counted * found["images_per_s"] / found["matrix_flops"]
         results.append(found | {"flops_per_image": counted, "share": share})
     gpu = torch.cuda.get_device_name() if torch.cuda.is_available() else None
     report = {"machine": describe(), "gpu": gpu, "config": asdict(config), "steps": args.steps, "results": results}

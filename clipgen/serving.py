@@ -158,7 +158,7 @@ class PredictionService:
         private = {name: inputs[name] for name in ("prompt", "negative_prompt")}
         stop = threading.Event()
         try:  # the context carries the server's log and metrics into the thread
-            work = (self._predict, PredictionInputs(**inputs), record, stop.is_set)
+            work = (self._predict, inputs, record, stop.is_set)
             loop = asyncio.get_running_loop()
             result, files = await loop.run_in_executor(self.threads, copy_context().run, *work)
         except asyncio.CancelledError:
@@ -174,8 +174,10 @@ class PredictionService:
         return files
 
     def _predict(
-        self, inputs: PredictionInputs, record: Record, is_cancelled: Callable[[], bool]
+        self, raw: dict[str, Any], record: Record, is_cancelled: Callable[[], bool]
     ) -> tuple[GenerationOutput, list[Path]]:
+        inputs = PredictionInputs(**raw)
+
         def on_preview(images: list[Image.Image]) -> None:
             record("preview", to_data_url(grid(images)))
 

@@ -105,7 +105,7 @@ def _transformers(bench: Bench, config, dtype: torch.dtype) -> float | None:
             do_sample=True, top_k=PARAMS.top_k, top_p=PARAMS.top_p,
         )  # fmt: skip
 
-    return seconds(bench, run, 1)
+    return seconds(bench, run)
 
 
 def _rates(bench: Bench, dtype: torch.dtype) -> tuple[float, float]:

@@ -83,7 +83,8 @@ def throughput(bench: Bench) -> Iterator[Figure]:
         goal, met = "", None
         if part == "stage 2, from tokens":
             goal, met = "at least 45 %", found["share"] >= 0.45
-        yield Figure(f"{part}: share of the matrix rate", 100 * found["share"], "%", goal, met)
+        if found["share"] is not None:
+            yield Figure(f"{part}: share of the matrix rate", 100 * found["share"], "%", goal, met)
         yield Figure(f"{part}: images/s", found["images_per_s"])
     plain, fast = (results.get(f"stage 1, {name}") for name in ("plain", "channels-last"))
     if plain and fast:

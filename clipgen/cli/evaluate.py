@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -80,7 +81,7 @@ def evaluate(
     folder = find_weights(weights)
     pipe = ClipGen.from_pretrained(folder, processes.device(device), dtype)
     extractor = build_extractor(features, pipe.clip, folder / "clip.safetensors", log)
-    lpips = build_lpips(fetched("vgg16", log), pipe.device) if is_here("vgg16") else None
+    lpips = build_lpips(fetched("vgg16", log), pipe.device) if is_here("vgg16") and find_spec("lpips") else None
     reader = Captioner(captioner, pipe.device) if captioner else None
     count = len(source.names) + len(source.names if texts is None else texts)
     with progress("measuring", f"measured {count} images") as report:
@@ -95,7 +96,9 @@ def _open(reference: str, limit: int | None) -> Any:
     try:
         from clipgen.images.sources import Subset, open_source
     except ImportError as error:
-        raise typer.BadParameter(f"evaluate needs {error.name}; install requirements-train.txt") from None
+        raise typer.BadParameter(
+            f"evaluate needs {error.name}; install requirements-train.txt or 'clipgen[eval]'"
+        ) from None
     source = open_source(reference)
     return source if limit is None else Subset(source, limit)
 

@@ -109,7 +109,7 @@ def generate(
     prompts: Annotated[list[str] | None, _PROMPTS] = None,
     prompts_file: Annotated[Path | None, _PROMPTS_FILE] = None,
     image: Annotated[Path | None, _IMAGE] = None,
-    image_weight: Annotated[float, _IMAGE_WEIGHT] = 1.0,
+    image_weight: Annotated[float | None, _IMAGE_WEIGHT] = None,
     keep_rows: Annotated[int, _KEEP_ROWS] = 0,
     mix: Annotated[list[str] | None, _MIX] = None,
     negative: Annotated[list[str] | None, _NEGATIVE] = None,
@@ -138,6 +138,8 @@ def generate(
     others = [_weighted(part) for part in mix or []]
     if keep_rows and image is None:
         raise typer.BadParameter("--keep-rows needs --image: the image whose rows are kept")
+    if image_weight is not None and (image is None or (keep_rows and any(not is_blank(t) for t in texts.values()))):
+        raise typer.BadParameter("--image-weight needs --image as a part of the prompt, not one whose rows are kept")
     from clipgen.images.pixels import load_image
     from clipgen.request import GenerationRequest
 
@@ -263,10 +265,10 @@ def _weighted(part: str) -> tuple[str, float]:
 
 
 def _parts(
-    text: str, image: Image.Image | None, image_weight: float, others: Sequence[tuple[str, float]]
+    text: str, image: Image.Image | None, image_weight: float | None, others: Sequence[tuple[str, float]]
 ) -> list[tuple[Part, float]]:
     """Build the pipeline's prompt from the text, the image, and what is mixed in."""
-    parts: list[tuple[Part, float]] = [] if image is None else [(image, image_weight)]
+    parts: list[tuple[Part, float]] = [] if image is None else [(image, 1.0 if image_weight is None else image_weight)]
     if image is None or not is_blank(text):  # an empty prompt is an error, unless there is an image
         parts.append((text, 1.0))
     return [*parts, *others]

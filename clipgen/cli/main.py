@@ -10,6 +10,7 @@ import io
 import re
 import shlex
 import sys
+import warnings
 from collections.abc import Iterable, Sequence
 from typing import Annotated, Any
 
@@ -35,6 +36,7 @@ class Commands(TyperGroup):
         for stream in (sys.stdout, sys.stderr):
             if isinstance(stream, io.TextIOWrapper):  # no prompt may end the run because a terminal cannot show it
                 stream.reconfigure(errors="backslashreplace")
+        warnings.filterwarnings("ignore", "Image size")  # Pillow's, of images that are refused in one line
         args = expand(sys.argv[1:] if args is None else args, self.commands)
         try:
             code = super().main(args or ["--help"], **settings | {"standalone_mode": False, "prog_name": "clipgen"})

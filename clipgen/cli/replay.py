@@ -57,7 +57,7 @@ def replay(
 
     Exit code 0: the same; 1: different; 2: it cannot be drawn again.
     """
-    from clipgen.images.pixels import load_image, save_image
+    from clipgen.images.pixels import file_format, load_image, save_image
     from clipgen.outputs.metadata import Receipt, image_digest
 
     receipt = Receipt.from_file(file)
@@ -71,7 +71,7 @@ def replay(
     if save:
         save_image(redrawn, save, metadata=record.to_metadata())
     difference = compare(original, redrawn)
-    lossless = file.suffix.lower() == ".png"
+    lossless = file_format(file) == "PNG"
     same = difference is not None and (difference["most"] <= ROUNDING if lossless else difference["mean"] <= COMPRESSED)
     circumstances = ("model", "weights", "dtype", "device", "torch", "software")
     both = {name: [getattr(receipt, name), getattr(record, name)] for name in circumstances}

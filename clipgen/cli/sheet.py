@@ -32,6 +32,8 @@ from clipgen.outputs.naming import free_stem
 from clipgen.request import new_seed
 
 MAX_CELLS = 100
+MAX_WEBP = 16383
+"""Largest side of a WebP file, px."""
 EXAMPLE = "Example: clipgen sheet 'a lemon' --guidance 1,2,4 --temperature 0.7,1,1.3"
 SETTINGS = {"guidance": float, "temperature": float, "top_k": int, "top_p": float}
 
@@ -81,6 +83,9 @@ def sheet(
         GenerationRequest(checked_text(prompt), **shared | dict(zip(values, cell, strict=True))) for cell in cells
     ]
     pipe = load(weights, device, dtype)
+    width = pipe.config.vqgan.image_size * len([*varying.values()][-1])
+    if format == "webp" and width > MAX_WEBP:
+        raise typer.BadParameter(f"the grid is more than {width} px wide; WebP has {MAX_WEBP}: use --format png")
     make_folder(out)
     with progress(f"drawing {len(requests)} cells", f"drew {len(requests)} cells") as report:
         results = pipe.generate(requests, progress=report)

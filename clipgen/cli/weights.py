@@ -140,6 +140,9 @@ def convert(
         raise typer.BadParameter("nothing to convert: give --clip, --vqgan and --gpt, or some of them")
     if (out / "manifest.json").exists():
         raise typer.BadParameter(f"{out} already holds a model; give another --out, or delete it")
+    taken = [file for part in given if (file := out / f"{part}.safetensors").exists()]
+    if taken:
+        raise typer.BadParameter(f"{taken[0]} exists; give another --out, or delete it")
     if len(given) == 3:
         _convert(given, out, config)
     else:

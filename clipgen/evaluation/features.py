@@ -62,7 +62,7 @@ def build_extractor(kind: str, clip: Clip, clip_file: Path, log: Callable[[str],
         return _efficientnet(clip.device) if kind == "efficientnet" else _clip(clip, clip_file)
     except ImportError as error:
         raise WeightsError(
-            f"{error.name} is missing; install requirements-train.txt, or use --features clip"
+            f"{error.name} is missing; install requirements-train.txt or 'clipgen[eval]', or use --features clip"
         ) from error
     except DownloadError as error:
         raise WeightsError(f"{error}. Or use --features clip or efficientnet, which need nothing fetched") from error

@@ -91,7 +91,7 @@ def load_image(source: str | Path | bytes | BinaryIO) -> Image.Image:
         raise DataError(f"{name} is a folder; give the path of one image file") from None
     except PermissionError:
         raise DataError(f"{name} cannot be read; check its permissions") from None
-    except (Image.DecompressionBombError, Image.DecompressionBombWarning):
+    except Image.DecompressionBombError:
         raise DataError(f"{name} has {_TOO_LARGE}") from None
     except Image.UnidentifiedImageError:
         allowed = ", ".join(read_formats())
@@ -99,6 +99,12 @@ def load_image(source: str | Path | bytes | BinaryIO) -> Image.Image:
         raise DataError(f"{name} {reason}; allowed formats are {allowed}: convert or export it again") from None
     except Exception as error:  # on damaged files PIL's decoders raise everything from struct.error to IndexError
         raise DataError(f"{name} is truncated or damaged ({error}); download or export it again") from error
+
+
+def file_format(path: str | Path) -> str:
+    """Format of an image file that can be read, such as "PNG", whatever its name ends in."""
+    with Image.open(path, formats=read_formats()) as image:
+        return image.format or ""
 
 
 def read_metadata(path: str | Path) -> dict[str, str]:
@@ -312,7 +318,8 @@ def _save_options(suffix: str, quality: int, metadata: Mapping[str, str]) -> dic
     if suffix == "png":
         info = PngImagePlugin.PngInfo()
         for key, value in metadata.items():
-            info.add_itxt(key, value)  # UTF-8; plain tEXt chunks are Latin-1 only
+            # UTF-8 (plain tEXt chunks are Latin-1 only), without the surrogates of file names that are not.
+            info.add_itxt(key, value.encode("utf-8", "replace").decode())
         return {"pnginfo": info}
     options: dict[str, object] = {"quality": quality}
     if suffix != "webp":

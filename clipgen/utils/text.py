@@ -63,7 +63,7 @@ def read_lines(path: Path, errors: str = "strict") -> list[str]:
 
 def is_blank(text: str) -> bool:
     """Check whether a text shows nothing: only spaces, control and format characters, fillers, variation selectors."""
-    return all(unicodedata.category(char) in _INVISIBLE or char in _BLANK_CHARACTERS for char in text)
+    return all(unicodedata.category(char) in _INVISIBLE or char in _BLANK_CHARACTERS for char in set(text))
 
 
 def printable(text: str) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 from pathlib import Path
 from typing import Any
@@ -126,6 +127,23 @@ def test_mixed_texts_and_images_are_recorded_in_the_receipt(run: Run, photo: Pat
         .startswith("clipgen: prompt has parts that cancel")
     )
     assert receipt.text == "My Photo.png (0.25) + a lemon + a dog (0.5) + green (-1)"
+
+
+def test_image_whose_name_is_not_utf8_is_drawn_from_and_named_in_every_format(run: Run, tmp_path: Path) -> None:
+    name = os.fsdecode(b"caf\xe9.png")
+    try:
+        Image.new("RGB", (20, 20), "red").save(tmp_path / name)
+    except OSError:
+        pytest.skip("this file system has UTF-8 names only")
+    for suffix in ("png", "webp", "jpg"):
+        (found,) = records(run("generate", *QUICK, "--json", "--image", tmp_path / name, "--format", suffix))
+        assert Receipt.from_file(found["files"][0]).prompt[0].name.startswith("caf")
+
+
+def test_weight_of_an_image_that_is_no_part_of_the_prompt_is_refused(run: Run, photo: Path) -> None:
+    for flags in (["a lemon"], ["a lemon", "--image", photo, "--keep-rows", 2]):
+        result = run("generate", *flags, "--image-weight", 0.5)
+        assert result.exit_code == 2 and "--image-weight needs --image as a part of the prompt" in result.stderr
 
 
 def test_keep_rows_keeps_the_top_of_the_image(run: Run, photo: Path) -> None:

@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import os
 import shutil
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
 from cli_kit import Run, assert_refused
+from PIL import Image
 from safetensors.torch import load_file
 
 from clipgen.config import ModelConfig
@@ -150,3 +154,11 @@ def test_dash_as_output_file_is_refused(run: Run, args: list[str]) -> None:
 )
 def test_dash_is_refused_where_stdin_is_not_read(run: Run, args: list[str]) -> None:
     assert_refused(run(*args, input="a cat\n"), "-")
+
+
+def test_image_of_too_many_pixels_is_one_line(root: Path, tmp_path: Path) -> None:
+    """Of a process of its own: Pillow's warning would be a second line."""
+    Image.new("1", (10_000, 9_500)).save(tmp_path / "large.png")
+    command = [sys.executable, "-m", "clipgen", "replay", str(tmp_path / "large.png")]
+    done = subprocess.run(command, capture_output=True, text=True, env=os.environ | {"PYTHONPATH": str(root)})
+    assert done.returncode == 2 and len(done.stderr.splitlines()) == 1 and "megapixels" in done.stderr

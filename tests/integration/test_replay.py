@@ -48,6 +48,8 @@ def test_replay_of_a_lossy_file_reports_the_difference(run: Run, suffix: str) ->
     record = json.loads(result.stdout)
     assert not record["lossless"] and 0 < record["difference"]["mean"] <= record["difference"]["most"]
     assert "mean difference" in run("replay", file).stdout
+    renamed = Path(file).rename("picture.png")  # its contents count
+    assert not json.loads(run("replay", renamed, "--json").stdout)["lossless"]
 
 
 def test_replay_of_an_edited_image_differs(run: Run) -> None:

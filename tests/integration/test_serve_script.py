@@ -19,7 +19,7 @@ from tracebacks import has_traceback
 
 from clipgen.serving import DEFAULT_PROMPT, OUTPUT_FORMATS
 from predict import Predictor
-from serve import max_concurrency, openapi, predict_function
+from serve import make_paths_absolute, max_concurrency, openapi, predict_function
 
 FIELDS = {name: p.default for name, p in inspect.signature(Predictor.predict).parameters.items() if name != "self"}
 
@@ -121,3 +121,13 @@ def test_wrong_host_or_port_is_one_line(root: Path, host: str, port: object, wor
     done = make_serve(root, host, port)
     assert done.returncode and not has_traceback(done.stderr)
     assert words in re.sub(r"\s+", " ", done.stderr)
+
+
+def test_folders_of_the_environment_stay_those_of_the_start(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "mine").mkdir()
+    monkeypatch.setenv("CLIPGEN_CACHE", "cache")
+    for given, kept in (("./mine", str(tmp_path / "mine")), ("coco", "coco"), ("hf://a/b", "hf://a/b")):
+        monkeypatch.setenv("CLIPGEN_WEIGHTS", given)
+        make_paths_absolute()
+        assert os.environ["CLIPGEN_WEIGHTS"] == kept and os.environ["CLIPGEN_CACHE"] == str(tmp_path / "cache")

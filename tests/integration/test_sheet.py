@@ -81,6 +81,14 @@ def test_mistake_in_sheet_is_one_line(run: Run, args: list[str], words: list[str
     assert_refused(run("sheet", *args), *words)
 
 
+def test_sheet_too_wide_for_webp_is_refused_before_it_is_drawn(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("clipgen.cli.sheet.MAX_WEBP", 90)  # three cells of 32 px
+    flags = ("sheet", "a lemon", "--guidance", "1,2,3", "--device", "cpu")
+    result = run(*flags, "--format", "webp")
+    assert result.exit_code == 2 and "more than 96 px wide; WebP has 90: use --format png" in result.stderr
+    assert run(*flags).exit_code == 0
+
+
 def test_morph_strip_ends_with_the_images_of_generate(run: Run) -> None:
     found = record(run("morph", "a lemon", "a heart", "--steps", 5, *HERE))
     strip, cells = Image.open(found["file"]), json.loads(read_metadata(found["file"])[KEY])

@@ -282,6 +282,14 @@ def test_convert_two_parts_makes_files_for_training(run: Run, tiny_sources: dict
         assert os.stat(f"runs/published/{part}.safetensors").st_mode & 0o777 == 0o666 & ~umask, "as other new files"
 
 
+def test_convert_overwrites_no_file(run: Run, tiny_sources: dict[str, Path]) -> None:
+    Path("runs").mkdir()
+    Path("runs/vqgan.safetensors").write_text("trained for hours")
+    result = run("convert", *options({name: tiny_sources[name] for name in ("vqgan", "config")}), "--out", "runs")
+    assert "runs/vqgan.safetensors exists; give another --out" in mistake(result)
+    assert Path("runs/vqgan.safetensors").read_text() == "trained for hours"
+
+
 @pytest.mark.parametrize("parts", [("clip", "vqgan", "gpt", "config"), ("vqgan", "config")])
 def test_convert_names_a_folder_that_cannot_be_written(
     run: Run, tiny_sources: dict[str, Path], parts: tuple[str, ...]

@@ -205,3 +205,24 @@ def test_ranking_pixels_are_close_to_those_of_clip_preprocessing() -> None:
     image = Image.linear_gradient("L").convert("RGB").rotate(30)
     difference = clip_from_pixels(to_pixels([image], 64), 32) - to_clip([image], 32)
     assert difference.abs().mean() < 0.02  # 8-bit rounding between the two resizes
+
+
+def test_kept_rows_have_the_tokens_of_the_image_and_the_others_new_ones(
+    pipe: ClipGen, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    drawn: list[torch.Tensor] = []
+    generate = pipe.engine.generate
+
+    def watch(*args: object, **settings: object) -> object:
+        output = generate(*args, **settings)  # type: ignore[arg-type]
+        drawn.append(output.tokens)
+        return output
+
+    monkeypatch.setattr(pipe.engine, "generate", watch)
+    photo = Image.radial_gradient("L").convert("RGB")
+    pipe("a lemon", num_outputs=4, seed=0, keep=photo, keep_rows=2)
+    size, grid = pipe.config.vqgan.image_size, pipe.config.vqgan.grid
+    expected = pipe.vqgan.encode_tokens(to_pixels([photo], size))
+    [tokens] = drawn
+    assert torch.equal(tokens[:, : 2 * grid], expected[:, : 2 * grid].expand(4, -1))
+    assert not (tokens[:, 2 * grid :] == expected[:, 2 * grid :]).all(dim=1).any()

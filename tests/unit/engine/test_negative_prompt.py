@@ -18,6 +18,7 @@ from clipgen.config import GPTConfig
 from clipgen.engine.batch import Batch
 from clipgen.engine.sequence import Sequence
 from clipgen.errors import RequestError
+from clipgen.images.pixels import to_clip
 from clipgen.models.gpt import GPT
 from clipgen.request import GenerationRequest, SamplingParams
 
@@ -112,8 +113,14 @@ def test_text_image_and_mixture_are_accepted_as_negative_prompt(pipe: ClipGen) -
         assert all((one != other).any() for other in images[i + 1 :])
     again = pipe("a lemon", seed=4, negative_prompt="a dog")
     assert np.abs(pixels(again.images[0]) - images[1]).max() <= 1
-    ranked = pipe.clip.encode_text(["a lemon"])[0] @ pipe.embed("a lemon")
-    assert ranked == pytest.approx(1, abs=1e-4), "ranking uses the prompt alone"
+
+
+def test_ranking_uses_the_prompt_alone(pipe: ClipGen) -> None:
+    result = pipe("a lemon", num_outputs=4, candidates=8, seed=4, negative_prompt="a dog")
+    found = pipe.clip.encode_image(to_clip(result.images, pipe.clip.image_size))
+    scores = torch.tensor(result.scores)
+    assert torch.allclose(found @ pipe.embed("a lemon"), scores, atol=0.02)  # 8-bit rounding
+    assert not torch.allclose(found @ pipe.embed("a dog"), scores, atol=0.02)
 
 
 def test_truncated_negative_prompt_is_reported(pipe: ClipGen) -> None:

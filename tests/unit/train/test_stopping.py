@@ -46,7 +46,9 @@ import os, sys, time
 from datetime import timedelta
 import torch.distributed as dist
 from train.loop.stopping import Stop
-dist.init_process_group("gloo", timeout=timedelta(seconds=1), rank=int(sys.argv[1]), world_size=2)
+host, port, rank = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"]), int(sys.argv[1])
+store = dist.TCPStore(host, port, 2, rank == 0, timeout=timedelta(seconds=120))  # until the other has started
+dist.init_process_group("gloo", store=store, timeout=timedelta(seconds=1), rank=rank, world_size=2)
 stop = Stop()
 time.sleep(4 * int(sys.argv[1]))
 stop.wait_for_others()

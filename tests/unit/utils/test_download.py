@@ -308,3 +308,11 @@ def test_bytes_are_right_whatever_failures_came_before(script: list[Answer], che
             assert "offers 2,500 bytes" in str(error)
         else:
             assert part.read_bytes() == content
+
+
+def test_default_policy_is_the_documented_one(root: Path) -> None:
+    policy = RetryPolicy()
+    documented = " ".join((root / "docs" / "weights.md").read_text(encoding="utf-8").split())
+    assert f"{policy.timeout:.0f} s without data or a rate below {policy.min_rate / 1000:.0f} kB/s" in documented
+    assert policy.attempts == 6 and "six failures in a row" in documented
+    assert module.PROGRESS == 1 << 20 and "less than 1 MiB" in documented

@@ -15,6 +15,7 @@ from torch import Tensor
 from clipgen import ClipGen, GenerationRequest
 from clipgen.config import load_model_config
 from clipgen.errors import WeightsError
+from clipgen.images.pixels import to_clip
 from clipgen.weights.model_dir import load_model_dir, save_model_dir
 from clipgen.weights.prior import IndexPrior
 from clipgen.weights.training_index import TrainingIndex
@@ -133,6 +134,9 @@ def test_prior_of_the_mini_model_changes_neither_images_nor_the_ranking(mini: Cl
     before, after = (mini.index.query(place, text_share=0.0) for place in (text, moved))
     assert after.similarity > before.similarity + 0.005 and not unused.any()
     assert "red heart" in after.nearest[0][0]
+    result = mini("a red heart", num_outputs=2, seed=0)
+    found = mini.clip.encode_image(to_clip(result.images, mini.clip.image_size)).float()
+    assert torch.allclose(found @ text, torch.tensor(result.scores), atol=0.03)  # 8-bit rounding, bfloat16
 
 
 def test_prior_of_the_mini_model_splits_pairs(mini: ClipGen) -> None:
