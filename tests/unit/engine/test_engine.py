@@ -56,7 +56,7 @@ class Gate:
         step = Batch.step
 
         def held(batch: Batch) -> None:
-            assert self.passes.acquire(timeout=600)
+            assert self.passes.acquire(timeout=60)
             self.steps.append([seq.seed for seq in batch.sequences])
             step(batch)
 
@@ -143,6 +143,7 @@ def test_waiting_request_can_be_cancelled(gpt: GPT, gate: Gate) -> None:
         until(lambda: engine.scheduler.groups)
         gate.let(1)
         second = pool.submit(engine.generate, make_sequences(1), is_cancelled=lambda: True)
+        until(lambda: len(engine.scheduler.groups) == 2)
         gate.let(1)
         with pytest.raises(Cancelled):
             second.result(30)
