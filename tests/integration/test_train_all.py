@@ -46,10 +46,10 @@ def flags(
     Path("prompts.txt").write_text(SENTENCES)
     config = write_config(tiny_config, tmp_path / "tiny.yaml")
     shutil.copy(tiny_weights / "clip.safetensors", tmp_path / "clip.safetensors")
-    few = ["stage1.steps=200", "stage1.disc_start=195", "stage1.lr=6e-3", "stage1.betas=[0.9,0.99]", "stage2.steps=300"]
+    few = ["stage1.steps=300", "stage1.disc_start=295", "stage1.lr=6e-3", "stage1.betas=[0.9,0.99]", "stage2.steps=300"]
     few += ["stage1.batch_size=8", "stage1.l2_weight=1"]
     every = [f"stage{i}.{name}_every=20" for i in (1, 2) for name in ("log", "save")]
-    every += ["stage1.sample_every=200", "stage2.sample_every=300"]
+    every += ["stage1.sample_every=300", "stage2.sample_every=300"]
     files = ["--config", config, "--clip", "clip.safetensors", "--features", "clip"]
     return ["images", "--out", "weights/mine", *files, *few, *every]
 
@@ -100,7 +100,7 @@ def test_changed_settings_are_refused_in_the_same_work_folder(
     with pytest.raises(SystemExit):
         run(everything, monkeypatch, *flags, "--prompts", "prompts.txt", "stage1.steps=201")
     assert (
-        "runs/mine was begun with another stage1.steps (200, not 201); give another --work" in capsys.readouterr().err
+        "runs/mine was begun with another stage1.steps (300, not 201); give another --work" in capsys.readouterr().err
     )
     done.clear()
     minutes = Path("runs/mine/minutes.json")
