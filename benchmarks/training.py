@@ -330,12 +330,8 @@ def main() -> None:
         return
     default = [name for name in RECIPES if name != "compiled" or torch.cuda.is_available()]
     parts = [f"stage 1, {name}" for name in (default if args.recipes is None else args.recipes)] + list(PARTS[-2:])
-    # The encoders' operations, of which a step from pixels has many, are not counted.
-    flops = {
-        "stage 1": stage1_flops(config),
-        "stage 2": gpt_flops(config.model.gpt),
-        "stage 2, from pixels": None,
-    }
+    flops = {"stage 1": stage1_flops(config), "stage 2": gpt_flops(config.model.gpt)}
+    flops["stage 2, from pixels"] = None  # the encoders' operations are not counted
     results = []
     for part in parts:
         print(f"  {part} ...", file=sys.stderr, flush=True)

@@ -192,7 +192,6 @@ def train(args: Namespace, config: Config) -> None:
             weights = full_state_dict(ema.module) if sampling or saving else {}
             if sampling or done % c.log_every == 0:
                 line = all_reduce_mean(scalars) | {"lr": torch.tensor(c.lr * lr_factor(step))}
-                check_finite(done, line)
                 if is_main:
                     quality = {}
                     if sampling:

@@ -144,6 +144,7 @@ def generate(
     from clipgen.request import GenerationRequest
 
     source = load_image(image) if image else None
+    weight = 1.0 if image_weight is None else image_weight
     settings: dict[str, Any] = {
         "num_outputs": num_outputs,
         "candidates": max(CANDIDATES, num_outputs) if candidates is None else candidates,
@@ -158,7 +159,7 @@ def generate(
     }
     requests = {
         number: GenerationRequest(
-            prompt=_parts(text, None if keep_rows and not is_blank(text) else source, image_weight, others), **settings
+            prompt=_parts(text, None if keep_rows and not is_blank(text) else source, weight, others), **settings
         )
         for number, text in texts.items()
     }
@@ -265,10 +266,10 @@ def _weighted(part: str) -> tuple[str, float]:
 
 
 def _parts(
-    text: str, image: Image.Image | None, image_weight: float | None, others: Sequence[tuple[str, float]]
+    text: str, image: Image.Image | None, image_weight: float, others: Sequence[tuple[str, float]]
 ) -> list[tuple[Part, float]]:
     """Build the pipeline's prompt from the text, the image, and what is mixed in."""
-    parts: list[tuple[Part, float]] = [] if image is None else [(image, 1.0 if image_weight is None else image_weight)]
+    parts: list[tuple[Part, float]] = [] if image is None else [(image, image_weight)]
     if image is None or not is_blank(text):  # an empty prompt is an error, unless there is an image
         parts.append((text, 1.0))
     return [*parts, *others]

@@ -82,6 +82,8 @@ class Engine:
             EngineError: a step failed otherwise.
         """
         own = [replace(seq) for seq in sequences]  # identified by identity, in this call only
+        if not own:
+            return EngineOutput(torch.empty(0, self.gpt.config.block_size, dtype=torch.long), 0.0)
         group = RequestGroup(own, is_cancelled, bool(progress or on_tokens), every if on_tokens else 0)
         self._submit(group)
         most, total = 0, len(own) * self.gpt.config.block_size

@@ -21,8 +21,8 @@ _WAITING = ("OMP_WAIT_POLICY", "GOMP_SPINCOUNT", "KMP_BLOCKTIME")
 def choose_wait_policy() -> None:
     """Let OpenMP threads sleep while they wait, unless the environment says otherwise. PyTorch reads it when imported.
 
-    By default they spin. On a busy machine a spinning thread takes time from the thread that it waits for: images
-    take 6 to 12 times as long.
+    By default they spin. On a busy machine a spinning thread takes time from the thread that it waits for: on one
+    machine images took 7 to 12 times as long, on another two thirds (docs/performance.md).
     """
     if not any(name in os.environ for name in _WAITING):
         os.environ["OMP_WAIT_POLICY"] = "PASSIVE"

@@ -75,3 +75,26 @@ def write_tar(path: Path, members: dict[str, bytes]) -> Path:
             info.size = len(data)
             tar.addfile(info, io.BytesIO(data))
     return path
+
+
+def negative_tar(path: Path) -> Path:
+    """A tar file whose second header, of a negative size, points back to itself."""
+    write_tar(path, {"a.png": b"", "b.png": b""})
+    data = bytearray(path.read_bytes())
+    header = data[512:1024]
+    header[124:136] = b"\xff" * 10 + b"\xfe\x00"  # -512, in base 256
+    header[148:156] = b" " * 8
+    header[148:156] = b"%06o\0 " % sum(header)
+    data[512:1024] = header
+    path.write_bytes(data)
+    return path
+
+
+def pax_tar(path: Path, headers: dict[str, str]) -> Path:
+    """A tar file of an empty image with extended headers."""
+    path.parent.mkdir(exist_ok=True)
+    with tarfile.open(path, "w", format=tarfile.PAX_FORMAT) as tar:
+        info = tarfile.TarInfo("a.png")
+        info.pax_headers = headers
+        tar.addfile(info)
+    return path

@@ -28,7 +28,8 @@ def _grey(frame: Floats) -> Floats:
 def _texture(size: int, sigma_x: float, sigma_y: float, angle: float = 0) -> Floats:
     """Smooth noise of unit deviation, as strokes along an angle.
 
-    Always the same: a texture that never comes again is all that the GPT's loss would be about.
+    Always the same: a texture that never comes again is all that the GPT's loss would be about. It is the corner of a
+    larger one, of which the tokenizer has seen other parts.
     """
     side = size * 2
     noise = np.random.default_rng(0).normal(size=(side, side)).astype(np.float32)

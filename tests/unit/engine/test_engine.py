@@ -40,6 +40,10 @@ def test_concurrent_calls_share_steps_and_get_their_own_tokens(
         assert result.queue_time >= 0
 
 
+def test_generate_without_sequences_returns_no_tokens(engine: Engine) -> None:
+    assert engine.generate([]).tokens.shape == (0, SMALL.block_size)
+
+
 def test_more_sequences_than_rows_are_returned_in_order(gpt: GPT) -> None:
     engine = Engine(gpt, max_num_seqs=2)
     sequences = make_sequences(9, SAMPLINGS[1])

@@ -4,12 +4,11 @@ from __future__ import annotations
 
 import os
 import sys
-import tarfile
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-from image_files import GOOD, encoded, photo, write_difficult_images, write_tar
+from image_files import GOOD, encoded, negative_tar, pax_tar, photo, write_difficult_images, write_tar
 from local_server import serving
 
 from clipgen.errors import DataError
@@ -310,9 +309,9 @@ def test_shards_over_http_are_fetched_once(
         (lambda p: p / "{0..3}.tar", r"no shard .*0\.tar"),
         (lambda p: write_tar(p / "s" / "none.tar", {"a.txt": b""}), "holds no image"),
         (lambda p: _cut(write_tar(p / "s" / "cut.tar", {"a.png": bytes(5000)})), "complete, uncompressed"),
-        (lambda p: _negative(p / "s" / "loop.tar"), "negative size"),
-        (lambda p: _pax(p / "s" / "odd.tar", {"GNU.sparse.size": "x"}), "complete, uncompressed"),
-        (lambda p: _pax(p / "s" / "far.tar", {"size": str(1 << 70)}), "complete, uncompressed"),
+        (lambda p: negative_tar(p / "s" / "loop.tar"), "negative size"),
+        (lambda p: pax_tar(p / "s" / "odd.tar", {"GNU.sparse.size": "x"}), "complete, uncompressed"),
+        (lambda p: pax_tar(p / "s" / "far.tar", {"size": str(1 << 70)}), "complete, uncompressed"),
         (lambda p: _text(p / "zip.tar", b"PK" + bytes(2000)), "complete, uncompressed"),
         (lambda p: _text(p / "list.txt", b"\xff\xfe\x00"), "UTF-8"),
         (lambda p: _text(p / "list.txt", b"\x89PNG\0\0"), "not a text file"),
@@ -338,26 +337,4 @@ def _cut(path: Path) -> Path:
 
 def _text(path: Path, data: bytes) -> Path:
     path.write_bytes(data)
-    return path
-
-
-def _negative(path: Path) -> Path:
-    """A tar file whose second header, of a negative size, points back to itself."""
-    write_tar(path, {"a.png": b"", "b.png": b""})
-    data = bytearray(path.read_bytes())
-    header = data[512:1024]
-    header[124:136] = b"\xff" * 10 + b"\xfe\x00"  # -512, in base 256
-    header[148:156] = b" " * 8
-    header[148:156] = b"%06o\0 " % sum(header)
-    data[512:1024] = header
-    path.write_bytes(data)
-    return path
-
-
-def _pax(path: Path, headers: dict[str, str]) -> Path:
-    path.parent.mkdir(exist_ok=True)
-    with tarfile.open(path, "w", format=tarfile.PAX_FORMAT) as tar:
-        info = tarfile.TarInfo("a.png")
-        info.pax_headers = headers
-        tar.addfile(info)
     return path
