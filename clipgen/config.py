@@ -80,6 +80,9 @@ class VQGANConfig:
     norm: str = "group"
     """group: GroupNorm before every convolution, as published; none: without, several times as fast on a CPU."""
     norm_eps: float = 1e-6
+    local_encoder: bool = False
+    """The encoder sees each patch alone (1 x 1 convolutions, no attention), the decoder all of them: what moves by
+    whole patches keeps its tokens."""
 
     def __post_init__(self) -> None:
         sizes = ("image_size", "patch", "ch", "num_res_blocks", "z_channels", "embed_dim")
@@ -92,6 +95,11 @@ class VQGANConfig:
         require(1 <= levels <= 16, f"vqgan.ch_mult has {levels} multipliers; give 1 to 16, one for each resolution")
         require(min(self.ch_mult) >= 1, f"vqgan.ch_mult is {self.ch_mult}; every multiplier must be at least 1")
         require_choice(self, "norm", "group", "none")
+        alone = self.norm == "none" and levels == 1 and not self.attn_resolutions
+        require(
+            alone or not self.local_encoder,
+            "vqgan.local_encoder needs ch_mult=[1], attn_resolutions=[] and norm=none: else patches see each other",
+        )
         require(self.norm == "none" or self.ch % 32 == 0, f"vqgan.ch is {self.ch}; GroupNorm needs a multiple of 32")
         require(
             self.image_size % self.downsampling == 0,

@@ -48,12 +48,12 @@ class Downsample(nn.Module):
 
 
 class ResBlock(nn.Module):
-    def __init__(self, config: VQGANConfig, in_channels: int, out_channels: int) -> None:
+    def __init__(self, config: VQGANConfig, in_channels: int, out_channels: int, kernel: int = 3) -> None:
         super().__init__()
         self.norm1 = _norm(config, in_channels)
-        self.conv1 = nn.Conv2d(in_channels, out_channels, 3, padding=1)
+        self.conv1 = nn.Conv2d(in_channels, out_channels, kernel, padding=kernel // 2)
         self.norm2 = _norm(config, out_channels)
-        self.conv2 = nn.Conv2d(out_channels, out_channels, 3, padding=1)
+        self.conv2 = nn.Conv2d(out_channels, out_channels, kernel, padding=kernel // 2)
         same = in_channels == out_channels
         self.shortcut = nn.Identity() if same else nn.Conv2d(in_channels, out_channels, 1)
         if config.norm == "none":  # nothing keeps the sums in bounds, so they grow from zero
@@ -96,13 +96,14 @@ class Encoder(nn.Module):
     def __init__(self, config: VQGANConfig) -> None:
         super().__init__()
         c = config
+        kernel = 1 if c.local_encoder else 3
         self.unshuffle = nn.PixelUnshuffle(c.patch)
-        self.conv_in = nn.Conv2d(3 * c.patch**2, c.ch, 3, padding=1)
+        self.conv_in = nn.Conv2d(3 * c.patch**2, c.ch, kernel, padding=kernel // 2)
         resolution, channels = c.image_size // c.patch, c.ch
         down: list[nn.Module] = []
         for level, mult in enumerate(c.ch_mult):
             for _ in range(c.num_res_blocks):
-                down.append(ResBlock(c, channels, c.ch * mult))
+                down.append(ResBlock(c, channels, c.ch * mult, kernel))
                 channels = c.ch * mult
                 if resolution in c.attn_resolutions:
                     down.append(AttnBlock(c, channels))
@@ -110,9 +111,9 @@ class Encoder(nn.Module):
                 down.append(Downsample(channels))
                 resolution //= 2
         self.down = nn.Sequential(*down)
-        self.mid = _middle(c, channels)
+        self.mid = ResBlock(c, channels, channels, kernel) if c.local_encoder else _middle(c, channels)
         self.norm_out = _norm(c, channels)
-        self.conv_out = nn.Conv2d(channels, c.z_channels, 3, padding=1)
+        self.conv_out = nn.Conv2d(channels, c.z_channels, kernel, padding=kernel // 2)
 
     def forward(self, x: Tensor) -> Tensor:
         h = self.mid(self.down(self.conv_in(self.unshuffle(x))))

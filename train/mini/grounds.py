@@ -9,9 +9,7 @@ import numpy as np
 
 from train.mini.colours import GROUND_COLOURS, Floats
 
-_SHADES = (-0.04, 0, 0.04)
-"""What is added to a ground's colour, of [0, 1]."""
-_VIEWS = 6
+_VIEWS = 4
 """Views of each place: few, so that the GPT can learn them."""
 
 
@@ -19,10 +17,10 @@ def draw_ground(ground: str, second: str | None, size: int, rng: random.Random) 
     """A ground, RGB (size, size, 3) in [0, 1]: a colour, two from top to bottom, or a place."""
     if ground in _PLACES:
         return _place(ground, size, rng.randrange(_VIEWS))
-    top = _colour(ground, rng)
+    top = _colour(ground)
     if second is None:
         return np.full((size, size, 3), top, np.float32)
-    return _gradient(size, top, _colour(second, rng))
+    return _gradient(size, top, _colour(second))
 
 
 @cache
@@ -30,11 +28,8 @@ def _place(name: str, size: int, view: int) -> Floats:
     return _PLACES[name](size, random.Random(view))
 
 
-def _colour(name: str, rng: random.Random) -> Floats:
-    rgb = np.array(GROUND_COLOURS[name], np.float32) / 255
-    if name != "white":
-        rgb = rgb + np.float32(rng.choice(_SHADES))
-    return np.clip(rgb, 0, 1)
+def _colour(name: str) -> Floats:
+    return np.array(GROUND_COLOURS[name], np.float32) / np.float32(255)
 
 
 def _gradient(size: int, top: Floats, bottom: Floats) -> Floats:

@@ -1,7 +1,7 @@
 """Facts -> pixels: the same facts and seed give the same image, composed in a few milliseconds.
 
-A figure is a thing with what is on it: layers in the pixels of the thing's sprite. Figures are put in places of the
-frame, at random sizes, mirrored or not, on a ground, and the style is painted over all.
+A figure is a thing with what is on it: layers about the middle of its face. Figures are put in places of the frame, on
+a ground, and the style is painted over all.
 """
 
 from __future__ import annotations
@@ -13,7 +13,6 @@ from pathlib import Path
 
 import cv2
 import numpy as np
-from numpy.typing import NDArray
 
 from train.mini import styles
 from train.mini.attachments import ATTACHMENTS, draw_variants
@@ -28,21 +27,23 @@ Box = tuple[float, float, float, float]
 _FLAT_STYLES = ("flat", "line art", "pixel art")
 """Styles that are painted over the flat renders; the others are over the 3D ones."""
 
-# A sprite that moves by whole patches keeps its tokens; else it has new ones at every pixel, angle and size, which the
-# GPT has to learn all. Hence figures stand upright, in few sizes, and move on the tokenizer's grid.
-PATCH = 8
-"""Pixels between two places of a figure."""
+# What keeps its size and moves by whole patches keeps its tokens, so the GPT learns a thing once and not anew at every
+# pixel, size and angle. Hence figures stand upright, in two sizes, and with what is on them on the tokenizer's grid.
+_LARGE, _SMALL = 0.64, 0.4
+"""Longer side of a thing that is alone, and of one of several, as a share of the frame's."""
+_RADIUS_STEP = 4
+"""Pixels between two sizes of an attachment, as radii of the face it is for."""
+_SHRINK, _SHRINKS = 0.84, 8
+"""What a thing's size is multiplied by while what is on it does not fit in the slot, and how often at most."""
 _FARTHEST = 8
 """Pixels that a figure stands at most from the middle of its slot, before it is moved to the grid."""
-_SIZES_PER_OCTAVE = 3
-"""Sizes of a figure from one to its double."""
 _LEAST_CONTRAST = 0.14
 """Difference of the mean colours of a figure and its ground, of 1, below which the ground gives way."""
 
 
 @dataclass(frozen=True)
 class Layer:
-    """A sprite and where it is in a figure: premultiplied RGBA, a scale, and its left top corner."""
+    """A sprite and where it is in a figure: premultiplied RGBA, a scale, and its left top corner in px of the frame."""
 
     image: Bytes
     scale: float
@@ -57,7 +58,7 @@ class Layer:
 
 @dataclass(frozen=True)
 class Figure:
-    """Layers from back to front, and the box that holds them all."""
+    """Layers from back to front, and the box that holds them all; the middle of the face is at 0, 0."""
 
     layers: list[Layer]
     box: Box
@@ -83,12 +84,13 @@ class Cover:
 
 @dataclass(frozen=True)
 class Slot:
-    """A part of the frame for a figure, in [0, 1]: its centre and its size."""
+    """A part of the frame for a figure, in [0, 1]: its centre, its size, and the longer side of the thing there."""
 
     x: float
     y: float
     width: float
     height: float
+    side: float = _SMALL
 
 
 class Composer:
@@ -105,8 +107,9 @@ class Composer:
         """An image, RGB (size, size, 3); the seed decides all that the facts leave open."""
         rng = random.Random(seed)
         base = "flat" if facts.style in _FLAT_STYLES else "3d"
-        figures = [self._figure(thing, base, rng) for thing in facts.things for _ in range(facts.count)]
         slots = _slots(facts, rng)
+        things = [thing for thing in facts.things for _ in range(facts.count)]
+        figures = [self._figure(thing, base, slot, rng) for thing, slot in zip(things, slots, strict=True)]
         if facts.relation == "on":
             figures, slots = figures[::-1], slots[::-1]  # what stands on something hides its edge
         colourless = facts.style in COLOURLESS
@@ -123,47 +126,50 @@ class Composer:
         painted = _paint(facts.style, frame, alpha, ground[0, 0])
         return (np.clip(painted, 0, 1) * 255 + 0.5).astype(np.uint8)
 
-    def _figure(self, thing: Thing, base: str, rng: random.Random) -> Figure:
-        anchors = self._render(base, thing.object)[1]
-        layers = [self._sprite(base, thing.object, thing.colour)]
-        box = anchors.box
+    def _figure(self, thing: Thing, base: str, slot: Slot, rng: random.Random) -> Figure:
+        """A thing as large as its slot asks, or less if what is on it would not fit."""
+        sprite, image = self._sprite(base, thing.object, thing.colour), None
         if thing.attachment is not None:
             bank = self._bank(base, thing.attachment, thing.kind)
-            layer = _attach(bank[rng.randrange(len(bank))], thing.attachment, anchors)
-            layers.insert(0 if ATTACHMENTS[thing.attachment].behind else 1, layer)
-            box = _union(box, layer.box)
+            image = bank[rng.randrange(len(bank))]
+        anchors = self._render(base, thing.object)[1]
+        left, top, right, bottom = anchors.box
+        scale = self.size * slot.side / max(right - left, bottom - top)
+        room_x, room_y = self._room(slot)
+        for _ in range(_SHRINKS):
+            x, y = (scale * place for place in anchors.face)
+            layers = [Layer(sprite.image, scale, scale * sprite.left - x, scale * sprite.top - y)]
+            if image is not None and thing.attachment is not None:
+                layer = _attach(image, thing.attachment, anchors, scale)
+                layers.insert(0 if ATTACHMENTS[thing.attachment].behind else 1, layer)
+            box = _union([layer.box for layer in layers])
+            if box[2] - box[0] <= room_x and box[3] - box[1] <= room_y:
+                break
+            scale *= _SHRINK
         return Figure(layers, box)
 
     def _place(self, figure: Figure, slot: Slot, rng: random.Random) -> list[Cover]:
         """The layers of a figure in the frame."""
         left, top, right, bottom = figure.box
-        width, height = (self.size * side - PATCH / 2 for side in (slot.width, slot.height))  # the grid takes the rest
-        fit = min(width / (right - left), height / (bottom - top), height / 90)
-        step = np.floor(np.log2(fit) * _SIZES_PER_OCTAVE)
-        scale = 2 ** (step / _SIZES_PER_OCTAVE)
-        room_x = min((width - scale * (right - left)) / 2, _FARTHEST)
-        room_y = min((height - scale * (bottom - top)) / 2, _FARTHEST)
-        x = self.size * slot.x + rng.uniform(-1, 1) * room_x
-        y = self.size * slot.y + rng.uniform(-1, 1) * room_y
-        linear = np.diag((scale * rng.choice((-1, 1)), scale))  # mirrored or not
-        shift = np.array([x, y]) - linear @ np.array([(left + right) / 2, (top + bottom) / 2])
-        shift = np.round(shift / PATCH) * PATCH
-        covers = []
-        for layer in figure.layers:
-            move = np.hstack([linear * layer.scale, (linear @ [layer.left, layer.top] + shift)[:, None]])
-            image = layer.image
-            if scale * layer.scale < 0.6:  # halved first: nothing is skipped between its pixels
-                image, move = _halved(image), move * [[2, 2, 1]]
-            covers.append(self._warp(image, move))
-        return covers
+        room_x, room_y = self._room(slot)
+        x = self.size * slot.x - (left + right) / 2 + rng.uniform(-1, 1) * min((room_x - right + left) / 2, _FARTHEST)
+        y = self.size * slot.y - (top + bottom) / 2 + rng.uniform(-1, 1) * min((room_y - bottom + top) / 2, _FARTHEST)
+        x, y = (round(place / styles.PATCH) * styles.PATCH for place in (x, y))
+        return [self._warp(layer.image, layer.scale, x + layer.left, y + layer.top) for layer in figure.layers]
 
-    def _warp(self, image: Bytes, move: NDArray[np.float64]) -> Cover:
-        """A layer moved into the frame by an affine map (2, 3); only where it comes to lie."""
+    def _room(self, slot: Slot) -> tuple[float, float]:
+        """Width and height in px that a figure may have in a slot: the grid takes half a patch on each side."""
+        return self.size * slot.width - styles.PATCH, self.size * slot.height - styles.PATCH
+
+    def _warp(self, image: Bytes, scale: float, left: float, top: float) -> Cover:
+        """A layer scaled and moved to a place in the frame; only where it comes to lie."""
+        if scale < 0.6:  # halved first: nothing is skipped between its pixels
+            image, scale = _halved(image), 2 * scale
         height, width = image.shape[:2]
-        corners = move @ np.array([[0, width, 0, width], [0, 0, height, height], [1, 1, 1, 1]])
-        first = np.clip(np.floor(corners.min(1)) - 1, 0, self.size - 1).astype(int)
-        last = np.clip(np.ceil(corners.max(1)) + 1, first + 1, self.size).astype(int)
-        move = np.hstack([move[:, :2], move[:, 2:] - first[:, None]]).astype(np.float32)
+        first = np.clip(np.floor([left, top]) - 1, 0, self.size - 1).astype(int)
+        last = np.ceil([left + scale * width, top + scale * height]) + 1
+        last = np.clip(last, first + 1, self.size).astype(int)
+        move = np.array([[scale, 0, left - first[0]], [0, scale, top - first[1]]], np.float32)
         side = (int(last[0] - first[0]), int(last[1] - first[1]))
         moved = floats(cv2.warpAffine(image, move, side, flags=cv2.INTER_LINEAR))
         return Cover(slice(first[1], last[1]), slice(first[0], last[0]), moved * np.float32(1 / 255))
@@ -191,19 +197,21 @@ def _halved(image: Bytes) -> Bytes:
     return half.astype(np.uint8, copy=False)
 
 
-def _union(a: Box, b: Box) -> Box:
-    return min(a[0], b[0]), min(a[1], b[1]), max(a[2], b[2]), max(a[3], b[3])
+def _union(boxes: list[Box]) -> Box:
+    left, top, right, bottom = zip(*boxes, strict=True)
+    return min(left), min(top), max(right), max(bottom)
 
 
-def _attach(image: Bytes, attachment: str, anchors: Anchors) -> Layer:
-    """Where an attachment goes on a thing with such anchors."""
+def _attach(image: Bytes, attachment: str, anchors: Anchors, scale: float) -> Layer:
+    """Where an attachment goes on a thing with such anchors, drawn at such a scale."""
     how = ATTACHMENTS[attachment]
     height, width = image.shape[:2]
-    radius = anchors.radius
-    scale = how.width * radius / width
-    x = anchors.face[0] + how.right * radius
-    y = (anchors.face[1] if how.at == "face" else anchors.top) + how.down * radius
-    return Layer(image, scale, x - scale * width / 2, y - scale * height / 2)
+    radius = max(1, round(anchors.radius * scale / _RADIUS_STEP)) * _RADIUS_STEP
+    own = how.width * radius / width
+    y = how.down * radius
+    if how.at == "top":  # rather lower than higher: a gap would show
+        y += np.ceil((anchors.top - anchors.face[1]) * scale / styles.PATCH - 0.25) * styles.PATCH
+    return Layer(image, own, how.right * radius - own * width / 2, y - own * height / 2)
 
 
 def _set_apart(ground: Floats, covers: list[Cover]) -> Floats:
@@ -222,9 +230,9 @@ def _slots(facts: Facts, rng: random.Random) -> list[Slot]:
     if facts.relation is not None:
         return _pair_slots(facts.relation)
     if facts.count == 1:
-        return [Slot(0.5, 0.5, *(2 * [rng.uniform(0.78, 0.98)]))]
+        return [Slot(0.5, 0.5, 1.0, 1.0, _LARGE)]
     if facts.count == 2:
-        return [Slot(x, 0.5, 0.47, 0.6) for x in (0.26, 0.74)]
+        return [Slot(x, 0.5, 0.48, 0.62) for x in (0.26, 0.74)]
     up: tuple[float, ...] = (0.5,)
     down: tuple[float, ...] = (0.26, 0.74)
     if rng.random() < 0.5:
@@ -235,8 +243,8 @@ def _slots(facts: Facts, rng: random.Random) -> list[Slot]:
 def _pair_slots(relation: str) -> list[Slot]:
     left, right = Slot(0.26, 0.5, 0.48, 0.62), Slot(0.74, 0.5, 0.48, 0.62)
     upper, lower = Slot(0.5, 0.26, 0.7, 0.47), Slot(0.5, 0.74, 0.7, 0.47)
-    if relation == "on":  # close together, the lower one larger
-        return [Slot(0.5, 0.25, 0.44, 0.44), Slot(0.5, 0.7, 0.62, 0.56)]
+    if relation == "on":  # close together
+        return [Slot(0.5, 0.28, 0.7, 0.5), Slot(0.5, 0.68, 0.7, 0.5)]
     return {
         "left of": [left, right],
         "right of": [right, left],

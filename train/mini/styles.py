@@ -12,6 +12,9 @@ import numpy as np
 
 from train.mini.colours import Floats, floats
 
+PATCH = 8
+"""Pixels of a token's patch: what repeats every patch and moves by patches keeps its tokens."""
+
 
 @lru_cache(maxsize=4)
 def _grid(size: int) -> tuple[Floats, Floats]:
@@ -25,18 +28,22 @@ def _grey(frame: Floats) -> Floats:
 
 
 @lru_cache(maxsize=8)
-def _texture(size: int, sigma_x: float, sigma_y: float, angle: float = 0) -> Floats:
-    """Smooth noise of unit deviation, as strokes along an angle.
-
-    Always the same: a texture that never comes again is all that the GPT's loss would be about. It is the corner of a
-    larger one, of which the tokenizer has seen other parts.
-    """
-    side = size * 2
-    noise = np.random.default_rng(0).normal(size=(side, side)).astype(np.float32)
-    noise = floats(cv2.GaussianBlur(noise, (0, 0), sigma_x, sigmaY=sigma_y))
-    turn = cv2.getRotationMatrix2D((side / 2, side / 2), angle, 1)
-    noise = floats(cv2.warpAffine(noise, turn, (side, side), borderMode=cv2.BORDER_REFLECT))
+def _texture(size: int, sigma: float) -> Floats:
+    """Smooth noise of unit deviation, always the same: for grounds, whose tokens do not move."""
+    noise = np.random.default_rng(0).normal(size=(2 * size, 2 * size)).astype(np.float32)
+    noise = floats(cv2.GaussianBlur(noise, (0, 0), sigma))
     return (noise / noise.std()).astype(np.float32)[:size, :size]
+
+
+@lru_cache(maxsize=8)
+def _weave(size: int, *waves: tuple[int, int, float]) -> Floats:
+    """Sum of waves of unit amplitude, each `right` and `down` times a patch and with a phase, in radians.
+
+    It repeats every patch, so that what moves by patches keeps its tokens.
+    """
+    y, x = _grid(size)
+    turn = 2 * np.pi / PATCH
+    return floats(sum(np.sin(turn * (right * x + down * y) + phase) for right, down, phase in waves))
 
 
 def sketch(frame: Floats, paper: Floats) -> Floats:
@@ -45,7 +52,7 @@ def sketch(frame: Floats, paper: Floats) -> Floats:
     around = cv2.GaussianBlur(1 - grey, (0, 0), 2.9)
     lines = np.clip(grey / np.maximum(1e-3, 1 - around), 0, 1)
     lines = np.clip((lines - 0.62) / 0.36, 0, 1) ** 1.8
-    hatch = _texture(len(frame), 7.0, 0.75, 45)
+    hatch = 1.2 * _weave(len(frame), (1, 1, 0.0))
     shade = np.clip(1.02 - grey, 0, 1) * 0.62
     tone = np.clip(lines * (1 - shade * (0.72 + 0.3 * hatch)), 0.16, 1)[..., None]
     return np.clip(paper * tone + (1 - tone) * 0.05, 0, 1).astype(np.float32)
@@ -83,34 +90,33 @@ def _kuwahara(frame: Floats, reach: int) -> Floats:
 def oil_painting(frame: Floats) -> Floats:
     """Dabs of thick paint in coarse strokes, strong colours."""
     size = len(frame)
-    strokes = _texture(size, 4.2, 1.7, 65)
-    bend = 1.3 * strokes
+    strokes = 0.6 * _weave(size, (1, 2, 0.0), (2, 1, 2.5))
     y, x = _grid(size)
-    moved = cv2.remap(frame, x + bend, y + bend, cv2.INTER_LINEAR, borderMode=cv2.BORDER_REFLECT)
+    moved = cv2.remap(frame, x + strokes, y + strokes, cv2.INTER_LINEAR, borderMode=cv2.BORDER_REFLECT)
     dabs = _kuwahara(floats(moved), 4)
     grey = _grey(dabs)[..., None]
     rich = grey + (dabs - grey) * 1.25
-    return np.clip((rich - 0.5) * 1.05 + 0.47 + 0.055 * strokes[..., None], 0, 1).astype(np.float32)
+    return np.clip((rich - 0.5) * 1.05 + 0.47 + 0.04 * strokes[..., None], 0, 1).astype(np.float32)
 
 
 def watercolor(frame: Floats, alpha: Floats) -> Floats:
     """Thin washes that pool at their edges and let the paper shine through, on a frayed patch of ground."""
     size = len(frame)
-    blotches = _texture(size, 9.0, 9.0)
-    grain = _texture(size, 1.0, 1.0)
+    blotches = _texture(size, 9.0)
+    grain = _weave(size, (1, 2, 0.0), (3, -1, 1.0))
     y, x = _grid(size)
-    bend = 1.6 * _texture(size, 4.0, 4.0)
-    soft = cv2.remap(frame, x + bend, y - bend, cv2.INTER_LINEAR, borderMode=cv2.BORDER_REFLECT)
+    bend_x, bend_y = 0.7 * _weave(size, (0, 1, 0.0)), 0.7 * _weave(size, (1, 0, 1.0))
+    soft = cv2.remap(frame, x + bend_x, y + bend_y, cv2.INTER_LINEAR, borderMode=cv2.BORDER_REFLECT)
     soft = cv2.blur(soft, (3, 3))
-    shape = cv2.remap(alpha, x + bend, y - bend, cv2.INTER_LINEAR)
+    shape = cv2.remap(alpha, x + bend_x, y + bend_y, cv2.INTER_LINEAR)
     pooled = cv2.morphologyEx(shape, cv2.MORPH_GRADIENT, np.ones((3, 3), np.uint8))
-    # More paint: darker. Less of it on the ground than on things.
-    paint = 0.72 + 0.16 * blotches - 0.22 * (1 - shape) + 0.35 * cv2.GaussianBlur(pooled, (0, 0), 1.0)
+    # More paint: darker. On the ground there is less of it, in blotches.
+    paint = 0.72 + (0.16 * blotches - 0.22) * (1 - shape) + 0.35 * cv2.GaussianBlur(pooled, (0, 0), 1.0)
     rim = np.minimum(np.minimum(x, size - 1 - x), np.minimum(y, size - 1 - y)) - 4.5 - 3.0 * blotches
     paint = np.clip(paint * np.maximum(np.clip(rim / 3, 0, 1), shape), 0, 1.25)[..., None]
     paper = np.array((0.995, 0.985, 0.96), np.float32)
     washed = paper * (1 - paint) + soft * paint
-    return np.clip(washed + 0.014 * grain[..., None], 0, 1).astype(np.float32)
+    return np.clip(washed + 0.01 * grain[..., None], 0, 1).astype(np.float32)
 
 
 def pixel_art(frame: Floats, alpha: Floats) -> Floats:

@@ -12,6 +12,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from clipgen.config import VQGANConfig
+from clipgen.errors import ConfigError
 from clipgen.models.vqgan import VQGAN, Quantizer
 from clipgen.weights.convert import map_vqgan
 from clipgen.weights.model_dir import build_module
@@ -68,6 +69,30 @@ def test_shapes_follow_the_configuration(changes: dict[str, object], tokens: int
     assert indices.shape == (2, tokens) == (2, config.num_tokens)
     assert indices.dtype == torch.long
     torch.testing.assert_close(vqgan.decode_tokens(indices), pixels, rtol=0, atol=1e-5)
+
+
+def test_local_encoder_gives_a_patch_the_same_token_wherever_it_is() -> None:
+    torch.manual_seed(0)
+    config = small(image_size=24, patch=4, ch_mult=[1], norm="none", local_encoder=True, l2_codes=True)
+    vqgan = VQGAN(config).eval()
+    for parameter in vqgan.encoder.parameters():
+        torch.nn.init.normal_(parameter, std=0.3)  # its residual branches start at zero
+    images = torch.rand(2, 3, 24, 24) * 2 - 1
+    tokens = vqgan.encode_tokens(images).view(2, 6, 6)
+    assert len(tokens.unique()) > 5
+    moved = vqgan.encode_tokens(images.roll((8, -4), (2, 3))).view(2, 6, 6)
+    assert torch.equal(moved, tokens.roll((2, -1), (1, 2)))
+    other = images.clone()
+    other[:, :, :4] = -other[:, :, :4]
+    assert torch.equal(vqgan.encode_tokens(other).view(2, 6, 6)[:, 1:], tokens[:, 1:])
+
+
+@pytest.mark.parametrize(
+    "changes", [{"norm": "group"}, {"ch_mult": [1, 2]}, {"ch_mult": [1], "norm": "none", "attn_resolutions": [8]}]
+)
+def test_local_encoder_is_refused_where_patches_would_see_each_other(changes: dict[str, object]) -> None:
+    with pytest.raises(ConfigError, match=r"vqgan\.local_encoder needs"):
+        small(local_encoder=True, **({"norm": "none"} | changes))
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])

@@ -40,8 +40,9 @@ from train.mini.facts import (
 from train.mini.objects import read_objects
 from train.mini.renders import write_renders
 from train.mini.sampling import draw_facts, draw_trained_facts
-from train.mini.scene import PATCH, Composer
+from train.mini.scene import Composer, Slot
 from train.mini.sprites import load_render
+from train.mini.styles import PATCH
 
 HELD_OUT_SAMPLE = [
     *("cat+face", "cat+top hat", "cat+cap", "cat+santa hat", "cat+bow", "cat+headphones", "cat+wings"),
@@ -86,17 +87,26 @@ def test_same_facts_and_seed_compose_the_same_image_in_any_composer(composer: Co
         assert image.shape == (128, 128, 3) and image.dtype == np.uint8
         assert np.array_equal(image, other.compose(facts, seed))
         same += difference(image, composer.compose(facts, seed + 1)) < 0.5
-    assert same <= 2, "another seed is another pose, nearly always"
+    assert same <= 14, "another seed is another place, mostly: a figure alone has nine"
 
 
-def test_figures_move_by_whole_patches_in_few_sizes(composer: Composer) -> None:
-    facts, poses, images = replace(LEMON, style="flat"), Counter[bytes](), set()
-    for seed in range(200):
-        image = composer.compose(facts, seed)
-        rows, columns = (np.flatnonzero((image < 250).any(axis=(2, axis))) // PATCH * PATCH for axis in (1, 0))
-        poses[image[rows[0] : rows[-1] + PATCH, columns[0] : columns[-1] + PATCH].tobytes()] += 1
-        images.add(image.tobytes())
-    assert len(poses) <= 6 and len(images) > 2 * len(poses)
+@pytest.mark.parametrize("style", STYLES)
+def test_figure_has_the_same_patches_wherever_it_stands(composer: Composer, style: str) -> None:
+    facts = Facts((Thing("lemon", None, "crown"),), style, "light blue")
+    figures, places, mask = [], set(), np.array(True)
+    for seed in range(40):
+        image = composer.compose(facts, seed).astype(int)
+        is_figure = (np.abs(image - image[20, 12]) > 90).any(-1)
+        rows, columns = (np.flatnonzero(is_figure.any(axis)) // PATCH for axis in (1, 0))
+        places.add((rows[0], columns[0]))
+        top, left = (rows[0] + 1) * PATCH, (columns[0] + 1) * PATCH  # without the edge, where some of the ground is
+        cut = np.s_[top : rows[-1] * PATCH, left : columns[-1] * PATCH]
+        figures.append(image[cut])
+        mask = is_figure[cut] if seed == 0 else mask
+    assert len(places) >= 5
+    for figure in figures:
+        assert figure.shape == figures[0].shape
+        assert np.abs(figure - figures[0])[mask].mean() < 0.5
 
 
 @pytest.mark.parametrize("style", STYLES)
@@ -110,12 +120,13 @@ def test_styles_of_one_scene_look_different(composer: Composer, style: str) -> N
 
 @pytest.mark.parametrize("attachment", ATTACHMENTS)
 def test_attachment_covers_part_of_the_object(composer: Composer, attachment: str) -> None:
-    # In the figure's own pixels: poses differ with the figure's size.
-    plain = composer._figure(Thing("lemon"), "3d", random.Random(0))
-    worn = composer._figure(Thing("lemon", None, attachment, kinds_of(attachment)[0]), "3d", random.Random(0))
+    slot = Slot(0.5, 0.5, 1.0, 1.0, 0.64)
+    plain = composer._figure(Thing("lemon"), "3d", slot, random.Random(0))
+    thing = Thing("lemon", None, attachment, kinds_of(attachment)[0])
+    worn = composer._figure(thing, "3d", slot, random.Random(0))
     layer = next(layer for layer in worn.layers if layer.image is not plain.layers[0].image)
     covered = float((layer.image[..., 3] > 128).sum()) * layer.scale**2
-    lemon = float((plain.layers[0].image[..., 3] > 128).sum())
+    lemon = float((plain.layers[0].image[..., 3] > 128).sum()) * plain.layers[0].scale ** 2
     assert covered > 0.06 * lemon
     assert len(worn.layers) == 2
     assert (worn.layers[0] is layer) == (attachment == "wings")  # only wings are behind
@@ -260,7 +271,7 @@ def test_source_of_scenes_is_read_like_a_folder() -> None:
 def test_scenes_of_another_layout_seed_show_the_same_facts_in_other_places() -> None:
     one, other = scenes("20"), scenes("20", layout_seed=9)
     assert [one.facts(i) for i in range(20)] == [other.facts(i) for i in range(20)]
-    assert sum(np.array_equal(one.image(i), other.image(i)) for i in range(20)) <= 1
+    assert sum(np.array_equal(one.image(i), other.image(i)) for i in range(20)) <= 8
     assert one.fingerprint() != other.fingerprint()
 
 
