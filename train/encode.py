@@ -108,7 +108,10 @@ class Encoders:
     def batches(
         self, rows: Callable[[int], Rows], start: int, workers: int, stop: Stop | None = None
     ) -> Iterator[tuple[Tensor, Tensor]]:
-        """Tokens and embeddings, as from `read`, of every step from `start` on; each process encodes its part."""
+        """Tokens and embeddings of every step from `start` on, on the device; each process encodes its part.
+
+        Nothing waits for the device, so its next step is queued while it computes.
+        """
 
         def keys(step: int) -> list[Key]:
             step_rows = rows(step)
@@ -116,7 +119,7 @@ class Encoders:
 
         for batch in image_batches(self.data, keys, count(start), workers, stop):
             tokens, embeddings = map(self.accelerator.gather, self._encode(batch))
-            yield tokens.cpu(), embeddings.cpu()
+            yield tokens, embeddings
 
     def _keys(self, rows: Rows) -> list[Key]:
         # Odd seeds mirror: so an image's views alternate.

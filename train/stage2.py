@@ -287,8 +287,8 @@ def corrupt(tokens: Tensor, max_fraction: float, generator: torch.Generator) -> 
         return tokens
     fraction = max_fraction * torch.rand(len(tokens), 1, generator=generator)
     replaced = torch.rand(tokens.shape, generator=generator) < fraction
-    others = tokens[torch.randperm(len(tokens), generator=generator).to(tokens.device)]
-    return torch.where(replaced.to(tokens.device), others, tokens)
+    others = tokens[to_device(torch.randperm(len(tokens), generator=generator), tokens.device)]
+    return torch.where(to_device(replaced, tokens.device), others, tokens)
 
 
 def perturb(embeddings: Tensor, angle: float, dropout: float, generator: torch.Generator) -> Tensor:
@@ -300,12 +300,13 @@ def perturb(embeddings: Tensor, angle: float, dropout: float, generator: torch.G
     Args:
         embeddings: (B, D) unit norm.
     """
-    noise = torch.randn(embeddings.shape, generator=generator)
+    noise = to_device(torch.randn(embeddings.shape, generator=generator), embeddings.device)
     noise = noise - (noise * embeddings).sum(-1, keepdim=True) * embeddings  # orthogonal to the embedding
     theta = torch.rand(len(embeddings), 1, generator=generator) * angle * torch.pi / 180
+    theta = to_device(theta, embeddings.device)
     rotated = theta.cos() * embeddings + theta.sin() * F.normalize(noise, dim=-1)
     dropped = torch.rand(len(embeddings), 1, generator=generator) < dropout
-    return torch.where(dropped, 0.0, rotated)
+    return torch.where(to_device(dropped, embeddings.device), 0.0, rotated)
 
 
 def average_model(ema: MovingAverage, weights: Mapping[str, Tensor], config: GPTConfig) -> GPT:

@@ -20,6 +20,7 @@ from clipgen.models.gpt import GPT
 from clipgen.request import SamplingParams
 from train import export, stage1, stage2
 from train.config import Stage2Config
+from train.loop.batches import to_device
 from train.loop.optimization import build_optimizers
 from train.loop.samples import sample
 from train.losses import gan
@@ -312,6 +313,15 @@ def test_corrupted_tokens_come_from_other_images_at_the_same_position() -> None:
     assert torch.equal(noisy % 1000, tokens % 1000)
     fraction = (noisy != tokens).float().mean(1)
     assert fraction.max() < 0.95 and fraction.min() < 0.1 and 0.3 < fraction.mean() < 0.5
+
+
+def test_batch_on_a_device_is_augmented_there_without_reading_its_values() -> None:
+    tokens = torch.zeros(8, 16, dtype=torch.long, device="meta")  # a meta tensor has no values to wait for
+    embeddings = torch.zeros(8, 32, device="meta")
+    generator = torch.Generator().manual_seed(0)
+    assert perturb(embeddings, angle=10, dropout=0.1, generator=generator).is_meta
+    assert corrupt(tokens, 0.3, generator).is_meta
+    assert to_device(tokens, tokens.device) is tokens
 
 
 def test_muon_takes_the_matrices_of_the_blocks_and_adamw_the_rest(tiny_config: ModelConfig) -> None:

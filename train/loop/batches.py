@@ -62,8 +62,8 @@ def choose_precision(config: TrainConfig) -> str:
 
 
 def to_device(x: Tensor, device: torch.device) -> Tensor:
-    """Copy a CPU tensor to the device without waiting for it."""
-    if device.type == "cuda" and not x.is_pinned():
+    """Copy a tensor to the device, if it is not there, without waiting for it."""
+    if device.type == "cuda" and x.device.type == "cpu" and not x.is_pinned():
         x = x.pin_memory()  # copies from pageable memory wait
     return x.to(device, non_blocking=True)
 
