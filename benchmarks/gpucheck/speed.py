@@ -30,8 +30,8 @@ def decoding(bench: Bench) -> Iterator[Figure]:
     yield Figure("1 image without graphs", eager, "s")
     many = 8 if bench.tiny else 64
     yield Figure(f"{many} images, tokens", seconds(bench, lambda: engine.generate(sequences(many, config)), 1), "s")
-    uncached = _uncached(bench, random_gpt(config, bench.device, torch.float32), 1 if bench.tiny else 8)
-    yield Figure("uncached float32 loop, batch of 8: s per image", uncached, "s")
+    uncached = _uncached(bench, random_gpt(config, bench.device, torch.float32))
+    yield Figure("1 image, uncached float32 loop", uncached, "s")
     yield Figure("uncached loop against ours at 1 image", uncached / one, "x")
     theirs = _transformers(bench, config.gpt, dtype)
     if theirs is None:
@@ -74,14 +74,14 @@ def _goal(bench: Bench, name: str, spent: float, goal: float) -> Figure:
 
 
 @torch.inference_mode()
-def _uncached(bench: Bench, gpt: GPT, rows: int) -> float:
-    """Seconds per image of whole forward passes in float32, from the times at four lengths."""
+def _uncached(bench: Bench, gpt: GPT) -> float:
+    """Seconds of whole forward passes for one image, from the times at four lengths."""
     length, spent = gpt.config.block_size, 0.0
-    condition = torch.randn(rows, gpt.config.n_cond, device=bench.device)
+    condition = torch.randn(1, gpt.config.n_cond, device=bench.device)
     for part in range(4):
-        tokens = torch.zeros(rows, int(length * (part + 0.5) / 4), dtype=torch.long, device=bench.device)
+        tokens = torch.zeros(1, int(length * (part + 0.5) / 4), dtype=torch.long, device=bench.device)
         spent += seconds(bench, lambda tokens=tokens: gpt(tokens, condition), 1)
-    return spent / 4 * length / rows
+    return spent / 4 * length
 
 
 def _transformers(bench: Bench, config, dtype: torch.dtype) -> float | None:
