@@ -28,7 +28,7 @@ EXAMPLE = "Example: clipgen doctor --weights weights/mini"
 REQUIREMENTS = Path(__file__).resolve().parents[2] / "requirements.txt"
 SLOW_SECONDS = 60.0
 """Seconds per image from which the user is warned."""
-_PASSIVE = "unset GOMP_SPINCOUNT and KMP_BLOCKTIME, set OMP_WAIT_POLICY=PASSIVE"
+_SHORT_WAITS = "unset OMP_WAIT_POLICY, GOMP_SPINCOUNT and KMP_BLOCKTIME"
 _INSTALL = "run `make setup`, or `pip install -r requirements.txt`"
 _SIGNS = {"ok": "ok", "warning": "note", "wrong": "WRONG"}
 
@@ -165,7 +165,7 @@ def check_threads() -> Finding:
     if load > 1.5 * cores:
         return Finding("threads", "warning", f"{text}: other programs are busy, so drawing is slower than it could be")
     if "PASSIVE" not in describe_waiting():
-        return Finding("threads", "warning", f"{text}: idle ones spin, which is slow beside other programs; {_PASSIVE}")
+        return Finding("threads", "warning", f"{text}: idle ones spin, slow beside other programs; {_SHORT_WAITS}")
     return Finding("threads", "ok", f"{text}; idle ones sleep ({describe_waiting()})")
 
 

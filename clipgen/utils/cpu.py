@@ -16,16 +16,18 @@ from clipgen.errors import ConfigError
 CGROUPS = Path("/sys/fs/cgroup")
 VARIABLE = "CLIPGEN_THREADS"
 _WAITING = ("OMP_WAIT_POLICY", "GOMP_SPINCOUNT", "KMP_BLOCKTIME")
+_SPINS = 3000
+"""Rounds, some 0.1 ms, after which a thread of GNU's OpenMP sleeps. Waking one takes longer than most waits."""
 
 
 def choose_wait_policy() -> None:
-    """Let OpenMP threads sleep while they wait, unless the environment says otherwise. PyTorch reads it when imported.
+    """Let OpenMP threads sleep after a short wait, unless the environment says otherwise; set before PyTorch is imported.
 
-    By default they spin. On a busy machine a spinning thread takes time from the thread that it waits for: on one
-    machine images took 7 to 12 times as long, on another two thirds (docs/performance.md).
+    By default they spin for long, and on a busy machine a spinning thread takes time from the thread that it waits for.
+    Sleeping at once takes twice as long on some idle machines (docs/performance.md).
     """
     if not any(name in os.environ for name in _WAITING):
-        os.environ["OMP_WAIT_POLICY"] = "PASSIVE"
+        os.environ |= {"OMP_WAIT_POLICY": "PASSIVE", "GOMP_SPINCOUNT": str(_SPINS)}
 
 
 def describe_waiting() -> str:

@@ -125,10 +125,11 @@ import os, runpy, sys
 class Recorder:
     def find_spec(self, name, path=None, target=None):
         if name == "torch":
-            open({str(tmp_path / "policy")!r}, "w").write(os.environ.get("OMP_WAIT_POLICY", "none"))
+            waits = [os.environ.get(name, "none") for name in ("OMP_WAIT_POLICY", "GOMP_SPINCOUNT")]
+            open({str(tmp_path / "policy")!r}, "w").write(" ".join(waits))
             os._exit(0)
 sys.meta_path.insert(0, Recorder())
 sys.argv = ["clipgen", "doctor", "--weights", "nowhere"]
 """
     subprocess.run([sys.executable, "-c", record + program], cwd=root, capture_output=True, timeout=600)
-    assert (tmp_path / "policy").read_text() == "PASSIVE"
+    assert (tmp_path / "policy").read_text() == "PASSIVE 3000"
