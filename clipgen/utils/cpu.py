@@ -21,7 +21,7 @@ _SPINS = 3000
 
 
 def choose_wait_policy() -> None:
-    """Let OpenMP threads sleep after a short wait, unless the environment says otherwise. Call it before importing torch.
+    """Let OpenMP threads sleep after a short wait, unless the environment says otherwise. Call before importing torch.
 
     By default they spin for long, and on a busy machine a spinning thread takes time from the thread that it waits for.
     Sleeping at once takes twice as long on some idle machines (docs/performance.md).
