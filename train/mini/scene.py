@@ -43,7 +43,10 @@ _LEAST_CONTRAST = 0.14
 
 @dataclass(frozen=True)
 class Layer:
-    """A sprite and where it is in a figure: premultiplied RGBA, a scale, and its left top corner in px of the frame."""
+    """A sprite and where it is in a figure: premultiplied RGBA, a scale, and its left top corner.
+
+    The corner is in px of the frame; of a sprite that is in no figure yet, in px of its render.
+    """
 
     image: Bytes
     scale: float
