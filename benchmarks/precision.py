@@ -2,7 +2,7 @@
 
     python benchmarks/precision.py [--weights weights/mini] [--precisions bfloat16 float16 int8] [--json]
 
-The float32 model generates images of the prompts of `mini_quality.py`. For the same tokens, the logits of every other
+The float32 model generates images of prompts of `mini_quality.py`. For the same tokens, the logits of every other
 precision are compared: share of positions with the same most likely token, and mean Kullback-Leibler divergence. Then
 each precision generates from the same seeds, for the CLIP score of the best candidate. `mini_quality.py --dtype int8`
 scores a precision with the judge.
@@ -22,7 +22,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import torch
-from prompts import read_prompts
+from prompts import draw_prompts
 from torch import Tensor
 
 from clipgen.engine.sequence import Sequence as ImageSequence
@@ -34,6 +34,10 @@ from clipgen.weights.precision import PRECISIONS
 ROOT = Path(__file__).resolve().parent.parent
 EXACT = "float32"
 CANDIDATES = 4
+PER_KIND = 6
+"""Prompts of each kind."""
+WORDS = {"dog": ("puppy",), "cat": ("kitten",)}
+"""Other words for objects, in place of WordNet's, which need not be installed."""
 
 
 @torch.inference_mode()
@@ -97,7 +101,8 @@ def main() -> None:
     )
     parser.add_argument("--json", action="store_true", help="print JSON")
     args = parser.parse_args()
-    rows = measure(args.weights, args.precisions, [p.text for p in read_prompts()])
+    prompts = [prompt.text for prompt in draw_prompts("development", PER_KIND, WORDS)]
+    rows = measure(args.weights, args.precisions, prompts)
     print(json.dumps(rows) if args.json else to_table(rows))
 
 

@@ -1,11 +1,9 @@
-"""Figures of the quality report: the images of every prompt with marks, and the failures with their cause."""
+"""Figures of the quality report: the images of every prompt with marks, and remarks on failures."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 
-from assess import Drawn
-from measures import NEAREST
 from PIL import Image, ImageDraw, ImageFont
 
 from clipgen.images.pixels import grid
@@ -13,40 +11,33 @@ from clipgen.images.pixels import grid
 CELL = 112
 """Side of an image, px."""
 _RIGHT, _WRONG = (40, 160, 70), (205, 60, 50)
+_GAP = 2
 
 
-def draw_grid(drawn: Sequence[Drawn], columns: int = 3) -> Image.Image:
-    """Images of each prompt side by side, with a green or red bar under each, and the prompt below."""
-    blocks = []
-    for d in drawn:
-        row = grid([_cell(image) for image in d.images], columns=len(d.images))
-        block = Image.new("RGB", (row.width + 14, CELL + 30), "white")
-        block.paste(row)
-        pen = ImageDraw.Draw(block)
-        for i, rank in enumerate(d.ranks):
-            left = i * (CELL + 2)
-            pen.rectangle((left, CELL + 1, left + CELL - 1, CELL + 4), fill=_RIGHT if rank < NEAREST else _WRONG)
-        pen.text((0, CELL + 7), d.prompt.text, fill="black", font=ImageFont.load_default(size=14))
-        blocks.append(block)
-    return grid(blocks, columns=columns, gap=0)
+def draw_row(images: Sequence[Image.Image], right: Sequence[bool], text: str, remark: str = "") -> Image.Image:
+    """Images side by side, a green or red bar under each, and below the prompt and a remark in red."""
+    width = len(images) * (CELL + _GAP)
+    row = Image.new("RGB", (width + 12, CELL + (44 if remark else 28)), "white")
+    pen, font = ImageDraw.Draw(row), ImageFont.load_default(size=13)
+    for i, (image, is_right) in enumerate(zip(images, right, strict=True)):
+        left = i * (CELL + _GAP)
+        row.paste(image.resize((CELL, CELL), Image.Resampling.LANCZOS), (left, 0))
+        pen.rectangle((left, CELL + 1, left + CELL - 1, CELL + 4), fill=_RIGHT if is_right else _WRONG)
+    pen.text((0, CELL + 7), _shorten(text, font, width), fill="black", font=font)
+    if remark:
+        pen.text((0, CELL + 23), _shorten(remark, font, width), fill=_WRONG, font=font)
+    return row
 
 
-def draw_failures(drawn: Sequence[Drawn], columns: int = 5) -> Image.Image | None:
-    """Best-scored image of each prompt where it is wrong, and what it was taken for; None without failures."""
-    blocks = []
-    for d in drawn:
-        wrong_look = bool(d.look) and not d.look[0]
-        if d.ranks[0] < NEAREST and not wrong_look:
-            continue
-        block = Image.new("RGB", (2 * CELL + 60, CELL + 48), "white")
-        block.paste(_cell(d.images[0]))
-        pen, font = ImageDraw.Draw(block), ImageFont.load_default(size=13)
-        pen.text((0, CELL + 4), d.prompt.text, fill="black", font=font)
-        reason = "not the style or background asked for" if wrong_look else f"taken for: {d.nearest[0]}"
-        pen.text((0, CELL + 22), reason[:44], fill=_WRONG, font=font)
-        blocks.append(block)
-    return grid(blocks, columns=columns, gap=0) if blocks else None
+def draw_sheet(rows: Sequence[Image.Image], columns: int = 3) -> Image.Image:
+    """Rows of `draw_row` in columns."""
+    return grid(rows, columns=columns, gap=0)
 
 
-def _cell(image: Image.Image) -> Image.Image:
-    return image.resize((CELL, CELL), Image.Resampling.LANCZOS)
+def _shorten(text: str, font: ImageFont.FreeTypeFont | ImageFont.ImageFont, width: int) -> str:
+    """The text, or as much of it as fits into a width in px."""
+    if font.getlength(text) <= width:
+        return text
+    while text and font.getlength(f"{text}...") > width:
+        text = text[:-1]
+    return f"{text}..."

@@ -38,6 +38,7 @@ from clipgen.weights.cache import Settings, fetch
 from clipgen.weights.catalog import CATALOG
 from clipgen.weights.tensor_file import read_header
 from train.config import Config, Stage2Config, load_config
+from train.index import MIN_SENTENCES
 from train.loop.arguments import at_least
 from train.loop.batches import check_batch_split
 from train.loop.lock import lock_folder
@@ -50,8 +51,6 @@ MAX_EVALUATED = 5000
 """Real images to compare with, and without sentences also images to generate."""
 WEIGHTS_STEPS = ("export", "index", "evaluate", "card")
 """Steps that write into the folder of weights."""
-MIN_SENTENCES = 20
-"""Fewest sentences that the index can be built from."""
 HASTY = RetryPolicy(timeout=10, attempts=2, backoff=0.5)
 """Retries of a download that has a fallback."""
 
@@ -98,7 +97,7 @@ def plan_steps(paths: Paths, config: Config, features: str, processes: int) -> d
         "encode": [*many, "-m", "train.encode", *images, *frozen, "--out", encoded],
         "stage 2": [*many, "-m", "train.stage2", *images[:2], "--data", learned, *frozen, "--out", gpt],
         "export": ["-m", "train.export", *images[:2], *frozen, "--gpt", gpt, "--out", str(paths.weights)],
-        "index": ["-m", "train.mini.index", *weights, "--encoded", encoded, "--data", paths.data, *prompts],
+        "index": ["-m", "train.index", *weights, "--encoded", encoded, "--data", paths.data, *prompts],
         "evaluate": [
             *(*many, "-m", "clipgen", "evaluate", *weights, "--reference", paths.data, *prompts),
             *("--features", features, "--limit", str(MAX_EVALUATED), "--out", evaluation),

@@ -1,9 +1,7 @@
 """Results of the training scripts -> a folder of weights that `clipgen` and `predict.py` load.
 
     python -m train.export --config mini --clip runs/clip/clip.safetensors --vqgan runs/vqgan --gpt runs/gpt \\
-        --out weights/mini --data data/emoji/stage2
-
---data, the images of stage 2, adds the index of training images (train/mini/index.py).
+        --out weights/mine
 """
 
 from __future__ import annotations
@@ -21,7 +19,6 @@ from clipgen.weights.model_dir import save_model_dir
 from clipgen.weights.tensor_file import load_tensors
 from train.config import load_config
 from train.loop.checkpoint import in_half
-from train.mini.index import add_index
 
 
 @entry_point()
@@ -32,8 +29,6 @@ def main() -> None:
     parser.add_argument("--vqgan", type=Path, required=True, help="folder that stage 1 wrote")
     parser.add_argument("--gpt", type=Path, required=True, help="folder that stage 2 wrote")
     parser.add_argument("--out", type=Path, required=True, help="folder of weights to write")
-    parser.add_argument("--data", help="images that stage 2 was trained on: adds coverage.safetensors")
-    parser.add_argument("--prompts", type=Path, help="sentences about such images, one per line; emoji have captions")
     args = parser.parse_args()
     files = {"clip": args.clip, "vqgan": args.vqgan / "vqgan.safetensors", "gpt": args.gpt / "gpt.safetensors"}
     for part, file in files.items():
@@ -41,8 +36,6 @@ def main() -> None:
             parser.error(f"{file} is missing; train the {part} first")
     config = load_config(args.config).model
     save_model_dir(args.out, config, {part: in_half(load_tensors(file)) for part, file in files.items()})
-    if args.data:
-        add_index(args.out, args.gpt / "encoded", args.data, args.prompts)
     size = sum(file.stat().st_size for file in args.out.glob("*.safetensors"))
     print(f"{args.out}: {size / 1e6:.1f} MB")
 

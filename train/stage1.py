@@ -1,6 +1,6 @@
 """Stage 1: images -> VQGAN.
 
-    python train/stage1.py --config mini --data data/emoji/train --out runs/vqgan
+    python train/stage1.py --config mini --data photos --out runs/vqgan
     torchrun --nproc-per-node 8 train/stage1.py --config coco --data "photos/{000000..000127}.tar" --out runs/vqgan
 
 After an interruption, the same command continues from the newest checkpoint. Writes

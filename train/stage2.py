@@ -1,7 +1,7 @@
 """Stage 2: images -> GPT, which learns the tokens of an image given its CLIP embedding. No captions.
 
-    python train/stage2.py --config mini --data data/emoji/stage2 --vqgan runs/vqgan \\
-        --clip runs/clip/clip.safetensors --out runs/gpt
+    python train/stage2.py --config mini --data photos --vqgan runs/vqgan \\
+        --clip clip.safetensors --out runs/gpt
 
     torchrun --nproc-per-node 8 train/stage2.py --config coco --data runs/encoded ...
 

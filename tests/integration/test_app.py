@@ -23,7 +23,7 @@ from clipgen.outputs.metadata import Receipt
 from clipgen.webui.form import Form, read_receipt
 from clipgen.webui.session import Result, Session, Update, describe_error, hide_folders
 from clipgen.weights.training_index import TrainingIndex
-from train.mini.coverage import build_index
+from train.index import build_index
 
 LEMON = Form(prompt="a lemon", num_outputs=2, candidates=3, random_seed=False, seed=7)
 

@@ -40,7 +40,7 @@ NOT_RUN = {
     r"--weights (weights/)?(coco|imagenet)\b|--config (coco|imagenet)\b": "needs weights of gigabytes",
     r"nproc-per-node": "needs several GPUs",
     r"^make (setup|test|test-slow|test-browser|lint|format|clean)\b|\.ci/run": "is what continuous integration does",
-    r"^make (bench|mini|emoji|scenes)\b": "takes hours, or needs a network",
+    r"^make (bench|mini|renders|scenes)\b": "takes hours, or needs a network",
     r"pre-commit install": "changes git's hooks",
     r"train/stage[12]|train\.all|train/encode|train\.export|train\.mini|train/mini": "trains for hours",
     r"clipgen evaluate": "needs Inception, from a network",

@@ -20,7 +20,7 @@ from clipgen.outputs.metadata import Receipt
 from clipgen.serving import KEPT_FOLDERS
 from clipgen.weights.training_index import TrainingIndex
 from predict import Predictor
-from train.mini.coverage import build_index
+from train.index import build_index
 
 PARAMETERS = {n: p for n, p in inspect.signature(Predictor.predict).parameters.items() if n != "self"}
 

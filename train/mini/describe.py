@@ -5,7 +5,6 @@ from __future__ import annotations
 import random
 from collections.abc import Mapping, Sequence
 
-from train.mini.captions import article, plural
 from train.mini.facts import PLACES, Facts, Thing
 from train.mini.objects import read_objects
 
@@ -100,6 +99,22 @@ _ADJECTIVES = {
     "crown": "crowned",
 }
 _NATURAL_HAIR = ("brown", "black", "blond", "red")
+
+
+def article(noun: str) -> str:
+    """`noun` with its indefinite article: "a lemon", "an apple", "scissors"."""
+    if noun.endswith("s") and not noun.endswith(("ss", "us")):
+        return noun
+    return f"{'an' if noun[:1].lower() in 'aeiou' else 'a'} {noun}"
+
+
+def plural(noun: str) -> str:
+    """Plural of `noun` by the regular rules: "lemons", "boxes", "cherries", "scissors"."""
+    if noun.endswith("s") and not noun.endswith(("ss", "us")):
+        return noun
+    if noun.endswith("y") and noun[-2:-1] not in "aeiou":
+        return f"{noun[:-1]}ies"
+    return f"{noun}es" if noun.endswith(("s", "x", "sh", "ch")) else f"{noun}s"
 
 
 def describe(facts: Facts, rng: random.Random, words: Words = NO_WORDS) -> str:

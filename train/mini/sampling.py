@@ -9,13 +9,13 @@ from train.mini.colours import COLOURS, GROUND_COLOURS
 from train.mini.facts import COLOURLESS, PLACES, RELATIONS, STYLES, Facts, Thing, is_held_out
 from train.mini.objects import Object, read_objects
 
-_STYLE_SHARES = dict(zip(STYLES, (26, 16, 13, 11, 12, 11, 11), strict=True))
+_STYLE_SHARES = dict(zip(STYLES, (36, 13, 12, 9, 10, 10, 10), strict=True))
 _PAPER = ("white", "white", "white", "beige", "light blue", "yellow", "pink")
 """Grounds of the colourless styles: dark ones would hide the lines."""
 _LIKE = {"snow": "white", "sea": "blue", "sky": "blue", "night sky": "black", "desert": "orange", "meadow": "green"}
 """Colours in which a thing would hardly be seen in a place."""
-_COLOURED = 0.62
-"""Share of the things that are given a colour, where the style has colours; 0.45 of all scenes show one."""
+_COLOURED = 0.38
+"""Share of the things that are given a colour, where the style has colours; 0.23 of all scenes show one."""
 
 
 def draw_facts(rng: random.Random, objects: list[Object] | None = None) -> Facts:
@@ -24,7 +24,7 @@ def draw_facts(rng: random.Random, objects: list[Object] | None = None) -> Facts
     style = rng.choices(list(_STYLE_SHARES), list(_STYLE_SHARES.values()))[0]
     layout = rng.choices(("one", "many", "two"), (70, 10, 20))[0]
     chosen = rng.sample(objects, 2 if layout == "two" else 1)
-    adorned = {"one": 0.62, "many": 0.2, "two": 0.2}[layout]
+    adorned = {"one": 0.5, "many": 0.15, "two": 0.15}[layout]
     things = [_draw_thing(chosen[0], style, adorned, rng)]
     things += [_draw_thing(other, style, 0.0, rng) for other in chosen[1:]]
     ground, second = _draw_ground(style, {thing.colour for thing in things}, rng)
@@ -59,10 +59,10 @@ def _draw_ground(style: str, taken: set[str | None], rng: random.Random) -> tupl
     if style in COLOURLESS:
         return rng.choice(_PAPER), None
     roll = rng.random()
-    if roll < 0.2:
+    if roll < 0.17:
         return rng.choice([place for place in PLACES if _LIKE.get(place) not in taken]), None
-    if roll < 0.5 and "white" not in taken:
+    if roll < 0.6 and "white" not in taken:
         return "white", None
     free = [name for name in GROUND_COLOURS if name not in taken]
     first, second = rng.sample(free, 2)
-    return first, second if roll > 0.88 else None
+    return first, second if roll > 0.9 else None

@@ -24,8 +24,8 @@ from clipgen.models.clip import Clip
 from clipgen.utils.entry_point import entry_point
 from clipgen.weights.model_dir import MANIFEST, read_manifest
 from clipgen.weights.tensor_file import load_tensors
+from train.index import build_index, write_index
 from train.loop.arguments import at_least
-from train.mini.coverage import build_index, write_index
 from train.mini.describe import Words, describe
 from train.mini.objects import read_objects
 from train.mini.source import Scenes, trained_scenes

@@ -1,4 +1,4 @@
-"""The CLIP of the mini model's third version: OpenAI's architecture at a small size, and its training settings."""
+"""The mini model's CLIP: OpenAI's architecture at a small size, and its training settings."""
 
 from __future__ import annotations
 

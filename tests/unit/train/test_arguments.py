@@ -33,8 +33,6 @@ def test_text_that_is_no_whole_number_is_refused_by_name(text: str) -> None:
 @pytest.mark.parametrize(
     ("program", "option"),
     [
-        (["train.mini.emoji"], "--workers"),
-        (["train.mini.emoji"], "--views"),
         (["train.mini.sheet"], "--scenes"),
         (["train.all", ".", "--out", "nowhere"], "--processes"),
     ],

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import pickle
 import random
 import subprocess
@@ -15,6 +16,7 @@ import cv2
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 from scene_kit import OBJECTS, RENDERS, draw, draw_trained, scenes
 
 from clipgen.errors import DataError
@@ -25,7 +27,6 @@ from train.mini import objects, source
 from train.mini.attachments import ATTACHMENTS, can_have, kinds_of
 from train.mini.colours import COLOURS, recolour
 from train.mini.describe import describe
-from train.mini.emoji import SETS, WEBP_SET
 from train.mini.facts import (
     COLOURLESS,
     PLACES,
@@ -39,10 +40,10 @@ from train.mini.facts import (
     is_held_out,
 )
 from train.mini.objects import read_objects
-from train.mini.renders import write_renders
+from train.mini.renders import PACKAGES, needed_codes, normalise, write_renders
 from train.mini.sampling import draw_facts, draw_trained_facts
 from train.mini.scene import Composer, Slot
-from train.mini.sprites import load_render
+from train.mini.sprites import SIDE, load_render
 from train.mini.styles import PATCH
 
 HELD_OUT_SAMPLE = [
@@ -51,6 +52,9 @@ HELD_OUT_SAMPLE = [
     *("pear+sunglasses", "pear+horns", "pear+bow", "pear+headphones", "pear+wings"),
 ]
 LEMON = Facts((Thing("lemon"),), "3d", "white")
+
+
+LEMON_CODE = read_objects()["lemon"].code
 
 
 @pytest.fixture(scope="module")
@@ -65,7 +69,7 @@ def difference(a: np.ndarray, b: np.ndarray) -> float:
 def test_names_of_objects_are_unique() -> None:
     found = read_objects()
     names = Counter(name for thing in found.values() for name in thing.names)
-    assert len(found) > 200
+    assert len(found) > 100
     assert [name for name, count in names.items() if count > 1] == []
     assert len({thing.code for thing in found.values()}) == len(found)
 
@@ -196,7 +200,7 @@ def test_sampled_facts_cover_styles_relations_and_counts_in_fixed_shares() -> No
     facts = [draw_facts(rng) for _ in range(4000)]
     coloured = sum(any(t.colour for t in f.things) for f in facts) / len(facts)
     adorned = sum(any(t.attachment for t in f.things) for f in facts) / len(facts)
-    assert coloured > 0.4 and 0.4 < adorned < 0.6
+    assert coloured > 0.2 and 0.3 < adorned < 0.5
     assert {f.style for f in facts} == set(STYLES)
     assert {f.relation for f in facts} == {None, *RELATIONS}
     assert {f.count for f in facts} == {1, 2, 3}
@@ -321,15 +325,44 @@ def test_stage1_on_scenes_resumes_where_it_stopped(tmp_path: Path) -> None:
     assert (tmp_path / "vqgan.safetensors").is_file()
 
 
-def test_package_without_an_emoji_that_scenes_need_is_named(tmp_path: Path) -> None:
-    for package in (*SETS.values(), WEBP_SET):
-        (tmp_path / package / "assets").mkdir(parents=True)
-        (tmp_path / package / "icons.json").write_text('{"icons": {}}')
-        (tmp_path / package / "chars.json").write_text("{}")
-    (tmp_path / "emojibase-data/en").mkdir(parents=True)
-    (tmp_path / "emojibase-data/en/data.json").write_text("[]")
-    with pytest.raises(DataError, match="no 3d drawing of"):
-        write_renders(tmp_path, tmp_path / "out")
+@pytest.fixture
+def npm(tmp_path: Path) -> Path:
+    """A node_modules folder with a drawing of every emoji that scenes need, in both packages."""
+    glossy, flat = (tmp_path / "node_modules" / package for package in PACKAGES.values())
+    (glossy / "assets").mkdir(parents=True)
+    flat.mkdir(parents=True)
+    codes = sorted(needed_codes())
+    for code in codes:
+        Image.new("RGBA", (64, 64), (9, 99, 199, 255)).save(glossy / "assets" / f"{code}.webp", lossless=True)
+    icons = {f"name {code}": {"body": '<circle cx="16" cy="16" r="12" fill="gold"/>'} for code in codes}
+    (flat / "icons.json").write_text(json.dumps({"icons": icons, "width": 32, "height": 32}))
+    (flat / "chars.json").write_text(json.dumps({f"{code.upper()}-FE0F": f"name {code}" for code in codes}))
+    return tmp_path / "node_modules"
+
+
+def test_renders_keep_the_artists_colours_in_both_styles(npm: Path, tmp_path: Path) -> None:
+    assert write_renders(npm, tmp_path / "out") == 2 * len(needed_codes())
+    for base, middle in (("3d", (9, 99, 199, 255)), ("flat", (255, 215, 0, 255))):
+        image = Image.open(tmp_path / "out" / "renders" / base / f"{LEMON_CODE}.png")
+        assert image.size == (SIDE, SIDE) and image.getpixel((SIDE // 2, SIDE // 2)) == middle
+    assert image.getpixel((0, 0))[3] == 0
+
+
+def test_codes_are_compared_without_variation_selectors() -> None:
+    assert normalise("2764-FE0F") == "2764" and normalise("1F468_200D_1F680") == "1f468-200d-1f680"
+
+
+def test_package_without_an_emoji_that_scenes_need_is_named(npm: Path, tmp_path: Path) -> None:
+    (npm / PACKAGES["3d"] / "assets" / f"{LEMON_CODE}.webp").unlink()
+    with pytest.raises(DataError, match=f"no 3d drawing of {LEMON_CODE} .1 are missing"):
+        write_renders(npm, tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
+def test_missing_packages_are_named(tmp_path: Path) -> None:
+    command = [sys.executable, "-m", "train.mini.renders", "--npm", tmp_path, "--out", tmp_path / "out"]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=600, cwd=Path(__file__).parents[3])
+    assert done.returncode == 2 and f"holds no {PACKAGES['3d']}; `make renders` installs it" in done.stderr
     assert not (tmp_path / "out").exists()
 
 

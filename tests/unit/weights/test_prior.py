@@ -19,7 +19,7 @@ from clipgen.images.pixels import to_clip
 from clipgen.weights.model_dir import load_model_dir, save_model_dir
 from clipgen.weights.prior import IndexPrior
 from clipgen.weights.training_index import TrainingIndex
-from train.mini.coverage import build_index, write_index
+from train.index import build_index, write_index
 
 
 def random_images(count: int, d: int = 32) -> Tensor:

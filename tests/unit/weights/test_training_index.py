@@ -20,7 +20,7 @@ from clipgen.errors import WeightsError
 from clipgen.weights.model_dir import load_model_dir, save_model_dir
 from clipgen.weights.tensor_file import load_tensors
 from clipgen.weights.training_index import FILE, IndexMatch, TrainingIndex
-from train.mini.coverage import build_index, write_index
+from train.index import build_index, write_index
 
 D = 64
 

@@ -1,4 +1,4 @@
-"""The benchmark of composed scenes: its prompts, right and wrong verdicts, copies, and the training of its judge."""
+"""The quality benchmark of the mini model: prompts, right and wrong verdicts, copies, training of the judge."""
 
 from __future__ import annotations
 
@@ -8,21 +8,23 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from PIL import Image
-from scene_judge import PARTS, POSITIONS, SceneJudge, Verdict, crop, is_right, load_judge, stands_as_said
-from scene_kit import RENDERS, draw, scenes
-from scene_prompts import KINDS, ScenePrompt, draw_prompts
-from scene_quality import (
+from judge import PARTS, POSITIONS, Judge, Verdict, crop, is_right, load_judge, stands_as_said
+from mini_quality import (
     COPY_SIDE,
     Drawn,
     ceiling,
     differences,
+    draw_failures,
     near_copies,
     nearest_psnr,
     small,
     summarise,
     to_markdown,
 )
+from PIL import Image
+from prompts import KINDS, Prompt, draw_prompts
+from scene_kit import RENDERS, draw, scenes
+from sheets import CELL, draw_row, draw_sheet
 
 from clipgen import ClipGen
 from train.mini.facts import RELATIONS, Facts, Thing, is_held_out
@@ -44,13 +46,14 @@ def verdict(facts: Facts, **changes: str | None) -> Verdict:
 def test_prompts_are_reproducible_and_differ_between_splits() -> None:
     prompts = draw_prompts("development", 20, WORDS)
     assert prompts == draw_prompts("development", 20, WORDS)
-    assert [prompt.kind for prompt in prompts] == [kind for kind in KINDS for _ in range(20)]
+    kinds = [kind for kind in KINDS for _ in range(4 if kind == "example" else 20)]
+    assert [prompt.kind for prompt in prompts] == kinds
     same = {prompt.text for prompt in prompts} & {prompt.text for prompt in draw_prompts("test", 20, WORDS)}
     assert len(same) < 60  # of 220: single objects and words are few
 
 
 def test_prompts_of_held_out_kinds_are_held_out_and_the_others_are_not() -> None:
-    for prompt in draw_prompts("test", 30, WORDS):
+    for prompt in draw_prompts("test", 30, WORDS)[4:]:
         assert is_held_out(prompt.facts) == prompt.kind.endswith("held out"), prompt
         if prompt.kind == "word":
             assert prompt.text in ("a beagle", "an old manor")
@@ -60,7 +63,9 @@ def test_checked_facts_depend_on_the_kind_of_prompt() -> None:
     facts = Facts((Thing("dog", "blue", "hair", ("long", "pink")),), "flat", "beach")
     assert all(is_right(verdict(facts), facts, kind) for kind in KINDS if not kind.startswith(("pair", "count")))
     other = verdict(facts, object="cat")
-    assert not is_right(other, facts, "object") and not is_right(other, facts, "color held out")
+    assert not any(is_right(other, facts, kind) for kind in ("object", "color held out", "example"))
+    changes = {"color": None, "attachment": "bow", "style": "3d"}
+    assert not any(is_right(verdict(facts, **{name: value}), facts, "example") for name, value in changes.items())
     assert is_right(other, facts, "style") and is_right(other, facts, "ground")
     assert not is_right(verdict(facts, attachment="bow"), facts, "attachment trained")
     three = Facts((Thing("dog"),), "3d", "white", count=3)
@@ -125,9 +130,9 @@ def test_training_scene_is_a_near_copy_and_noise_is_not() -> None:
 
 def test_ceiling_judges_real_scenes_of_the_prompts_before_and_after_the_tokenizer(tiny_weights: Path) -> None:
     one = Facts((Thing("lemon"),), "3d", "white")
-    prompts = [ScenePrompt(kind, "", PAIR if kind.startswith("pair") else one) for kind in KINDS for _ in range(2)]
+    prompts = [Prompt(kind, "", PAIR if kind.startswith("pair") else one) for kind in KINDS for _ in range(2)]
     pipe = ClipGen.from_pretrained(tiny_weights, dtype="float32")
-    found = ceiling(SceneJudge().eval(), pipe.vqgan, Composer(RENDERS, 64), prompts)
+    found = ceiling(Judge().eval(), pipe.vqgan, Composer(RENDERS, 64), prompts)
     assert list(found) == list(KINDS)
     assert all(0 <= row["tokenizer"] <= 1 and 0 <= row["real"] <= 1 and row["psnr"] > 0 for row in found.values())
     kinds = {kind: {"prompts": 2, "images": 0.5, "best": 1.0, "differences": 0.1} for kind in KINDS}
@@ -135,6 +140,20 @@ def test_ceiling_judges_real_scenes_of_the_prompts_before_and_after_the_tokenize
     lines = to_markdown(report).splitlines()
     assert len({line.count("|") for line in lines if line.startswith("|")}) == 1
     assert lines[-1] == "Near copies among 40 composed scenes: 25%."
+
+
+def test_sheet_marks_right_and_wrong_images_and_failures_say_what_is_seen(tmp_path: Path) -> None:
+    prompt = next(p for p in draw_prompts("test", 1, WORDS) if p.kind == "attachment trained")
+    images = [Image.new("RGB", (8, 8), colour) for colour in ("black", "white")]
+    wrong = verdict(prompt.facts, attachment=None, object="owl")
+    drawn = Drawn(prompt, images, [wrong, verdict(prompt.facts)])
+    row = draw_row(images, drawn.right, prompt.text)
+    bars = [row.getpixel((x, CELL + 2)) for x in (CELL // 2, CELL + CELL // 2)]
+    assert drawn.right == [False, True] and bars[0][0] > bars[0][1] and bars[1][1] > bars[1][0]
+    failed, fine = draw_failures([drawn]), draw_failures([replace(drawn, verdicts=drawn.verdicts[::-1])])
+    assert len(failed) == 1 and not fine and failed[0].height > row.height
+    assert draw_sheet([row] * 4, columns=2).size == (2 * row.width, 2 * row.height)
+    assert draw_row(images, drawn.right, "word " * 100).size == row.size
 
 
 @pytest.mark.slow
