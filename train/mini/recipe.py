@@ -3,9 +3,10 @@
     python -m train.mini.recipe --data data/emoji --work runs/mini --out weights/mine [--minutes 60]
     python -m train.mini.recipe --only gpt --minutes 9 ...
 
-Parts: image (CLIP's image tower), text (its text tower), vqgan, gpt, export, index. Each is a script; those that train
-go on where they stopped, and --minutes is the budget of each. After a part its weights are in WORK/weights in half
-precision, small enough to carry: on another machine --start DIR begins with these.
+Parts: image (CLIP's image tower), text (its text tower), vqgan, plain (the GPT on plain scenes), gpt (on all), export,
+index. Each is a script; those that train go on where they stopped, and --minutes is the budget of each. After a part
+its weights are in WORK/weights in half precision, small enough to carry: on another machine --start DIR begins with
+these.
 """
 
 from __future__ import annotations
@@ -32,11 +33,13 @@ from train.loop.script import command, minutes
 from train.loop.steps import run_step
 from train.mini.text_tower import save_clip
 
-PARTS = ("image", "text", "vqgan", "gpt", "export", "index")
+PARTS = ("image", "text", "vqgan", "plain", "gpt", "export", "index")
 ROOT = Path(__file__).resolve().parents[2]
 CONFIG = Path(__file__).with_name("mini3.yaml")
 SHIPPED_CLIP = ROOT / "weights" / "mini" / "clip.safetensors"
 """Whose image tower knows the objects already: the new one starts from it."""
+PLAIN_STEPS = 4000
+"""Of plain scenes, where nothing else is said."""
 _WEIGHTS = {
     "image": ("clip/image.safetensors", "clip/heads.safetensors"),
     "text": ("clip/text.safetensors",),
@@ -48,6 +51,7 @@ _ON_GPU = {
     "image": ("batch_size=512", "lr=0.004", "steps=4000"),
     "text": ("batch_size=1024", "steps=4000"),
     "vqgan": ("stage1.batch_size=64", "stage1.lr=0.002", "stage1.steps=6000"),
+    "plain": ("stage2.batch_size=256", "stage2.steps=1000"),
     "gpt": ("stage2.batch_size=256", "stage2.steps=6000"),
 }
 """Larger steps, where they cost no more."""
@@ -79,12 +83,14 @@ class Machine:
 def part_command(part: str, args: argparse.Namespace, machine: Machine) -> list[str]:
     """Arguments of Python that run a part."""
     work, data = args.work, args.data
-    section = {"vqgan": "stage1.", "gpt": "stage2."}.get(part, "")
+    section = {"vqgan": "stage1.", "plain": "stage2.", "gpt": "stage2."}.get(part, "")
     settings = [f"{section}workers={machine.workers}", *(_ON_GPU.get(part, ()) if machine.has_gpu else ())]
     folder = {"image": "clip/image", "text": "clip/text"}.get(part, part)
     start = args.start / Path(_WEIGHTS[part][0]).name if args.start and part in _WEIGHTS else None
     if part == "image" and (start is None or not start.is_file()):
         start = SHIPPED_CLIP
+    if part == "gpt" and (plain := work / "plain" / "gpt.safetensors").is_file():
+        start = plain
     if start is not None and start.is_file() and not (work / folder / "checkpoints").is_dir():
         settings.append(f"{section}init={start}")
     settings += [text.removeprefix(f"{part}.") for text in args.overrides if _belongs(text, part)]
@@ -93,15 +99,20 @@ def part_command(part: str, args: argparse.Namespace, machine: Machine) -> list[
     scenes = f"train.mini.source:{{}}={data}"
     stage = ["--config", str(args.config), *budget, "--out", str(work / part)]
     clip = str(work / "clip" / "clip.safetensors")
+    frozen = "--vqgan", str(work / "vqgan"), "--clip", clip
     launch = ["-m", "train.loop.launch", "--nproc-per-node", str(machine.processes)]
     stage1, stage2 = ([*(launch if machine.processes > 1 else ()), f"train/stage{n}.py", *stage] for n in (1, 2))
     commands = {
         "image": ["-m", "train.mini.image_tower", *tower],
         "text": ["-m", "train.mini.text_tower", *tower],
         "vqgan": [*stage1, "--data", scenes.format("all_scenes"), *settings],
+        "plain": [
+            *(*stage2, "--data", scenes.format("plain_scenes"), "--seen", scenes.format("seen_plain_scenes")),
+            *(*frozen, f"stage2.steps={PLAIN_STEPS}", *settings),
+        ],
         "gpt": [
             *(*stage2, "--data", scenes.format("trained_scenes"), "--seen", scenes.format("seen_scenes")),
-            *("--vqgan", str(work / "vqgan"), "--clip", clip, *settings),
+            *(*frozen, *settings),
         ],
         "export": [
             *("-m", "train.export", "--config", str(args.config), "--clip", clip),
@@ -119,7 +130,7 @@ def part_command(part: str, args: argparse.Namespace, machine: Machine) -> list[
 def _belongs(override: str, part: str) -> bool:
     """Whether a setting such as image.steps=5 or stage1.steps=5 is for a part."""
     first = override.split(".", 1)[0]
-    return part in {"stage1": ("vqgan",), "stage2": ("gpt",)}.get(first, (first,))
+    return part in {"stage1": ("vqgan",), "stage2": ("plain", "gpt")}.get(first, (first,))
 
 
 def unpack(start: Path, work: Path) -> None:

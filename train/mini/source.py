@@ -19,7 +19,7 @@ import cv2
 
 from train.mini.colours import Bytes
 from train.mini.facts import Facts
-from train.mini.sampling import draw_facts, draw_trained_facts
+from train.mini.sampling import draw_facts, draw_plain_facts, draw_trained_facts
 from train.mini.scene import Composer
 
 SCENES = 2_000_000
@@ -109,6 +109,16 @@ def all_scenes(data: str) -> Scenes:
 def trained_scenes(data: str) -> Scenes:
     """Scenes without held-out combinations: what the GPT may see; data: as above."""
     return Scenes(Path(data) / "renders", draw_trained_facts, seed=2)
+
+
+def plain_scenes(data: str) -> Scenes:
+    """Trained scenes with little in them, for the GPT's first part; data: as above."""
+    return Scenes(Path(data) / "renders", draw_plain_facts, seed=4)
+
+
+def seen_plain_scenes(data: str) -> Scenes:
+    """The scenes of `plain_scenes`, each in another layout, as for `seen_scenes`; data: as above."""
+    return Scenes(Path(data) / "renders", draw_plain_facts, seed=4, layout_seed=5)
 
 
 def seen_scenes(data: str) -> Scenes:

@@ -45,6 +45,16 @@ def test_vqgan_sees_all_scenes_and_gpt_those_not_held_out(tmp_path: Path) -> Non
     assert "train.mini.source:trained_scenes=d" in part_command("gpt", args, CPU)
 
 
+def test_gpt_goes_on_from_what_it_learned_of_plain_scenes(tmp_path: Path) -> None:
+    args = arguments(tmp_path)
+    plain = part_command("plain", args, CPU)
+    assert "train.mini.source:plain_scenes=d" in plain and "train.mini.source:seen_plain_scenes=d" in plain
+    assert not any("init=" in text for text in part_command("gpt", args, CPU))
+    (args.work / "plain").mkdir(parents=True)
+    (args.work / "plain" / "gpt.safetensors").touch()
+    assert f"stage2.init={args.work / 'plain' / 'gpt.safetensors'}" in part_command("gpt", args, CPU)
+
+
 def test_gpt_sees_each_scene_in_another_layout_than_it_generates(tmp_path: Path) -> None:
     line = part_command("gpt", arguments(tmp_path), CPU)
     assert line[line.index("--seen") + 1] == "train.mini.source:seen_scenes=d"

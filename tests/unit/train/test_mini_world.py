@@ -41,7 +41,7 @@ from train.mini.facts import (
 )
 from train.mini.objects import read_objects
 from train.mini.renders import PACKAGES, needed_codes, normalise, write_renders
-from train.mini.sampling import draw_facts, draw_trained_facts
+from train.mini.sampling import draw_facts, draw_plain_facts, draw_trained_facts
 from train.mini.scene import Composer, Slot
 from train.mini.sprites import SIDE, load_render
 from train.mini.styles import PATCH
@@ -209,6 +209,14 @@ def test_sampled_facts_cover_styles_relations_and_counts_in_fixed_shares() -> No
             assert thing.colour != f.ground or thing.colour is None
             assert not (f.style in COLOURLESS and thing.colour)
             assert thing.attachment is None or can_have(read_objects()[thing.object], thing.attachment)
+
+
+def test_plain_scenes_show_mostly_one_thing_as_it_is_on_white() -> None:
+    rng = random.Random(0)
+    facts = [draw_plain_facts(rng) for _ in range(1000)]
+    bare = [len(f.things) == f.count == 1 and f.things[0] == Thing(f.things[0].object) for f in facts]
+    assert sum(bare) > 600 and sum(f.ground == "white" for f in facts) > 650
+    assert {f.style for f in facts} == set(STYLES) and not any(map(is_held_out, facts))
 
 
 def test_held_out_shares_are_a_third_a_third_and_a_fifth() -> None:
