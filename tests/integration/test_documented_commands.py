@@ -42,7 +42,7 @@ NOT_RUN = {
     r"^make (setup|test|test-slow|test-browser|lint|format|clean)\b|\.ci/run": "is what continuous integration does",
     r"^make (bench|mini|renders|scenes)\b": "takes hours, or needs a network",
     r"pre-commit install": "changes git's hooks",
-    r"train/stage[12]|train\.all|train/encode|train\.export|train\.mini|train/mini": "trains for hours",
+    r"train/stage[12]|train\.all|train/encode|train\.export|train\.index|train\.mini": "trains for hours",
     r"clipgen evaluate": "needs Inception, from a network",
     r"^python benchmarks/": "takes minutes or hours",
     r"^(make app|clipgen app)\b|http\.server": "serves until it is stopped",
