@@ -116,10 +116,10 @@ format: $(VENV)/.dev ## apply ruff's fixes and formatting
 gpu-check: $(VENV)/.dev ## checks and timings on a GPU, six minutes [ARGS="--device cpu"]: tables in runs/gpu-check
 	@$(BIN)/python benchmarks/gpu_check.py --out runs/gpu-check $(ARGS)
 
-bench: $(VENV)/.dev ## latency, throughput of the server, the mini model's quality (minutes)
+bench: $(VENV)/.dev ## latency, throughput of the server, the mini model's quality (half an hour; after `make renders`, with WordNet)
 	@$(BIN)/python benchmarks/end_to_end.py
 	@$(BIN)/python benchmarks/serving.py --clients 1 8
-	@$(BIN)/python benchmarks/mini_quality.py
+	@$(BIN)/python benchmarks/mini_quality.py --per-kind 10
 
 EMOJI := @iconify-json/fluent-emoji-flat@1.2.6 @lobehub/fluent-emoji-3d@1.1.0
 
