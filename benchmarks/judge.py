@@ -55,6 +55,17 @@ POSITIONS = {
     "on": ("upper", "lower"),
 }
 """Relation -> places of its first and its second object."""
+_CHECKED = {
+    "example": ("object", "color", "attachment", "style"),
+    "object": ("object",),
+    "word": ("object",),
+    "color": ("object", "color"),
+    "attachment": ("object", "attachment"),
+    "style": ("style",),
+    "ground": ("ground",),
+    "count": ("object", "layout"),
+}
+"""First word of a kind of prompt -> heads that are compared with its facts."""
 
 
 @dataclass(frozen=True)
@@ -127,31 +138,21 @@ def crop(image: Image.Image, box: tuple[float, float, float, float]) -> Image.Im
     return image.crop((left, top, right, bottom))
 
 
+def checked_heads(kind: str) -> tuple[str, ...]:
+    """Heads that must be right for a kind of prompt, pairs excepted: such as the object and its colour."""
+    return _CHECKED[kind.split()[0]]
+
+
 def is_right(verdict: Verdict, facts: Facts, kind: str) -> bool:
     """Whether an image shows what a prompt of a kind asks for.
 
-    For colours, attachments and counts the object must be right as well; styles and grounds are judged alone; the
-    examples need object, colour, attachment and style. Pairs need the verdict of `judge_pairs`, and may stand side by
-    side or one above the other.
+    Pairs need the verdict of `judge_pairs`, and may stand side by side or one above the other.
     """
-    said, thing = verdict.said, facts.things[0]
-    if kind == "style":
-        return said["style"] == facts.style
-    if kind == "ground":
-        return said["ground"] == facts.ground
     if kind.startswith("pair"):
         objects, parts = {thing.object for thing in facts.things}, verdict.parts
         return objects in ({parts["left"], parts["right"]}, {parts["upper"], parts["lower"]})
-    right = said["object"] == thing.object
-    if kind.startswith("color") or kind == "example":
-        right = right and said["color"] == thing.colour
-    if kind == "example":
-        right = right and said["style"] == facts.style
-    if kind.startswith("attachment") or kind == "example":
-        right = right and said["attachment"] == thing.attachment
-    if kind == "count":
-        right = right and said["layout"] == str(facts.count)
-    return right
+    asked = dict(zip(NAMES, label(facts), strict=True))
+    return all(verdict.said[name] == values(name)[asked[name]] for name in checked_heads(kind))
 
 
 def stands_as_said(verdict: Verdict, facts: Facts) -> bool:

@@ -25,7 +25,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from judge import SCENES, Judge, Verdict, is_right, load_judge, stands_as_said
+from judge import SCENES, Judge, Verdict, checked_heads, is_right, load_judge, stands_as_said
 from PIL import Image
 from prompts import KINDS, SEEDS, Prompt, draw_prompts
 from rich.console import Console
@@ -55,6 +55,7 @@ COPIES = 50_000
 """Composed scenes that near copies are looked for among."""
 _JUDGE_SEED = 11
 """Of the scenes that the judge learned from."""
+_ABSENT = {"color": "its own color", "attachment": "nothing on it"}
 
 
 @dataclass(frozen=True)
@@ -159,21 +160,20 @@ def summarise(drawn: Sequence[Drawn]) -> dict[str, dict[str, float]]:
     return rows
 
 
+def seen_instead(verdict: Verdict, kind: str) -> str:
+    """What the judge sees of the facts that a kind of prompt is about, in words."""
+    if kind.startswith("pair"):
+        return " and ".join(sorted({name for name in verdict.parts.values() if name}))
+    return ", ".join(verdict.said[name] or _ABSENT[name] for name in checked_heads(kind))
+
+
 def draw_failures(drawn: Sequence[Drawn]) -> list[Image.Image]:
     """A row for each prompt whose best image is wrong, with what the judge sees in that."""
-    rows = []
-    for d in drawn:
-        if d.right[0]:
-            continue
-        verdict, kind = d.verdicts[0], d.prompt.kind
-        if kind.startswith("pair"):
-            seen = " and ".join(sorted({name for name in verdict.parts.values() if name}))
-        else:
-            first = kind if kind in ("style", "ground") else "object"
-            more = {"color": "color", "attachment": "attachment", "count": "layout"}.get(kind.split()[0])
-            seen = ", ".join(str(verdict.said[name] or "nothing on it") for name in (first, more) if name)
-        rows.append(draw_row(d.images, d.right, d.prompt.text, f"taken for: {seen}"))
-    return rows
+    return [
+        draw_row(d.images, d.right, d.prompt.text, f"taken for: {seen_instead(d.verdicts[0], d.prompt.kind)}")
+        for d in drawn
+        if not d.right[0]
+    ]
 
 
 def to_markdown(report: dict) -> str:

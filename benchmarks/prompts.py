@@ -12,7 +12,7 @@ from dataclasses import dataclass, replace
 
 from train.mini.attachments import ATTACHMENTS, can_have, kinds_of
 from train.mini.colours import COLOURS, GROUND_COLOURS
-from train.mini.describe import describe
+from train.mini.describe import article, describe
 from train.mini.facts import (
     PLACES,
     RELATIONS,
@@ -69,8 +69,7 @@ def _draw(kind: str, rng: random.Random, words: Mapping[str, Sequence[str]]) -> 
     if kind == "word":
         thing = rng.choice([thing for thing in objects if words.get(thing.name)])
         word = rng.choice(words[thing.name])
-        article = "an" if word[0] in "aeiou" else "a"
-        return Prompt(kind, f"{article} {word}", Facts((Thing(thing.name),), **_PLAIN))
+        return Prompt(kind, article(word), Facts((Thing(thing.name),), **_PLAIN))
     facts = Facts((Thing(thing.name),), **_PLAIN)
     if kind.startswith("color"):
         facts = replace(facts, things=(_coloured(objects, kind.endswith("held out"), rng),))

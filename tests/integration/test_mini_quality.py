@@ -17,6 +17,7 @@ from mini_quality import (
     draw_failures,
     near_copies,
     nearest_psnr,
+    seen_instead,
     small,
     summarise,
     to_markdown,
@@ -152,6 +153,9 @@ def test_sheet_marks_right_and_wrong_images_and_failures_say_what_is_seen(tmp_pa
     assert drawn.right == [False, True] and bars[0][0] > bars[0][1] and bars[1][1] > bars[1][0]
     failed, fine = draw_failures([drawn]), draw_failures([replace(drawn, verdicts=drawn.verdicts[::-1])])
     assert len(failed) == 1 and not fine and failed[0].height > row.height
+    assert seen_instead(wrong, prompt.kind) == "owl, nothing on it"
+    assert seen_instead(verdict(prompt.facts, color=None, object="owl"), "color trained") == "owl, its own color"
+    assert seen_instead(pair_verdict(left="dog"), "pair trained") == "dog and owl"
     assert draw_sheet([row] * 4, columns=2).size == (2 * row.width, 2 * row.height)
     assert draw_row(images, drawn.right, "word " * 100).size == row.size
 

@@ -86,7 +86,8 @@ def part_command(part: str, args: argparse.Namespace, machine: Machine) -> list[
     section = {"vqgan": "stage1.", "plain": "stage2.", "gpt": "stage2."}.get(part, "")
     settings = [f"{section}workers={machine.workers}", *(_ON_GPU.get(part, ()) if machine.has_gpu else ())]
     folder = {"image": "clip/image", "text": "clip/text"}.get(part, part)
-    start = args.start / Path(_WEIGHTS[part][0]).name if args.start and part in _WEIGHTS else None
+    carried = _WEIGHTS.get("gpt" if part == "plain" else part)
+    start = args.start / Path(carried[0]).name if args.start and carried else None
     if part == "image" and (start is None or not start.is_file()):
         start = SHIPPED_CLIP
     if part == "gpt" and (plain := work / "plain" / "gpt.safetensors").is_file():

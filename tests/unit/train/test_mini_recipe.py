@@ -107,6 +107,9 @@ def test_carried_weights_start_a_part_that_has_no_checkpoint(tmp_path: Path) -> 
     args = arguments(tmp_path, start=start)
     assert f"stage1.init={start / 'vqgan.safetensors'}" in part_command("vqgan", args, CPU)
     assert not any("init=" in text for text in part_command("gpt", args, CPU))  # nothing of it was carried
+    (start / "gpt.safetensors").touch()
+    for part in ("plain", "gpt"):  # both go on from the GPT that was carried
+        assert f"stage2.init={start / 'gpt.safetensors'}" in part_command(part, args, CPU)
     (work / "vqgan" / "checkpoints").mkdir()
     assert not any("init=" in text for text in part_command("vqgan", args, CPU))
 
