@@ -21,6 +21,23 @@ Answer = dict[str, Any]
 ROOT = Path(__file__).resolve().parent.parent.parent
 
 
+class _Retrying(httpx.HTTPTransport):
+    """Sends a refused request again, as docs/serving.md advises.
+
+    Cog answers "At capacity" to one of two requests that arrive in the same instant, even if nothing is running: it gives
+    up at once when another request holds its pool of slots.
+    """
+
+    def handle_request(self, request: httpx.Request) -> httpx.Response:
+        for wait in (0.02, 0.1, 0.5):
+            response = super().handle_request(request)
+            if response.status_code != 409:
+                return response
+            response.close()
+            time.sleep(wait)
+        return super().handle_request(request)
+
+
 class CogServer:
     """A running server and the processes behind it."""
 
@@ -34,8 +51,8 @@ class CogServer:
         """
         host, self.port = usable_address("127.0.0.1", 0)
         # A connection for each request: Cog closes one on which it has refused a request unread.
-        single = httpx.Limits(max_keepalive_connections=0)
-        self.http = httpx.Client(base_url=f"http://{host}:{self.port}", timeout=600, limits=single)
+        transport = _Retrying(limits=httpx.Limits(max_keepalive_connections=0))
+        self.http = httpx.Client(base_url=f"http://{host}:{self.port}", timeout=600, transport=transport)
         for name in ("predict.py", "serve.py", "weights"):
             if not (folder / name).exists():
                 (folder / name).symlink_to(ROOT / name)
