@@ -37,7 +37,7 @@ class Predictor(BasePredictor):
     async def predict(
         self,
         prompt: str = Input(
-            default="a red apple",
+            default="a robot on a beach",
             description="What to draw. Left as it is or empty beside an image, the image alone is varied.",
         ),
         negative_prompt: str = Input(

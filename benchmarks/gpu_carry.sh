@@ -4,8 +4,8 @@
 # Without `training` it is for the checks, with the mini weights:
 #   python3 -m tarfile -e OUT.tar.xz && cd clipgen && pip install --no-index --no-deps wheels/*.whl
 #   python benchmarks/gpu_check.py --out out
-# With it for training the mini model, with the renders (`make renders`), WordNet and what was learned so far:
-#   ... && python -m train.mini.recipe --only text --minutes 2 --start train/mini/start --work work --wordnet wordnet
+# With it for training the mini model, with the renders (`make renders`), WordNet and the mini weights:
+#   ... && python -m train.mini.recipe --only text --minutes 2 --start weights/mini --work work --wordnet wordnet
 # and then the same with `--only gpt --minutes 6`, which needs both towers.
 set -euo pipefail
 root=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
@@ -17,12 +17,12 @@ mkdir "$tree"
 git -C "$root" archive HEAD | tar x -C "$tree"
 rm -rf "$tree/docs" "$tree/tests/golden"/*vqgan_tiny.safetensors "$tree/weights/mini"/*.jpg # no stage needs them
 if [ "${2:-}" = training ]; then
-    rm -rf "$tree/tests" "$tree/weights"
+    rm -rf "$tree/tests" "$tree/weights/mini/coverage.safetensors"
     mkdir -p "$tree/data/emoji" "$tree/wordnet"
     cp -r "$root/data/emoji/renders" "$tree/data/emoji/"
     cp /usr/share/wordnet/{data,index}.noun "$tree/wordnet/"
 else
-    rm -rf "$tree/train/mini/start" "$tree/tests/integration" "$tree/tests/golden"/{renders,receipts*,hfailab_gpt*}
+    rm -rf "$tree/tests/integration" "$tree/tests/golden"/{renders,receipts*,hfailab_gpt*}
 fi
 python=${PYTHON:-$root/.venv/bin/python}
 pinned=$(sed -nE 's/^((clip-anytorch|omegaconf|ftfy|webdataset|lpips)==[^ ]+).*/\1/p' "$root"/requirements*.txt)

@@ -1,21 +1,24 @@
 """The judge of composed scenes: a network not used in training that recognises what an image shows.
 
 EfficientNet-lite2's features (ImageNet weights; training may use those of lite0, never these), pooled over the whole
-image and over its quarters, with linear heads trained on scenes of every combination. It was trained on no generated
-image and on none that went through a tokenizer.
+image and over its quarters, with linear heads trained on scenes of every combination. Half of these are softened by
+blur, scaling or JPEG, so that softness alone is not taken for another style. It was trained on no generated image and
+on none that went through a tokenizer.
 """
 
 from __future__ import annotations
 
 import hashlib
+import io
 import json
+import random
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import torch
 import torch.nn.functional as F
-from PIL import Image
+from PIL import Image, ImageFilter
 from rich.console import Console
 from rich.progress import track
 from safetensors import safe_open
@@ -138,6 +141,22 @@ def crop(image: Image.Image, box: tuple[float, float, float, float]) -> Image.Im
     return image.crop((left, top, right, bottom))
 
 
+def soften(image: Image.Image, number: int) -> Image.Image:
+    """Every second image, by its number, blurred, scaled down and up, or compressed, to an extent drawn by it."""
+    rng = random.Random(f"soften {number}")
+    if number % 2:
+        return image
+    way = rng.choice(("blur", "scale", "jpeg"))
+    if way == "blur":
+        return image.filter(ImageFilter.GaussianBlur(rng.uniform(0.5, 2)))
+    if way == "scale":
+        side = round(image.width * rng.uniform(0.3, 0.7))
+        return image.resize((side, side), Image.Resampling.BICUBIC).resize(image.size, Image.Resampling.BICUBIC)
+    file = io.BytesIO()
+    image.save(file, "jpeg", quality=rng.randint(8, 50))
+    return Image.open(file).convert("RGB")
+
+
 def checked_heads(kind: str) -> tuple[str, ...]:
     """Heads that must be right for a kind of prompt, pairs excepted: such as the object and its colour."""
     return _CHECKED[kind.split()[0]]
@@ -165,7 +184,8 @@ def stands_as_said(verdict: Verdict, facts: Facts) -> bool:
 def load_judge(scenes: Scenes, cache: Path, count: int = SCENES, epochs: int = 20) -> Judge:
     """The judge, with heads trained once on `count` scenes and kept in `cache`."""
     judge = Judge()
-    key = hashlib.sha256(json.dumps([scenes.fingerprint(), count, epochs, list(NAMES)]).encode()).hexdigest()
+    facts = ["half softened", scenes.fingerprint(), count, epochs, list(NAMES)]
+    key = hashlib.sha256(json.dumps(facts).encode()).hexdigest()
     trained = {**dict(judge.norm.named_buffers(prefix="norm")), **dict(judge.heads.named_parameters(prefix="heads"))}
     if cache.is_file():
         with safe_open(cache, "pt") as file:
@@ -185,7 +205,8 @@ def _look(judge: Judge, scenes: Scenes, count: int) -> tuple[Tensor, Tensor]:
     features, console = [], Console(stderr=True)
     for start in track(range(0, count, _BATCH), f"the judge looks at {count} scenes", console=console):
         rows = range(start, min(count, start + _BATCH))
-        features.append(judge.features([Image.fromarray(scenes.image(row)) for row in rows]))
+        images = [Image.fromarray(scenes.image(row)) for row in rows]
+        features.append(judge.features([soften(image, row) for row, image in zip(rows, images, strict=True)]))
     return torch.cat(features), torch.tensor([label(scenes.facts(row)) for row in range(count)])
 
 

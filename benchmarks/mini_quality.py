@@ -5,8 +5,9 @@
 Generates the best 4 of 16 candidates of each prompt with seed 0. Reports for each kind of prompt how many images show
 its facts (`judge.py`), how much the candidates differ and how many images are near copies of composed scenes. The
 upper bound is what the judge finds in real scenes of the same facts, and in these after the tokenizer. Writes
-OUT/report.json, OUT/report.md, OUT/grid.png with the images of every prompt (a green bar marks a right image), and
-OUT/failures.png with the prompts whose best image is wrong.
+OUT/report.json, OUT/report.md, OUT/grid.png with the images of every prompt (a green bar marks a right image),
+OUT/samples.png with those of the first four prompts of each kind, and OUT/failures.png with the prompts whose best
+image is wrong.
 """
 
 from __future__ import annotations
@@ -160,6 +161,12 @@ def summarise(drawn: Sequence[Drawn]) -> dict[str, dict[str, float]]:
     return rows
 
 
+def draw_samples(drawn: Sequence[Drawn]) -> list[Image.Image]:
+    """A row for each of the first four prompts of each kind."""
+    first = [d for kind in KINDS for d in [d for d in drawn if d.prompt.kind == kind][:4]]
+    return [draw_row(d.images, d.right, d.prompt.text) for d in first]
+
+
 def seen_instead(verdict: Verdict, kind: str) -> str:
     """What the judge sees of the facts that a kind of prompt is about, in words."""
     if kind.startswith("pair"):
@@ -230,6 +237,7 @@ def main() -> None:
         ],
     }
     save_image(draw_sheet([draw_row(d.images, d.right, d.prompt.text) for d in drawn]), args.out / "grid.png")
+    save_image(draw_sheet(draw_samples(drawn)), args.out / "samples.png")
     if failures := draw_failures(drawn):
         save_image(draw_sheet(failures), args.out / "failures.png")
     write_text(args.out / "report.json", json.dumps(report, indent=1) + "\n")

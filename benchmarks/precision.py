@@ -61,7 +61,7 @@ def best_clip_score(pipe: ClipGen, prompts: Sequence[str]) -> tuple[float, float
 def measure(weights: Path, names: Sequence[str], prompts: Sequence[str]) -> list[dict]:
     """Measure each precision; the first row is that of float32."""
     exact = ClipGen.from_pretrained(weights, device="cpu", dtype=EXACT)
-    conditions = torch.stack([exact.condition(text) for text in prompts])
+    conditions = torch.stack([exact.embed(text) for text in prompts])
     sequences = [ImageSequence(condition, seed, exact.config.sampling) for seed, condition in enumerate(conditions)]
     tokens = exact.engine.generate(sequences).tokens
     expected = next_logits(exact, conditions, tokens).log_softmax(-1)

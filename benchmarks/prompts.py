@@ -25,7 +25,7 @@ from train.mini.facts import (
 )
 from train.mini.objects import Object, read_objects
 
-SEEDS = {"development": 1_000, "test": 2_000}
+SEEDS = {"development": 1_000, "test": 3_000}
 KINDS = (
     *("example", "object", "word", "color held out", "color trained", "attachment held out", "attachment trained"),
     *("style", "ground", "pair held out", "pair trained", "count"),

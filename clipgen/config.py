@@ -12,7 +12,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from omegaconf import DictConfig, OmegaConf
+from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 from yaml import YAMLError
 
@@ -133,7 +133,7 @@ class GPTConfig:
     block_size: int = 256
     """Positions: the condition, then all tokens but the last one."""
     n_cond: int = 512
-    """Size of the condition: that of the CLIP embedding, D, unless a prior changes it."""
+    """Size of the condition: that of the CLIP embedding, D."""
     dropout: float = 0.0
     qk_norm: bool = False
     """Normalise queries and keys (Henry et al., arXiv 2010.04245), with a gain for each channel; off as published."""
@@ -154,8 +154,6 @@ class ModelConfig:
     vqgan: VQGANConfig = field(default_factory=VQGANConfig)
     gpt: GPTConfig = field(default_factory=GPTConfig)
     sampling: SamplingParams = field(default_factory=SamplingParams)
-    prior: str = ""
-    """Name of the map from embeddings to conditions (`clipgen.weights.prior`); empty for plain CLIP-GEN."""
 
     def __post_init__(self) -> None:
         require(len(self.name) <= MAX_NAME, f"name has {len(self.name)} characters; it must have at most {MAX_NAME}")
@@ -221,18 +219,14 @@ def load_model_config(path: Path) -> ModelConfig:
     # ${oc.env:HF_TOKEN} in a stranger's file would put the user's secrets into names, receipts and logs.
     if "${" in json.dumps(OmegaConf.to_container(values, resolve=False), default=str):
         raise ConfigError(f"{path} holds ${{...}}; a folder of weights must state its values")
-    if "prior" not in values:
-        _name_prior(values, path.parent)
-    return build(ModelConfig, values, str(path))
-
-
-def _name_prior(values: DictConfig, folder: Path) -> None:
-    """Update a configuration from before `prior` existed: the index beside it was the prior, `n_things` its slots."""
+    values.pop("prior", None)  # of earlier versions, which moved a sentence's embedding to those of training images
     gpt = values.get("gpt")
-    slots = gpt.pop("n_things", 1) if OmegaConf.is_dict(gpt) else 1
-    if isinstance(slots, int) and slots > 1:
-        gpt.n_cond = slots * gpt.get("n_cond", GPTConfig.n_cond)
-    values.prior = "training_index" if slots != 1 or (folder / "coverage.safetensors").is_file() else ""
+    if OmegaConf.is_dict(gpt) and gpt.pop("n_things", 1) != 1:
+        raise ConfigError(
+            f"{path}: gpt.n_things is more than 1: these weights are of an earlier version, whose GPT saw two "
+            "embeddings; fetch today's weights, or use clipgen 0.1"
+        )
+    return build(ModelConfig, values, str(path))
 
 
 def read_yaml(path: Path, overrides: list[str] | None = None) -> Any:

@@ -25,9 +25,8 @@ class Job:
     request: GenerationRequest
     seed: int
     params: SamplingParams
-    embedding: Tensor  # (D,), for the ranking
-    condition: Tensor  # (n_cond,), for the GPT
-    negative_condition: Tensor | None  # (n_cond,)
+    embedding: Tensor  # (D,), the GPT's condition, which candidates are ranked by as well
+    negative_embedding: Tensor | None  # (D,)
     prefix_tokens: Tensor | None
     match: IndexMatch | None
     num_generated: int = 0
@@ -42,7 +41,7 @@ class Job:
 
     def sequence(self, seed: int) -> ImageSequence:
         """A candidate's sequence for the engine."""
-        return ImageSequence(self.condition, seed, self.params, self.prefix_tokens, self.negative_condition)
+        return ImageSequence(self.embedding, seed, self.params, self.prefix_tokens, self.negative_embedding)
 
     def next_wave(self, start: float) -> range:
         """The seeds to generate next: all without a budget, else a few until time is up or the target is met."""

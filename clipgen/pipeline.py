@@ -34,7 +34,6 @@ from clipgen.utils.compute_thread import ComputeThread, synchronize
 from clipgen.utils.text import expand_home
 from clipgen.weights.model_dir import build_module, copy_model_dir, load_model_dir
 from clipgen.weights.precision import pick_device, pick_precision
-from clipgen.weights.prior import Prior, load_prior
 from clipgen.weights.resolve import resolve_weights
 from clipgen.weights.training_index import IndexMatch, TrainingIndex
 
@@ -46,7 +45,6 @@ class ClipGen:
 
     Args:
         index: the training images, to tell how far a prompt is from them.
-        prior: maps embeddings to conditions, where the weights need one.
         digest: SHA-256 of the folder of weights, for receipts; without it there are none.
 
     Raises:
@@ -60,15 +58,14 @@ class ClipGen:
         gpt: GPT,
         vqgan: VQGAN,
         index: TrainingIndex | None = None,
-        prior: Prior | None = None,
         digest: str = "",
         compute: ComputeThread | None = None,
     ) -> None:
-        if prior is None and clip.embed_dim != config.gpt.n_cond:
+        if clip.embed_dim != config.gpt.n_cond:
             raise ConfigError(f"CLIP embeds in {clip.embed_dim} dimensions, the GPT expects {config.gpt.n_cond}")
         self.config = config
         self.clip, self.gpt, self.vqgan = clip, gpt, vqgan
-        self.index, self.prior, self.digest = index, prior, digest
+        self.index, self.digest = index, digest
         self.folder: Path | None = None  # that it was loaded from
         self.compute = compute or ComputeThread()
         self.engine = Engine(gpt, compute=self.compute)
@@ -121,8 +118,7 @@ class ClipGen:
         index = TrainingIndex.load(folder)
         if index is not None and index.embed_dim != clip.embed_dim:
             raise WeightsError(f"the index in {folder} is of embeddings of {index.embed_dim} numbers, not this CLIP's")
-        prior = load_prior(folder, config, index, clip.embed_dim)
-        return cls(config, clip, gpt, vqgan, index, prior, weights_digest(folder), compute)
+        return cls(config, clip, gpt, vqgan, index, weights_digest(folder), compute)
 
     @property
     def device(self) -> torch.device:
@@ -173,20 +169,12 @@ class ClipGen:
     def embed(self, prompt: Prompt) -> Tensor:
         """Embed a prompt: the weighted sum of its parts' CLIP embeddings, normalised, (D,) float32.
 
-        Candidates are ranked by it.
+        The GPT is conditioned on it, and candidates are ranked by it.
 
         Raises:
             RequestError: it is empty, or its parts cancel each other out.
         """
-        return self.compute.run(self._encode_prompt, prompt)[0]
-
-    def condition(self, prompt: Prompt) -> Tensor:
-        """Compute the GPT's condition, (n_cond,) float32: the prompt's embedding, or the prior's output.
-
-        Raises:
-            RequestError: as `embed`.
-        """
-        return self.compute.run(self._encode_prompt, prompt)[1]
+        return self.compute.run(self._encode_prompt, prompt)
 
     def query_index(self, prompt: Prompt) -> IndexMatch | None:
         """Compare a prompt with the training images; None where the weights have no index of them.
@@ -194,7 +182,7 @@ class ClipGen:
         Raises:
             RequestError: as `embed`.
         """
-        return self.compute.run(lambda: self._match(prompt, self._encode_prompt(prompt)[0]))
+        return self.compute.run(lambda: self._match(prompt, self._encode_prompt(prompt)))
 
     def generate(
         self,
@@ -263,23 +251,20 @@ class ClipGen:
         seed = new_seed() if request.seed is None else request.seed
         params = request.sampling(self.config.sampling)
         negative = request.negative_prompt
-        negative_condition = None if negative is None else self._encode_prompt(negative, "negative_prompt")[1]
-        embedding, condition = self._encode_prompt(request.prompt)
+        negative_embedding = None if negative is None else self._encode_prompt(negative, "negative_prompt")
+        embedding = self._encode_prompt(request.prompt)
         match = self._match(request.prompt, embedding)
-        return Job(request, seed, params, embedding, condition, negative_condition, self._prefix(request), match)
+        return Job(request, seed, params, embedding, negative_embedding, self._prefix(request), match)
 
-    def _encode_prompt(self, prompt: Prompt, field: str = "prompt") -> tuple[Tensor, Tensor]:
-        """Embedding (D,) and condition (n_cond,) of a prompt; `field` is whose prompt it is."""
+    def _encode_prompt(self, prompt: Prompt, field: str = "prompt") -> Tensor:
+        """Embedding (D,) of a prompt; `field` is whose prompt it is."""
         parts = parts_of(prompt, field)
         embeddings = torch.cat([self._encode_part(part) for part, _ in parts])
-        weights = [weight for _, weight in parts]
-        total = (torch.tensor(weights, device=self.device)[:, None] * embeddings).sum(0)
-        embedding = condition = F.normalize(total, dim=0)
-        if self.prior is not None:
-            condition = self.prior(embeddings, weights, [isinstance(part, str) for part, _ in parts])
-        if min(total.norm(), condition[: len(embedding)].norm()) < 1e-4:
+        weights = torch.tensor([weight for _, weight in parts], device=self.device)
+        total = (weights[:, None] * embeddings).sum(0)
+        if total.norm() < 1e-4:
             raise RequestError(field, "has parts that cancel each other out; change their weights")
-        return embedding, condition
+        return F.normalize(total, dim=0)
 
     def _encode_part(self, part: str | Image.Image) -> Tensor:
         if isinstance(part, str):

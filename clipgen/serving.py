@@ -30,7 +30,7 @@ from clipgen.request import SAMPLING, GenerationOutput, GenerationRequest, Part,
 from clipgen.utils.text import is_blank
 from clipgen.weights.resolve import resolve_weights
 
-DEFAULT_PROMPT = "a red apple"
+DEFAULT_PROMPT = "a robot on a beach"
 """Drawn when a request has neither a prompt nor an image: a hosting page's Run button sends the defaults."""
 OUTPUT_FORMATS = ("png", "webp", "jpg")
 KEPT_FOLDERS = 32

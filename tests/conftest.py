@@ -22,6 +22,9 @@ from clipgen.utils.cpu import thread_count, usable_cores
 
 ROOT = Path(__file__).resolve().parent.parent
 
+for name in [name for name in os.environ if name == "ARGS" or name.startswith(("MAKE", "MFLAGS"))]:
+    del os.environ[name]  # of `make test ARGS=...`: the makes that tests run would take them for theirs
+
 # Beside another suite an example takes as long as it takes.
 settings.register_profile("untimed", deadline=None, suppress_health_check=[HealthCheck.too_slow])
 settings.load_profile("untimed")

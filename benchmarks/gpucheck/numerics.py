@@ -71,7 +71,7 @@ def precision(bench: Bench) -> Iterator[Figure]:
     """Next tokens of each precision, given the tokens of float32, and seconds per step."""
     weights = bench.root / "weights" / "mini"
     exact = ClipGen.from_pretrained(weights, device=str(bench.device), dtype="float32")
-    conditions = torch.stack([exact.condition(text) for text in PROMPTS])
+    conditions = torch.stack([exact.embed(text) for text in PROMPTS])
     params = exact.config.sampling
     written = exact.engine.generate([Sequence(c, i, params) for i, c in enumerate(conditions)]).tokens
     expected = _next_logits(exact.gpt, conditions, written)
@@ -108,7 +108,7 @@ def _next_logits(gpt: GPT, conditions: Tensor, written: Tensor) -> Tensor:
 def ranges(bench: Bench) -> Iterator[Figure]:
     """Largest activations of VQGAN and CLIP against float16's range, and the pixels that half precision gives."""
     pipe = ClipGen.from_pretrained(bench.root / "weights" / "mini", device=str(bench.device), dtype="float32")
-    output = pipe.engine.generate([Sequence(pipe.condition(text), 0, pipe.config.sampling) for text in PROMPTS])
+    output = pipe.engine.generate([Sequence(pipe.embed(text), 0, pipe.config.sampling) for text in PROMPTS])
     peaks: dict[str, float] = {}
 
     def watch(name: str) -> None:

@@ -29,7 +29,7 @@ from clipgen.weights.tensor_file import find_problem, load_tensors, write_tensor
 PARTS = ("clip", "vqgan", "gpt")
 FILES = ("config.yaml", *(f"{part}.safetensors" for part in PARTS))
 EXTRAS = ("coverage.safetensors",)
-"""Optional files; generation works without them unless the weights name a prior."""
+"""Optional files; generation works without them."""
 CARD = ("README.md", "samples.jpg")
 """The model card: copied along where it exists, not verified."""
 MANIFEST = "manifest.json"
@@ -92,7 +92,7 @@ def load_model_dir(folder: str | Path) -> tuple[ModelConfig, dict[str, dict[str,
     parts = {part: load_tensors(folder / f"{part}.safetensors") for part in PARTS}
     projection = parts["clip"].get("text_projection")
     width = 0 if projection is None or not projection.ndim else projection.shape[-1]
-    if not width or (config.gpt.n_cond % width if config.prior else config.gpt.n_cond != width):
+    if not width or config.gpt.n_cond != width:
         found = f"embeddings of {width} numbers" if width else "no text_projection"
         raise WeightsError(
             f"{folder / 'clip.safetensors'} has {found}, but gpt.n_cond in config.yaml is {config.gpt.n_cond}; "

@@ -14,7 +14,6 @@ import zlib
 from dataclasses import dataclass
 from pathlib import Path
 
-import torch
 import torch.nn.functional as F
 from torch import Tensor
 
@@ -77,10 +76,8 @@ class TrainingIndex:
             self.gap = tensors["gap"].float()  # (D,)
             self.measured = tensors["held"].float().sort().values  # (M,)
             data = zlib.decompressobj().decompress(tensors["names"].numpy().tobytes(), MAX_NAME_BYTES)
-            self.things = tensors.get("things", torch.empty(0)).long()  # (K,), images of single things, for a prior
             self.names: list[str] = [str(name) for name in json.loads(data)]
             fits = len(self.names) == len(self.images) > 0 and self.basis.shape == (self.images.shape[1], len(self.gap))
-            fits = fits and bool((self.things >= 0).all() and (self.things < len(self.images)).all())
         except (KeyError, ValueError, TypeError, RuntimeError, IndexError, zlib.error) as error:
             raise WeightsError(f"{FILE} is not an index of training images ({error}); build it again") from error
         if not fits or self.measured.ndim != 1 or not len(self.measured):

@@ -24,8 +24,8 @@ ROOT = Path(__file__).resolve().parent.parent.parent
 class _Retrying(httpx.HTTPTransport):
     """Sends a refused request again, as docs/serving.md advises.
 
-    Cog answers "At capacity" to one of two requests that arrive in the same instant, even if nothing is running: it gives
-    up at once when another request holds its pool of slots.
+    Cog answers "At capacity" to one of two requests that arrive in the same instant, even if nothing is running: it
+    gives up at once when another request holds its pool of slots.
     """
 
     def handle_request(self, request: httpx.Request) -> httpx.Response:

@@ -112,7 +112,7 @@ def checkout(root: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[C
         (folder / name).write_text("a lemon\na red heart\n")
     shutil.copy(folder / "weights/mini/clip.safetensors", folder)
     shutil.copytree(folder / "weights/mini", folder / "weights/mine")
-    clean = {key: value for key, value in os.environ.items() if not key.startswith(("CLIPGEN", "MAKE", "MFLAGS"))}
+    clean = {key: value for key, value in os.environ.items() if not key.startswith("CLIPGEN")}
     environment = clean | {
         "PYTHONPATH": str(folder),
         "PATH": f"{venv}/bin:{os.environ['PATH']}",

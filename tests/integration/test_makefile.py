@@ -27,7 +27,7 @@ def venv(tmp_path: Path) -> Path:
 
 
 def make(root: Path, *arguments: str, **environment: str) -> subprocess.CompletedProcess[str]:
-    clean = {key: value for key, value in os.environ.items() if not key.startswith(("MAKE", "MFLAGS", "PROMPT"))}
+    clean = {key: value for key, value in os.environ.items() if key != "PROMPT"}
     return subprocess.run(
         ["make", "--no-print-directory", *arguments], cwd=root, env=clean | environment, capture_output=True, text=True
     )

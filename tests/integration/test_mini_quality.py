@@ -8,13 +8,14 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from judge import PARTS, POSITIONS, Judge, Verdict, crop, is_right, load_judge, stands_as_said
+from judge import PARTS, POSITIONS, Judge, Verdict, crop, is_right, load_judge, soften, stands_as_said
 from mini_quality import (
     COPY_SIDE,
     Drawn,
     ceiling,
     differences,
     draw_failures,
+    draw_samples,
     near_copies,
     nearest_psnr,
     seen_instead,
@@ -156,8 +157,18 @@ def test_sheet_marks_right_and_wrong_images_and_failures_say_what_is_seen(tmp_pa
     assert seen_instead(wrong, prompt.kind) == "owl, nothing on it"
     assert seen_instead(verdict(prompt.facts, color=None, object="owl"), "color trained") == "owl, its own color"
     assert seen_instead(pair_verdict(left="dog"), "pair trained") == "dog and owl"
+    assert len(draw_samples([drawn] * 5)) == 4
     assert draw_sheet([row] * 4, columns=2).size == (2 * row.width, 2 * row.height)
     assert draw_row(images, drawn.right, "word " * 100).size == row.size
+
+
+def test_every_second_scene_of_the_judge_is_softened() -> None:
+    images = [Image.fromarray(scenes("20").image(row)) for row in range(20)]
+    softened = [soften(image, row) for row, image in enumerate(images)]
+    for row, (before, after) in enumerate(zip(images, softened, strict=True)):
+        assert after.size == before.size and after.mode == before.mode
+        assert (after.tobytes() == before.tobytes()) == bool(row % 2)
+        assert after.tobytes() == soften(before, row).tobytes()
 
 
 @pytest.mark.slow

@@ -89,11 +89,9 @@ def listening(host: str) -> Iterator[int]:
 def make_serve(root: Path, host: str, port: object) -> subprocess.CompletedProcess[str]:
     """`make serve`, in the environment of the tests."""
     command = ["make", "--no-print-directory", "-o", f"{sys.prefix}/.run", f"VENV={sys.prefix}"]
-    environment = {key: value for key, value in os.environ.items() if not key.startswith(("MAKE", "MFLAGS"))}
     return subprocess.run(
         [*command, f"HOST={host}", f"PORT={port}", "serve"],
         cwd=root,
-        env=environment,
         capture_output=True,
         text=True,
         timeout=600,

@@ -40,10 +40,10 @@ def test_imagenet_gpt_has_the_sizes_of_gpt2_xl() -> None:
 
 
 def test_overrides_change_only_the_named_settings() -> None:
-    config = load_config("mini", ["stage1.lr=1e-4", "model.vqgan.attn_resolutions=[12]"])
+    config = load_config("mini", ["stage1.lr=1e-4", "model.vqgan.beta=0.5"])
     assert config.stage1.lr != load_config("mini").stage1.lr
     assert config.stage1.lr == 1e-4
-    assert config.model.vqgan.attn_resolutions == [12]
+    assert config.model.vqgan.beta == 0.5
     assert config.stage2 == load_config("mini").stage2
 
 
@@ -53,6 +53,18 @@ def test_file_changes_only_the_settings_it_names(tmp_path: Path) -> None:
     config = load_config(path)
     assert (config.model.name, config.stage2.steps) == ("mine", 7)
     assert config.model.gpt == GPTConfig()
+
+
+def test_configuration_of_earlier_versions_loads_unless_its_gpt_saw_two_embeddings(tmp_path: Path) -> None:
+    path, today = tmp_path / "config.yaml", OmegaConf.structured(load_config("mini").model)
+    old = OmegaConf.create(OmegaConf.to_container(today))
+    old.prior, old.gpt.n_things = "training_index", 1
+    OmegaConf.save(old, path)
+    assert load_model_config(path) == OmegaConf.to_object(today)
+    old.gpt.n_things = 2
+    OmegaConf.save(old, path)
+    with pytest.raises(ConfigError, match=r"n_things is more than 1: these weights are of an earlier version"):
+        load_model_config(path)
 
 
 @pytest.mark.parametrize("name", ["mini", "coco", "imagenet"])

@@ -6,7 +6,7 @@
 Parts: image (CLIP's image tower), text (its text tower), vqgan, plain (the GPT on plain scenes), gpt (on all), export,
 index. Each is a script; those that train go on where they stopped, and --minutes is the budget of each. After a part
 its weights are in WORK/weights in half precision, small enough to carry: on another machine --start DIR begins with
-these.
+these, or with a folder of weights such as weights/mini.
 """
 
 from __future__ import annotations
@@ -31,13 +31,15 @@ from train.loop.batches import choose_precision
 from train.loop.checkpoint import in_half, save_tensors
 from train.loop.script import command, minutes
 from train.loop.steps import run_step
-from train.mini.text_tower import save_clip
+from train.mini.text_tower import save_clip, split_clip
 
 PARTS = ("image", "text", "vqgan", "plain", "gpt", "export", "index")
 ROOT = Path(__file__).resolve().parents[2]
-CONFIG = Path(__file__).with_name("mini3.yaml")
-SHIPPED_CLIP = ROOT / "weights" / "mini" / "clip.safetensors"
-"""Whose image tower knows the objects already: the new one starts from it."""
+CONFIG = ROOT / "clipgen" / "configs" / "mini.yaml"
+SHIPPED = ROOT / "weights" / "mini"
+"""Its image tower knows the objects already: a new one starts from it."""
+SHIPPED_HEADS = Path(__file__).with_name("heads.safetensors")
+"""Heads of the shipped image tower, which only training needs."""
 PLAIN_STEPS = 4000
 """Of plain scenes, where nothing else is said."""
 _WEIGHTS = {
@@ -47,6 +49,14 @@ _WEIGHTS = {
     "gpt": ("gpt/gpt.safetensors",),
 }
 """What is carried of each part, in WORK."""
+_OF_SCENES = {
+    # Everything lies on the grid, which crops would move. Half of the tokens are a plain ground: few codes are worth
+    # many there, so a low perplexity is no reason to stop.
+    "vqgan": ("stage1.min_scale=1.0", "stage1.perceptual=none", "stage1.patience=0"),
+    "plain": ("stage2.from_pixels=true",),
+    "gpt": ("stage2.from_pixels=true",),
+}
+"""Settings for scenes, of which no two are the same."""
 _ON_GPU = {
     "image": ("batch_size=512", "lr=0.004", "steps=4000"),
     "text": ("batch_size=1024", "steps=4000"),
@@ -84,12 +94,13 @@ def part_command(part: str, args: argparse.Namespace, machine: Machine) -> list[
     """Arguments of Python that run a part."""
     work, data = args.work, args.data
     section = {"vqgan": "stage1.", "plain": "stage2.", "gpt": "stage2."}.get(part, "")
-    settings = [f"{section}workers={machine.workers}", *(_ON_GPU.get(part, ()) if machine.has_gpu else ())]
+    settings = [f"{section}workers={machine.workers}", *_OF_SCENES.get(part, ())]
+    settings += _ON_GPU.get(part, ()) if machine.has_gpu else ()
     folder = {"image": "clip/image", "text": "clip/text"}.get(part, part)
     carried = _WEIGHTS.get("gpt" if part == "plain" else part)
-    start = args.start / Path(carried[0]).name if args.start and carried else None
+    start = work / carried[0] if args.start and carried else None  # where `unpack` has put it
     if part == "image" and (start is None or not start.is_file()):
-        start = SHIPPED_CLIP
+        start = SHIPPED / "clip.safetensors"
     if part == "gpt" and (plain := work / "plain" / "gpt.safetensors").is_file():
         start = plain
     if start is not None and start.is_file() and not (work / folder / "checkpoints").is_dir():
@@ -135,7 +146,20 @@ def _belongs(override: str, part: str) -> bool:
 
 
 def unpack(start: Path, work: Path) -> None:
-    """Put carried weights where WORK has none, so that a part can stand on those before it."""
+    """Put weights where WORK has none, so that a part can go on from them and stand on those before it.
+
+    Args:
+        start: a WORK/weights, or a folder of weights.
+        work: the folder of this training.
+    """
+    (work / "clip").mkdir(parents=True, exist_ok=True)
+    if (start / "clip.safetensors").is_file():
+        towers = split_clip(load_file(start / "clip.safetensors"))
+        for name, tensors in towers.items():
+            if not (own := work / "clip" / f"{name}.safetensors").exists():
+                save_tensors(tensors, own)
+    if start.resolve() == SHIPPED and not (heads := work / "clip" / "heads.safetensors").exists():
+        shutil.copy(SHIPPED_HEADS, heads)
     for name in (name for names in _WEIGHTS.values() for name in names):
         carried, own = start / Path(name).name, work / name
         if carried.is_file() and not own.exists():
@@ -163,7 +187,7 @@ def main() -> None:
     parser.add_argument("--wordnet", type=Path, default=Path("/usr/share/wordnet"), help="WordNet's database")
     parser.add_argument("--config", type=Path, default=CONFIG, help="sizes and settings, a .yaml file")
     parser.add_argument("--only", choices=PARTS, action="append", help="this part alone; may be given several times")
-    parser.add_argument("--start", type=Path, help="folder of weights to begin with, a WORK/weights of another machine")
+    parser.add_argument("--start", type=Path, help="weights to begin with, such as weights/mini")
     parser.add_argument("--minutes", type=minutes, help="budget of each part")
     parser.add_argument("overrides", nargs="*", help="such as stage2.steps=500, image.batch_size=32")
     args = parser.parse_intermixed_args()

@@ -34,7 +34,7 @@ class Mix:
     white_paper: int
 
 
-FULL = Mix((36, 13, 12, 9, 10, 10, 10), (70, 10, 20), (0.5, 0.15, 0.15), 0.38, 0.17, 0.43, 0.1, 3)
+FULL = Mix((36, 13, 12, 9, 10, 10, 10), (60, 16, 24), (0.5, 0.1, 0.1), 0.35, 0.15, 0.5, 0.08, 4)
 """Everything that the world has."""
 PLAIN = Mix((28, 14, 13, 11, 12, 11, 11), (86, 5, 9), (0.15, 0.05, 0.05), 0.15, 0.07, 0.78, 0.03, 9)
 """Mostly a single thing as it is, on white: a GPT that knows these first learns the rest sooner."""

@@ -190,5 +190,11 @@ def save_clip(text: Mapping[str, Tensor], out: Path) -> None:
     save_tensors(in_half(weights), out / "clip.safetensors")
 
 
+def split_clip(weights: Mapping[str, Tensor]) -> dict[str, dict[str, Tensor]]:
+    """Undo `save_clip`: the tensors of the "image" and the "text" tower."""
+    image = {name.removeprefix("visual."): t for name, t in weights.items() if name.startswith("visual.")}
+    return {"image": image, "text": {name: t for name, t in weights.items() if not name.startswith("visual.")}}
+
+
 if __name__ == "__main__":
     main()

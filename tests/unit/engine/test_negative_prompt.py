@@ -154,10 +154,10 @@ def test_negative_prompt_whose_parts_cancel_is_refused(pipe: ClipGen) -> None:
 
 
 PAIRS = [
-    *[("a heart", "red"), ("a heart", "a red heart"), ("a cat", "a face"), ("a cat", "an orange cat")],
-    *[("a flower", "red"), ("an apple", "a red apple"), ("an apple", "a green apple"), ("a car", "a red car")],
-    *[("a bird", "a yellow bird"), ("a face", "a smiling face"), ("a lemon", "a yellow circle")],
-    ("a book", "a blue book"),
+    *[("a heart", "a red heart"), ("an apple", "a red apple"), ("a car", "a red car"), ("a cat", "an orange cat")],
+    *[("a book", "a red book"), ("a lemon", "a yellow lemon"), ("a frog", "a green frog"), ("a rose", "a red rose")],
+    *[("a robot", "a gray robot"), ("a star", "a yellow star"), ("a house", "pixel art of a house")],
+    ("a pumpkin", "a pumpkin with a face"),
 ]
 
 
@@ -175,5 +175,5 @@ def test_images_of_the_mini_model_move_away_from_the_negative_prompt(root: Path)
             for result in pipe.generate([plain, moved])
         ]
         nearer.append((cosines[1].mean() - cosines[0].mean()).item())
-    assert sum(nearer) / len(nearer) < -0.05, nearer
+    assert sum(nearer) / len(nearer) < -0.1, nearer
     assert sum(change < 0 for change in nearer) >= 8, nearer

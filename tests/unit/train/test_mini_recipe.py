@@ -26,12 +26,13 @@ from train.mini.describe import describe
 from train.mini.image_tower import init_tower
 from train.mini.labels import Heads
 from train.mini.objects import read_objects
-from train.mini.recipe import CONFIG, SHIPPED_CLIP, Machine, carry, part_command, unpack
+from train.mini.recipe import CONFIG, SHIPPED, Machine, carry, part_command, unpack
 from train.mini.scene_index import add_scene_index
 from train.mini.towers import EMBED_DIM, build_clip, embed, open_scenes
 
 CPU = Machine(0, False)
 ROOT = Path(__file__).parents[3]
+SHIPPED_CLIP = SHIPPED / "clip.safetensors"
 
 
 def arguments(tmp_path: Path, **changes: object) -> argparse.Namespace:
@@ -104,12 +105,15 @@ def test_carried_weights_start_a_part_that_has_no_checkpoint(tmp_path: Path) -> 
     halves = load_file(work / "weights" / "vqgan.safetensors")
     assert halves["a"].dtype == torch.float16 and halves["n"].dtype == torch.int64
     shutil.copytree(work / "weights", start)
+    shutil.rmtree(work / "vqgan")
+    unpack(start, work)
     args = arguments(tmp_path, start=start)
-    assert f"stage1.init={start / 'vqgan.safetensors'}" in part_command("vqgan", args, CPU)
+    assert f"stage1.init={work / 'vqgan' / 'vqgan.safetensors'}" in part_command("vqgan", args, CPU)
     assert not any("init=" in text for text in part_command("gpt", args, CPU))  # nothing of it was carried
     (start / "gpt.safetensors").touch()
+    unpack(start, work)
     for part in ("plain", "gpt"):  # both go on from the GPT that was carried
-        assert f"stage2.init={start / 'gpt.safetensors'}" in part_command(part, args, CPU)
+        assert f"stage2.init={work / 'gpt' / 'gpt.safetensors'}" in part_command(part, args, CPU)
     (work / "vqgan" / "checkpoints").mkdir()
     assert not any("init=" in text for text in part_command("vqgan", args, CPU))
 
@@ -125,6 +129,19 @@ def test_carried_parts_are_there_for_the_next_part_and_never_replace_newer_ones(
     clip = load_file(work / "clip" / "clip.safetensors")
     assert clip.keys() == {"text", "visual.image"} and clip["visual.image"].tolist() == [1.0, 1.0]
     assert load_file(work / "vqgan" / "vqgan.safetensors").keys() == {"newer"}
+
+
+def test_training_goes_on_from_the_shipped_weights(tmp_path: Path) -> None:
+    args = arguments(tmp_path, start=SHIPPED)
+    unpack(SHIPPED, args.work)
+    clip = {name: tensor.half() for name, tensor in load_file(args.work / "clip" / "clip.safetensors").items()}
+    shipped = load_file(SHIPPED_CLIP)
+    assert clip.keys() == shipped.keys() and all(torch.equal(clip[name], shipped[name]) for name in clip)
+    for part, name in (("image", "clip/image"), ("text", "clip/text"), ("vqgan", "vqgan/vqgan"), ("gpt", "gpt/gpt")):
+        path = args.work / f"{name}.safetensors"
+        assert path.is_file() and any(text.endswith(f"init={path}") for text in part_command(part, args, CPU))
+    tower, heads = build_clip().visual, Heads(EMBED_DIM)
+    init_tower(tower, heads, args.work / "clip" / "image.safetensors")
 
 
 def test_image_tower_starts_from_the_shipped_clip(tmp_path: Path) -> None:

@@ -109,7 +109,7 @@ def test_figure_has_the_same_patches_wherever_it_stands(composer: Composer, styl
 
 
 def test_grid_of_the_scenes_is_that_of_the_tokenizer() -> None:
-    config = load_config(str(Path(source.__file__).with_name("mini3.yaml")))
+    config = load_config("mini")
     assert config.model.vqgan.patch == config.model.vqgan.downsampling == PATCH
     assert config.model.vqgan.image_size == source.SIZE
 
@@ -308,7 +308,7 @@ def test_missing_renders_are_refused_with_the_command_that_makes_them(tmp_path: 
 
 @pytest.mark.slow
 def test_stage1_on_scenes_resumes_where_it_stopped(tmp_path: Path) -> None:
-    command = [sys.executable, "train/stage1.py", "--config", "train/mini/mini3.yaml", "--data", "scene_kit:scenes=400"]
+    command = [sys.executable, "train/stage1.py", "--config", "mini", "--data", "scene_kit:scenes=400"]
     command += ["--out", str(tmp_path), 'stage1.precision="no"', "stage1.batch_size=4", "stage1.held_out=4"]
     command += ["model.vqgan.ch=32", "model.vqgan.z_channels=32", "stage1.log_every=1", "stage1.save_every=2"]
     root = Path(__file__).parents[3]
