@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from safetensors.torch import load_file
 
 from clipgen.config import GPTConfig
-from clipgen.engine.sampling import SamplingTensors, draw_uniforms, filter_logits, guide, sample
+from clipgen.engine.sampling import SamplingTensors, draw_uniforms, filter_logits, guide, largest, sample
 from clipgen.models.gpt import GPT
 from clipgen.request import SamplingParams
 from train.loop.samples import generate_tokens
@@ -38,6 +38,15 @@ def test_filter_keeps_the_most_likely_token(top_k: int, top_p: float, seed: int)
     assert torch.equal(kept[kept.isfinite()], logits[kept.isfinite()])
     if top_k:
         assert (kept.isfinite().sum(-1) <= top_k).all()
+
+
+@pytest.mark.parametrize("count", [1, 40, 96])
+def test_largest_values_are_those_of_pytorch_with_equal_infinite_and_nan_ones(count: int) -> None:
+    values = torch.randn(5, 96, generator=torch.Generator().manual_seed(0)).round(decimals=1)
+    values[1, ::3], values[2, 7], values[3, 5:9] = -torch.inf, torch.inf, torch.nan
+    expected = values.topk(count).values
+    for rows in (values, values.clone().requires_grad_()):
+        assert largest(rows, count).nan_to_num(nan=9e9).equal(expected.nan_to_num(nan=9e9))
 
 
 def test_samples_follow_the_distribution() -> None:
