@@ -143,9 +143,9 @@ def crop(image: Image.Image, box: tuple[float, float, float, float]) -> Image.Im
 
 def soften(image: Image.Image, number: int) -> Image.Image:
     """Every second image, by its number, blurred, scaled down and up, or compressed, to an extent drawn by it."""
-    rng = random.Random(f"soften {number}")
     if number % 2:
         return image
+    rng = random.Random(f"soften {number}")
     way = rng.choice(("blur", "scale", "jpeg"))
     if way == "blur":
         return image.filter(ImageFilter.GaussianBlur(rng.uniform(0.5, 2)))
@@ -184,8 +184,8 @@ def stands_as_said(verdict: Verdict, facts: Facts) -> bool:
 def load_judge(scenes: Scenes, cache: Path, count: int = SCENES, epochs: int = 20) -> Judge:
     """The judge, with heads trained once on `count` scenes and kept in `cache`."""
     judge = Judge()
-    facts = ["half softened", scenes.fingerprint(), count, epochs, list(NAMES)]
-    key = hashlib.sha256(json.dumps(facts).encode()).hexdigest()
+    made_of = ["half softened", scenes.fingerprint(), count, epochs, list(NAMES)]
+    key = hashlib.sha256(json.dumps(made_of).encode()).hexdigest()
     trained = {**dict(judge.norm.named_buffers(prefix="norm")), **dict(judge.heads.named_parameters(prefix="heads"))}
     if cache.is_file():
         with safe_open(cache, "pt") as file:

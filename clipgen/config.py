@@ -223,8 +223,8 @@ def load_model_config(path: Path) -> ModelConfig:
     gpt = values.get("gpt")
     if OmegaConf.is_dict(gpt) and gpt.pop("n_things", 1) != 1:
         raise ConfigError(
-            f"{path}: gpt.n_things is more than 1: these weights are of an earlier version, whose GPT saw two "
-            "embeddings; fetch today's weights, or use clipgen 0.1"
+            f"{path}: gpt.n_things is not 1: these weights are of an earlier version, whose GPT saw several "
+            "embeddings; use today's weights, or the clipgen that they came with"
         )
     return build(ModelConfig, values, str(path))
 

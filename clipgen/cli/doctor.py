@@ -85,6 +85,7 @@ def diagnose(weights: str | None, device: str | None, dtype: str | None) -> Iter
 def check_model(weights: str | None, device: str | None, dtype: str | None) -> Iterator[Finding]:
     """Load the model and draw with it."""
     from clipgen.pipeline import ClipGen
+    from clipgen.weights.describe import describe_model_dir
     from clipgen.weights.resolve import find_default
 
     try:
@@ -95,7 +96,7 @@ def check_model(weights: str | None, device: str | None, dtype: str | None) -> I
     except (ValueError, OSError, RuntimeError) as error:
         yield Finding("weights", "wrong", str(error))
         return
-    count = sum(tensor.numel() for part in (pipe.clip, pipe.gpt, pipe.vqgan) for tensor in part.state_dict().values())
+    count = describe_model_dir(folder)["parameters"]  # of the files: packed weights are no parameters of the module
     size = f"{pipe.config.name}, {count / 1e6:.1f} M parameters, files as in the manifest"
     yield Finding("weights", "ok", f"{folder}: {size}; used because {reason}")
     yield check_training_index(pipe)

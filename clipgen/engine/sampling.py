@@ -98,8 +98,7 @@ def filter_logits(logits: Tensor, params: SamplingTensors) -> Tensor:
 def largest(values: Tensor, count: int) -> Tensor:
     """Select the `count` largest values of each row, the largest first, NaN before all: (B, V) -> (B, count).
 
-    On a CPU by NumPy, which sorts with vector instructions: 16 rows of 2,048 in a twelfth of PyTorch's time, their 256
-    largest in a sixth.
+    On a CPU by NumPy, which sorts several rows faster (docs/performance.md, "What was tried").
     """
     size = values.shape[-1]
     if values.device.type != "cpu":

@@ -25,7 +25,7 @@ class _Retrying(httpx.HTTPTransport):
     """Sends a refused request again, as docs/serving.md advises.
 
     Cog answers "At capacity" to one of two requests that arrive in the same instant, even if nothing is running: it
-    gives up at once when another request holds its pool of slots.
+    gives up at once when another request holds its pool of slots. And it frees a slot a moment after its answer.
     """
 
     def handle_request(self, request: httpx.Request) -> httpx.Response:

@@ -15,6 +15,8 @@ from typer.testing import Result as RunResult
 
 from clipgen.cli.doctor import check_packages, time_images
 from clipgen.cli.main import app
+from clipgen.weights.model_dir import PARTS
+from clipgen.weights.tensor_file import load_tensors
 
 
 def run(weights: Path, *args: str) -> RunResult:
@@ -35,6 +37,12 @@ def test_json_holds_every_finding(tiny_weights: Path) -> None:
     record = json.loads(run(tiny_weights, "--json").stdout)
     findings = {finding["name"]: finding for finding in record["findings"]}
     assert record["ok"] and findings["time"]["figure"] > 0 and "tiny" in findings["weights"]["text"]
+
+
+def test_parameters_are_counted_in_the_files_whose_weights_are_packed_once_loaded(root: Path) -> None:
+    weights = root / "weights" / "mini"
+    total = sum(tensor.numel() for part in PARTS for tensor in load_tensors(weights / f"{part}.safetensors").values())
+    assert f"mini, {total / 1e6:.1f} M parameters" in run(weights).stdout
 
 
 @pytest.mark.parametrize("damage", ["missing", "flipped", "none"])

@@ -224,12 +224,15 @@ def test_cancelled_prediction_frees_the_model_at_once(bare: CogServer) -> None:
         running = pool.submit(bare.http.put, "/predictions/running", json={"input": slow})
         time.sleep(whole / 10)
         waiting = pool.submit(bare.http.put, "/predictions/waiting", json={"input": slow})
+        time.sleep(whole / 10)
         for name in ("waiting", "running"):
             while bare.http.post(f"/predictions/{name}/cancel").status_code == 404:  # it has not arrived yet
                 assert time.monotonic() - started < 10 * whole + 60
                 time.sleep(whole / 20)
         started = time.monotonic()
-        assert running.result().json()["status"] == waiting.result().json()["status"] == "canceled"
+        for answer in (running.result().json(), waiting.result().json()):
+            # Cog calls one that is canceled while it starts "failed".
+            assert answer["status"] == "canceled" or "CancelationException" in str(answer["error"]), answer
     assert time.monotonic() - started < whole / 2
     assert bare.predict(prompt="b", candidates=1)["metrics"]["seconds"]["queue"] < whole / 2
     assert not has_traceback(bare.log.read_text())
@@ -250,16 +253,8 @@ def test_previews_are_streamed_separately_from_the_outputs(image_like: CogServer
 
 def test_eight_concurrent_requests_get_their_own_images(server: CogServer) -> None:
     seeds = range(8)
-
-    def ask(seed: int) -> Answer:
-        answer = server.predict(prompt="a", candidates=1, seed=seed)
-        while "At capacity" in (answer.get("error") or ""):  # Cog frees a slot a moment after its answer
-            time.sleep(0.02)
-            answer = server.predict(prompt="a", candidates=1, seed=seed)
-        return answer
-
     with ThreadPoolExecutor(8) as pool:
-        answers = list(pool.map(ask, seeds))
+        answers = list(pool.map(lambda seed: server.predict(prompt="a", candidates=1, seed=seed), seeds))
     assert [answer["metrics"]["seed"] for answer in answers] == list(seeds)
     assert len({images(answer)[0].tobytes() for answer in answers}) == 8
     assert all(answer["metrics"]["seconds"]["queue"] < 1 for answer in answers)

@@ -63,7 +63,7 @@ def test_configuration_of_earlier_versions_loads_unless_its_gpt_saw_two_embeddin
     assert load_model_config(path) == OmegaConf.to_object(today)
     old.gpt.n_things = 2
     OmegaConf.save(old, path)
-    with pytest.raises(ConfigError, match=r"n_things is more than 1: these weights are of an earlier version"):
+    with pytest.raises(ConfigError, match=r"n_things is not 1: these weights are of an earlier version"):
         load_model_config(path)
 
 

@@ -46,6 +46,7 @@ _WEIGHTS = {
     "image": ("clip/image.safetensors", "clip/heads.safetensors"),
     "text": ("clip/text.safetensors",),
     "vqgan": ("vqgan/vqgan.safetensors",),
+    "plain": ("plain/gpt.safetensors",),
     "gpt": ("gpt/gpt.safetensors",),
 }
 """What is carried of each part, in WORK."""
@@ -97,8 +98,7 @@ def part_command(part: str, args: argparse.Namespace, machine: Machine) -> list[
     settings = [f"{section}workers={machine.workers}", *_OF_SCENES.get(part, ())]
     settings += _ON_GPU.get(part, ()) if machine.has_gpu else ()
     folder = {"image": "clip/image", "text": "clip/text"}.get(part, part)
-    carried = _WEIGHTS.get("gpt" if part == "plain" else part)
-    start = work / carried[0] if args.start and carried else None  # where `unpack` has put it
+    start = work / _WEIGHTS[part][0] if args.start and part in _WEIGHTS else None  # where `unpack` has put it
     if part == "image" and (start is None or not start.is_file()):
         start = SHIPPED / "clip.safetensors"
     if part == "gpt" and (plain := work / "plain" / "gpt.safetensors").is_file():

@@ -44,6 +44,8 @@ def test_vqgan_sees_all_scenes_and_gpt_those_not_held_out(tmp_path: Path) -> Non
     args = arguments(tmp_path)
     assert "train.mini.source:all_scenes=d" in part_command("vqgan", args, CPU)
     assert "train.mini.source:trained_scenes=d" in part_command("gpt", args, CPU)
+    assert all("stage2.from_pixels=true" in part_command(part, args, CPU) for part in ("plain", "gpt"))
+    assert "stage1.min_scale=1.0" in part_command("vqgan", args, CPU), "crops would move figures off the grid"
 
 
 def test_gpt_goes_on_from_what_it_learned_of_plain_scenes(tmp_path: Path) -> None:
@@ -113,9 +115,18 @@ def test_carried_weights_start_a_part_that_has_no_checkpoint(tmp_path: Path) -> 
     (start / "gpt.safetensors").touch()
     unpack(start, work)
     for part in ("plain", "gpt"):  # both go on from the GPT that was carried
-        assert f"stage2.init={work / 'gpt' / 'gpt.safetensors'}" in part_command(part, args, CPU)
+        assert f"stage2.init={work / 'plain' / 'gpt.safetensors'}" in part_command(part, args, CPU)
     (work / "vqgan" / "checkpoints").mkdir()
     assert not any("init=" in text for text in part_command("vqgan", args, CPU))
+
+
+def test_gpt_of_plain_scenes_is_carried_until_that_of_all_takes_its_place(tmp_path: Path) -> None:
+    work = tmp_path / "w"
+    for part, value in (("plain", 1.0), ("gpt", 2.0)):
+        (work / part).mkdir(parents=True)
+        save_file({"a": torch.full((2,), value)}, work / part / "gpt.safetensors")
+        carry(part, work)
+        assert load_file(work / "weights" / "gpt.safetensors")["a"].tolist() == [value, value]
 
 
 def test_carried_parts_are_there_for_the_next_part_and_never_replace_newer_ones(tmp_path: Path) -> None:
@@ -137,7 +148,8 @@ def test_training_goes_on_from_the_shipped_weights(tmp_path: Path) -> None:
     clip = {name: tensor.half() for name, tensor in load_file(args.work / "clip" / "clip.safetensors").items()}
     shipped = load_file(SHIPPED_CLIP)
     assert clip.keys() == shipped.keys() and all(torch.equal(clip[name], shipped[name]) for name in clip)
-    for part, name in (("image", "clip/image"), ("text", "clip/text"), ("vqgan", "vqgan/vqgan"), ("gpt", "gpt/gpt")):
+    starts = (("image", "clip/image"), ("text", "clip/text"), ("vqgan", "vqgan/vqgan"), ("gpt", "plain/gpt"))
+    for part, name in starts:
         path = args.work / f"{name}.safetensors"
         assert path.is_file() and any(text.endswith(f"init={path}") for text in part_command(part, args, CPU))
     tower, heads = build_clip().visual, Heads(EMBED_DIM)
